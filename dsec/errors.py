@@ -1,0 +1,67 @@
+"""Errors of the sandbox service: one root, few leaves, each saying whose fault it was.
+
+The class says what policy needs (`code` goes over the wire and never changes its
+meaning; `retryable`; `fault`; `command_started`), the instance carries the facts of
+the one case.  A non-zero exit code is a result, never an error.
+
+See: docs/architecture.md, "Errors".
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+Fault = Literal["caller", "host", "peer", "storage"]
+Started = Literal["yes", "no", "unknown"]
+
+
+class DsecError(Exception):
+    """Root of every error that `dsec` raises on purpose."""
+
+    code: ClassVar[str] = "DSEC"
+    retryable: ClassVar[bool] = False
+    fault: ClassVar[Fault] = "host"
+    command_started: ClassVar[Started] = "no"
+
+
+class InvalidArgumentError(DsecError):
+    """The request itself cannot be carried out, now or later: the caller must change it."""
+
+    code = "INVALID_ARGUMENT"
+    fault = "caller"
+
+
+class HostUnfitError(DsecError):
+    """This host lacks what a sandbox needs (root, overlayfs, cgroups, python3 below /usr ...)."""
+
+    code = "HOST_UNFIT"
+
+
+class ResourceExhaustedError(DsecError):
+    """A bound was met (sandboxes, memory, uid ranges, disk): try again when something ended."""
+
+    code = "RESOURCE_EXHAUSTED"
+    retryable = True
+
+
+class SandboxLostError(DsecError):
+    """The sandbox died or was destroyed under a caller; a command in flight had started."""
+
+    code = "SANDBOX_LOST"
+    retryable = True
+    command_started = "unknown"
+
+
+class SpawnError(DsecError):
+    """A step of creating a sandbox failed; the message names the step and the errno."""
+
+    code = "SPAWN_FAILED"
+    retryable = True
+
+
+class DivergedError(DsecError):
+    """A replay gave another result than the log, or a used key came with another command."""
+
+    code = "DIVERGED"
+    fault = "peer"
+    command_started = "yes"

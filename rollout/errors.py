@@ -1,0 +1,65 @@
+"""Errors of the rollout service: one root, few leaves, each saying whose fault it was.
+
+Policy reads the class (`code`, `retryable`, `fault`); people read the message, which names the
+thing that was wrong and the way out.  An infrastructure failure is always one of these and never
+a reward.
+
+See: docs/architecture.md, "Errors".
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from dsec.errors import Fault
+
+
+class RolloutError(Exception):
+    """Root of every error that `rollout` raises on purpose."""
+
+    code: ClassVar[str] = "ROLLOUT"
+    retryable: ClassVar[bool] = False
+    fault: ClassVar[Fault] = "host"
+
+
+class TaskError(RolloutError):
+    """A task folder that cannot be used; the message names the folder, the file and the rule."""
+
+    code = "BAD_TASK"
+    fault = "caller"
+
+
+class RequestError(RolloutError):
+    """A request or a command line that cannot be carried out."""
+
+    code = "BAD_REQUEST"
+    fault = "caller"
+
+
+class EngineError(RolloutError):
+    """The engine failed or closed while a request ran; logged tokens are kept."""
+
+    code = "ENGINE_ERROR"
+    retryable = True
+    fault = "peer"
+
+
+class VerifierError(RolloutError):
+    """The verifier gave no reward (missing, empty, not finite): an infrastructure failure, not a 0."""
+
+    code = "VERIFIER_ERROR"
+    fault = "peer"
+
+
+class JournalError(RolloutError):
+    """The log cannot be used: corrupt, of another run, or made by another model or tokenizer."""
+
+    code = "JOURNAL"
+    fault = "storage"
+
+
+class MachineError(RolloutError):
+    """An event that does not fit the state: a bug, or a log that this version cannot read."""
+
+    code = "MACHINE"
+    fault = "storage"
