@@ -111,7 +111,7 @@ def _run(argv: Sequence[str] | None, decoders: Decoders) -> int:
         tear = reader.tear
         sys.stdout.flush()
         note = f"torn tail in {tear.segment} at offset {tear.offset}: {tear.why}; {tear.size_bytes} bytes"
-        print(f"wal: note: {note} that were never acknowledged; the next writer cuts them", file=sys.stderr)
+        print(f"wal: note: {note} of a write that was not finished; the next writer cuts them", file=sys.stderr)
     return 0
 
 

@@ -212,8 +212,10 @@ class Log:
     def _guard(self, action: Callable[[], T]) -> T:
         try:
             return action()
-        except StorageError as error:
-            self._poison = error
+        except BaseException as error:
+            # Also Ctrl-C in mid-write: appending on would leave a hole in the lsns.
+            interrupted = WalError(f"a write was interrupted by {type(error).__name__}")
+            self._poison = error if isinstance(error, StorageError) else interrupted
             raise
 
     def _check_usable(self) -> None:
