@@ -1,1 +1,41 @@
-""""""
+"""DeepSeek-V4's chat encoding and tool-call language (DSML), on token ids.
+
+`encode` turns messages into prompt tokens that know what they are; `parse` turns sampled tokens
+into reasoning, text and calls.  Pure: no I/O but reading a tokenizer file, nothing of the rest of
+this project, and `tokenizers` behind one module.
+
+See: docs/formats/toolcall_dsl.md.
+"""
+
+from toolcall_dsl.dialect import V4, Dialect
+from toolcall_dsl.encode import encode, encode_results, encode_text
+from toolcall_dsl.errors import DslError, MessageError, TokenizerError
+from toolcall_dsl.messages import Message
+from toolcall_dsl.parser import RULES, parse, parse_text, scanner_for
+from toolcall_dsl.tokenizer import Tokenizer
+from toolcall_dsl.types import ParsedTurn, ParseError, ParseStatus, Policy, Segment, Span, SpanKind, ToolCall
+
+__all__ = [
+    "RULES",
+    "V4",
+    "Dialect",
+    "DslError",
+    "Message",
+    "MessageError",
+    "ParseError",
+    "ParseStatus",
+    "ParsedTurn",
+    "Policy",
+    "Segment",
+    "Span",
+    "SpanKind",
+    "Tokenizer",
+    "TokenizerError",
+    "ToolCall",
+    "encode",
+    "encode_results",
+    "encode_text",
+    "parse",
+    "parse_text",
+    "scanner_for",
+]
