@@ -1,0 +1,1 @@
+"""How the embedded checkpoint is made and measured; see README.md."""
