@@ -6,7 +6,9 @@ that `pip install .` and `pip install -e .` leave them where the package looks f
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 import subprocess
 from pathlib import Path
 
@@ -18,13 +20,28 @@ ROOT = Path(__file__).resolve().parent
 WARNINGS = ["-std=c11", "-Wall", "-Wextra", "-Werror"]
 NATIVE = ROOT / "dsec/native"
 EMBEDDED = ROOT / "rollout/engines/embedded"
+# No contraction: multiply-adds are fused only where the source says so, so that every build draws the same tokens.
+ENGINE_FLAGS = [
+    *("-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC", "-fvisibility=hidden"),
+    *(["-march=x86-64-v3"] if platform.machine() == "x86_64" else []),
+]
+
+
+def engine_digest() -> str:
+    """What the engine is built from (sources and flags): recorded with every token it draws."""
+    digest = hashlib.sha256(" ".join(ENGINE_FLAGS).encode())
+    for path in sorted([*EMBEDDED.glob("*.c"), *EMBEDDED.glob("*.h")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 PARTS = (
     (NATIVE / "dsec-sandbox", sorted(NATIVE.glob("*.c")), sorted(NATIVE.glob("*.h")), ["-O2", "-static"]),
     (
         EMBEDDED / "v4.so",
         sorted(EMBEDDED.glob("*.c")),
         sorted(EMBEDDED.glob("*.h")),
-        ["-O3", "-march=x86-64-v3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC", "-pthread"],
+        [*ENGINE_FLAGS, f'-DV4_BUILD="{engine_digest()}"'],
     ),
 )
 

@@ -1,0 +1,118 @@
+/* Drawing a token from logits: no state, so nothing to save and nothing to lose.
+ *
+ * The noise is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011)
+ * under the key `seed` at the counter (position, stream_key): the draw at a position is the same
+ * whether or not the tokens before it were drawn by this process. The draw inverts the cumulative
+ * distribution; after a cut, over tokens by falling probability (equal ones by id).
+ */
+#include "model.h"
+#include "simd.h"
+
+/* A number in [0, 1) with 53 random bits. */
+static double uniform(uint64_t seed, uint64_t stream_key, uint32_t position) {
+    uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
+    uint32_t x[4] = {position, 0, (uint32_t)stream_key, (uint32_t)(stream_key >> 32)};
+    for (int round = 0; round < 10; round++) {
+        uint64_t a = (uint64_t)x[0] * 0xd2511f53u, b = (uint64_t)x[2] * 0xcd9e8d57u;
+        uint32_t next[4] = {(uint32_t)(b >> 32) ^ x[1] ^ key[0], (uint32_t)b, (uint32_t)(a >> 32) ^ x[3] ^ key[1],
+                            (uint32_t)a};
+        memcpy(x, next, sizeof x);
+        key[0] += 0x9e3779b9u;
+        key[1] += 0xbb67ae85u;
+    }
+    return ((double)(x[0] >> 5) * 67108864.0 + (double)(x[1] >> 6)) / 9007199254740992.0;
+}
+
+static int argmax(const float *logits, int count) {
+    int best = 0;
+    for (int i = 1; i < count; i++)
+        if (logits[i] > logits[best]) best = i;
+    return best;
+}
+
+/* weights[i] = e^((logits[i] - top) / temperature), 0 where that is below e^-87; returns their sum. */
+static double exponentiate(const float *logits, float top, float scale, int count, float *weights) {
+    double total = 0.0;
+    for (int i = 0; i < count; i += 8) {
+        f8 x = (f8_load(logits + i) - top) * scale;
+        f8 weight = f8_select(x < f8_splat(-87.0f), f8_splat(0.0f), f8_exp(x));
+        f8_store(weights + i, weight);
+        total += (double)f8_sum(weight);
+    }
+    return total;
+}
+
+static int before(const float *weights, int32_t a, int32_t b) {
+    return weights[a] > weights[b] || (weights[a] == weights[b] && a < b);
+}
+
+static void sift(const float *weights, int32_t *heap, int count, int at) {
+    for (int child; (child = 2 * at + 1) < count; at = child) {
+        if (child + 1 < count && before(weights, heap[child + 1], heap[child])) child++;
+        if (!before(weights, heap[child], heap[at])) return;
+        int32_t swap = heap[at];
+        heap[at] = heap[child];
+        heap[child] = swap;
+    }
+}
+
+/* Tokens by falling weight until `keep` of them or a share `mass` of `total`: moved to the end of
+ * heap, the heaviest last.  Returns their count, and their weight in *kept. */
+static int take_heaviest(const float *weights, int32_t *heap, int count, int keep, double mass, double *kept) {
+    int taken = 0;
+    *kept = 0.0;
+    for (int i = 0; i < count; i++) heap[i] = i;
+    for (int i = count / 2 - 1; i >= 0; i--) sift(weights, heap, count, i);
+    while (taken < keep && (taken == 0 || *kept < mass)) {
+        int32_t best = heap[0];
+        int last = count - 1 - taken++;
+        heap[0] = heap[last];
+        heap[last] = best;
+        sift(weights, heap, last, 0);
+        *kept += (double)weights[best];
+    }
+    return taken;
+}
+
+/* The processed distribution as an order of ids (NULL: all, by id), its size and its total weight. */
+static int cut(v4_model *model, const v4_sampling *sampling, double *total, int32_t **order) {
+    int count = model->config.vocab_count, kept_count = count;
+    int32_t *heap = model->scratch.heap;
+    const float *weights = model->scratch.weights;
+    int top_k = sampling->top_k > 0 && sampling->top_k < count ? sampling->top_k : count;
+    if (top_k == count && sampling->top_p >= 1.0) return count;
+    double mass = top_k == count ? sampling->top_p * *total : *total * 2.0; /* beyond the total: top_k alone decides */
+    kept_count = take_heaviest(weights, heap, count, top_k, mass, total);
+    if (top_k < count && sampling->top_p < 1.0) {
+        double limit = sampling->top_p * *total, sum = 0.0;
+        int shorter = 0;
+        while (shorter < kept_count && (shorter == 0 || sum < limit)) sum += (double)weights[heap[count - 1 - shorter++]];
+        kept_count = shorter;
+        *total = sum;
+    }
+    *order = heap + count - kept_count;
+    return kept_count;
+}
+
+uint32_t v4_sample(v4_model *model, const float *logits, const v4_sampling *sampling, uint32_t position,
+                   float *logprob) {
+    int count = model->config.vocab_count, best = argmax(logits, count);
+    float *weights = model->scratch.weights, top = logits[best];
+    float scale = sampling->temperature > 0.0 ? (float)(1.0 / sampling->temperature) : 1.0f;
+    double total = exponentiate(logits, top, scale, count, weights), sum = 0.0;
+    if (sampling->temperature <= 0.0) {
+        *logprob = (float)-v4_log(total);
+        return (uint32_t)best;
+    }
+    int32_t *order = NULL;
+    int kept = cut(model, sampling, &total, &order), drawn = best;
+    double target = uniform(sampling->seed, sampling->stream_key, position) * total;
+    for (int i = 0; i < kept; i++) {
+        int id = order ? order[kept - 1 - i] : i;
+        if (weights[id] == 0.0f) continue;
+        drawn = id;
+        if ((sum += (double)weights[id]) > target) break;
+    }
+    *logprob = (float)((double)((logits[drawn] - top) * scale) - v4_log(total));
+    return (uint32_t)drawn;
+}

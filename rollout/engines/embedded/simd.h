@@ -1,0 +1,111 @@
+/* Eight floats at a time, with the same bits on every machine.
+ *
+ * GCC vector types carry the arithmetic; only the fused multiply-add needs an intrinsic. It is
+ * rounded once everywhere (fmaf in the portable branch), so both branches agree bit for bit.
+ * exp and log1p are our own polynomials because libm's last bit differs between machines.
+ */
+#ifndef V4_SIMD_H
+#define V4_SIMD_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__FMA__) && defined(__AVX2__) && !defined(V4_PORTABLE)
+#include <immintrin.h>
+#define V4_X86 1
+#endif
+
+typedef float f8 __attribute__((vector_size(32)));
+typedef int32_t i8 __attribute__((vector_size(32)));
+typedef uint32_t u8 __attribute__((vector_size(32)));
+
+#define V4_INLINE static inline __attribute__((always_inline, unused))
+
+V4_INLINE f8 f8_load(const float *p) {
+    f8 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+V4_INLINE void f8_store(float *p, f8 v) { memcpy(p, &v, sizeof v); }
+
+V4_INLINE f8 f8_splat(float x) { return (f8){x, x, x, x, x, x, x, x}; }
+
+/* a * b + c, rounded once. */
+V4_INLINE f8 f8_fma(f8 a, f8 b, f8 c) {
+#ifdef V4_X86
+    return (f8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    f8 out;
+    for (int i = 0; i < 8; i++) out[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return out;
+#endif
+}
+
+V4_INLINE f8 f8_select(i8 mask, f8 a, f8 b) { return (f8)((mask & (i8)a) | (~mask & (i8)b)); }
+V4_INLINE f8 f8_max(f8 a, f8 b) { return f8_select(a > b, a, b); }
+V4_INLINE f8 f8_min(f8 a, f8 b) { return f8_select(a < b, a, b); }
+
+/* The one order in which lanes are added: halves, then quarters, then the last pair. */
+V4_INLINE float f8_sum(f8 v) {
+    float a = v[0] + v[4], b = v[1] + v[5], c = v[2] + v[6], d = v[3] + v[7];
+    return (a + c) + (b + d);
+}
+
+/* e^x to about one unit in the last place; x is clamped to the range of normal results. */
+V4_INLINE f8 f8_exp(f8 x) {
+    const f8 magic = f8_splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
+    x = f8_min(f8_max(x, f8_splat(-87.33f)), f8_splat(88.3f));
+    f8 shifted = f8_fma(x, f8_splat(1.44269504088896341f), magic);
+    f8 n = shifted - magic;
+    f8 r = f8_fma(n, f8_splat(-0.693359375f), x);
+    r = f8_fma(n, f8_splat(2.12194440e-4f), r);
+    f8 p = f8_splat(1.0f / 5040);
+    p = f8_fma(p, r, f8_splat(1.0f / 720));
+    p = f8_fma(p, r, f8_splat(1.0f / 120));
+    p = f8_fma(p, r, f8_splat(1.0f / 24));
+    p = f8_fma(p, r, f8_splat(1.0f / 6));
+    p = f8_fma(p, r, f8_splat(0.5f));
+    p = f8_fma(p, r, f8_splat(1.0f));
+    p = f8_fma(p, r, f8_splat(1.0f));
+    i8 exponent = ((i8)shifted - (i8)magic + 127) << 23;
+    return p * (f8)exponent;
+}
+
+/* log(1 + u) for u in [0, 1], as 2 atanh(u / (2 + u)). */
+V4_INLINE f8 f8_log1p(f8 u) {
+    f8 s = u / (u + 2.0f), t = s * s;
+    f8 p = f8_splat(1.0f / 17);
+    p = f8_fma(p, t, f8_splat(1.0f / 15));
+    p = f8_fma(p, t, f8_splat(1.0f / 13));
+    p = f8_fma(p, t, f8_splat(1.0f / 11));
+    p = f8_fma(p, t, f8_splat(1.0f / 9));
+    p = f8_fma(p, t, f8_splat(1.0f / 7));
+    p = f8_fma(p, t, f8_splat(1.0f / 5));
+    p = f8_fma(p, t, f8_splat(1.0f / 3));
+    p = f8_fma(p, t, f8_splat(1.0f));
+    return (s + s) * p;
+}
+
+V4_INLINE f8 f8_sigmoid(f8 x) { return 1.0f / (1.0f + f8_exp(-x)); }
+
+V4_INLINE f8 f8_softplus(f8 x) {
+    f8 zero = f8_splat(0.0f), size = f8_max(x, -x);
+    return f8_max(x, zero) + f8_log1p(f8_exp(-size));
+}
+
+/* Dot product of two float rows, n a multiple of 8, in eight lanes. */
+V4_INLINE float f8_dot(const float *a, const float *b, int n) {
+    f8 acc = f8_splat(0.0f);
+    for (int i = 0; i < n; i += 8) acc = f8_fma(f8_load(a + i), f8_load(b + i), acc);
+    return f8_sum(acc);
+}
+
+V4_INLINE float bf16_to_float(uint16_t bits) {
+    uint32_t word = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &word, sizeof value);
+    return value;
+}
+
+#endif
