@@ -36,6 +36,13 @@ class RequestError(RolloutError):
     fault = "caller"
 
 
+class NotFoundError(RolloutError):
+    """A job or a rollout that this log does not hold."""
+
+    code = "NOT_FOUND"
+    fault = "caller"
+
+
 class EngineError(RolloutError):
     """The engine failed or closed while a request ran; logged tokens are kept."""
 

@@ -1,0 +1,55 @@
+# Two commands do everything: `make run` sets up and runs the main job, `make test` sets up and runs the tests.
+PY := .venv/bin/python
+RUN_DIR ?= runs/main
+PYTEST_ARGS ?=
+
+.PHONY: run test test-external check bench protos lock setup setup-dev native clean
+
+run: setup ## set up, then run the main job on the bundled tasks; run again to finish or to see the result
+	.venv/bin/dsec run --resume --out $(RUN_DIR)
+
+test: setup-dev ## set up, then run the tests (root; under ten minutes on two cores)
+	$(PY) -m pytest tests --ignore tests/external $(PYTEST_ARGS)
+
+test-external: setup ## third-party tools in a virtual environment of their own; needs the package index
+	bash tests/external/run
+
+check: setup-dev ## lint, types, import contracts, house rules
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	$(PY) -m pytest -q tests/tidy
+
+bench: setup-dev ## every benchmark, quickly; docs in benchmarks/RESULTS.md
+	for script in benchmarks/*.py; do $(PY) $$script --quick || exit 1; done
+
+protos: setup-dev ## generate rollout/pb from proto/
+	$(PY) -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/rollout/pb/v1/rollout.proto
+
+lock: setup-dev ## pin the newest versions that pyproject.toml allows
+	.venv/bin/pip-compile -q --upgrade --strip-extras --generate-hashes --allow-unsafe --extra build \
+	    --no-emit-index-url --no-emit-trusted-host --no-emit-find-links -o requirements.lock pyproject.toml
+	.venv/bin/pip-compile -q --upgrade --strip-extras --allow-unsafe --extra build --extra dev -c requirements.lock \
+	    --no-emit-index-url --no-emit-trusted-host --no-emit-find-links -o requirements-dev.lock pyproject.toml
+
+setup: .venv/.installed native
+
+setup-dev: .venv/.installed-dev native
+
+native: .venv/.installed ## compile the C parts if their sources are newer
+	@$(PY) setup.py -q build_ext
+
+.venv/.installed: requirements.lock pyproject.toml setup.py deploy/host.sh
+	bash deploy/host.sh
+	python3 -m venv .venv
+	.venv/bin/pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+	.venv/bin/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+.venv/.installed-dev: .venv/.installed requirements-dev.lock
+	.venv/bin/pip install -q --disable-pip-version-check -r requirements-dev.lock
+	touch $@
+
+clean: ## remove what was built here; runs/ stays
+	rm -rf .venv build *.egg-info dsec/native/dsec-sandbox rollout/engines/embedded/v4.so

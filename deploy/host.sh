@@ -1,0 +1,28 @@
+#!/bin/bash
+# What the host must have before the virtual environment: Python 3.11 with venv, a C compiler with a static libc,
+# and below /usr what the default sandbox base shows (bash, python3, tar).  On Debian, root gets what is missing.
+set -eu
+
+missing=()
+python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || missing+=(python3)
+python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+command -v "${CC:-gcc}" >/dev/null || missing+=(gcc)
+probe=$(mktemp -d)
+trap 'rm -rf "$probe"' EXIT
+if command -v "${CC:-gcc}" >/dev/null; then
+    echo 'int main(void) { return 0; }' > "$probe/probe.c"
+    "${CC:-gcc}" -static -o "$probe/probe" "$probe/probe.c" 2>/dev/null || missing+=(libc6-dev)
+fi
+[ -x /usr/bin/python3 ] || [ -x /usr/local/bin/python3 ] || missing+=(python3-minimal)
+[ -x /usr/bin/bash ] || missing+=(bash)
+[ -x /usr/bin/tar ] || missing+=(tar)
+
+[ ${#missing[@]} -eq 0 ] && exit 0
+if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+    echo "installing ${missing[*]}"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+else
+    echo "this host lacks: ${missing[*]}; install them (Debian: apt-get install ${missing[*]}), then try again" >&2
+    exit 1
+fi

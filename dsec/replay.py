@@ -1,0 +1,67 @@
+"""Rebuild a lost sandbox: a fresh one, the logged commands applied again, each result compared.
+
+Files are never copied from a log: the state of a sandbox is what its commands made of the base,
+so the same commands on the same base make it again, and the comparison is the proof.  The first
+difference is a DivergedError; going on would hand the model a world that its past did not happen in.
+
+See: docs/architecture.md, "Recovery"; docs/adr/0003-rebuild-by-compared-replay.md.
+"""
+
+from __future__ import annotations
+
+from dsec.edge.exec_log import DurableSandbox
+from dsec.errors import DivergedError
+from dsec.sandbox import Substrate
+from dsec.trajectory import Append, CommandReplayed, SandboxCreated, Trajectory
+from dsec.types import ExecResult, Output, SandboxSpec
+
+
+async def incarnate(substrate: Substrate, spec: SandboxSpec, trajectory: Trajectory, append: Append) -> DurableSandbox:
+    """A sandbox in the state that the trajectory describes: fresh, or rebuilt by a compared replay.
+
+    Replays the finished commands in the order in which they started.  Raises DivergedError at the
+    first result that differs (the new sandbox is destroyed), and what `Substrate.create` raises.
+    """
+    sandbox = DurableSandbox(await substrate.create(spec), trajectory, append)
+    try:
+        await sandbox.record(SandboxCreated(trajectory.session, trajectory.incarnation + 1, spec))
+        for key, entry in list(trajectory.entries.items()):
+            if entry.result is None:
+                continue
+            again = await sandbox.sandbox.exec(entry.command)
+            difference = first_difference(entry.result, again)
+            await sandbox.record(
+                CommandReplayed(trajectory.session, trajectory.incarnation, key, is_equal=difference is None)
+            )
+            if difference is not None:
+                raise DivergedError(f"{trajectory.session}: replay of {key!r} differs from the log: {difference}")
+    except BaseException:
+        await sandbox.destroy()
+        raise
+    return sandbox
+
+
+def first_difference(logged: ExecResult, again: ExecResult) -> str | None:
+    """What a command can see of its own past: exit code and output; None if equal.
+
+    Durations differ by nature.  Of a command that was killed by its timeout only that fact is
+    compared: how far it came is a matter of speed.
+    """
+    if logged.timed_out != again.timed_out:
+        return f"timed_out was {logged.timed_out}, is {again.timed_out}"
+    if logged.timed_out:
+        return None
+    if logged.exit_code != again.exit_code:
+        return f"exit code was {logged.exit_code}, is {again.exit_code}"
+    return _output_difference("stdout", logged.stdout, again.stdout) or _output_difference(
+        "stderr", logged.stderr, again.stderr
+    )
+
+
+def _output_difference(name: str, logged: Output, again: Output) -> str | None:
+    if logged == again:
+        return None
+    old, new = logged.data, again.data
+    offset = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    near = slice(max(0, offset - 20), offset + 20)
+    return f"{name} at byte {offset}: was {old[near]!r}, is {new[near]!r}"

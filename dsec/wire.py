@@ -1,0 +1,47 @@
+"""Errors on the wire: one table from our error codes to gRPC statuses, used by every server.
+
+The status says what kind of thing happened, the details carry the stable code and the sentence for
+people.  An error that is not in the table is a bug and becomes INTERNAL without its text.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import grpc
+
+
+class CodedError(Protocol):
+    """What every error root of this project offers."""
+
+    code: str
+    retryable: bool
+
+
+STATUS: dict[str, grpc.StatusCode] = {
+    "INVALID_ARGUMENT": grpc.StatusCode.INVALID_ARGUMENT,
+    "BAD_TASK": grpc.StatusCode.INVALID_ARGUMENT,
+    "BAD_REQUEST": grpc.StatusCode.INVALID_ARGUMENT,
+    "NOT_FOUND": grpc.StatusCode.NOT_FOUND,
+    "HOST_UNFIT": grpc.StatusCode.FAILED_PRECONDITION,
+    "RESOURCE_EXHAUSTED": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "SANDBOX_LOST": grpc.StatusCode.ABORTED,
+    "SPAWN_FAILED": grpc.StatusCode.UNAVAILABLE,
+    "DIVERGED": grpc.StatusCode.DATA_LOSS,
+    "ENGINE_ERROR": grpc.StatusCode.UNAVAILABLE,
+    "VERIFIER_ERROR": grpc.StatusCode.FAILED_PRECONDITION,
+    "JOURNAL": grpc.StatusCode.DATA_LOSS,
+    "MACHINE": grpc.StatusCode.INTERNAL,
+    "WAL_CORRUPT": grpc.StatusCode.DATA_LOSS,
+    "WAL_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "WAL_LOCKED": grpc.StatusCode.UNAVAILABLE,
+    "WAL_POISONED": grpc.StatusCode.UNAVAILABLE,
+    "WAL_CLOSED": grpc.StatusCode.UNAVAILABLE,
+    "WAL_STORAGE": grpc.StatusCode.UNAVAILABLE,
+    "WAL_RECORD_TOO_LARGE": grpc.StatusCode.INVALID_ARGUMENT,
+}
+
+
+def status_of(error: CodedError) -> tuple[grpc.StatusCode, str]:
+    """The gRPC status and the details text of one of our errors."""
+    return STATUS.get(error.code, grpc.StatusCode.INTERNAL), f"{error.code}: {error}"

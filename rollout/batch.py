@@ -1,0 +1,113 @@
+"""A job from start to end in one process: what `dsec run` does once its command line is read.
+
+The run directory holds everything: `wal/` (the log), and, derived from it, `summary.json` and
+`trajectories.arrow`.  A run that was killed is finished by running it again with `resume`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+import wal
+from rollout.bench.tasks import Task, check_packages
+from rollout.config import RolloutConfig
+from rollout.errors import RequestError
+from rollout.events import Job
+from rollout.export import arrow
+from rollout.main import make_service
+from rollout.record import trajectory_record
+from rollout.service import RolloutService
+from rollout.summary import Summary, summarise
+
+REQUEST_ID = "run"
+SUMMARY, TRAJECTORIES = "summary.json", "trajectories.arrow"
+_DRAW_INTERVAL_S = 0.25
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What to run: a directory, the job and its tasks for a new run, and whether an old one may go on."""
+
+    directory: Path
+    make_job: Callable[[Sequence[Task]], Job]
+    load_tasks: Callable[[], Sequence[Task]]
+    resume: bool
+    config: RolloutConfig
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The figures, and the signal that stopped the run early, if one did."""
+
+    summary: Summary
+    stopped_by: signal.Signals | None
+
+
+def holds_run(directory: Path) -> bool:
+    """True if there is a log with at least one record."""
+    log = directory / "wal"
+    return log.is_dir() and next(iter(wal.read(log)), None) is not None
+
+
+async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None]) -> Outcome:
+    """Run or resume to the end; `draw(service, seconds)` is called a few times a second.
+
+    SIGINT and SIGTERM stop the run where it is, with everything that was logged kept.
+    Raises the typed errors of the rooms below (TaskError, RequestError, HostUnfitError, WalError ...).
+    """
+    if holds_run(batch.directory) and not batch.resume:
+        raise RequestError(f"{batch.directory} holds a run already: add --resume to finish it, or choose another --out")
+    began = time.monotonic()
+    batch.directory.mkdir(parents=True, exist_ok=True)
+    async with make_service(batch.directory, batch.config) as service:
+        if REQUEST_ID not in service.ledger.jobs:
+            tasks = batch.load_tasks()
+            check_packages(tasks)
+            await service.submit(batch.make_job(tasks), tasks)
+        waiting = asyncio.create_task(service.wait(REQUEST_ID))
+        stopped = _stop_signal(waiting)
+        with suppress(asyncio.CancelledError):
+            while not waiting.done():
+                draw(service, time.monotonic() - began)
+                await asyncio.wait([waiting], timeout=_DRAW_INTERVAL_S)
+            await waiting
+        draw(service, time.monotonic() - began)
+        summary = summarise(service.ledger, time.monotonic() - began)
+    write_results(batch.directory, service, summary)
+    return Outcome(summary, stopped[0] if stopped else None)
+
+
+def write_results(directory: Path, service: RolloutService, summary: Summary) -> None:
+    """Derive `trajectories.arrow` and `summary.json` from the ledger; each appears whole or not at all."""
+    records = (trajectory_record(service.ledger, rollout_id) for rollout_id in sorted(service.ledger.rollouts))
+    try:
+        arrow.write(directory / TRAJECTORIES, records)
+        scratch = directory / f".{SUMMARY}.{os.getpid()}"
+        scratch.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=1) + b"\n")
+        scratch.replace(directory / SUMMARY)
+    except OSError as error:
+        raise RequestError(
+            f"cannot write results to {directory}: {error.strerror or error}; the log is whole, run again with --resume"
+        ) from error
+
+
+def _stop_signal(waiting: asyncio.Task[None]) -> list[signal.Signals]:
+    """Cancel the wait at SIGINT or SIGTERM; the list tells afterwards which one came."""
+    came: list[signal.Signals] = []
+
+    def stop(number: signal.Signals) -> None:
+        came.append(number)
+        waiting.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    return came

@@ -1,0 +1,239 @@
+"""The command line `dsec`: parse, call a service, print.
+
+Exit codes: 0 done; 1 done with infrastructure failures, or a corrupt log; 2 bad usage or input;
+3 this host or this storage cannot do it; 130 and 143 stopped by SIGINT and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NoReturn
+
+import click
+import msgspec
+from dsec.cli import doctor, gc
+from rich.console import Console
+from rich.live import Live
+
+import wal.__main__ as wal_cli
+from dsec import trajectory
+from dsec.errors import DsecError
+from rollout import journal
+from rollout.batch import REQUEST_ID, Batch, run_batch
+from rollout.bench.tasks import Task, load_tasks
+from rollout.config import RolloutConfig
+from rollout.engine import Sampling
+from rollout.errors import RequestError, RolloutError
+from rollout.events import AgentKind, Job, Limits, Thinking
+from rollout.grpc_server import start_server
+from rollout.jobs import load_bundled, make_job
+from rollout.ledger import Ledger
+from rollout.main import load_tokenizer, make_service
+from rollout.record import trajectory_record
+from rollout.screen import LiveTable, print_summary, render_overview, render_trajectory, visible
+from rollout.service import RolloutService
+from toolcall_dsl import DslError
+from wal import CorruptError, WalError
+
+Failure = (RolloutError, DsecError, WalError, DslError)
+RUN_EXAMPLE = """\b
+Examples:
+  dsec run --out runs/first
+  dsec run my/tasks --group-size 8 --temperature 1 --seed 7 --out runs/second
+  dsec run --resume --out runs/second
+  dsec run --agent oracle --out runs/oracle --json"""
+
+SHOW_EXAMPLE = """\b
+Examples:
+  dsec show runs/first
+  dsec show runs/first bug-01
+  dsec show runs/first --json | jq .reward"""
+
+
+class DsecGroup(click.Group):
+    """A command group that turns the project's own errors into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command; see the module docstring for the exit codes."""
+        try:
+            return super().invoke(ctx)
+        except Failure as error:
+            fail(error)
+
+
+def fail(error: RolloutError | DsecError | WalError | DslError) -> NoReturn:
+    """Print what was wrong and exit with the code that says whose fault it was."""
+    click.echo(f"dsec: {visible(str(error))}", err=True)
+    if isinstance(error, CorruptError):
+        sys.exit(1)
+    sys.exit(2 if error.fault == "caller" else 3)
+
+
+@click.group(cls=DsecGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="dsec")
+def main() -> None:
+    """Agentic sandbox rollouts for DeepSeek-V4: durable, preemptible, exact."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+
+@main.command(epilog=RUN_EXAMPLE)
+@click.argument("tasks_dir", required=False, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory  [default: runs/TIME]")
+@click.option("--resume", is_flag=True, help="Finish the run that --out holds (or start it, if it holds none).")
+@click.option("--agent", type=click.Choice(["model", "oracle", "nop"]), default="model", show_default=True)
+@click.option("--group-size", type=int, default=1, show_default=True, help="Rollouts of each task.")
+@click.option("--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Rollouts at once.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--thinking", type=click.Choice(["none", "high", "max"]), default="high", show_default=True)
+@click.option("--turns-max", type=int, default=16, show_default=True, help="Model turns of one rollout.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object, nothing else.")
+def run(
+    tasks_dir: Path | None,
+    out: Path | None,
+    resume: bool,
+    agent: AgentKind,
+    group_size: int,
+    concurrency: int,
+    seed: int,
+    temperature: float,
+    thinking: Thinking,
+    turns_max: int,
+    as_json: bool,
+) -> None:
+    """Roll the model out on tasks in sandboxes; TASKS_DIR is a task folder, a folder of them, or the bundled set.
+
+    A task is a folder in Harbor's format (docs/formats/task.md).  Results lie in the run directory:
+    summary.json, trajectories.arrow, and the log in wal/.
+    """
+    if resume and out is None:
+        raise RequestError("--resume needs --out: which run shall be finished?")
+    directory = out or Path("runs") / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+
+    def job_for(tasks: Sequence[Task]) -> Job:
+        return make_job(
+            REQUEST_ID,
+            tasks,
+            group_size=group_size,
+            agent=agent,
+            thinking=thinking,
+            sampling=Sampling(temperature=temperature, seed=seed),
+            limits=Limits(turns_count_max=turns_max),
+        )
+
+    batch = Batch(
+        directory=directory,
+        make_job=job_for,
+        load_tasks=lambda: load_bundled() if tasks_dir is None else load_tasks(tasks_dir),
+        resume=resume,
+        config=RolloutConfig(concurrency=concurrency),
+    )
+    console = Console(stderr=True)
+    table = LiveTable()
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+
+        def draw(service: RolloutService, elapsed_s: float) -> None:
+            if not as_json and console.is_terminal:
+                live.update(table.render(service, elapsed_s), refresh=True)
+
+        outcome = asyncio.run(run_batch(batch, draw))
+    if as_json:
+        click.echo(msgspec.json.encode(outcome.summary))
+    else:
+        print_summary(Console(), outcome.summary, directory)
+    if outcome.stopped_by is not None:
+        click.echo(f"stopped by {outcome.stopped_by.name}; finish with: dsec run --resume --out {directory}", err=True)
+        sys.exit(128 + outcome.stopped_by)
+    sys.exit(1 if outcome.summary.infra_failures else 0)
+
+
+@main.command(epilog=SHOW_EXAMPLE)
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("rollout", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each rollout.")
+def show(directory: Path, rollout: str | None, as_json: bool) -> None:
+    """Print trajectories of a run: all in a table, or ROLLOUT (an id or a task name) turn by turn."""
+    ledger = Ledger.read(_log_of(directory), load_tokenizer())
+    chosen = sorted(ledger.rollouts) if rollout is None else [_resolve(ledger, rollout)]
+    records = [trajectory_record(ledger, rollout_id) for rollout_id in chosen]
+    if as_json:
+        for record in records:
+            click.echo(msgspec.json.encode(record))
+    elif rollout is None:
+        Console().print(render_overview(records))
+        click.echo(f"one of them, turn by turn: dsec show {directory} ROLLOUT")
+    else:
+        Console().print(render_trajectory(records[0], ledger.tasks[records[0].task_digest].instruction))
+
+
+@main.command("log", epilog="\b\nExample:\n  dsec log runs/first | head -20")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each record.")
+@click.option("--verify", is_flag=True, help="Only check the log.")
+@click.option("--stats", is_flag=True, help="Only print counts and sizes.")
+def log_(directory: Path, as_json: bool, verify: bool, stats: bool) -> None:
+    """Print the log of a run, record by record, with offsets; exit 1 on corruption."""
+    flags = [flag for flag, is_set in (("--json", as_json), ("--verify", verify), ("--stats", stats)) if is_set]
+    decoders = {
+        kind: lambda payload, kind=kind: msgspec.to_builtins(journal.decode(kind, payload))
+        for kind in (journal.KIND, trajectory.KIND)
+    }
+    sys.exit(wal_cli.main([str(_log_of(directory)), *flags], decoders=decoders))
+
+
+@main.command(epilog="\b\nExample:\n  dsec serve --out runs/server --listen 127.0.0.1:7710")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/server"), show_default=True)
+@click.option("--listen", default="127.0.0.1:7710", show_default=True, help="HOST:PORT; port 0 takes a free one.")
+@click.option("--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Rollouts at once.")
+def serve(out: Path, listen: str, concurrency: int) -> None:
+    """Serve rollouts over gRPC (rollout.pb.v1.RolloutService, health, reflection) until a signal comes.
+
+    Unfinished rollouts of the directory's log are taken up at once.  The port has no authentication:
+    listen on a loopback or private address only.
+    """
+    asyncio.run(_serve(out, listen, RolloutConfig(concurrency=concurrency)))
+
+
+async def _serve(directory: Path, listen: str, config: RolloutConfig) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with make_service(directory, config) as service:
+        server, port = await start_server(service, listen)
+        host = listen.rpartition(":")[0]
+        click.echo(f"dsec: serving {host}:{port}, log {directory}/wal, {service.running_count} rollouts taken up")
+        stopped, broken = asyncio.create_task(stop.wait()), asyncio.create_task(service.failed())
+        await asyncio.wait([stopped, broken], return_when=asyncio.FIRST_COMPLETED)
+        await server.stop(grace=1.0)
+        stopped.cancel()
+        if broken.done():
+            broken.result()
+        broken.cancel()
+
+
+def _log_of(directory: Path) -> Path:
+    log = directory / "wal"
+    if not log.is_dir():
+        raise RequestError(f"{directory} holds no run: there is no {log}")
+    return log
+
+
+def _resolve(ledger: Ledger, name: str) -> str:
+    """The rollout that a person means by `name`: an id, its end, or a task with one rollout."""
+    endings = (name, f"/{name}", f"/{name}.0")
+    found = [i for i in sorted(ledger.rollouts) if i == name or i.endswith(endings[1:])]
+    if len(found) != 1:
+        known = ", ".join(sorted(ledger.rollouts)[:5])
+        raise RequestError(f"{name!r} names {len(found)} rollouts of this log, not one; there are {known} ...")
+    return found[0]
+
+
+main.add_command(gc)
+main.add_command(doctor)

@@ -1,0 +1,22 @@
+"""Knobs of the rollout service, read from the environment (`DSEC_…`) or given by a command line."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class RolloutConfig(BaseSettings):
+    """Bounds of one service process."""
+
+    model_config = SettingsConfigDict(env_prefix="DSEC_", extra="ignore")
+
+    concurrency: int = Field(default=16, ge=1, le=1024, description="rollouts that run at once")
+    jobs_count_max: int = Field(default=10_000, ge=1, description="jobs that one log may hold")
+    rollouts_count_max: int = Field(default=100_000, ge=1, description="rollouts that one job may ask for")
+    watch_events_count_max: int = Field(default=100_000, ge=1, description="events kept for a slow watcher")
+    log_sync: str = Field(
+        default="always",
+        pattern=r"^(always|os|interval\(\d+(\.\d+)?\))$",
+        description="when the log is synced: always, interval(MS), or os (survives a kill, not a power cut)",
+    )

@@ -1,0 +1,245 @@
+"""gRPC in front of the rollout service: translation only, no decision is made here.
+
+See: proto/rollout/pb/v1/rollout.proto; dsec/wire.py for the statuses.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any, NoReturn
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from dsec.errors import DsecError
+from dsec.wire import status_of
+from rollout import events
+from rollout.bench.tasks import Task, task_from_files
+from rollout.engine import Sampling
+from rollout.errors import NotFoundError, RequestError, RolloutError
+from rollout.events import AgentKind, Event, Job, Limits, Thinking
+from rollout.jobs import load_bundled, make_job
+from rollout.pb.v1 import rollout_pb2 as pb
+from rollout.pb.v1 import rollout_pb2_grpc as pb_grpc
+from rollout.record import TrajectoryRecord, trajectory_record
+from rollout.service import RolloutService
+from wal import WalError
+from wal.tokens import TokensAppended
+
+MESSAGE_BYTES_MAX = 128 << 20
+_THINKING: dict[int, Thinking] = {pb.THINKING_UNSPECIFIED: "high", pb.NON_THINK: "none", pb.HIGH: "high", pb.MAX: "max"}
+_AGENT: dict[int, AgentKind] = {pb.AGENT_UNSPECIFIED: "model", pb.MODEL: "model", pb.ORACLE: "oracle", pb.NOP: "nop"}
+_log = logging.getLogger(__name__)
+Context = grpc.aio.ServicerContext
+
+
+class RolloutServicer(pb_grpc.RolloutServiceServicer):
+    """The three calls."""
+
+    def __init__(self, service: RolloutService) -> None:
+        """The service is open already."""
+        self._service = service
+
+    async def Submit(self, request: pb.SubmitRequest, context: Context) -> AsyncIterator[pb.Update]:  # noqa: N802 - gRPC's name
+        """Start or attach; see the proto."""
+        try:
+            job, tasks = job_of(request)
+            await self._service.submit(job, tasks)
+            mask, ledger = frozenset(request.return_mask), self._service.ledger
+            watch = self._service.watch(job.request_id)
+            ended = [member for member, _, _ in ledger.members(job.request_id) if ledger.is_done(member)]
+            for rollout_id in ended:
+                yield pb.Update(rollout_id=rollout_id, finished=self._trajectory(rollout_id, mask))
+            async for event in watch:
+                if (update := self._update(event, mask)) is not None:
+                    yield update
+        except (RolloutError, DsecError, WalError) as error:
+            await _abort(context, error)
+        except Exception:
+            _log.exception("Submit failed")
+            await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has it")
+
+    async def Get(self, request: pb.GetRequest, context: Context) -> pb.Trajectory:  # noqa: N802 - gRPC's name
+        """One rollout."""
+        try:
+            if request.rollout_id not in self._service.ledger.rollouts:
+                raise NotFoundError(f"no rollout {request.rollout_id!r}")
+            return self._trajectory(request.rollout_id, frozenset(request.return_mask))
+        except RolloutError as error:
+            await _abort(context, error)
+
+    async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelReply:  # noqa: N802 - gRPC's name
+        """End a job."""
+        try:
+            return pb.CancelReply(cancelled_count=await self._service.cancel(request.request_id))
+        except (RolloutError, DsecError, WalError) as error:
+            await _abort(context, error)
+
+    def _trajectory(self, rollout_id: str, mask: frozenset[int]) -> pb.Trajectory:
+        return trajectory_message(trajectory_record(self._service.ledger, rollout_id), mask)
+
+    def _update(self, event: Event, mask: frozenset[int]) -> pb.Update | None:
+        """The message for a durable event, or None if it is not streamed or was not asked for."""
+        ledger = self._service.ledger
+        match event:
+            case events.RolloutOpened(rollout_id=rollout_id):
+                prompt = sum(len(segment.token_ids) for segment in event.prompt)
+                task = next(g.task for g in ledger.rollouts[rollout_id].job.groups if g.group_id == event.group_id)
+                return pb.Update(rollout_id=rollout_id, opened=pb.Opened(task=task, prompt_tokens_count=prompt))
+            case TokensAppended() if pb.TOKENS in mask:
+                tokens = pb.Tokens(start=event.start, token_ids=event.token_ids, logprobs=event.logprobs)
+                return pb.Update(rollout_id=event.request, tokens=tokens)
+            case events.ToolFinished(rollout_id=rollout_id):
+                answered = pb.ToolAnswered(
+                    call_index=event.call_index,
+                    observation=event.observation if pb.TEXT in mask else "",
+                    exit_code=event.exit_code,
+                )
+                return pb.Update(rollout_id=rollout_id, tool_answered=answered)
+            case events.Judged(rollout_id=rollout_id):
+                judged = pb.Judged(reward=event.reward, components=event.components)
+                return pb.Update(rollout_id=rollout_id, judged=judged)
+            case events.RolloutFinished(rollout_id=rollout_id):
+                return pb.Update(rollout_id=rollout_id, finished=self._trajectory(rollout_id, mask))
+            case events.InfraFailed(rollout_id=rollout_id):
+                failure = pb.InfraFailure(code=event.code, fault=event.fault, message=event.message)
+                return pb.Update(rollout_id=rollout_id, infra_failed=failure)
+            case _:
+                return None
+
+
+def job_of(request: pb.SubmitRequest) -> tuple[Job, list[Task]]:
+    """What a request asks for.  TaskError, RequestError."""
+    tasks = [task_from_files(folder.name, dict(folder.files)) for folder in request.tasks]
+    if request.bundled_tasks:
+        tasks += load_bundled(request.bundled_tasks)
+    thinking, agent = _THINKING.get(request.thinking), _AGENT.get(request.agent)
+    if thinking is None or agent is None:
+        raise RequestError(f"thinking {request.thinking} or agent {request.agent} is not known to this server")
+    asked, default = request.limits, Limits()
+    job = make_job(
+        request.request_id,
+        tasks,
+        group_size=request.group_size or 1,
+        agent=agent,
+        thinking=thinking,
+        sampling=Sampling(
+            temperature=request.sampling.temperature,
+            top_p=request.sampling.top_p or 1.0,
+            top_k=request.sampling.top_k,
+            seed=request.sampling.seed,
+        ),
+        limits=Limits(
+            turns_count_max=asked.turns_count_max or default.turns_count_max,
+            turn_tokens_count_max=asked.turn_tokens_count_max or default.turn_tokens_count_max,
+            context_tokens_count_max=asked.context_tokens_count_max or default.context_tokens_count_max,
+            tool_timeout_s=asked.tool_timeout_s or default.tool_timeout_s,
+        ),
+    )
+    return job, tasks
+
+
+def trajectory_message(record: TrajectoryRecord, mask: Iterable[int]) -> pb.Trajectory:
+    """A record as its message; big fields only as far as `mask` asks for them."""
+    mask = frozenset(mask)
+    message = pb.Trajectory(
+        rollout_id=record.rollout_id,
+        request_id=record.request_id,
+        task=record.task,
+        group_id=record.group_id,
+        group_index=record.group_index,
+        group_size=record.group_size,
+        reward=record.reward,
+        reward_components=record.reward_components,
+        finish_reason=record.finish_reason or "",
+        infra_failure=pb.InfraFailure(**record.infra_failure) if record.infra_failure else None,
+        tokens_sampled=record.tokens_sampled,
+        tokens_replayed=record.tokens_replayed,
+        commands_replayed=record.commands_replayed,
+        commands_run_twice=record.commands_run_twice,
+        attempt=record.attempt,
+        weights_digest=record.weights_digest,
+        tokenizer_digest=record.tokenizer_digest,
+    )
+    for field, fill in _BIG_FIELDS.items():
+        if field in mask:
+            fill(message, record)
+    return message
+
+
+def _fill_tokens(message: pb.Trajectory, record: TrajectoryRecord) -> None:
+    message.token_ids.extend(record.token_ids)
+    message.spans.extend(
+        pb.Span(start=s.start, length=s.length, kind=s.kind, turn=s.turn, trainable=s.trainable) for s in record.spans
+    )
+
+
+def _fill_logprobs(message: pb.Trajectory, record: TrajectoryRecord) -> None:
+    message.logprobs.extend(math.nan if value is None else value for value in record.logprobs)
+
+
+def _fill_text(message: pb.Trajectory, record: TrajectoryRecord) -> None:
+    for turn in record.turns:
+        message.turns.add(
+            start=turn.start,
+            length=turn.length,
+            finish_reason=turn.finish_reason,
+            reasoning=turn.reasoning,
+            content=turn.content,
+            parse_error=turn.parse_error or "",
+        )
+    for call in record.tool_calls:
+        message.tool_calls.add(
+            call_index=call.call_index,
+            turn=call.turn,
+            name=call.name,
+            arguments_json=call.arguments_json,
+            parse_status=call.parse_status,
+            exit_code=call.exit,
+            timed_out=call.timed_out,
+            truncated_bytes=call.truncated_bytes,
+            duration_s=call.duration_s,
+            result=call.result,
+        )
+
+
+_BIG_FIELDS: dict[int, Callable[[pb.Trajectory, TrajectoryRecord], None]] = {
+    pb.TOKENS: _fill_tokens,
+    pb.LOGPROBS: _fill_logprobs,
+    pb.TEXT: _fill_text,
+}
+
+
+async def start_server(service: RolloutService, address: str) -> tuple[grpc.aio.Server, int]:
+    """Serve an open service at `host:port` (port 0: any) with health and reflection; the bound port.
+
+    RequestError if the address cannot be bound.
+    """
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+        ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+        ("grpc.so_reuseport", 0),
+    ]
+    server = grpc.aio.server(options=options)
+    name = pb.DESCRIPTOR.services_by_name["RolloutService"].full_name
+    pb_grpc.add_RolloutServiceServicer_to_server(RolloutServicer(service), server)
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise RequestError(f"cannot listen on {address}: is the port in use? choose another with --listen") from error
+    await server.start()
+    for served in ("", name):
+        await checks.set(served, health_pb2.HealthCheckResponse.SERVING)
+    return server, port
+
+
+async def _abort(context: Context, error: RolloutError | DsecError | WalError) -> NoReturn:
+    status, details = status_of(error)
+    await context.abort(status, details)
+    raise AssertionError("abort does not return")

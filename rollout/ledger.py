@@ -1,0 +1,129 @@
+"""The whole service as a fold: tasks, jobs, rollouts and sandbox trajectories, from one log.
+
+A running service keeps the ledger up to date event by event; a resume, `dsec show`, the summary and
+the export read the same log into the same ledger.  There is no other copy of any of this.
+
+Invariants:
+1. `apply` is called with durable events only, in log order for each rollout.
+2. A ledger read back from the log equals the one that the writer held.
+
+See: docs/architecture.md, "Ledger".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from dsec.trajectory import (
+    CommandFinished,
+    CommandReplayed,
+    CommandStarted,
+    SandboxCreated,
+    Trajectory,
+    TrajectoryRecord,
+)
+from rollout import journal, machine
+from rollout.bench.tasks import Task
+from rollout.errors import JournalError
+from rollout.events import Event, Group, Job, JobCancelled, JobSubmitted, RolloutOpened, TaskAdmitted, rollout_of
+from rollout.machine import State
+from toolcall_dsl import Tokenizer
+from wal.tokens import TokensAppended
+
+
+class Ledger:
+    """Everything that a log says, in memory."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """An empty ledger; the tokenizer must be the one that the log was written with."""
+        self.tokenizer = tokenizer
+        self.tasks: dict[str, Task] = {}
+        self.jobs: dict[str, Job] = {}
+        self.cancelled: set[str] = set()
+        self.rollouts: dict[str, State] = {}
+        self.trajectories: dict[str, Trajectory] = {}
+        self.lsns: dict[str, tuple[int, int]] = {}
+        self.tokens_regenerated = 0
+        self._job_of_group: dict[str, Job] = {}
+        self._logged_until: dict[str, int] = {}
+
+    @classmethod
+    def read(cls, directory: Path, tokenizer: Tokenizer) -> Ledger:
+        """Fold a log.  wal.CorruptError, JournalError (another tokenizer, unknown records), MachineError."""
+        ledger = cls(tokenizer)
+        for record, value in journal.replay(directory):
+            ledger.apply(value, record.lsn)
+        return ledger
+
+    def apply(self, event: Event | TrajectoryRecord, lsn: int) -> None:
+        """Fold one durable event in."""
+        match event:
+            case TaskAdmitted():
+                self.tasks.setdefault(event.task.digest, event.task)
+            case JobSubmitted():
+                self._submit(event.job)
+            case JobCancelled():
+                self.cancelled.add(event.request_id)
+            case SandboxCreated() | CommandStarted() | CommandFinished() | CommandReplayed():
+                self.trajectory(event.session).apply(event)
+                self.extend(event.session, lsn)
+            case RolloutOpened():
+                self._open(event)
+                self.extend(event.rollout_id, lsn)
+            case _:
+                rollout_id = rollout_of(event)
+                if isinstance(event, TokensAppended):
+                    self._count_regenerated(event)
+                self.rollouts[rollout_id] = machine.step(self._state(rollout_id), event, self.tokenizer)
+                self.extend(rollout_id, lsn)
+
+    def trajectory(self, rollout_id: str) -> Trajectory:
+        """The sandbox trajectory of a rollout; `apply` of its own records happens in place."""
+        return self.trajectories.setdefault(rollout_id, Trajectory(rollout_id))
+
+    def members(self, request_id: str) -> Iterator[tuple[str, Group, int]]:
+        """Every rollout that a job asks for: its id, group and index, opened or not."""
+        for group in self.jobs[request_id].groups:
+            for index in range(group.size):
+                yield f"{group.group_id}.{index}", group, index
+
+    def holds_group(self, group_id: str) -> bool:
+        """True if a job of this log has the group."""
+        return group_id in self._job_of_group
+
+    def is_done(self, rollout_id: str) -> bool:
+        """True once the rollout has ended (an infrastructure failure is not an end)."""
+        state = self.rollouts.get(rollout_id)
+        return state is not None and state.phase is machine.Phase.DONE
+
+    def extend(self, rollout_id: str, lsn: int) -> None:
+        """Note that a record of the rollout stands at `lsn`."""
+        first, last = self.lsns.get(rollout_id, (lsn, lsn))
+        self.lsns[rollout_id] = min(first, lsn), max(last, lsn)
+
+    def _submit(self, job: Job) -> None:
+        for group in job.groups:
+            if group.task_digest not in self.tasks:
+                raise JournalError(f"job {job.request_id}: its task {group.task} is not in the log")
+            self._job_of_group[group.group_id] = job
+        self.jobs[job.request_id] = job
+
+    def _open(self, event: RolloutOpened) -> None:
+        if event.tokenizer_digest != self.tokenizer.digest:
+            raise JournalError(
+                f"{event.rollout_id} was written with tokenizer {event.tokenizer_digest[:12]}, "
+                f"this installation has {self.tokenizer.digest[:12]}: use the checkpoint that wrote the log"
+            )
+        self.rollouts[event.rollout_id] = machine.start(self._job_of_group[event.group_id], event)
+
+    def _state(self, rollout_id: str) -> State:
+        try:
+            return self.rollouts[rollout_id]
+        except KeyError:
+            raise JournalError(f"an event of {rollout_id} stands before its rollout_opened") from None
+
+    def _count_regenerated(self, event: TokensAppended) -> None:
+        logged_until = self._logged_until.get(event.request, 0)
+        self.tokens_regenerated += max(0, logged_until - event.start)
+        self._logged_until[event.request] = event.start + len(event.token_ids)

@@ -1,0 +1,202 @@
+"""The one loop that drives a rollout, and the only place where a rollout does I/O.
+
+Law: append, then act.  Every event is durable in the log before it is folded, and an effect is
+performed only when the fold asks for it; so whatever was acted on can be read back.
+
+See: docs/architecture.md, "Runner".
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from dsec.edge.exec_log import DurableSandbox
+from dsec.errors import DsecError, SandboxLostError
+from rollout import machine
+from rollout.bench.tasks import Task, setup_commands
+from rollout.effects import ApplySolution, Effect, Finish, Judge, Prepare, RunTool, Sample
+from rollout.engine import Engine
+from rollout.errors import RolloutError, TaskError
+from rollout.events import (
+    AgentStopped,
+    FinishReason,
+    InfraFailed,
+    Judged,
+    RolloutEvent,
+    RolloutFinished,
+    SandboxPrepared,
+    SolutionApplied,
+    ToolFinished,
+)
+from rollout.journal import Journal
+from rollout.ledger import Ledger
+from rollout.machine import State
+from rollout.rewards.tests import reward_from, solution_commands, verify_commands
+from rollout.sandboxes import Sandboxes
+from rollout.tools import Place, use_tool
+from wal.tokens import TokensAppended
+
+SANDBOX_LOSSES_MAX = 3
+"""How many sandboxes one rollout may lose in one process before that is an infrastructure failure."""
+
+Events = AsyncGenerator[RolloutEvent, None]
+Watch = Callable[[RolloutEvent], None]
+
+
+@dataclass(slots=True)
+class Spent:
+    """Seconds that a rollout waited in this process for tokens, for its sandbox, and for the log."""
+
+    sampling_s: float = 0.0
+    tools_s: float = 0.0
+    log_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Rollout:
+    """A rollout that runs in this process; everything durable about it is in the ledger."""
+
+    id: str
+    task: Task
+    spent: Spent = field(default_factory=Spent)
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_out_of_time(self) -> bool:
+        """True once the agent used up the task's agent timeout in this process."""
+        return time.monotonic() - self.began > self.task.agent_timeout_s
+
+
+class Runner:
+    """Performs what rollouts want, one effect at a time for each rollout."""
+
+    def __init__(self, journal: Journal, ledger: Ledger, engine: Engine, sandboxes: Sandboxes, watch: Watch) -> None:
+        """Everything is open already and closed by the owner; `watch` sees each event once it is durable."""
+        self.journal = journal
+        self.ledger = ledger
+        self.engine = engine
+        self.sandboxes = sandboxes
+        self.watch = watch
+
+    async def run(self, rollout: Rollout) -> None:
+        """Drive a rollout to its end, or to an InfraFailed event.  wal.WalError if the log fails."""
+        losses = 0
+        try:
+            while (effect := machine.effect(self.state(rollout), self.ledger.tokenizer)) is not None:
+                try:
+                    async with aclosing(self.perform(effect, rollout)) as events:
+                        async for event in events:
+                            await self.record(rollout, event)
+                except (RolloutError, DsecError) as error:
+                    await self.sandboxes.drop(rollout.id)
+                    losses += 1
+                    if not isinstance(error, SandboxLostError) or losses > SANDBOX_LOSSES_MAX:
+                        await self.record(rollout, InfraFailed(rollout.id, error.code, error.fault, str(error)))
+                        return
+        finally:
+            await self.sandboxes.drop(rollout.id)
+            await self.engine.release(rollout.id)
+
+    def state(self, rollout: Rollout) -> State:
+        """The rollout as the ledger has it."""
+        return self.ledger.rollouts[rollout.id]
+
+    async def record(self, rollout: Rollout, event: RolloutEvent) -> None:
+        """Append, then fold, then tell."""
+        began = time.monotonic()
+        lsn = await self.journal.append(event)
+        rollout.spent.log_s += time.monotonic() - began
+        self.ledger.apply(event, lsn)
+        self.watch(event)
+
+    def perform(self, effect: Effect, rollout: Rollout) -> Events:
+        """The events that answer an effect."""
+        if isinstance(effect, Sample | RunTool) and rollout.is_out_of_time:
+            return self.stop_agent(rollout)
+        match effect:
+            case Prepare():
+                return self.prepare(rollout)
+            case Sample():
+                return self.sample(rollout, effect)
+            case RunTool():
+                return self.run_tool(rollout, effect)
+            case ApplySolution():
+                return self.apply_solution(rollout)
+            case Judge():
+                return self.judge(rollout, effect)
+            case Finish():
+                return self.finish(rollout, effect)
+
+    async def hold(self, rollout: Rollout) -> DurableSandbox:
+        """The rollout's sandbox, made or rebuilt if it has none."""
+        return await self.sandboxes.hold(rollout.id, rollout.task.sandbox)
+
+    async def stop_agent(self, rollout: Rollout) -> Events:
+        """The agent's wall clock ran out."""
+        yield AgentStopped(rollout.id, FinishReason.WALL_CLOCK)
+
+    async def prepare(self, rollout: Rollout) -> Events:
+        """Lay out the task's environment."""
+        began = time.monotonic()
+        sandbox = await self.hold(rollout)
+        for number, command in enumerate(setup_commands(rollout.task)):
+            result = await sandbox.exec(f"setup/{number}", command)
+            if result.exit_code != 0 or result.timed_out:
+                said = (result.stderr.data or result.stdout.data)[-300:].decode(errors="replace").strip()
+                line = " ".join(command.argv)[:200]
+                raise TaskError(f"{rollout.task.name}: environment step {line!r} exited {result.exit_code}: {said}")
+        yield SandboxPrepared(rollout.id, time.monotonic() - began)
+
+    async def sample(self, rollout: Rollout, effect: Sample) -> Events:
+        """Tokens until the turn ends; the engine runs ahead while a chunk becomes durable."""
+        start = len(effect.request.token_ids)
+        began = time.monotonic()
+        async with aclosing(self.engine.sample(effect.request)) as chunks:
+            async for chunk in chunks:
+                rollout.spent.sampling_s += time.monotonic() - began
+                yield TokensAppended(rollout.id, start, chunk.token_ids, chunk.logprobs, 0)
+                if rollout.is_out_of_time:
+                    return
+                start += len(chunk.token_ids)
+                began = time.monotonic()
+
+    async def run_tool(self, rollout: Rollout, effect: RunTool) -> Events:
+        """One tool call, through durable commands keyed `call/<index>/<step>`."""
+        began = time.monotonic()
+        sandbox = await self.hold(rollout)
+        place = Place(rollout.task.workdir, rollout.task.env, self.state(rollout).job.limits.tool_timeout_s)
+        seen = await use_tool(
+            effect.call, place, lambda step, command: sandbox.exec(f"call/{effect.call_index}/{step}", command)
+        )
+        spent = time.monotonic() - began
+        rollout.spent.tools_s += spent
+        yield ToolFinished(
+            rollout.id, effect.call_index, seen.text, seen.exit_code, seen.timed_out, seen.truncated_bytes, spent
+        )
+
+    async def apply_solution(self, rollout: Rollout) -> Events:
+        """The oracle: the task's own solution."""
+        began, exit_code = time.monotonic(), 0
+        sandbox = await self.hold(rollout)
+        for number, (_, command) in enumerate(solution_commands(rollout.task)):
+            exit_code = (await sandbox.exec(f"solution/{number}", command)).exit_code
+        yield SolutionApplied(rollout.id, exit_code, time.monotonic() - began)
+
+    async def judge(self, rollout: Rollout, effect: Judge) -> Events:
+        """Upload the tests now that the agent has finished, run them, read the reward."""
+        began = time.monotonic()
+        sandbox = await self.hold(rollout)
+        commands = verify_commands(rollout.task, effect.answer)
+        results = [(name, await sandbox.exec(f"judge/{n}", command)) for n, (name, command) in enumerate(commands)]
+        reward = reward_from(rollout.task, results)
+        spent = time.monotonic() - began
+        rollout.spent.tools_s += spent
+        yield Judged(rollout.id, reward.value, reward.components, reward.verifier_digest, spent)
+
+    async def finish(self, rollout: Rollout, effect: Finish) -> Events:
+        """The last event."""
+        spent = rollout.spent
+        yield RolloutFinished(rollout.id, effect.reason, spent.sampling_s, spent.tools_s, spent.log_s)

@@ -1,0 +1,194 @@
+"""What people see in a terminal: the live table of a run, its summary, and a readable trajectory.
+
+Text from a model or a sandbox is hostile: control characters are shown, never sent to the terminal.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from rollout.ledger import Ledger
+from rollout.machine import Phase
+from rollout.record import TrajectoryRecord
+from rollout.service import RolloutService
+from rollout.summary import SOLVED_REWARD, Summary, TaskRow
+
+_RATE_WINDOW_S = 3.0
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """The text with control and direction-changing characters written out."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+class LiveTable:
+    """Figures of a running service; keeps a few seconds of history for the token rate."""
+
+    def __init__(self) -> None:
+        """Nothing was seen yet."""
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def render(self, service: RolloutService, elapsed_s: float) -> RenderableType:
+        """One table: tasks, rollouts, turns, tokens and tokens/s, sandboxes alive, solved."""
+        summary = summarise_quickly(service.ledger)
+        tokens = summary["tokens"]
+        now = time.monotonic()
+        self._seen.append((now, tokens))
+        while len(self._seen) > 2 and now - self._seen[0][0] > _RATE_WINDOW_S:
+            self._seen.popleft()
+        (then, before), span = self._seen[0], max(now - self._seen[0][0], 1e-9)
+        rate = (tokens - before) / span if now > then else 0.0
+        table = Table(title=f"dsec run  {elapsed_s:6.1f} s", title_justify="left")
+        for name in ("tasks", "rollouts done", "turns", "tokens", "tokens/s", "sandboxes", "solved", "infra failures"):
+            table.add_column(name, justify="right")
+        table.add_row(
+            str(summary["tasks"]),
+            f"{summary['done']} / {summary['rollouts']}",
+            str(summary["turns"]),
+            str(tokens),
+            f"{rate:.0f}",
+            str(service.sandboxes.count),
+            f"[green]{summary['solved']}[/]",
+            f"[red]{summary['failed']}[/]" if summary["failed"] else "0",
+        )
+        return table
+
+
+def summarise_quickly(ledger: Ledger) -> dict[str, int]:
+    """The few counts that the live table shows."""
+    states = ledger.rollouts.values()
+    groups = [group for job in ledger.jobs.values() for group in job.groups]
+    return {
+        "tasks": len({group.task for group in groups}),
+        "rollouts": sum(group.size for group in groups),
+        "done": sum(state.phase is Phase.DONE for state in states),
+        "turns": sum(len(state.turns) for state in states),
+        "tokens": sum(state.sampled_count for state in states),
+        "solved": sum(state.judged is not None and state.judged.reward >= SOLVED_REWARD for state in states),
+        "failed": sum(state.failure is not None for state in states),
+    }
+
+
+def print_summary(console: Console, summary: Summary, directory: Path) -> None:
+    """The end of a run: figures, what was not solved, where results lie, what to try next."""
+    share = f" ({summary.solved / summary.rollouts:.1%})" if summary.rollouts else ""
+    waited = summary.sampling_s + summary.tools_s + summary.log_s or 1.0
+    table = Table.grid(padding=(0, 2))
+    table.add_row("solved", f"[bold green]{summary.solved}[/] of {summary.rollouts} rollouts{share}")
+    table.add_row("tokens", f"{summary.tokens} sampled in {summary.turns} turns, {summary.tool_calls} tool calls")
+    table.add_row("wall time", f"{summary.wall_s:.1f} s")
+    table.add_row(
+        "waited for",
+        f"sampling {summary.sampling_s / waited:.0%}, tools {summary.tools_s / waited:.0%}, "
+        f"log {summary.log_s / waited:.0%}  (of {waited:.0f} rollout-seconds)",
+    )
+    table.add_row(
+        "recovery",
+        f"{summary.resumes} resumes, {summary.tokens_replayed} tokens and {summary.commands_replayed} commands "
+        f"replayed, {summary.tokens_regenerated} tokens regenerated, {summary.commands_run_twice} commands run twice",
+    )
+    if summary.infra_failures:
+        table.add_row("[red]infrastructure[/]", f"[red]{summary.infra_failures} rollouts failed through the service[/]")
+        for rollout_id, message in list(summary.infra_failure_messages.items())[:5]:
+            table.add_row("", Text(visible(f"{rollout_id}: {message}")))
+    table.add_row("results", Text(f"{directory}/summary.json, {directory}/trajectories.arrow, {directory}/wal/"))
+    console.print(Panel(table, title="dsec run", title_align="left", expand=False))
+    console.print(_tasks_table(summary.per_task))
+    example = next((row.task for row in summary.per_task if row.tokens), summary.per_task[0].task)
+    console.print(
+        Text.assemble(
+            ("try next\n", "bold"),
+            f"  dsec show {directory} {example}      look at a trajectory\n",
+            f"  dsec run --out {directory} --resume      after a kill -9: finish the run, nothing sampled twice\n",
+            "  dsec run path/to/task --out runs/mine      run a task of your own (a folder in Harbor's format)",
+        )
+    )
+
+
+def _tasks_table(rows: list[TaskRow]) -> Table:
+    """Tasks by family or, for a few tasks, one by one."""
+    table = Table(title="by task family", title_justify="left")
+    for name in ("family", "solved", "rollouts", "tokens", "turns", "ended"):
+        table.add_column(name, justify="left" if name in ("family", "ended") else "right")
+    families: dict[str, list[TaskRow]] = {}
+    for row in rows:
+        families.setdefault(re.sub(r"-?\d+$", "", row.task) or row.task, []).append(row)
+    for family, members in sorted(families.items()):
+        ended: dict[str, int] = {}
+        for row in members:
+            for reason, count in row.finish_reasons.items():
+                ended[reason] = ended.get(reason, 0) + count
+        table.add_row(
+            visible(family),
+            str(sum(row.solved for row in members)),
+            str(sum(row.rollouts for row in members)),
+            str(sum(row.tokens for row in members)),
+            str(sum(row.turns for row in members)),
+            ", ".join(f"{reason} {count}" for reason, count in sorted(ended.items())),
+        )
+    return table
+
+
+def render_overview(records: list[TrajectoryRecord]) -> Table:
+    """One line for each rollout."""
+    table = Table(title="rollouts", title_justify="left")
+    for name in ("rollout", "reward", "ended", "turns", "calls", "tokens sampled", "replayed"):
+        table.add_column(name, justify="left" if name in ("rollout", "ended") else "right")
+    for record in records:
+        table.add_row(
+            visible(record.rollout_id),
+            "unset" if record.reward is None else f"{record.reward:g}",
+            _ending(record),
+            str(len(record.turns)),
+            str(len(record.tool_calls)),
+            str(record.tokens_sampled),
+            str(record.commands_replayed),
+        )
+    return table
+
+
+def render_trajectory(record: TrajectoryRecord, instruction: str) -> RenderableType:
+    """A trajectory for reading: request, then thinking, calls and results turn by turn, then the reward."""
+    parts: list[RenderableType] = [
+        Text.assemble(("rollout ", "bold"), visible(record.rollout_id), f"   task {visible(record.task)}"),
+        Panel(Text(visible(instruction)), title="request", title_align="left"),
+    ]
+    for number, turn in enumerate(record.turns):
+        text = Text()
+        if turn.reasoning:
+            text.append(visible(turn.reasoning) + "\n", style="dim italic")
+        if turn.content:
+            text.append(visible(turn.content) + "\n")
+        if turn.parse_error:
+            text.append(visible(turn.parse_error) + "\n", style="red")
+        for call in record.tool_calls:
+            if call.turn == number:
+                arguments = ", ".join(f"{name}={visible(str(value))!r}" for name, value in call.arguments.items())
+                text.append(f"{visible(call.name)}({arguments})\n", style="cyan")
+                text.append(_indent(visible(call.result)) + "\n", style="yellow" if call.exit else "green")
+        title = f"turn {number}  {turn.finish_reason}  {turn.length} tokens"
+        parts.append(Panel(text, title=title, title_align="left"))
+    reward = "unset" if record.reward is None else f"{record.reward:g}"
+    parts.append(Text.assemble(("reward ", "bold"), reward, f"   ended {_ending(record)}"))
+    if record.infra_failure:
+        parts.append(Text(visible(record.infra_failure["message"]), style="red"))
+    return Group(*parts)
+
+
+def _ending(record: TrajectoryRecord) -> str:
+    if record.infra_failure:
+        return f"infrastructure: {record.infra_failure['code']}"
+    return record.finish_reason or "not finished"
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  | {line}" for line in text.split("\n"))

@@ -1,0 +1,207 @@
+"""The rollout service's use-cases: submit a job, watch it, look at it, cancel it; resume what a log holds.
+
+One service owns one run directory (its log), one engine and one substrate.  The command line and the
+gRPC server are both callers of this class and share everything below it.
+
+Invariants:
+1. A job is durable before `submit` returns; the same `request_id` never makes a second job.
+2. `open` takes up every unfinished rollout of the log; nothing else is needed to resume.
+
+See: docs/architecture.md, "Service"; docs/formats/events.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Self
+
+import wal
+from dsec.sandbox import Substrate
+from rollout import context
+from rollout.bench.tasks import Task
+from rollout.config import RolloutConfig
+from rollout.engine import Engine
+from rollout.errors import JournalError, NotFoundError, RequestError
+from rollout.events import (
+    Event,
+    FinishReason,
+    Group,
+    Job,
+    JobCancelled,
+    JobSubmitted,
+    RolloutFinished,
+    RolloutOpened,
+    RolloutResumed,
+    TaskAdmitted,
+    rollout_of,
+)
+from rollout.journal import Journal
+from rollout.ledger import Ledger
+from rollout.runner import Rollout, Runner
+from rollout.sandboxes import Sandboxes
+from rollout.watchers import Watchers
+from toolcall_dsl import Tokenizer
+
+
+class RolloutService:
+    """Everything that runs over one log; an async context manager."""
+
+    def __init__(
+        self, directory: Path, engine: Engine, substrate: Substrate, tokenizer: Tokenizer, config: RolloutConfig
+    ) -> None:
+        """`directory/wal` is the log; engine and substrate are opened and closed by the service."""
+        self.directory = directory
+        self.engine = engine
+        self.substrate = substrate
+        self.tokenizer = tokenizer
+        self.config = config
+        self.ledger = Ledger(tokenizer)
+        self.watchers = Watchers(config.watch_events_count_max)
+        self._slots = asyncio.Semaphore(config.concurrency)
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._running_of_job: Counter[str] = Counter()
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._resources = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        """Lock and repair the log, fold it, start engine and substrate, take up what is unfinished.
+
+        Raises wal.LockedError, wal.CorruptError, JournalError, EngineError, dsec.errors.HostUnfitError.
+        """
+        async with AsyncExitStack() as stack:
+            log = wal.Log.open(self.directory / "wal")
+            self.recovery = log.recovery
+            self.journal = Journal(wal.GroupCommit(log, wal.SyncPolicy.parse(self.config.log_sync)))
+            stack.push_async_callback(self.journal.close)
+            self.ledger = Ledger.read(self.directory / "wal", self.tokenizer)
+            stack.push_async_callback(self.engine.close)
+            await self.engine.open()
+            stack.push_async_callback(self.substrate.close)
+            await self.substrate.open()
+            self.sandboxes = Sandboxes(self.substrate, self.ledger, self.journal.append_record)
+            self.runner = Runner(self.journal, self.ledger, self.engine, self.sandboxes, self._publish)
+            stack.push_async_callback(self._stop_rollouts)
+            self._resources = stack.pop_all()
+        for request_id in self.ledger.jobs:
+            self._start(request_id)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop running rollouts where they are (the log keeps them), free everything."""
+        await self._resources.aclose()
+
+    async def submit(self, job: Job, tasks: Iterable[Task]) -> None:
+        """Make a job durable and start it; a job that the log already holds is left as it is.
+
+        Raises RequestError if the same request id asked for something else, or a bound is exceeded.
+        """
+        if (known := self.ledger.jobs.get(job.request_id)) is not None:
+            if known != job:
+                raise RequestError(f"request {job.request_id!r} was submitted before with other contents")
+            return
+        if len(self.ledger.jobs) >= self.config.jobs_count_max:
+            raise RequestError(f"the log holds {self.config.jobs_count_max} jobs: start a service on a new directory")
+        if sum(group.size for group in job.groups) > self.config.rollouts_count_max:
+            raise RequestError(f"a job may ask for at most {self.config.rollouts_count_max} rollouts")
+        if taken := [group.group_id for group in job.groups if self.ledger.holds_group(group.group_id)]:
+            raise RequestError(f"group ids in use by another job: {', '.join(taken[:5])}")
+        new = {task.digest: task for task in tasks if task.digest not in self.ledger.tasks}
+        await asyncio.gather(*(self._record(TaskAdmitted(task)) for task in new.values()))
+        await self._record(JobSubmitted(job))
+        self._start(job.request_id)
+
+    async def cancel(self, request_id: str) -> int:
+        """End a job: running rollouts stop, unfinished ones finish as CANCELLED; returns how many did."""
+        if request_id not in self.ledger.jobs:
+            raise NotFoundError(f"no job {request_id!r} in {self.directory}")
+        await self._record(JobCancelled(request_id))
+        members = [rollout_id for rollout_id, _, _ in self.ledger.members(request_id)]
+        await _cancel([task for member in members if (task := self._running.get(member)) is not None])
+        open_ones = [m for m in members if m in self.ledger.rollouts and not self.ledger.is_done(m)]
+        await asyncio.gather(*(self._record(RolloutFinished(m, FinishReason.CANCELLED)) for m in open_ones))
+        self.watchers.close(request_id)
+        return len(open_ones)
+
+    async def wait(self, request_id: str) -> None:
+        """Return when no rollout of the job runs any more (ended, or stopped by an infrastructure failure).
+
+        Raises what stopped the service (a poisoned log, a bug); rollouts then stand in the log.
+        """
+        tasks = [t for m, _, _ in self.ledger.members(request_id) if (t := self._running.get(m)) is not None]
+        everything = asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait([everything, self._failed], return_when=asyncio.FIRST_COMPLETED)
+        if self._failed.done():
+            self._failed.result()
+
+    async def failed(self) -> None:
+        """Wait until something stops the whole service (a poisoned log, a bug), and raise it."""
+        await asyncio.shield(self._failed)
+
+    def watch(self, request_id: str) -> AsyncIterator[Event]:
+        """Durable events of a job from now on, until none of its rollouts runs."""
+        if request_id not in self.ledger.jobs:
+            raise NotFoundError(f"no job {request_id!r} in {self.directory}")
+        return self.watchers.watch(request_id, is_live=self._running_of_job[request_id] > 0)
+
+    @property
+    def running_count(self) -> int:
+        """Rollouts that are queued or running."""
+        return len(self._running)
+
+    def _start(self, request_id: str) -> None:
+        if request_id in self.ledger.cancelled:
+            return
+        for rollout_id, group, index in self.ledger.members(request_id):
+            if not self.ledger.is_done(rollout_id):
+                task = asyncio.create_task(self._run(request_id, rollout_id, group, index), name=rollout_id)
+                self._running[rollout_id] = task
+                self._running_of_job[request_id] += 1
+                task.add_done_callback(lambda done, job=request_id: self._ended(job, done))
+
+    async def _run(self, request_id: str, rollout_id: str, group: Group, index: int) -> None:
+        async with self._slots:
+            task, job = self.ledger.tasks[group.task_digest], self.ledger.jobs[request_id]
+            state = self.ledger.rollouts.get(rollout_id)
+            if state is None:
+                prompt = context.prompt(task.instruction, self.tokenizer, job.thinking)
+                await self._record(
+                    RolloutOpened(
+                        rollout_id, request_id, group.group_id, index, prompt, self.tokenizer.digest, self.engine.info
+                    )
+                )
+            elif state.opened.engine.weights_digest != self.engine.info.weights_digest:
+                raise JournalError(f"{rollout_id} was begun with other weights; resume it with the same checkpoint")
+            else:
+                await self._record(RolloutResumed(rollout_id, state.attempt + 1, state.tokens_count))
+            await self.runner.run(Rollout(rollout_id, task))
+
+    async def _record(self, event: Event) -> None:
+        self.ledger.apply(event, await self.journal.append(event))
+        self._publish(event)
+
+    def _publish(self, event: Event) -> None:
+        if not isinstance(event, TaskAdmitted | JobSubmitted | JobCancelled):
+            self.watchers.publish(self.ledger.rollouts[rollout_of(event)].opened.request_id, event)
+
+    def _ended(self, request_id: str, task: asyncio.Task[None]) -> None:
+        self._running.pop(task.get_name(), None)
+        if not task.cancelled() and (error := task.exception()) is not None and not self._failed.done():
+            self._failed.set_exception(error)
+        self._running_of_job[request_id] -= 1
+        if self._running_of_job[request_id] == 0:
+            self.watchers.close(request_id)
+
+    async def _stop_rollouts(self) -> None:
+        await _cancel(list(self._running.values()))
+        if self._failed.done():
+            self._failed.exception()
+
+
+async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
