@@ -36,13 +36,13 @@ def engine_digest() -> str:
 
 
 PARTS = (
-    (NATIVE / "dsec-sandbox", sorted(NATIVE.glob("*.c")), sorted(NATIVE.glob("*.h")), ["-O2", "-static"]),
     (
         EMBEDDED / "v4.so",
         sorted(EMBEDDED.glob("*.c")),
         sorted(EMBEDDED.glob("*.h")),
         [*ENGINE_FLAGS, f'-DV4_BUILD="{engine_digest()}"'],
     ),
+    (NATIVE / "dsec-sandbox", sorted(NATIVE.glob("*.c")), sorted(NATIVE.glob("*.h")), ["-O2", "-static"]),
 )
 
 

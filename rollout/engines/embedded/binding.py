@@ -36,10 +36,28 @@ class _Config(ctypes.Structure):
         *(
             (name, ctypes.c_int32)
             for name in (
-                "vocab_count hidden_dim layers_count heads_count head_dim rope_dim query_rank output_groups "
-                "output_rank window_tokens index_heads index_dim index_topk csa_rate hca_rate experts_count "
-                "experts_active expert_dim sinkhorn_rounds context_tokens_max batch_tokens_max"
-            ).split()
+                "vocab_count",
+                "hidden_dim",
+                "layers_count",
+                "heads_count",
+                "head_dim",
+                "rope_dim",
+                "query_rank",
+                "output_groups",
+                "output_rank",
+                "window_tokens",
+                "index_heads",
+                "index_dim",
+                "index_topk",
+                "csa_rate",
+                "hca_rate",
+                "experts_count",
+                "experts_active",
+                "expert_dim",
+                "sinkhorn_rounds",
+                "context_tokens_max",
+                "batch_tokens_max",
+            )
         ),
         *((name, ctypes.c_float) for name in ("norm_eps", "mix_eps", "swiglu_limit", "route_scale")),
         *((name, ctypes.c_double) for name in ("theta_main", "theta_compress")),
@@ -103,7 +121,7 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
         ("v4_state_position", ctypes.c_uint32, (pointer,)),
         ("v4_packed_bytes", size, (pointer, ctypes.c_uint32)),
         ("v4_state_pack", None, (pointer, pointer, pointer)),
-        ("v4_state_unpack", integer, (pointer, pointer, ctypes.c_char_p, size)),
+        ("v4_state_unpack", integer, (pointer, pointer, pointer, size)),
         ("v4_step", None, (pointer, ctypes.POINTER(_Chunk), integer)),
         ("v4_sample", ctypes.c_uint32, (pointer, pointer, ctypes.POINTER(_Sampling), ctypes.c_uint32, pointer)),
         ("v4_decode", integer, (pointer, ctypes.POINTER(_Stream), integer, integer, pointer, pointer)),
@@ -139,17 +157,17 @@ class State:
         """Back to the empty sequence."""
         self.model.library.v4_state_reset(self.model.pointer, self.pointer)
 
-    def pack(self) -> bytes:
+    def pack(self) -> bytearray:
         """All of it as bytes, about 1.5 KB a token until the window is full."""
         size = self.model.library.v4_packed_bytes(self.model.pointer, self.position)
         packed = bytearray(size)
-        window = (ctypes.c_char * size).from_buffer(packed)
-        self.model.library.v4_state_pack(self.model.pointer, self.pointer, window)
-        return bytes(packed)
+        self.model.library.v4_state_pack(self.model.pointer, self.pointer, (ctypes.c_char * size).from_buffer(packed))
+        return packed
 
-    def unpack(self, packed: bytes) -> None:
+    def unpack(self, packed: bytearray) -> None:
         """Become the packed state, bit for bit.  EngineError if it is of another model or damaged."""
-        if self.model.library.v4_state_unpack(self.model.pointer, self.pointer, packed, len(packed)):
+        window = (ctypes.c_char * len(packed)).from_buffer(packed)
+        if self.model.library.v4_state_unpack(self.model.pointer, self.pointer, window, len(packed)):
             raise EngineError("not a packed state of this model, or cut short")
 
     def close(self) -> None:
@@ -231,7 +249,7 @@ class Model:
         total = 0
         for row, chunk in zip(table, chunks, strict=True):
             count = len(chunk.token_ids)
-            self._check_ids(chunk.state, chunk.token_ids)
+            self._check_ids(chunk.state, chunk.token_ids, count)
             total += count
             row.state, row.tokens_count = chunk.state.pointer, count
             row.token_ids = (ctypes.c_uint32 * count)(*chunk.token_ids)
@@ -259,7 +277,7 @@ class Model:
         count = len(streams)
         table = (_Stream * count)()
         for row, stream in zip(table, streams, strict=True):
-            self._check_ids(stream.state, (stream.token_id,) * rounds_max)
+            self._check_ids(stream.state, (stream.token_id,), rounds_max)
             row.state, row.token_id = stream.state.pointer, stream.token_id
             row.sampling = _sampling(stream.sampling, stream.stream_key)
             row.stops_count = len(stream.stop_ids)
@@ -270,10 +288,10 @@ class Model:
         rounds = self.library.v4_decode(self.pointer, table, count, rounds_max, token_ids, logprobs)
         return [[Drawn(token_ids[r * count + s], logprobs[r * count + s]) for r in range(rounds)] for s in range(count)]
 
-    def _check_ids(self, state: State, token_ids: Sequence[int]) -> None:
+    def _check_ids(self, state: State, token_ids: Sequence[int], tokens_count: int) -> None:
         if not token_ids or min(token_ids) < 0 or max(token_ids) >= self.dimensions.vocab_count:
             raise EngineError(f"token ids must be 0 to {self.dimensions.vocab_count - 1}, at least one")
-        if state.position + len(token_ids) > self.dimensions.context_tokens_max:
+        if state.position + tokens_count > self.dimensions.context_tokens_max:
             raise EngineError(f"a context holds at most {self.dimensions.context_tokens_max} tokens")
 
     def _check_batch(self, tokens_count: int, states: Sequence[State]) -> None:

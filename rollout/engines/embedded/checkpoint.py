@@ -132,7 +132,8 @@ def load_checkpoint(folder: Path | None = None) -> Checkpoint:
     EngineError names the file and the rule that it breaks.
     """
     folder = folder or DEFAULT_CHECKPOINT
-    config = _read_json(folder / "config.json")
+    path = folder / "config.json"
+    config = _read_json(path)
     tokenizer = _read_json(folder / "tokenizer_config.json")
     try:
         dimensions = _dimensions(config, tokenizer)
