@@ -168,7 +168,8 @@ class GroupCommit:
             try:
                 first_lsn = await loop.run_in_executor(self._worker, self._write_group, group)
             except WalError as error:
-                return self._fail(group, error)
+                self._fail(group, error)
+                break
             except BaseException:
                 self._fail(group, WalError("the commit of a group was interrupted"))
                 raise

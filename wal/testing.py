@@ -68,14 +68,13 @@ class FaultyStorage:
         self._locked: set[Path] = set()
 
     def restart(self, landing: Landing, seed: int = 0) -> FaultyStorage:
-        """The disk as the next process finds it; this instance is down from now on."""
-        self._is_down = True
-        draw = random.Random(seed)
+        """The disk as the next process would find it after a crash now; this instance is not changed."""
+        draw = random.Random(seed)  # noqa: S311  # a test's dice, not a secret
         after = FaultyStorage()
         after._directories = set(self._directories)
         names = dict(self._written_names if landing == "written" else self._synced_names)
         if landing == "mixed":
-            for path in self._written_names.keys() | self._synced_names.keys():
+            for path in sorted(self._written_names.keys() | self._synced_names.keys()):
                 source = self._written_names if draw.random() < 0.5 else self._synced_names
                 names.pop(path, None)
                 if path in source:
@@ -217,8 +216,8 @@ class _MemoryLock:
 def _landed(inode: _Inode, landing: Landing, draw: random.Random) -> bytes:
     if landing == "written":
         return bytes(inode.written)
+    landed = _Inode(inode.written, bytearray(inode.synced))
     if landing == "mixed":
-        sectors = {sector for sector in inode.dirty if draw.random() < 0.5}
         low, high = sorted((len(inode.synced), len(inode.written)))
-        inode.land(sectors, draw.randint(low, high))
-    return bytes(inode.synced)
+        landed.land({sector for sector in sorted(inode.dirty) if draw.random() < 0.5}, draw.randint(low, high))
+    return bytes(landed.synced)

@@ -1,0 +1,153 @@
+"""`python -m wal`: what it prints and how it exits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wal import Log, tokens
+from wal.__main__ import main
+
+
+@pytest.fixture
+def log_directory(tmp_path: Path) -> Path:
+    """Tokens of two requests, a text record and a binary one."""
+    directory = tmp_path / "log"
+    with Log.open(directory) as log:
+        for request, start in (("r1", 0), ("r2", 0), ("r1", 2)):
+            record = tokens.TokensAppended(request, start, (5, 6), (-0.5, -1.0), 3)
+            log.append(tokens.TOKENS, tokens.encode(record))
+        log.append(2, b"plain text")
+        log.append(3, b"\xff" * 100)
+    return directory
+
+
+def newest(directory: Path) -> Path:
+    return max(directory.glob("*.wal"))
+
+
+def test_records_are_printed_with_their_place_and_their_tokens(
+    log_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(log_directory)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert lines[0].split() == [
+        "1", "0000000000000001-00000000.wal", "@48", "kind", "1", "44", "B",
+        "r1", "[0]", "v3:", "5(-0.500)", "6(-1.000)",
+    ]  # fmt: skip
+    assert lines[3].endswith("10 B  plain text")
+    assert "100 B  ffffffff ffffffff" in lines[4]
+
+
+def test_json_lines_hold_everything(log_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(log_directory), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[2] == {
+        "lsn": 3,
+        "segment": "0000000000000001-00000000.wal",
+        "offset": 48 + 2 * 72,
+        "kind": 1,
+        "size": 44,
+        "record": {"request": "r1", "start": 2, "token_ids": [5, 6], "logprobs": [-0.5, -1.0], "policy_version": 3},
+    }
+    assert lines[3]["preview"] == "plain text"
+
+
+def test_one_request_is_picked_out(log_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(log_directory), "--request", "r1", "--json"]) == 0
+    assert [json.loads(line)["lsn"] for line in capsys.readouterr().out.splitlines()] == [1, 3]
+
+
+def test_statistics_count_kinds_and_tokens(log_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(log_directory), "--stats", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["records"], told["segments"], told["outcome"]) == (5, 1, "end")
+    assert told["kinds"]["1"] == {"records": 3, "bytes": 216}
+    assert told["tokens"] == {"requests": 2, "tokens": 6, "bytes_per_token": 36.0}
+    assert main([str(log_directory), "--stats"]) == 0
+    assert "tokens: 6 of 2 requests, 36.0 bytes a token" in capsys.readouterr().out
+
+
+def test_verify_prints_the_verdict_only(log_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(log_directory), "--verify"]) == 0
+    assert capsys.readouterr().out == "ok: 5 records in 1 segments, next lsn 6, ended by: end\n"
+
+
+def test_a_torn_tail_is_a_note_and_not_a_failure(log_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = newest(log_directory)
+    path.write_bytes(path.read_bytes()[:-5])
+    assert main([str(log_directory), "--verify"]) == 0
+    said = capsys.readouterr()
+    assert "4 records" in said.out
+    assert "torn tail in 0000000000000001-00000000.wal at offset 304" in said.err
+
+
+def test_corruption_is_exit_one_and_names_the_place(log_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = newest(log_directory)
+    data = bytearray(path.read_bytes())
+    data[150] ^= 1
+    path.write_bytes(data)
+    assert main([str(log_directory)]) == 1
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 1
+    assert "0000000000000001-00000000.wal is corrupt at offset 120: the frame of lsn 2 fails its checksum" in said.err
+
+
+def test_bad_usage_is_exit_two_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for directory, why in (
+        (tmp_path / "none", "does not exist"),
+        (tmp_path, "no log"),
+        (tmp_path / "file", "not a dir"),
+    ):
+        assert main([str(directory)]) == 2
+        said = capsys.readouterr().err
+        assert why in said
+        assert str(directory) in said
+        assert said.count("\n") == 1
+    assert main([]) == 2
+    assert main([str(tmp_path), "--nonsense"]) == 2
+    assert main(["--help"]) == 0
+
+
+def test_a_kind_without_a_schema_can_be_given_one(log_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def decode(payload: bytes) -> object:
+        return {"text": payload.decode(), "request": "r9"}
+
+    assert main([str(log_directory), "--json", "--request", "r9"], {2: decode, 3: decode}) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["record"] == {"text": "plain text", "request": "r9"}
+    assert main([str(log_directory)], {2: decode, 3: decode}) == 0
+    assert 'kind 3       100 B  {"undecodable": "' in capsys.readouterr().out
+
+
+def test_long_records_are_shortened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Log.open(tmp_path) as log:
+        log.append(1, tokens.encode(tokens.TokensAppended("r", 0, (7,) * 100, (-1.0,) * 100, 0)))
+        log.append(2, b"x" * 1000)
+    assert main([str(tmp_path)], {1: tokens.as_json, 2: bytes.decode}) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith(" ... 100 tokens")
+    assert second.endswith("x...")
+    assert len(second) < 260
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    with Log.open(tmp_path) as log:
+        for _ in range(5000):
+            log.append(2, b"a line that fills the pipe")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "wal", str(tmp_path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as printer:
+        assert printer.stdout is not None
+        assert printer.stderr is not None
+        printer.stdout.readline()
+        printer.stdout.close()
+        assert printer.stderr.read() == ""
+        assert printer.wait(30) == 0

@@ -1,0 +1,222 @@
+"""Three outcomes: end, torn tail, corruption.  One test a row of the recovery decision table."""
+
+from pathlib import Path
+
+import pytest
+
+from wal import CorruptError, Log, Outcome, Reader, Record, StorageError, VersionError
+from wal import format as fmt
+from wal.testing import FaultyStorage
+
+DIRECTORY = Path("/log")
+HEADER = fmt.SegmentHeader(bytes(range(16)), 1, 0)
+
+
+def segment(*frames: bytes, header: fmt.SegmentHeader = HEADER) -> tuple[str, bytes]:
+    return header.name, fmt.encode_header(header) + b"".join(frames)
+
+
+def frame(lsn: int, payload: bytes = b"payload", lag: int = 0) -> bytes:
+    return fmt.encode_frame(HEADER.seed, lsn, lag, 1, payload)
+
+
+def damaged(data: bytes, offset: int = 24) -> bytes:
+    return data[:offset] + bytes([data[offset] ^ 0xFF]) + data[offset + 1 :]
+
+
+def disk_of(*files: tuple[str, bytes]) -> FaultyStorage:
+    disk = FaultyStorage()
+    disk.make_directory(DIRECTORY)
+    for name, data in files:
+        disk.create(DIRECTORY / name).write(data)
+    return disk
+
+
+def walk(*files: tuple[str, bytes]) -> tuple[list[int], Reader]:
+    reader = Reader(DIRECTORY, storage=disk_of(*files))
+    return [record.lsn for record in reader], reader
+
+
+def assert_corrupt(*files: tuple[str, bytes], good: list[int], offset: int, why: str) -> None:
+    """The damage is named, what comes before it is handed out first, and a writer changes nothing."""
+    with pytest.raises(CorruptError, match=why) as failure:
+        list(Reader(DIRECTORY, storage=disk_of(*files)))
+    assert failure.value.offset == offset
+    assert failure.value.segment in str(failure.value)
+    disk = disk_of(*files)
+    iterator = iter(Reader(DIRECTORY, storage=disk))
+    assert [next(iterator).lsn for _ in good] == good
+    with pytest.raises(CorruptError):
+        Log.open(DIRECTORY, storage=disk)
+    assert [(name, disk.read(DIRECTORY / name)) for name, _ in files] == list(files)
+
+
+def assert_torn(*files: tuple[str, bytes], good: list[int], why: str) -> None:
+    """The tail is told, cut by the next writer, kept aside, and appending goes on behind it."""
+    lsns, reader = walk(*files)
+    assert (lsns, reader.outcome) == (good, Outcome.TORN_TAIL)
+    assert reader.tear is not None
+    assert why in reader.tear.why
+    disk = disk_of(*files)
+    torn = files[-1][1][reader.tear.offset :]
+    with Log.open(DIRECTORY, storage=disk) as log:
+        assert log.recovery.torn_bytes == len(torn) == reader.tear.size_bytes
+        if torn:
+            assert log.recovery.quarantine is not None
+            assert disk.read(log.recovery.quarantine) == torn
+        assert log.append(1, b"next") == len(good) + 1
+    again = Reader(DIRECTORY, storage=disk)
+    assert [record.lsn for record in again] == [*good, len(good) + 1]
+    assert again.outcome is Outcome.END
+
+
+def test_a_log_that_ends_with_a_whole_frame_ended() -> None:
+    lsns, reader = walk(segment(frame(1), frame(2)))
+    assert (lsns, reader.outcome, reader.next_lsn, reader.tear) == ([1, 2], Outcome.END, 3, None)
+
+
+def test_a_record_tells_where_it_lies() -> None:
+    name, data = segment(frame(1), frame(2, b"two"))
+    records = list(Reader(DIRECTORY, storage=disk_of((name, data))))
+    assert records[1] == Record(2, 1, b"two", name, 48 + 32)
+
+
+def test_an_empty_directory_is_an_empty_log() -> None:
+    assert walk()[1].outcome is Outcome.END
+
+
+def test_a_missing_directory_is_an_error_that_names_it() -> None:
+    with pytest.raises(StorageError, match="cannot list /nowhere: No such file or directory"):
+        list(Reader(Path("/nowhere"), storage=FaultyStorage()))
+
+
+@pytest.mark.parametrize("kept", [1, 23, 24, 31])
+def test_an_incomplete_last_frame_is_a_torn_tail(kept: int) -> None:
+    assert_torn(segment(frame(1), frame(2)[:kept]), good=[1], why="left")
+
+
+def test_a_last_frame_that_fails_its_checksum_is_a_torn_tail() -> None:
+    assert_torn(segment(frame(1), damaged(frame(2))), good=[1], why="fails its checksum")
+
+
+@pytest.mark.parametrize("zeros", [1, 24, 4096])
+def test_a_tail_of_zeros_is_a_torn_tail(zeros: int) -> None:
+    assert_torn(segment(frame(1), bytes(zeros)), good=[1], why=f"last {zeros} bytes are zeros")
+
+
+def test_garbage_behind_the_last_frame_is_a_torn_tail() -> None:
+    assert_torn(segment(frame(1), b"\xa5" * 100), good=[1], why="no frame header")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 47])
+def test_a_newest_segment_cut_inside_its_header_is_a_torn_tail(kept: int) -> None:
+    second = segment(header=HEADER._replace(first_lsn=3))
+    assert_torn(segment(frame(1), frame(2)), (second[0], second[1][:kept]), good=[1, 2], why="header")
+
+
+def test_a_newest_segment_of_zeros_is_a_torn_tail() -> None:
+    assert_torn((HEADER.name, bytes(4096)), good=[], why="filled with zeros")
+
+
+def test_frames_behind_a_sector_that_never_reached_the_disk_are_a_torn_tail() -> None:
+    lost = frame(2, b"x" * 1500, lag=0)
+    lost = lost[:100] + bytes(1300) + lost[1400:]
+    assert_torn(segment(frame(1), lost, frame(3, lag=1)), good=[1], why="fails its checksum")
+
+
+def test_a_lost_sector_in_front_of_a_frame_that_proves_a_sync_is_corruption() -> None:
+    lost = frame(2, b"x" * 1500)
+    lost = lost[:100] + bytes(1300) + lost[1400:]
+    files = segment(frame(1), lost, frame(3, lag=1), frame(4, lag=1))
+    assert_corrupt(files, good=[1], offset=80, why="lsn 2 was durable")
+
+
+def test_a_bad_frame_in_front_of_a_valid_one_is_corruption() -> None:
+    files = segment(frame(1), damaged(frame(2)), frame(3, lag=1))
+    assert_corrupt(files, good=[1], offset=80, why="lsn 3 at 112 behind it is valid")
+
+
+def test_a_frame_whose_length_was_damaged_does_not_hide_the_frames_behind_it() -> None:
+    files = segment(frame(1), damaged(frame(2), 7), frame(3, lag=1))
+    assert_corrupt(files, good=[1], offset=80, why="needs .* bytes and 64 are left")
+
+
+def test_a_gap_in_the_lsns_is_corruption() -> None:
+    assert_corrupt(segment(frame(1), frame(3)), good=[1], offset=80, why="lsn 3 stands where lsn 2 should be")
+
+
+def test_a_repeated_frame_is_corruption() -> None:
+    assert_corrupt(segment(frame(1), frame(1)), good=[1], offset=80, why="lsn 1 stands where lsn 2 should be")
+
+
+def test_a_bad_last_frame_of_an_older_segment_is_corruption() -> None:
+    second = segment(frame(3), header=HEADER._replace(first_lsn=3))
+    assert_corrupt(segment(frame(1), frame(2)[:-1]), second, good=[1], offset=80, why="newer segments follow")
+
+
+def test_bytes_behind_the_last_frame_of_an_older_segment_are_corruption() -> None:
+    second = segment(frame(2), header=HEADER._replace(first_lsn=2))
+    assert_corrupt(segment(frame(1), bytes(8)), second, good=[1], offset=80, why="newer segments follow")
+
+
+def test_a_missing_middle_segment_is_corruption() -> None:
+    third = segment(frame(5), header=HEADER._replace(first_lsn=5))
+    assert_corrupt(segment(frame(1), frame(2)), third, good=[1, 2], offset=0, why="before it ends with lsn 2")
+
+
+def test_a_missing_segment_behind_an_empty_one_is_corruption() -> None:
+    third = segment(frame(5), header=HEADER._replace(first_lsn=5))
+    assert_corrupt(segment(), third, good=[], offset=0, why="before it ends with lsn 0")
+
+
+def test_a_missing_first_segment_is_corruption() -> None:
+    assert_corrupt(segment(frame(3), header=HEADER._replace(first_lsn=3)), good=[], offset=0, why="starts at lsn 3")
+
+
+def test_two_segments_of_the_same_lsn_are_corruption() -> None:
+    assert_corrupt(segment(), segment(header=HEADER._replace(epoch=1)), good=[], offset=0, why="the same lsn")
+
+
+def test_a_renamed_segment_is_corruption() -> None:
+    files = (HEADER.name, segment(frame(2), header=HEADER._replace(first_lsn=2))[1])
+    assert_corrupt(files, good=[], offset=0, why="belongs to a segment named 0000000000000002")
+
+
+def test_a_segment_of_another_log_is_corruption() -> None:
+    other = segment(header=fmt.SegmentHeader(bytes(16), 2, 0))
+    assert_corrupt(segment(frame(1)), other, good=[1], offset=16, why="another log")
+
+
+def test_a_damaged_header_in_front_of_frames_is_corruption() -> None:
+    name, data = segment(frame(1))
+    assert_corrupt((name, damaged(data, 20)), good=[], offset=0, why="header fails its checksum")
+
+
+def test_a_newer_format_version_is_refused_by_name() -> None:
+    with pytest.raises(VersionError, match="format version 2, this program reads version 1"):
+        walk(segment(header=HEADER._replace(version=2)))
+
+
+def test_reading_on_from_an_lsn_does_not_open_older_segments() -> None:
+    files = [segment(frame(lsn), header=HEADER._replace(first_lsn=lsn)) for lsn in (1, 2, 3)]
+    files[0] = (files[0][0], b"not even a header")
+    reader = Reader(DIRECTORY, after_lsn=1, storage=disk_of(*files))
+    assert [record.lsn for record in reader] == [2, 3]
+
+
+def test_a_payload_full_of_frame_marks_does_not_confuse_the_verdict() -> None:
+    hostile = fmt.MARK * 300 + frame(9)  # a copy of a frame of this log, at an lsn that cannot be here
+    whole = segment(frame(1), frame(2, hostile))
+    assert walk(whole)[0] == [1, 2]
+    assert_torn(segment(frame(1), frame(2, fmt.MARK * 300)[:-1]), good=[1], why="left")
+
+
+def test_the_writer_keeps_a_bounded_number_of_quarantined_tails() -> None:
+    disk = disk_of(segment(frame(1)))
+    path = DIRECTORY / HEADER.name
+    for _ in range(70):
+        disk.open(path).write(b"torn")
+        Log.open(DIRECTORY, storage=disk).close()
+    kept = disk.names(DIRECTORY / "quarantine")
+    assert len(kept) == 64
+    assert kept[-1].startswith("00000070-")

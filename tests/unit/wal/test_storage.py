@@ -1,0 +1,106 @@
+"""The real disk and the double behave the same; the real lock is held by a process."""
+
+from pathlib import Path
+
+import pytest
+
+from wal import LockedError, Log, OsStorage, Storage, StorageError
+from wal.testing import CrashError, FaultyStorage
+
+
+@pytest.fixture(params=["real", "double"])
+def disk(request: pytest.FixtureRequest) -> Storage:
+    return OsStorage() if request.param == "real" else FaultyStorage()
+
+
+@pytest.fixture
+def directory(disk: Storage, tmp_path: Path) -> Path:
+    disk.make_directory(tmp_path / "a" / "b")
+    return tmp_path / "a" / "b"
+
+
+def test_a_directory_can_be_made_again(disk: Storage, directory: Path) -> None:
+    disk.make_directory(directory)
+    assert disk.names(directory) == []
+
+
+def test_a_file_grows_at_its_end_and_is_cut_and_mended(disk: Storage, directory: Path) -> None:
+    path = directory / "file"
+    file = disk.create(path)
+    assert file.write(b"hello") == 5
+    file.close()
+    file = disk.open(path)
+    assert file.write(b" world!") == 7
+    assert file.rewrite(0, b"J") == 1
+    file.truncate(11)
+    file.sync()
+    assert file.write(b"?") == 1
+    file.close()
+    assert disk.read(path) == b"Jello world?"
+    disk.create(path).close()
+    assert disk.read(path) == b""
+
+
+def test_names_are_sorted_and_follow_rename_and_remove(disk: Storage, directory: Path) -> None:
+    for name in ("c", "a", "b"):
+        disk.create(directory / name).close()
+    disk.rename(directory / "a", directory / "d")
+    disk.remove(directory / "b")
+    disk.sync_directory(directory)
+    assert disk.names(directory) == ["c", "d"]
+
+
+def test_missing_files_and_directories_are_named(disk: Storage, directory: Path) -> None:
+    for use in (disk.read, disk.open, disk.names):
+        with pytest.raises(FileNotFoundError, match="none"):
+            use(directory / "none")
+
+
+def test_a_lock_is_exclusive_until_released(disk: Storage, directory: Path) -> None:
+    lock = disk.lock(directory / "LOCK")
+    with pytest.raises(BlockingIOError):
+        disk.lock(directory / "LOCK")
+    lock.close()
+    disk.lock(directory / "LOCK").close()
+
+
+def test_a_log_creates_its_directory_with_parents(tmp_path: Path) -> None:
+    with Log.open(tmp_path / "x" / "y" / "z") as log:
+        assert log.append(1, b"") == 1
+
+
+def test_a_second_writer_on_a_real_disk_is_told_who_holds_the_directory(tmp_path: Path) -> None:
+    with Log.open(tmp_path), pytest.raises(LockedError, match=rf"{tmp_path} is locked by process \d+"):
+        Log.open(tmp_path)
+
+
+def test_a_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("")
+    with pytest.raises(StorageError, match=f"cannot create {path}"):
+        Log.open(path)
+
+
+def test_a_machine_that_crashed_stays_down() -> None:
+    disk = FaultyStorage({2: "crash"})
+    disk.make_directory(Path("/d"))
+    with pytest.raises(CrashError, match="crash at call 2"):
+        disk.create(Path("/d/file"))
+    with pytest.raises(CrashError, match="down"):
+        disk.names(Path("/d"))
+
+
+def test_the_double_loses_what_was_not_synced() -> None:
+    disk = FaultyStorage()
+    disk.make_directory(Path("/d"))
+    file = disk.create(Path("/d/file"))
+    file.write(b"synced ")
+    file.sync()
+    assert disk.restart("synced").names(Path("/d")) == []
+    disk.sync_directory(Path("/d"))
+    file.write(b"written")
+    assert disk.restart("synced").read(Path("/d/file")) == b"synced "
+    assert disk.restart("written").read(Path("/d/file")) == b"synced written"
+    mixed = {disk.restart("mixed", seed).read(Path("/d/file")) for seed in range(50)}
+    assert len(mixed) > 2
+    assert all(content.startswith(b"synced ") for content in mixed)
