@@ -59,6 +59,17 @@ Piece = Control | Text
 
 
 @dataclass(frozen=True)
+class _Options:
+    """The options of the reference encoder."""
+
+    dialect: Dialect
+    thinking: bool
+    effort: str | None
+    drop_thinking: bool
+    add_bos: bool
+
+
+@dataclass(frozen=True)
 class _Frame:
     """What rendering one turn must know about the whole conversation."""
 
@@ -83,8 +94,8 @@ def encode_text(
 
     MessageError for a conversation that has no encoding.
     """
-    pieces = _pieces(messages, context, dialect, thinking, reasoning_effort, drop_thinking, add_default_bos_token)
-    return "".join(piece.text for piece in pieces)
+    options = _Options(dialect, thinking, reasoning_effort, drop_thinking, add_default_bos_token)
+    return "".join(piece.text for piece in _pieces(messages, context, options))
 
 
 def encode(
@@ -103,8 +114,8 @@ def encode(
     MessageError for a conversation that has no encoding, TokenizerError for a needed control
     token that the vocabulary lacks.
     """
-    pieces = _pieces(messages, context, dialect, thinking, reasoning_effort, drop_thinking, add_default_bos_token)
-    return segments_of(pieces, tokenizer)
+    options = _Options(dialect, thinking, reasoning_effort, drop_thinking, add_default_bos_token)
+    return segments_of(_pieces(messages, context, options), tokenizer)
 
 
 def encode_results(
@@ -166,27 +177,19 @@ def _grouped(tagged: Iterable[tuple[int, SpanKind]]) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def _pieces(
-    messages: Sequence[Message],
-    context: Sequence[Message],
-    dialect: Dialect,
-    thinking: bool,
-    effort: str | None,
-    drop_thinking: bool,
-    add_bos: bool,
-) -> Iterator[Piece]:
+def _pieces(messages: Sequence[Message], context: Sequence[Message], options: _Options) -> Iterator[Piece]:
+    dialect, thinking, effort = options.dialect, options.thinking, options.effort
     if effort is not None and effort not in dialect.effort_prefixes:
         raise MessageError(f"reasoning_effort: {effort!r} is none of {', '.join(dialect.effort_prefixes)}")
     turns = sort_results([*turns_of(context, is_context=True), *turns_of(messages)])
     for turn in turns:
         if turn.task is not None and turn.task not in dialect.tasks:
-            raise MessageError(
-                f"messages[{turn.index}]: unknown task {turn.task!r}, expected {', '.join(dialect.tasks)}"
-            )
-    dropping = drop_thinking and not any(turn.tools for turn in turns)
+            known = ", ".join(dialect.tasks)
+            raise MessageError(f"messages[{turn.index}]: unknown task {turn.task!r}, expected one of {known}")
+    dropping = options.drop_thinking and not any(turn.tools for turn in turns)
     if thinking and dropping:
         turns = drop_reasoning(turns)
-    if add_bos and not context:
+    if options.add_bos and not context:
         yield Control(dialect.bos)
     if thinking and effort is not None and turns and not turns[0].is_context:
         yield Text(dialect.effort_prefixes[effort], SpanKind.SYSTEM)

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import cast
+from dataclasses import dataclass, replace
 
 from toolcall_dsl.errors import MessageError
 
@@ -51,7 +50,7 @@ class Turn:
     blocks: tuple[Block, ...] = ()
     reasoning: str = ""
     calls: tuple[Call, ...] = ()
-    tools: tuple[object, ...] = field(default=())
+    tools: tuple[object, ...] = ()
     response_format: object = None
     task: str | None = None
     wo_eos: bool = False
@@ -83,8 +82,9 @@ def sort_results(turns: Sequence[Turn]) -> list[Turn]:
         if len(results) > 1 and order:
             ranked = iter(sorted(results, key=lambda block: order.get(block.call_id, 0)))
             blocks = tuple(next(ranked) if block.is_result else block for block in turn.blocks)
-            turn = replace(turn, blocks=blocks)
-        sorted_turns.append(turn)
+            sorted_turns.append(replace(turn, blocks=blocks))
+        else:
+            sorted_turns.append(turn)
     return sorted_turns
 
 
@@ -107,7 +107,7 @@ def drop_reasoning(turns: Sequence[Turn]) -> list[Turn]:
 
 def _turn(message: Message, index: int, where: str) -> Turn:
     role = message.get("role")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise MessageError(f"{where}: unknown role {role!r}, expected one of {', '.join(sorted(_ROLES))}")
     task = _optional_text(message, "task", where)
     if role == "tool":
@@ -120,7 +120,7 @@ def _turn(message: Message, index: int, where: str) -> Turn:
         raise MessageError(f"{where}: a developer message needs content")
     return Turn(
         index=index,
-        role=cast(str, role),
+        role=role,
         content=content,
         reasoning=_text(message, "reasoning_content", where),
         calls=_calls(message, where) if role == "assistant" else (),

@@ -14,12 +14,8 @@ See: docs/formats/toolcall_dsl.md, "Parsing".
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 from toolcall_dsl.dialect import V4, Dialect
 from toolcall_dsl.scanner import (
@@ -40,10 +36,9 @@ from toolcall_dsl.strict import StrictScanner
 from toolcall_dsl.tokenizer import Tokenizer, UnitMap
 from toolcall_dsl.tolerant import TolerantScanner
 from toolcall_dsl.types import ParsedTurn, ParseError, ParseStatus, Policy, Span, SpanKind, ToolCall
+from toolcall_dsl.values import BadJsonError, json_value, json_value_or_none, properties_of, unwrapped
 
 _EXCERPT_BEFORE, _EXCERPT_AFTER = 30, 50
-_WRAPPERS = frozenset({"arguments", "input"})
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 RULES: Mapping[str, str] = {
     "missing-think-close": "the reply ended inside its reasoning: {think_close} is missing",
@@ -51,7 +46,9 @@ RULES: Mapping[str, str] = {
     "control-token-in-text": "a control token stands where only text may stand",
     "missing-eos": "the reply was cut off before its end",
     "malformed-block": "a tool block must hold invokes only, each on lines of its own, and end with </{dsml}{block}>",
-    "malformed-invoke": 'an invoke must read <{dsml}{invoke} name="NAME">, its parameters a line each, </{dsml}{invoke}>',
+    "malformed-invoke": (
+        'an invoke must read <{dsml}{invoke} name="NAME">, then each parameter on its line, then </{dsml}{invoke}>'
+    ),
     "malformed-parameter": (
         'a parameter must read <{dsml}{parameter} name="NAME" string="true|false">VALUE</{dsml}{parameter}>'
         " and end its line"
@@ -64,10 +61,6 @@ RULES: Mapping[str, str] = {
     "text-after-eos": "nothing may follow the end of the reply",
 }
 """Every rule that a turn can break, with the sentence that is told to the model."""
-
-
-class _BadJsonError(ValueError):
-    """A value that is no JSON, or holds what no JSON writer can give back."""
 
 
 @dataclass
@@ -88,9 +81,9 @@ class _Gatherer:
 
     def __init__(self, unit_map: UnitMap, *, strict: bool, tools: Sequence[Mapping[str, object]]) -> None:
         self.gathered = _Gathered()
-        self._unit_map = unit_map
-        self._strict = strict
-        self._properties = dict(map(_properties, tools))
+        self.unit_map = unit_map
+        self.strict = strict
+        self._properties = dict(map(properties_of, tools))
         self._name = ""
         self._invoke_start = 0
         self._recovered = False
@@ -130,21 +123,21 @@ class _Gatherer:
         return gathered.fault is None
 
     def _text(self, units: Sequence[str]) -> str:
-        return self._unit_map.text("".join(units))
+        return self.unit_map.text("".join(units))
 
     def _close_parameter(self) -> None:
         opened, name = self._parameter, self._text([self._parameter.name])
         if name in self._arguments:
-            if self._strict:
+            if self.strict:
                 self.gathered.fault = Fault("duplicate-parameter", opened.start)
                 return
             self._recovered = True
         value: object = self._text(self._value)
         if opened.is_string is not True:
             try:
-                value = _json_value(str(value))
-            except _BadJsonError:
-                if self._strict:
+                value = json_value(str(value))
+            except BadJsonError:
+                if self.strict:
                     self.gathered.fault = Fault("bad-json", opened.start)
                     return
                 self._recovered = True
@@ -155,28 +148,16 @@ class _Gatherer:
         arguments = self._arguments
         body = self._text(self._body).strip()
         if body and not arguments:
-            value = _json_value_or_none(body)
+            value = json_value_or_none(body)
             if not isinstance(value, dict):
                 self.gathered.fault = Fault("malformed-invoke", self._invoke_start)
                 return
             arguments, self._recovered = value, True
-        elif not self._strict:
-            arguments = self._unwrapped(arguments)
+        elif not self.strict:
+            arguments = unwrapped(arguments, self._properties.get(self._name))
+            self._recovered |= arguments is not self._arguments
         status = ParseStatus.RECOVERED if self._recovered else ParseStatus.OK
         self.gathered.calls.append(ToolCall(self._name, arguments, status))
-
-    def _unwrapped(self, arguments: dict[str, object]) -> dict[str, object]:
-        """Arguments out of one spurious wrapper parameter, if the tool's schema knows the inner names only."""
-        known = self._properties.get(self._name)
-        wrapper = next(iter(arguments), "")
-        inner = arguments.get(wrapper)
-        if isinstance(inner, str):
-            inner = _json_value_or_none(inner)
-        wraps = len(arguments) == 1 and wrapper in _WRAPPERS and isinstance(inner, dict)
-        if known is None or wrapper in known or not wraps or not isinstance(inner, dict) or not inner.keys() <= known:
-            return arguments
-        self._recovered = True
-        return inner
 
 
 def parse(
@@ -194,7 +175,9 @@ def parse(
     serve the tolerant policy, to recognise a spurious wrapper parameter.
     """
     units = [tokenizer.units(token_id) for token_id in token_ids]
-    turn, gathered = _parse("".join(units), tokenizer.unit_map, thinking, policy, tools or (), dialect)
+    scanner = scanner_for(tokenizer.unit_map, thinking=thinking, policy=policy, dialect=dialect)
+    gatherer = _Gatherer(tokenizer.unit_map, strict=policy == "strict", tools=tools or ())
+    turn, gathered = _parse("".join(units), scanner, gatherer, dialect)
     spans = tuple(_spans(units, thinking=thinking, gathered=gathered))
     return ParsedTurn(turn.reasoning, turn.content, turn.calls, turn.error, spans)
 
@@ -209,7 +192,9 @@ def parse_text(
 ) -> ParsedTurn:
     """Read a turn out of text, believing every control token that is spelled in it; no spans."""
     unit_map = UnitMap(dialect.control_tokens)
-    return _parse(unit_map.units(text), unit_map, thinking, policy, tools or (), dialect)[0]
+    scanner = scanner_for(unit_map, thinking=thinking, policy=policy, dialect=dialect)
+    gatherer = _Gatherer(unit_map, strict=policy == "strict", tools=tools or ())
+    return _parse(unit_map.units(text), scanner, gatherer, dialect)[0]
 
 
 def scanner_for(unit_map: UnitMap, *, thinking: bool, policy: Policy, dialect: Dialect = V4) -> Scanner:
@@ -218,27 +203,18 @@ def scanner_for(unit_map: UnitMap, *, thinking: bool, policy: Policy, dialect: D
     return StrictScanner(marks, thinking=thinking) if policy == "strict" else TolerantScanner(marks, thinking=thinking)
 
 
-def _parse(
-    units: str,
-    unit_map: UnitMap,
-    thinking: bool,
-    policy: Policy,
-    tools: Sequence[Mapping[str, object]],
-    dialect: Dialect,
-) -> tuple[ParsedTurn, _Gathered]:
-    scanner = scanner_for(unit_map, thinking=thinking, policy=policy, dialect=dialect)
-    gatherer = _Gatherer(unit_map, strict=policy == "strict", tools=tools)
+def _parse(units: str, scanner: Scanner, gatherer: _Gatherer, dialect: Dialect) -> tuple[ParsedTurn, _Gathered]:
     scanner.feed(units)
     scanner.finish()
     while (event := scanner.next_event()) is not None and gatherer.take(event):
         pass
-    gathered = gatherer.gathered
+    gathered, unit_map = gatherer.gathered, gatherer.unit_map
     error = None if gathered.fault is None else _error(gathered.fault, units, unit_map, dialect)
     reasoning = unit_map.text("".join(gathered.reasoning))
     turn = ParsedTurn(
         reasoning=reasoning.rstrip() if gathered.reasoning_implied else reasoning,
         content=unit_map.text("".join(gathered.content)),
-        calls=() if error is not None and policy == "strict" else tuple(gathered.calls),
+        calls=() if error is not None and gatherer.strict else tuple(gathered.calls),
         error=error,
         spans=(),
     )
@@ -281,41 +257,3 @@ def _spans(units: Sequence[str], *, thinking: bool, gathered: _Gathered) -> Iter
         offset += len(token)
     if kind is not None and len(units) > start:
         yield Span(start, len(units) - start, kind)
-
-
-def _properties(tool: Mapping[str, object]) -> tuple[str, frozenset[str]]:
-    """Name and parameter names of a tool; anything missing reads as empty."""
-    function = tool.get("function")
-    schema = function.get("parameters") if isinstance(function, Mapping) else None
-    properties = schema.get("properties") if isinstance(schema, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    return str(name or ""), frozenset(properties) if isinstance(properties, Mapping) else frozenset()
-
-
-def _json_value_or_none(text: str) -> object:
-    try:
-        return _json_value(text)
-    except _BadJsonError:
-        return None
-
-
-def _json_value(text: str) -> object:
-    """One JSON value, without the extensions of Python's reader (NaN, Infinity, lone surrogates).  _BadJsonError."""
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
-        if _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
-            raise _BadJsonError("a lone surrogate is no character")
-    except (ValueError, RecursionError) as error:
-        raise _BadJsonError(str(error)) from error
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise _BadJsonError(f"{name} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise _BadJsonError(f"{text} is out of range")
-    return value

@@ -25,7 +25,7 @@ from toolcall_dsl.dialect import Dialect
 from toolcall_dsl.tokenizer import UnitMap
 
 HEADER_UNITS_MAX = 1024
-"""Longest tag header (name and attributes, in bytes): without this bound a header whose end never comes eats the turn."""
+"""Longest tag header, name and attributes, in bytes: without a bound, a header whose end never comes eats the turn."""
 
 CONTROL_UNIT = re.compile("[\ue000-\uf8ff]")
 _LEAD = re.compile(r"(?:\n{1,2}<?|</?)\Z")
@@ -165,6 +165,11 @@ class Scanner(ABC):
             pass
         return self._events.popleft() if self._events else None
 
+    @property
+    def undecided_count(self) -> int:
+        """Units that are held back because more input must decide what they are."""
+        return len(self._units) - self._at
+
     def _offset(self, at: int) -> int:
         return self._base + at
 
@@ -184,12 +189,16 @@ class Scanner(ABC):
 
     def _emit_decided(self, place: Place) -> None:
         """Hand out all text but a suffix that could be the beginning of a tag."""
-        held = 0
-        if not self._finished:
-            tail = self._units[max(self._at, len(self._units) - _LEAD_UNITS_MAX) :]
-            lead = _LEAD.search(tail)
-            held = len(tail) - lead.start() if lead else 0
-        self._emit(place, len(self._units) - held)
+        self._emit(place, self._decided_end())
+
+    def _decided_end(self) -> int:
+        """Where a suffix starts that could be the beginning of a tag (the end, if there is none)."""
+        end = len(self._units)
+        if self._finished:
+            return end
+        tail = self._units[max(self._at, end - _LEAD_UNITS_MAX) :]
+        lead = _LEAD.search(tail)
+        return end - len(tail) + lead.start() if lead else end
 
     def _spelled_next(self, start: int, literals: tuple[str, ...]) -> str | None:
         """Which literal stands at `start`: itself, "" for none, None while that is undecided."""

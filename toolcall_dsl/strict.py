@@ -25,6 +25,7 @@ from toolcall_dsl.scanner import (
     Scanner,
 )
 
+_INVOKE_HEADER = re.compile('([^\n\ue000-\uf8ff]+)">\n')
 _PARAMETER_HEADER = re.compile('([^\n\ue000-\uf8ff]*?)" string="(true|false)">')
 
 
@@ -99,10 +100,10 @@ class StrictScanner(Scanner):
         end = self._header_end()
         if end is None:
             return False
-        header = self._units[self._at : end + 1]
-        if len(header) < 4 or not header.endswith('">\n'):
+        header = _INVOKE_HEADER.fullmatch(self._units, self._at, end + 1)
+        if header is None:
             return self._bad_header("malformed-invoke", end)
-        self._events.append(InvokeOpened(header[:-3], self._offset(self._at)))
+        self._events.append(InvokeOpened(header[1], self._offset(self._at)))
         self._at = end + 1
         self._state = self._parameters
         return True

@@ -50,10 +50,13 @@ class UnitMap:
         """The unit of a control token, or one that no input contains if the vocabulary lacks it."""
         return self._unit_of.get(spelling, _ABSENT_UNIT)
 
+    def split(self, text: str) -> list[str]:
+        """Text cut so that each control token spelled in it is a part of its own."""
+        return self._split.split(text) if self._split is not None else [text]
+
     def units(self, text: str) -> str:
         """Units of trusted text: a control token spelled in it is that control token."""
-        parts = self._split.split(text) if self._split is not None else [text]
-        return "".join(self._unit_of.get(part) or plain_units(part) for part in parts)
+        return "".join(self._unit_of.get(part) or plain_units(part) for part in self.split(text))
 
     def text(self, units: str) -> str:
         """Text of units; bytes that are not UTF-8 become U+FFFD."""
@@ -77,8 +80,11 @@ class Tokenizer:
             parts = json.loads(definition)
             added = {entry["content"]: int(entry["id"]) for entry in parts["added_tokens"]}
             vocabulary: dict[str, int] = parts["model"]["vocab"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise TokenizerError(f"{source}: not a tokenizers JSON: {error!r}") from error
+        try:
             self._plain = _BpeTokenizer.from_str(json.dumps({**parts, "added_tokens": []}))
-        except Exception as error:  # tokenizers raises bare Exception for a bad definition
+        except Exception as error:  # the tokenizers library raises no narrower class
             raise TokenizerError(f"{source}: not a usable tokenizers JSON: {error}") from error
         self._source = source
         self._control_ids = added

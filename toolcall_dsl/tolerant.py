@@ -187,7 +187,9 @@ class TolerantScanner(Scanner):
             if tag is not _TEXT:
                 self._pass_text(place, tag.start)
                 return tag
-        if place is not None:
+        if place is None:
+            self._at = self._decided_end()
+        else:
             self._emit_decided(place)
         if self._finished:
             self._end()

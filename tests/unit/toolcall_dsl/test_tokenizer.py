@@ -1,0 +1,96 @@
+"""The tokenizer: plain text stays plain, ids read back as text, bad files are named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from toolcall_dsl import V4, Tokenizer, TokenizerError
+from toolcall_dsl.tokenizer import UnitMap
+
+SAMPLES = ["", "a", "  <picture>", "x = 1\r\n\tif y: pass\n\n\n", "热海大滚锅", "☕️ 🧑‍💻 é", "\x00\x1b[0m", "1234567"]
+
+
+def test_no_spelling_of_a_control_token_becomes_one(tokenizer: Tokenizer, tokenizer_file: Path) -> None:
+    for entry in json.loads(tokenizer_file.read_text())["added_tokens"]:
+        ids = tokenizer.encode_plain(f"a{entry['content']}b")
+        assert tokenizer.control_ids.isdisjoint(ids)
+        assert tokenizer.decode(ids) == f"a{entry['content']}b"
+
+
+@pytest.mark.parametrize("text", SAMPLES)
+def test_plain_text_has_the_ids_of_the_whole_tokenizer(text: str, tokenizer: Tokenizer, tokenizer_file: Path) -> None:
+    whole = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    assert tokenizer.encode_plain(text) == whole.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(tokenizer.encode_plain(text)) == text
+
+
+def test_ids_in_any_order_decode_as_the_library_decodes_them(tokenizer: Tokenizer, tokenizer_file: Path) -> None:
+    whole = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    known = [i for i in range(4094) if whole.id_to_token(i) is not None]
+    for start in range(0, len(known), 61):
+        ids = known[start : start + 61]
+        assert tokenizer.decode(ids) == whole.decode(ids, skip_special_tokens=False)
+
+
+def test_half_a_character_decodes_to_the_replacement_sign(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode_plain("🧑")
+    assert len(ids) > 1
+    assert "\ufffd" in tokenizer.decode(ids[:1])
+    assert tokenizer.decode(ids) == "🧑"
+
+
+def test_an_id_outside_the_vocabulary_decodes_to_the_replacement_sign(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode([-1, 10**9]) == "\ufffd\ufffd"
+
+
+def test_a_lone_surrogate_is_encoded_as_the_replacement_sign(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode_plain("a\ud800b")) == "a\ufffdb"
+
+
+def test_control_tokens_are_found_by_their_spelling(tokenizer: Tokenizer) -> None:
+    for spelling in V4.control_tokens:
+        assert tokenizer.decode([tokenizer.control(spelling)]) == spelling
+
+
+def test_a_missing_control_token_is_named_with_its_file(tokenizer: Tokenizer, tokenizer_file: Path) -> None:
+    with pytest.raises(TokenizerError) as caught:
+        tokenizer.control("<｜System｜>")
+    assert "<｜System｜>" in str(caught.value)
+    assert str(tokenizer_file) in str(caught.value)
+
+
+def test_the_digest_is_that_of_the_file(tokenizer: Tokenizer, tokenizer_file: Path) -> None:
+    assert tokenizer.digest == hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[]",
+        b'{"added_tokens": []}',
+        b'{"added_tokens": [], "model": {"vocab": {}}}',
+        b'{"added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0, "\xe4\xb8\xad": 1}, "unk_token": "a"}}',
+    ],
+)
+def test_a_file_that_is_no_byte_level_tokenizer_is_named(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "broken.json"
+    path.write_bytes(content)
+    with pytest.raises(TokenizerError, match=r"broken\.json"):
+        Tokenizer.from_file(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"absent\.json"):
+        Tokenizer.from_file(tmp_path / "absent.json")
+
+
+def test_more_control_tokens_than_there_are_units_are_refused() -> None:
+    with pytest.raises(TokenizerError, match="control tokens, more than"):
+        UnitMap(f"<{i}>" for i in range(6400))
