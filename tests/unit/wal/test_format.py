@@ -1,11 +1,14 @@
 """The byte table of docs/formats/wal.md, checked against the code."""
 
+import re
 import struct
 import zlib
+from pathlib import Path
 
 import pytest
 
 from wal import format as fmt
+from wal import tokens
 
 HEADER = fmt.SegmentHeader(log_id=bytes(range(16)), first_lsn=7, epoch=3)
 
@@ -82,3 +85,14 @@ def test_names_sort_in_log_order_and_are_parsed_back() -> None:
 @pytest.mark.parametrize("name", ["LOCK", "1-1.wal", "0000000000000001-00000000.wal.tmp", "quarantine"])
 def test_other_files_are_not_segments(name: str) -> None:
     assert fmt.parse_name(name) is None
+
+
+def test_the_worked_example_of_the_document_is_what_the_code_writes() -> None:
+    document = (Path(__file__).parents[3] / "docs" / "formats" / "wal.md").read_text()
+    rows = re.findall(r"^00[0-9a-f]{2}  ((?:[0-9a-f]{2} )+) ", document, re.MULTILINE)
+    header = fmt.SegmentHeader(bytes(range(16)), 1, 0)
+    record = tokens.TokensAppended("r1", 0, (5, 6), (-0.5, -1.0), 3)
+    written = fmt.encode_header(header)
+    written += fmt.encode_frame(header.seed, 1, 0, 2, b"hello")
+    written += fmt.encode_frame(header.seed, 2, 1, 1, tokens.encode(record))
+    assert bytes.fromhex("".join(rows)) == written
