@@ -67,7 +67,7 @@ class CommandReplayed(msgspec.Struct, frozen=True, tag="command_replayed"):
 TrajectoryRecord = SandboxCreated | CommandStarted | CommandFinished | CommandReplayed
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(TrajectoryRecord)
+_decoder: msgspec.msgpack.Decoder[TrajectoryRecord] = msgspec.msgpack.Decoder(TrajectoryRecord)
 
 
 def encode(record: TrajectoryRecord) -> bytes:

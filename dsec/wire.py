@@ -6,7 +6,7 @@ people.  An error that is not in the table is a bug and becomes INTERNAL without
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import grpc
 
@@ -14,8 +14,7 @@ import grpc
 class CodedError(Protocol):
     """What every error root of this project offers."""
 
-    code: str
-    retryable: bool
+    code: ClassVar[str]
 
 
 STATUS: dict[str, grpc.StatusCode] = {

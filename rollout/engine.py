@@ -13,7 +13,7 @@ See: docs/architecture.md, "Engine".
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Literal, Protocol
 
 import msgspec
@@ -78,7 +78,7 @@ class Engine(Protocol):
         """Load weights; ready when it returns.  EngineError."""
         ...
 
-    def sample(self, request: SampleRequest) -> AsyncIterator[Sampled]:
+    def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
         """Stream the continuation; closing the iterator early stops it.  EngineError."""
         ...
 

@@ -33,7 +33,7 @@ MESSAGE_BYTES_MAX = 128 << 20
 _THINKING: dict[int, Thinking] = {pb.THINKING_UNSPECIFIED: "high", pb.NON_THINK: "none", pb.HIGH: "high", pb.MAX: "max"}
 _AGENT: dict[int, AgentKind] = {pb.AGENT_UNSPECIFIED: "model", pb.MODEL: "model", pb.ORACLE: "oracle", pb.NOP: "nop"}
 _log = logging.getLogger(__name__)
-Context = grpc.aio.ServicerContext
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class RolloutServicer(pb_grpc.RolloutServiceServicer):
@@ -225,8 +225,8 @@ async def start_server(service: RolloutService, address: str) -> tuple[grpc.aio.
     ]
     server = grpc.aio.server(options=options)
     name = pb.DESCRIPTOR.services_by_name["RolloutService"].full_name
-    pb_grpc.add_RolloutServiceServicer_to_server(RolloutServicer(service), server)
-    checks = health.aio.HealthServicer()
+    pb_grpc.add_RolloutServiceServicer_to_server(RolloutServicer(service), server)  # type: ignore[no-untyped-call]
+    checks = health.aio.HealthServicer()  # type: ignore[attr-defined]  # stub lags behind the package
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:

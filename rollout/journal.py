@@ -44,7 +44,7 @@ _MsgpackEvent = (
     | events.InfraFailed
 )
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(_MsgpackEvent)
+_decoder: msgspec.msgpack.Decoder[_MsgpackEvent] = msgspec.msgpack.Decoder(_MsgpackEvent)
 
 
 def encode(event: Event) -> tuple[int, bytes]:

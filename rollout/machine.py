@@ -242,15 +242,13 @@ def _close_turn(state: State, tokenizer: Tokenizer, cut: TurnFinish | None = Non
         current=(),
         current_logprobs=(),
     )
-    match finish:
-        case TurnFinish.TOOL_CALLS:
-            return replace(state, phase=Phase.TOOLS, pending=parsed.calls, answered=0)
-        case TurnFinish.PARSE_FAILED if parsed.error is not None:
-            return _continue_with(state, (f"error: {parsed.error.message}",), tokenizer)
-        case TurnFinish.STOP:
-            return replace(state, phase=Phase.JUDGE, reason=FinishReason.STOP, answer=parsed.content)
-        case TurnFinish.LENGTH_TURN | TurnFinish.LENGTH_CONTEXT:
-            return replace(state, phase=Phase.JUDGE, reason=FinishReason(finish.value))
+    if cut is not None:
+        return replace(state, phase=Phase.JUDGE, reason=FinishReason(cut.value))
+    if parsed.error is not None:
+        return _continue_with(state, (f"error: {parsed.error.message}",), tokenizer)
+    if parsed.calls:
+        return replace(state, phase=Phase.TOOLS, pending=parsed.calls, answered=0)
+    return replace(state, phase=Phase.JUDGE, reason=FinishReason.STOP, answer=parsed.content)
 
 
 def _close_cut_turn(state: State, tokenizer: Tokenizer) -> State:

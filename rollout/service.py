@@ -16,6 +16,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -107,6 +108,11 @@ class RolloutService:
             raise RequestError(f"the log holds {self.config.jobs_count_max} jobs: start a service on a new directory")
         if sum(group.size for group in job.groups) > self.config.rollouts_count_max:
             raise RequestError(f"a job may ask for at most {self.config.rollouts_count_max} rollouts")
+        if job.limits.context_tokens_count_max > self.engine.info.context_tokens_max:
+            raise RequestError(
+                f"context_tokens_count_max is {job.limits.context_tokens_count_max}, "
+                f"this engine holds {self.engine.info.context_tokens_max}"
+            )
         if taken := [group.group_id for group in job.groups if self.ledger.holds_group(group.group_id)]:
             raise RequestError(f"group ids in use by another job: {', '.join(taken[:5])}")
         new = {task.digest: task for task in tasks if task.digest not in self.ledger.tasks}
@@ -132,8 +138,12 @@ class RolloutService:
         Raises what stopped the service (a poisoned log, a bug); rollouts then stand in the log.
         """
         tasks = [t for m, _, _ in self.ledger.members(request_id) if (t := self._running.get(m)) is not None]
-        everything = asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.wait([everything, self._failed], return_when=asyncio.FIRST_COMPLETED)
+        if tasks:
+            everything = asyncio.create_task(asyncio.wait(tasks))
+            try:
+                await asyncio.wait({everything, self._failed}, return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
+            finally:
+                everything.cancel()
         if self._failed.done():
             self._failed.result()
 
@@ -160,7 +170,7 @@ class RolloutService:
                 task = asyncio.create_task(self._run(request_id, rollout_id, group, index), name=rollout_id)
                 self._running[rollout_id] = task
                 self._running_of_job[request_id] += 1
-                task.add_done_callback(lambda done, job=request_id: self._ended(job, done))
+                task.add_done_callback(partial(self._ended, request_id))
 
     async def _run(self, request_id: str, rollout_id: str, group: Group, index: int) -> None:
         async with self._slots:

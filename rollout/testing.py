@@ -7,7 +7,7 @@ The double draws its tokens one by one like a real engine and obeys both invaria
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rollout import context
@@ -58,7 +58,7 @@ class ScriptedEngine:
         """Ready at once."""
         self._is_open = True
 
-    async def sample(self, request: SampleRequest) -> AsyncIterator[Sampled]:
+    async def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
         """Continue the scripted reply from where the context ends."""
         if not self._is_open:
             raise EngineError("the scripted engine is closed")
@@ -71,8 +71,12 @@ class ScriptedEngine:
             await asyncio.sleep(0)
             self.drawn_count += 1
             is_last = index == len(rest) - 1
-            finish = None if not is_last else "stop" if token in request.stop_ids else "length"
-            yield Sampled(token_ids=(token,), logprobs=(-0.5,), finish=finish)
+            if not is_last:
+                yield Sampled(token_ids=(token,), logprobs=(-0.5,))
+            elif token in request.stop_ids:
+                yield Sampled(token_ids=(token,), logprobs=(-0.5,), finish="stop")
+            else:
+                yield Sampled(token_ids=(token,), logprobs=(-0.5,), finish="length")
 
     async def release(self, session: str) -> None:
         """Nothing is kept."""
