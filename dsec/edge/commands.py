@@ -1,0 +1,76 @@
+"""Checking commands and limits before anything runs, and laying a command out for the guest.
+
+Everything the kernel would refuse for its size is refused here with a name and a number instead.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+
+from dsec.edge.native_wire import encode_exec_body
+from dsec.errors import InvalidArgumentError
+from dsec.types import STDIN_BYTES_MAX, Command, SandboxSpec
+
+ARG_BYTES_MAX = 131_071  # MAX_ARG_STRLEN less its zero byte
+ARGS_BYTES_MAX = 2_000_000  # a quarter of the 8 MiB stack, less what the kernel puts there
+TIMEOUT_S_MAX = 7 * 86_400.0
+OUTPUT_BYTES_MAX_MAX = 64 << 20
+MEMORY_BYTES_MIN = 16 << 20
+DISK_BYTES_MIN = 1 << 20
+_HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+def _encode(what: str, text: str) -> bytes:
+    try:
+        data = os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(f"{what} cannot be encoded: {error.reason}") from error
+    if b"\0" in data:
+        raise InvalidArgumentError(f"{what} contains a zero byte")
+    if len(data) > ARG_BYTES_MAX:
+        raise InvalidArgumentError(
+            f"{what} has {len(data)} bytes, more than the kernel's {ARG_BYTES_MAX} for one string: send it by stdin"
+        )
+    return data
+
+
+def encode_command(command: Command) -> bytes:
+    """The body of EXEC.  InvalidArgumentError names what is wrong with the command."""
+    if not command.argv:
+        raise InvalidArgumentError("argv is empty")
+    if not (math.isfinite(command.timeout_s) and 0 < command.timeout_s <= TIMEOUT_S_MAX):
+        raise InvalidArgumentError(f"timeout_s {command.timeout_s} is not in (0, {TIMEOUT_S_MAX}]")
+    if not 0 <= command.output_bytes_max <= OUTPUT_BYTES_MAX_MAX:
+        raise InvalidArgumentError(f"output_bytes_max {command.output_bytes_max} is not in [0, {OUTPUT_BYTES_MAX_MAX}]")
+    if len(command.stdin) > STDIN_BYTES_MAX:
+        raise InvalidArgumentError(f"stdin has {len(command.stdin)} bytes, more than {STDIN_BYTES_MAX}")
+    if not command.cwd.startswith("/"):
+        raise InvalidArgumentError(f"cwd {command.cwd!r} is not an absolute path")
+    for name in command.env:
+        if not name or "=" in name:
+            raise InvalidArgumentError(f"{name!r} cannot be the name of an environment variable")
+    argv = [_encode(f"argv[{index}]", text) for index, text in enumerate(command.argv)]
+    env = [_encode(f"environment variable {name}", f"{name}={value}") for name, value in command.env.items()]
+    total = sum(len(data) + 9 for data in argv + env)
+    if total > ARGS_BYTES_MAX:
+        raise InvalidArgumentError(f"argv and env need {total} bytes, more than {ARGS_BYTES_MAX}")
+    return encode_exec_body(math.ceil(command.timeout_s * 1000), _encode("cwd", command.cwd), argv, env)
+
+
+def check_spec(spec: SandboxSpec) -> None:
+    """InvalidArgumentError if no sandbox can have these limits."""
+    if spec.memory_bytes < MEMORY_BYTES_MIN:
+        raise InvalidArgumentError(f"memory_bytes {spec.memory_bytes} is below {MEMORY_BYTES_MIN}")
+    if not DISK_BYTES_MIN <= spec.disk_bytes < spec.memory_bytes:
+        raise InvalidArgumentError(
+            f"disk_bytes {spec.disk_bytes} is not in [{DISK_BYTES_MIN}, memory_bytes {spec.memory_bytes}): "
+            "the disk is held in the sandbox's memory, and a full disk must not be an OOM"
+        )
+    if spec.pids_count_max < 1:
+        raise InvalidArgumentError(f"pids_count_max {spec.pids_count_max} is below 1")
+    if not (math.isfinite(spec.cpu_cores) and 0.01 <= spec.cpu_cores <= 1024):
+        raise InvalidArgumentError(f"cpu_cores {spec.cpu_cores} is not in [0.01, 1024]")
+    if not _HOSTNAME.fullmatch(spec.hostname):
+        raise InvalidArgumentError(f"hostname {spec.hostname!r} is not a lower case host name")

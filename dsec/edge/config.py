@@ -1,0 +1,34 @@
+"""Knobs of one host's sandboxes, each also an environment variable `DSEC_EDGE_<NAME>`.
+
+See: docs/architecture.md, "Sandbox"; dsec/native/protocol.h for the bounds of the C side.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+SLOTS_COUNT_MAX = 1024
+EXECS_COUNT_MAX = 64
+NATIVE_BINARY = Path(__file__).resolve().parent.parent / "native" / "dsec-sandbox"
+
+
+class SubstrateConfig(BaseSettings):
+    """Bounds of a substrate.
+
+    `cgroup_parent` is the cgroup below which ours are made, relative to each hierarchy's mount
+    ("" is its root).  `answer_grace_s` is how long after a command's timeout the guest may take to
+    answer before the sandbox counts as lost.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="DSEC_EDGE_", frozen=True)
+
+    sandboxes_count_max: int = Field(default=256, ge=1, le=SLOTS_COUNT_MAX)
+    creates_in_flight_max: int = Field(default=8, ge=1, le=256)
+    execs_in_flight_max: int = Field(default=16, ge=1, le=EXECS_COUNT_MAX)
+    create_timeout_s: float = Field(default=60.0, gt=0)
+    answer_grace_s: float = Field(default=30.0, gt=0)
+    cgroup_parent: str = Field(default="", pattern=r"^([\w.@:-]+(/[\w.@:-]+)*)?$")
+    binary_path: Path = NATIVE_BINARY

@@ -1,0 +1,130 @@
+"""The client of one guest (pid 1 of a sandbox): start commands, kill them, learn how they ended.
+
+See: dsec/native/protocol.h, dsec/native/guest.c.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from dsec.edge.native_wire import (
+    EXEC_BODY_IN_FD,
+    EXEC_HAS_STDIN,
+    EXEC_MERGE_STDERR,
+    INLINE_BODY_BYTES_MAX,
+    MessageReader,
+    MessageType,
+    Stage,
+    encode_u32,
+)
+from dsec.edge.packets import PacketSocket
+from dsec.edge.spawner import step_error
+from dsec.errors import SandboxLostError, SpawnError
+
+
+class Exited(msgspec.Struct, frozen=True):
+    """A command ended: wait status as of wait(2), and EXIT_* flags."""
+
+    wait_status: int
+    flags: int
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """A command did not start."""
+
+    stage: Stage
+    errno: int
+
+
+class Guest:
+    """The connection to a guest.  `on_lost()` is called once if it ends before `close`."""
+
+    def __init__(self, connection: socket.socket, on_lost: Callable[[], None]) -> None:
+        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._answers: dict[int, asyncio.Future[Exited | Refused]] = {}
+        self._exec_id = 0
+        self._on_lost = on_lost
+        self._packets = PacketSocket(connection, self._on_packet, self._on_close)
+
+    async def ready(self) -> None:
+        """Wait until the sandbox is set up.  SpawnError names the failing step."""
+        await self._ready
+
+    async def start(self, body: bytes, fds: Sequence[int], *, has_stdin: bool, merge_stderr: bool) -> int:
+        """Send a command with its pipes (stdin if any, stdout, stderr unless merged); returns its exec id.
+
+        SandboxLostError if the guest is gone.
+        """
+        self._exec_id = exec_id = (self._exec_id + 1) & 0xFFFFFFFF
+        flags = EXEC_HAS_STDIN * has_stdin | EXEC_MERGE_STDERR * merge_stderr
+        self._answers[exec_id] = asyncio.get_running_loop().create_future()
+        try:
+            if len(body) <= INLINE_BODY_BYTES_MAX:
+                await self._packets.send(encode_u32(MessageType.EXEC, exec_id, flags) + body, fds)
+            else:
+                await self._start_with_file(exec_id, flags, body, fds)
+        except BaseException as error:
+            self._answers.pop(exec_id, None)
+            if isinstance(error, ConnectionError):
+                raise SandboxLostError("the sandbox is gone") from error
+            raise
+        return exec_id
+
+    async def _start_with_file(self, exec_id: int, flags: int, body: bytes, fds: Sequence[int]) -> None:
+        file = os.memfd_create("exec", os.MFD_CLOEXEC)
+        try:
+            with open(file, "wb", closefd=False) as stream:
+                stream.write(body)
+            head = encode_u32(MessageType.EXEC, exec_id, flags | EXEC_BODY_IN_FD)
+            await self._packets.send(head, [file, *fds])
+        finally:
+            os.close(file)
+
+    async def answer(self, exec_id: int) -> Exited | Refused:
+        """How the command ended; a cancelled wait kills its process tree.  SandboxLostError."""
+        try:
+            return await self._answers[exec_id]
+        except asyncio.CancelledError:
+            self._packets.send_now(encode_u32(MessageType.KILL, exec_id))
+            raise
+        finally:
+            self._answers.pop(exec_id, None)
+
+    def close(self) -> None:
+        """Close the connection (which ends the guest) and fail what waits."""
+        self._packets.close()
+        self._fail_all()
+
+    def _on_packet(self, data: bytes, fds: list[int]) -> None:
+        reader = MessageReader(data)
+        kind = reader.u32()
+        if kind == MessageType.READY:
+            self._ready.set_result(None)
+        elif kind == MessageType.FAILED:
+            reader.u32()
+            self._ready.set_exception(SpawnError(step_error(reader)))
+            self._ready.exception()
+        else:
+            waiting = self._answers.get(reader.u32())
+            first, second = reader.u32(), reader.u32()
+            if waiting is not None and not waiting.done():
+                ended = kind == MessageType.EXITED
+                waiting.set_result(Exited(first, second) if ended else Refused(Stage(first), second))
+
+    def _on_close(self) -> None:
+        self._fail_all()
+        self._on_lost()
+
+    def _fail_all(self) -> None:
+        if not self._ready.done():
+            self._ready.set_exception(SpawnError("the guest ended during its setup"))
+            self._ready.exception()
+        for waiting in self._answers.values():
+            if not waiting.done():
+                waiting.set_exception(SandboxLostError("the sandbox ended while the command ran"))
+                waiting.exception()

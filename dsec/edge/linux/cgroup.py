@@ -1,0 +1,218 @@
+"""Cgroups of the host: which version offers what, the plan for one sandbox, and the sweep.
+
+A process tree is tracked and killed through cgroup2 on every host (`cgroup.kill`), with or without
+controllers there.  Each limit (memory, pids, cpu) is set where the host has that controller: on
+cgroup2, or on a v1 hierarchy.  The guest (pid 1) stays outside the memory group, so that the
+kernel's OOM killer can only choose among the commands.
+
+Our directories are named `dsec-<boot>-<pid namespace>-<pid>-<start time>-<n>` after the process
+that owns them, so that anyone can tell a dead owner's leftovers from a living one's sandboxes.
+
+Invariants:
+    1. `sweep` never touches a directory whose owner lives, or whose owner it cannot see.
+
+See: dsec/native/protocol.h, docs/threat_model.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import msgspec
+
+from dsec.edge.native_wire import CgroupOperation, CgroupPlan, Operation
+from dsec.types import SandboxSpec
+
+CONTROLLERS = ("memory", "pids", "cpu")
+CPU_PERIOD_US = 100_000
+SWEEP_S_MAX = 5.0
+_OWNER = re.compile(r"dsec-(?P<boot>[0-9a-f]{8})-(?P<pidns>\d+)-(?P<pid>\d+)-(?P<start>\d+)-\d+")
+_serial = itertools.count()
+
+
+class Hierarchies(msgspec.Struct, frozen=True):
+    """Mounted cgroup file systems: cgroup2 with the controllers it offers, and v1 mounts by controller."""
+
+    unified: Path | None
+    unified_controllers: frozenset[str]
+    v1: dict[str, Path]
+
+    @property
+    def missing(self) -> list[str]:
+        """Controllers that no hierarchy offers."""
+        return [name for name in CONTROLLERS if name not in self.unified_controllers and name not in self.v1]
+
+    @property
+    def limit_mounts(self) -> dict[str, Path]:
+        """The v1 mounts that carry a limit, in the order of the wire (after cgroup2)."""
+        return {name: self.v1[name] for name in CONTROLLERS if name not in self.unified_controllers}
+
+
+def detect(mountinfo: str | None = None) -> Hierarchies:
+    """Read what is mounted (`/proc/self/mountinfo`)."""
+    text = Path("/proc/self/mountinfo").read_text() if mountinfo is None else mountinfo
+    unified: Path | None = None
+    v1: dict[str, Path] = {}
+    for line in text.splitlines():
+        left, _, right = line.partition(" - ")
+        mount = Path(left.split()[4])
+        kind, _, options = right.split(maxsplit=2)
+        if kind == "cgroup2" and unified is None:
+            unified = mount
+        elif kind == "cgroup":
+            for name in set(options.split(",")) & set(CONTROLLERS):
+                v1.setdefault(name, mount)
+    offered: frozenset[str] = frozenset()
+    if unified is not None:
+        with contextlib.suppress(OSError):
+            offered = frozenset((unified / "cgroup.controllers").read_text().split())
+    return Hierarchies(unified, offered & set(CONTROLLERS), v1)
+
+
+def parents(found: Hierarchies, cgroup_parent: str) -> list[Path]:
+    """The directories below which ours are made: cgroup2's first, then one for each v1 limit."""
+    if found.unified is None:
+        raise FileNotFoundError("no cgroup2 file system is mounted")
+    return [mount / cgroup_parent for mount in (found.unified, *found.limit_mounts.values())]
+
+
+def make_owner_directories(found: Hierarchies, cgroup_parent: str) -> list[tuple[str, str]]:
+    """Make this process's directory in each hierarchy and give (parent, name) pairs.  OSError."""
+    name = owner_name()
+    enabled = " ".join(f"+{controller}" for controller in sorted(found.unified_controllers))
+    made = parents(found, cgroup_parent)
+    for index, parent in enumerate(made):
+        if index == 0 and enabled:
+            (parent / "cgroup.subtree_control").write_text(enabled)
+        (parent / name).mkdir()
+        if index == 0 and enabled:
+            (parent / name / "cgroup.subtree_control").write_text(enabled)
+    return [(str(parent), name) for parent in made]
+
+
+def plan_sandbox(found: Hierarchies, slot: int, spec: SandboxSpec) -> CgroupPlan:
+    """What the spawner makes and writes for the sandbox in `slot`."""
+    box = f"s{slot}"
+    guest, commands = box, box
+    steps = [CgroupOperation(Operation.MKDIR, 0, box)]
+    if "memory" in found.unified_controllers:
+        guest, commands = f"{box}/g", f"{box}/c"
+        steps.append(CgroupOperation(Operation.WRITE, 0, f"{box}/cgroup.subtree_control", "+memory"))
+        steps += [CgroupOperation(Operation.MKDIR, 0, group) for group in (guest, commands)]
+    steps += [CgroupOperation(Operation.CHOWN, 0, path) for path in (box, f"{box}/cgroup.procs")]
+    if commands != box:
+        steps.append(CgroupOperation(Operation.CHOWN, 0, commands))
+    for index, name in enumerate(found.limit_mounts, 1):
+        steps.append(CgroupOperation(Operation.MKDIR, index, box))
+        steps += _limits_v1(name, index, box, spec)
+    steps += _limits_v2(found.unified_controllers, box, commands, spec)
+    oom_hierarchy, oom_file = 0, f"{commands}/memory.events"
+    if "memory" not in found.unified_controllers:
+        oom_hierarchy, oom_file = 1 + list(found.limit_mounts).index("memory"), f"{box}/memory.oom_control"
+    return CgroupPlan(guest, commands, oom_hierarchy, oom_file, tuple(steps))
+
+
+def _limits_v1(controller: str, index: int, box: str, spec: SandboxSpec) -> list[CgroupOperation]:
+    if controller == "memory":
+        limit = str(spec.memory_bytes)
+        return [
+            CgroupOperation(Operation.WRITE, index, f"{box}/memory.limit_in_bytes", limit),
+            CgroupOperation(Operation.WRITE_IF_PRESENT, index, f"{box}/memory.memsw.limit_in_bytes", limit),
+        ]
+    if controller == "pids":
+        return [CgroupOperation(Operation.WRITE, index, f"{box}/pids.max", str(spec.pids_count_max))]
+    quota = str(int(spec.cpu_cores * CPU_PERIOD_US))
+    return [
+        CgroupOperation(Operation.WRITE, index, f"{box}/cpu.cfs_period_us", str(CPU_PERIOD_US)),
+        CgroupOperation(Operation.WRITE, index, f"{box}/cpu.cfs_quota_us", quota),
+    ]
+
+
+def _limits_v2(offered: frozenset[str], box: str, commands: str, spec: SandboxSpec) -> list[CgroupOperation]:
+    quota = f"{int(spec.cpu_cores * CPU_PERIOD_US)} {CPU_PERIOD_US}"
+    values = [
+        ("memory", Operation.WRITE, f"{commands}/memory.max", str(spec.memory_bytes)),
+        ("memory", Operation.WRITE_IF_PRESENT, f"{commands}/memory.swap.max", "0"),
+        ("pids", Operation.WRITE, f"{box}/pids.max", str(spec.pids_count_max)),
+        ("cpu", Operation.WRITE, f"{box}/cpu.max", quota),
+    ]
+    return [CgroupOperation(operation, 0, path, value) for name, operation, path, value in values if name in offered]
+
+
+# -- owners and leftovers ----------------------------------------------------------------------
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+
+
+def _pid_namespace() -> int:
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+def _start_time(pid: int) -> int | None:
+    """Clock ticks from boot to the start of `pid`; None if there is no such process, or only its corpse."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def owner_name() -> str:
+    """A directory name for this process, new at every call."""
+    pid = os.getpid()
+    return f"dsec-{_boot_id()}-{_pid_namespace()}-{pid}-{_start_time(pid)}-{next(_serial)}"
+
+
+def is_leftover(name: str) -> bool:
+    """True if `name` is one of ours, its owner would be visible to us, and it is dead."""
+    owner = _OWNER.fullmatch(name)
+    if owner is None or int(owner["pidns"]) != _pid_namespace():
+        return False
+    return owner["boot"] != _boot_id() or _start_time(int(owner["pid"])) != int(owner["start"])
+
+
+def sweep(cgroup_parent: str = "") -> int:
+    """Kill and remove what dead owners left in the cgroup hierarchies; how many directories went.
+
+    Blocks for at most SWEEP_S_MAX a directory.  Sandboxes of living processes are not touched.
+    """
+    found = detect()
+    if found.unified is None:
+        return 0
+    swept = 0
+    for parent in parents(found, cgroup_parent):
+        for directory in sorted(parent.glob("dsec-*")):
+            if is_leftover(directory.name):
+                swept += remove_tree(directory)
+    return swept
+
+
+def remove_tree(directory: Path) -> bool:
+    """Kill every process below a cgroup directory and remove it; False if that took too long."""
+    deadline = time.monotonic() + SWEEP_S_MAX
+    while directory.exists() and time.monotonic() < deadline:
+        for path, _, _ in os.walk(directory, topdown=False):
+            _kill_members(Path(path))
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+        if directory.exists():
+            time.sleep(0.005)
+    return not directory.exists()
+
+
+def _kill_members(directory: Path) -> None:
+    try:
+        pids = (directory / "cgroup.procs").read_text().split()
+    except OSError:
+        return
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)

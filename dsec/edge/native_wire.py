@@ -1,0 +1,140 @@
+"""Messages to and from the C side, as `dsec/native/protocol.h` lays them out.
+
+Only layout lives here: no socket, no policy.  Both ends run on one little-endian machine and are
+built together, so a message that does not parse is a bug and raises `struct.error` or `ValueError`.
+
+See: dsec/native/protocol.h.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable
+from enum import IntEnum
+
+import msgspec
+
+NO_SLOT = 0xFFFFFFFF
+PACKET_BYTES_MAX = 65536
+INLINE_BODY_BYTES_MAX = 32768
+
+EXEC_HAS_STDIN, EXEC_MERGE_STDERR, EXEC_BODY_IN_FD = 1, 2, 4
+EXIT_TIMED_OUT, EXIT_OOM_KILLED = 1, 2
+
+
+class MessageType(IntEnum):
+    """First field of every message."""
+
+    INIT = 1
+    CREATE = 2
+    DESTROY = 3
+    INITED = 4
+    FAILED = 5
+    CREATED = 6
+    GONE = 7
+    READY = 8
+    EXEC = 9
+    KILL = 10
+    EXITED = 11
+    REFUSED = 12
+
+
+class Stage(IntEnum):
+    """Where a command that did not start was refused."""
+
+    REQUEST = 1
+    GROUP = 2
+    FORK = 3
+    CWD = 4
+    EXEC = 5
+
+
+class Operation(IntEnum):
+    """What to do with a path of a cgroup hierarchy."""
+
+    MKDIR = 1
+    WRITE = 2
+    WRITE_IF_PRESENT = 3
+    CHOWN = 4
+
+
+class CgroupOperation(msgspec.Struct, frozen=True):
+    """One step of making a sandbox's cgroups; `path` is relative to hierarchy number `hierarchy`."""
+
+    operation: Operation
+    hierarchy: int
+    path: str
+    value: str = ""
+
+
+class CgroupPlan(msgspec.Struct, frozen=True):
+    """The cgroups of one sandbox; groups are directories of hierarchy 0."""
+
+    guest_group: str
+    command_group: str
+    oom_hierarchy: int
+    oom_file: str
+    operations: tuple[CgroupOperation, ...]
+
+
+def encode_u32(*values: int) -> bytes:
+    """Little-endian 32 bit numbers, one after the other."""
+    return struct.pack(f"<{len(values)}I", *values)
+
+
+def encode_string(text: str | bytes) -> bytes:
+    """A string as the C side reads it without copying: length, bytes, one zero byte."""
+    data = os.fsencode(text)
+    return struct.pack("<I", len(data)) + data + b"\0"
+
+
+def encode_strings(texts: Iterable[str | bytes]) -> bytes:
+    """A counted list of strings."""
+    parts = [encode_string(text) for text in texts]
+    return struct.pack("<I", len(parts)) + b"".join(parts)
+
+
+def encode_init(hierarchies: Iterable[tuple[str, str]]) -> bytes:
+    """INIT; each hierarchy is (parent directory, our directory's name)."""
+    pairs = [encode_string(parent) + encode_string(name) for parent, name in hierarchies]
+    return encode_u32(MessageType.INIT, len(pairs)) + b"".join(pairs)
+
+
+def encode_create(slot: int, disk_bytes: int, hostname: str, plan: CgroupPlan) -> bytes:
+    """CREATE."""
+    head = encode_u32(MessageType.CREATE, slot) + struct.pack("<Q", disk_bytes)
+    names = b"".join(map(encode_string, (hostname, plan.guest_group, plan.command_group)))
+    oom = encode_u32(plan.oom_hierarchy) + encode_string(plan.oom_file)
+    steps = [
+        encode_u32(step.operation, step.hierarchy) + encode_string(step.path) + encode_string(step.value)
+        for step in plan.operations
+    ]
+    return head + names + oom + encode_u32(len(steps)) + b"".join(steps)
+
+
+def encode_exec_body(timeout_ms: int, cwd: bytes, argv: Iterable[bytes], env: Iterable[bytes]) -> bytes:
+    """The body of EXEC; it travels inline or in a memfd."""
+    return struct.pack("<Q", timeout_ms) + encode_string(cwd) + encode_strings(argv) + encode_strings(env)
+
+
+class MessageReader:
+    """Fields of one message, in order."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._offset = 0
+
+    def u32(self) -> int:
+        """The next number."""
+        (value,) = struct.unpack_from("<I", self._data, self._offset)
+        self._offset += 4
+        return int(value)
+
+    def string(self) -> str:
+        """The next string."""
+        length = self.u32()
+        start, self._offset = self._offset, self._offset + length + 1
+        if self._offset > len(self._data):
+            raise ValueError("a string runs past the end of its message")
+        return os.fsdecode(self._data[start : start + length])

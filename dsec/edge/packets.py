@@ -1,0 +1,96 @@
+"""A SOCK_SEQPACKET socket on the event loop: packets with file descriptors, both ways.
+
+asyncio has no transport for packets that carry descriptors, hence this one; it keeps the order of
+what is sent and hands each packet to one callback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Sequence
+
+from dsec.edge.native_wire import PACKET_BYTES_MAX
+
+_PACKETS_PER_TURN = 16
+
+
+class PacketSocket:
+    """Owns `connection`.  `on_packet(data, fds)` owns the fds it is given; `on_close()` is called once, at EOF."""
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        on_packet: Callable[[bytes, list[int]], None],
+        on_close: Callable[[], None],
+    ) -> None:
+        connection.setblocking(False)
+        self._socket = connection
+        self._on_packet = on_packet
+        self._on_close = on_close
+        self._loop = asyncio.get_running_loop()
+        self._send_order = asyncio.Lock()
+        self._is_open = True
+        self._loop.add_reader(connection.fileno(), self._receive)
+
+    @property
+    def is_open(self) -> bool:
+        """False after EOF, an error, or `close`."""
+        return self._is_open
+
+    async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send one packet; waits while the other end is behind.  ConnectionError if it is gone."""
+        async with self._send_order:
+            while True:
+                if not self._is_open:
+                    raise ConnectionError("the other end of the socket is gone")
+                try:
+                    socket.send_fds(self._socket, [data], list(fds))
+                except BlockingIOError:
+                    await self._writable()
+                else:
+                    return
+
+    def send_now(self, data: bytes) -> None:
+        """Send one small packet if there is room and the other end lives; else nothing."""
+        if self._is_open:
+            try:
+                self._socket.send(data)
+            except OSError:
+                return
+
+    async def _writable(self) -> None:
+        ready = self._loop.create_future()
+        self._loop.add_writer(self._socket.fileno(), lambda: ready.done() or ready.set_result(None))
+        try:
+            await ready
+        finally:
+            if self._is_open:
+                self._loop.remove_writer(self._socket.fileno())
+
+    def _receive(self) -> None:
+        for _ in range(_PACKETS_PER_TURN):
+            if not self._is_open:
+                return
+            try:
+                data, fds, _, _ = socket.recv_fds(self._socket, PACKET_BYTES_MAX, 4, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                return
+            except OSError:
+                data, fds = b"", []
+            if not data:
+                for fd in fds:
+                    os.close(fd)
+                self.close()
+                self._on_close()
+                return
+            self._on_packet(data, fds)
+
+    def close(self) -> None:
+        """Close our end; safe to call twice.  `on_close` is not called."""
+        if self._is_open:
+            self._is_open = False
+            self._loop.remove_reader(self._socket.fileno())
+            self._loop.remove_writer(self._socket.fileno())
+            self._socket.close()

@@ -1,0 +1,231 @@
+/* The guest: pid 1 of a sandbox.  Runs commands, reaps every orphan, answers when a command ended.
+ *
+ * One loop over two fds.  It moves no output (the pipes are Python's and the command's), so no
+ * reader can block it.  A command has ended when its own process was reaped; background children
+ * live on.  A command that is killed (time, or KILL) has ended when its cgroup is empty: nobody
+ * scores a workspace while a killed tree still writes to it.
+ *
+ * Invariants:
+ *   1. Each accepted EXEC is answered by exactly one EXITED or REFUSED.
+ *   2. At EOF on the control socket the guest exits, and the kernel kills everything in its pid namespace.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "guest.h"
+#include "sandbox.h"
+
+/* A killed tree that the kernel cannot end within this (a stuck file system) is answered anyway. */
+#define DYING_MS_MAX 5000
+#define DYING_POLL_MS 10
+
+enum command_state { COMMAND_NONE = 0, COMMAND_RUNNING, COMMAND_DYING };
+
+struct command {
+    enum command_state state;
+    uint32_t id, flags;
+    pid_t pid; /* 0 once reaped */
+    int wait_status;
+    uint64_t deadline_ms;
+    uint64_t oom_kills_before;
+    struct exec_group group;
+};
+
+static int control, oom_file, joins_count;
+static const int *joins;
+static struct command commands[EXECS_COUNT_MAX];
+static uint8_t packet[PACKET_BYTES_MAX];
+
+static uint64_t now_ms(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+}
+
+/* "oom_kill N" in memory.oom_control (v1) and memory.events (v2). */
+static uint64_t count_oom_kills(void) {
+    char text[512] = "";
+    if (pread(oom_file, text, sizeof text - 1, 0) <= 0) return 0;
+    const char *line = strstr(text, "oom_kill ");
+    return line ? strtoull(line + 9, NULL, 10) : 0;
+}
+
+static void reply(enum message_type type, uint32_t id, uint32_t first, uint32_t second) {
+    struct message out = {.length = 0};
+    put_u32(&out, type);
+    put_u32(&out, id);
+    put_u32(&out, first);
+    put_u32(&out, second);
+    if (send_message(control, &out, -1) < 0) _exit(0);
+}
+
+static void finish(struct command *command) {
+    if (count_oom_kills() > command->oom_kills_before) command->flags |= EXIT_OOM_KILLED;
+    release_group(&command->group);
+    command->state = COMMAND_NONE;
+    reply(MSG_EXITED, command->id, (uint32_t)command->wait_status, command->flags);
+}
+
+static void kill_tree(struct command *command, uint64_t now) {
+    kill_group(&command->group);
+    command->state = COMMAND_DYING;
+    command->deadline_ms = now + DYING_MS_MAX;
+}
+
+static void reap(void) {
+    int status;
+    pid_t pid;
+    while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+        for (int i = 0; i < EXECS_COUNT_MAX; i++) {
+            struct command *command = &commands[i];
+            if (command->state == COMMAND_NONE || command->pid != pid) continue;
+            command->pid = 0;
+            command->wait_status = status;
+            if (command->state == COMMAND_RUNNING) finish(command);
+        }
+    }
+}
+
+/* Deadlines and dying trees; returns how long poll may sleep. */
+static int advance(void) {
+    uint64_t now = now_ms(), next = UINT64_MAX;
+    for (int i = 0; i < EXECS_COUNT_MAX; i++) {
+        struct command *command = &commands[i];
+        if (command->state == COMMAND_RUNNING && command->deadline_ms <= now) {
+            command->flags |= EXIT_TIMED_OUT;
+            kill_tree(command, now);
+        }
+        if (command->state == COMMAND_DYING) {
+            int is_gone = command->pid == 0 && !is_populated(&command->group);
+            if (is_gone || command->deadline_ms <= now) finish(command);
+            else if (now + DYING_POLL_MS < next) next = now + DYING_POLL_MS;
+        }
+        if (command->state == COMMAND_RUNNING && command->deadline_ms < next) next = command->deadline_ms;
+    }
+    if (next == UINT64_MAX) return -1;
+    return next - now > 60000 ? 60000 : (int)(next - now);
+}
+
+/* The fds of an EXEC in order; 0, or -1 if their count is not what the flags say. */
+static int sort_fds(uint32_t flags, const int *fds, int count, int *body, struct command_fds *out) {
+    int at = 0;
+    int expected = 1 + !!(flags & EXEC_BODY_IN_FD) + !!(flags & EXEC_HAS_STDIN) + !(flags & EXEC_MERGE_STDERR);
+    if (count != expected) return -1;
+    *body = flags & EXEC_BODY_IN_FD ? fds[at++] : -1;
+    out->in = flags & EXEC_HAS_STDIN ? fds[at++] : 0;
+    out->out = fds[at++];
+    out->err = flags & EXEC_MERGE_STDERR ? out->out : fds[at];
+    return 0;
+}
+
+static uint8_t *read_body(int fd, size_t *length) {
+    struct stat status;
+    if (fstat(fd, &status) < 0 || status.st_size > (off_t)EXEC_BODY_BYTES_MAX) return NULL;
+    uint8_t *data = malloc((size_t)status.st_size + 1);
+    for (*length = 0; data && *length < (size_t)status.st_size;) {
+        ssize_t count = pread(fd, data + *length, (size_t)status.st_size - *length, (off_t)*length);
+        if (count <= 0) break;
+        *length += (size_t)count;
+    }
+    return data;
+}
+
+static void start(uint32_t id, struct reader *in, const struct command_fds *fds) {
+    struct exec_body body;
+    struct command *command = NULL;
+    for (int i = 0; i < EXECS_COUNT_MAX && !command; i++)
+        if (commands[i].state == COMMAND_NONE) command = &commands[i];
+    if (!command) return reply(MSG_REFUSED, id, STAGE_FORK, EAGAIN);
+    if (parse_exec_body(in, &body) < 0) return reply(MSG_REFUSED, id, STAGE_REQUEST, EBADMSG);
+    *command = (struct command){.id = id, .oom_kills_before = count_oom_kills()};
+    if (acquire_group(&command->group) < 0) {
+        reply(MSG_REFUSED, id, STAGE_GROUP, (uint32_t)errno);
+    } else {
+        struct launch what = {&body, *fds, &command->group, joins, joins_count};
+        struct refusal refusal;
+        command->pid = launch(&what, &refusal);
+        if (command->pid > 0) {
+            command->state = COMMAND_RUNNING;
+            command->deadline_ms = now_ms() + body.timeout_ms;
+        } else {
+            release_group(&command->group);
+            reply(MSG_REFUSED, id, refusal.stage, (uint32_t)refusal.error);
+        }
+    }
+    free(body.argv);
+}
+
+static void on_exec(struct reader *in, const int *fds, int fds_count) {
+    uint32_t id = take_u32(in), flags = take_u32(in);
+    struct command_fds own;
+    int body_fd;
+    if (in->bad || sort_fds(flags, fds, fds_count, &body_fd, &own) < 0)
+        return reply(MSG_REFUSED, id, STAGE_REQUEST, EPROTO);
+    if (body_fd < 0) return start(id, in, &own);
+    size_t length = 0;
+    uint8_t *data = read_body(body_fd, &length);
+    if (!data) return reply(MSG_REFUSED, id, STAGE_REQUEST, E2BIG);
+    struct reader body = {data, data + length, 0};
+    start(id, &body, &own);
+    free(data);
+}
+
+static void on_kill(struct reader *in) {
+    uint32_t id = take_u32(in);
+    for (int i = 0; i < EXECS_COUNT_MAX; i++)
+        if (commands[i].state == COMMAND_RUNNING && commands[i].id == id) kill_tree(&commands[i], now_ms());
+}
+
+static void on_control(void) {
+    int fds[PACKET_FDS_MAX], fds_count;
+    ssize_t length = receive_packet(control, packet, sizeof packet, fds, &fds_count);
+    if (length <= 0) _exit(0);
+    struct reader in = {packet, packet + length, 0};
+    switch (take_u32(&in)) {
+    case MSG_EXEC: on_exec(&in, fds, fds_count); break;
+    case MSG_KILL: on_kill(&in); break;
+    default: _exit(1);
+    }
+    for (int i = 0; i < fds_count; i++) close(fds[i]);
+}
+
+static int block_signals(void) {
+    sigset_t all, children;
+    sigfillset(&all);
+    sigprocmask(SIG_SETMASK, &all, NULL);
+    sigemptyset(&children);
+    sigaddset(&children, SIGCHLD);
+    return signalfd(-1, &children, SFD_CLOEXEC | SFD_NONBLOCK);
+}
+
+void guest_main(int control_fd, int command_group, int oom_fd, const int *join_fds, int join_fds_count) {
+    control = control_fd, oom_file = oom_fd, joins = join_fds, joins_count = join_fds_count;
+    prctl(PR_SET_NAME, "init");
+    int signals = block_signals();
+    open_groups(command_group);
+    open_launchpad();
+    struct message ready = {.length = 0};
+    put_u32(&ready, MSG_READY);
+    if (signals < 0 || send_message(control, &ready, -1) < 0) _exit(1);
+    for (;;) {
+        struct pollfd fds[2] = {{control, POLLIN, 0}, {signals, POLLIN, 0}};
+        poll(fds, 2, advance());
+        struct signalfd_siginfo info[16];
+        if (fds[1].revents)
+            while (read(signals, info, sizeof info) > 0) {
+            }
+        reap();
+        if (fds[0].revents) on_control();
+    }
+}

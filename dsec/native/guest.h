@@ -1,0 +1,38 @@
+/* The guest's two halves: the loop (guest.c), and groups and the child side of a command. */
+#ifndef DSEC_GUEST_H
+#define DSEC_GUEST_H
+
+#include "wire.h"
+
+/* A cgroup of the command's process tree; made by the guest below its delegated group. */
+struct exec_group {
+    uint32_t number;
+    int directory, events; /* fds; -1: none */
+};
+
+/* -- groups.c */
+void open_groups(int command_group);
+int acquire_group(struct exec_group *out);    /* an empty group; 0, or -1 with errno */
+void release_group(struct exec_group *group); /* kept for the next command if empty, else left to its processes */
+int is_populated(const struct exec_group *group);
+void kill_group(const struct exec_group *group);
+
+/* -- command.c: runs in the guest; the fds are the command's, closed by the caller */
+struct command_fds {
+    int in, out, err;
+};
+struct launch {
+    const struct exec_body *body;
+    struct command_fds fds;
+    const struct exec_group *group;
+    const int *joins;
+    int joins_count;
+};
+struct refusal {
+    uint32_t stage; /* 0: started */
+    int error;
+};
+void open_launchpad(void);
+pid_t launch(const struct launch *what, struct refusal *refusal); /* pid, or -1 and the refusal */
+
+#endif

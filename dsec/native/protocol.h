@@ -1,0 +1,86 @@
+/* The wire between Python, the spawner and the guests.  This header is its document.
+ *
+ * Three parties, two kinds of socket, both AF_UNIX SOCK_SEQPACKET (a packet is a message):
+ *
+ *     Python <-- one control socket --> spawner          (root, one per Python process)
+ *     Python <-- one guest socket each --> guest         (pid 1 of a sandbox)
+ *
+ * Numbers are little endian: u32, u64.  A string is u32 length, the bytes, one zero byte that
+ * the length does not count.  A list is u32 count, then its items.  The first u32 of a message
+ * is its type.  A message that does not parse ends the connection: both ends are ours.
+ *
+ * Python -> spawner
+ *   INIT     u32 count, count x (string parent, string name)     + fd: the base skeleton
+ *            Hierarchy i is the directory parent/name of a mounted cgroup file system, made by
+ *            Python.  Hierarchy 0 is cgroup2; the others are v1 controllers.
+ *   CREATE   u32 slot, u64 disk_bytes, string hostname, string guest_group, string command_group,
+ *            u32 oom_hierarchy, string oom_file, list of cgroup operations:
+ *            u32 operation (MKDIR, WRITE, WRITE_IF_PRESENT, CHOWN), u32 hierarchy, string path, string value
+ *            Paths are relative to the hierarchy.  The groups are directories of hierarchy 0.
+ *            CHOWN gives the path to the guest's user.
+ *   DESTROY  u32 slot
+ *
+ * spawner -> Python
+ *   INITED   u32 the first host uid of slot 0
+ *   FAILED   u32 slot (NO_SLOT: INIT failed), string step, u32 errno
+ *   CREATED  u32 slot, u32 host pid of the guest                 + fd: Python's end of the guest socket
+ *   GONE     u32 slot        every process dead, every cgroup removed; the slot may be used again
+ *
+ * guest -> Python
+ *   READY
+ *   FAILED   u32 NO_SLOT, string step, u32 errno                 a step of the setup failed; EOF follows
+ *   EXITED   u32 exec_id, u32 wait status, u32 flags (EXIT_*)
+ *   REFUSED  u32 exec_id, u32 stage (STAGE_*), u32 errno         the command did not start
+ *
+ * Python -> guest
+ *   EXEC     u32 exec_id, u32 flags (EXEC_*), body               + fds, in this order:
+ *            [memfd with the body, if EXEC_BODY_IN_FD] [stdin, if EXEC_HAS_STDIN] stdout
+ *            [stderr, unless EXEC_MERGE_STDERR]
+ *            body: u64 timeout_ms, string cwd, list of string argv, list of string env
+ *   KILL     u32 exec_id     kills the whole tree; EXITED answers
+ *
+ * The skeleton (a memfd) is a list without a count, to the end of the file:
+ *   u32 kind ('d' directory, 'f' file, 'l' symbolic link), u32 mode, string path, string content
+ */
+#ifndef DSEC_PROTOCOL_H
+#define DSEC_PROTOCOL_H
+
+enum message_type {
+    MSG_INIT = 1,
+    MSG_CREATE = 2,
+    MSG_DESTROY = 3,
+    MSG_INITED = 4,
+    MSG_FAILED = 5,
+    MSG_CREATED = 6,
+    MSG_GONE = 7,
+    MSG_READY = 8,
+    MSG_EXEC = 9,
+    MSG_KILL = 10,
+    MSG_EXITED = 11,
+    MSG_REFUSED = 12,
+};
+
+enum cgroup_operation { OP_MKDIR = 1, OP_WRITE = 2, OP_WRITE_IF_PRESENT = 3, OP_CHOWN = 4 };
+
+enum exec_flag { EXEC_HAS_STDIN = 1, EXEC_MERGE_STDERR = 2, EXEC_BODY_IN_FD = 4 };
+
+enum exit_flag { EXIT_TIMED_OUT = 1, EXIT_OOM_KILLED = 2 };
+
+enum refusal_stage { STAGE_REQUEST = 1, STAGE_GROUP = 2, STAGE_FORK = 3, STAGE_CWD = 4, STAGE_EXEC = 5 };
+
+#define NO_SLOT 0xffffffffu
+
+#define PACKET_BYTES_MAX 65536u       /* a message without its fds */
+#define PACKET_FDS_MAX 4
+#define EXEC_BODY_BYTES_MAX (8u << 20) /* more than any execve takes */
+#define EXECS_COUNT_MAX 64             /* commands of one sandbox at a time */
+#define SLOTS_COUNT_MAX 1024           /* sandboxes of one spawner */
+#define HIERARCHIES_COUNT_MAX 4        /* cgroup2 and memory, pids, cpu of v1 */
+
+#define UIDS_PER_SLOT 65536u
+#define UID_FIRST 0x10000000u
+#define UID_BLOCK (SLOTS_COUNT_MAX * UIDS_PER_SLOT) /* uids of one spawner */
+#define UID_BLOCKS_COUNT 28                          /* up to 0x7fffffff */
+#define GUEST_UID 65533u /* pid 1 is not the user its commands run as, so that they cannot prlimit it */
+
+#endif

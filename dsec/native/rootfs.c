@@ -1,0 +1,119 @@
+/* A sandbox's file system, built in its own mount namespace while still root of the host.
+ *
+ * Two overlays over idmapped lowers (skeleton and /usr), so that root inside owns what the host's
+ * root owns; one tmpfs for everything written, so that a quota holds and destroying is forgetting.
+ * The kernel never joins mounts below an overlay's lower, hence /usr is an overlay of its own.
+ * The mounts belong to the host's user namespace: no capability inside can change them.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/mount.h>
+#include <stdio.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+#include "sandbox.h"
+
+#define MUST(step, expression) \
+    if ((expression) < 0) fail(step)
+
+static void mount_lower(const char *source, const char *target, int user_namespace) {
+    int tree = (int)syscall(SYS_open_tree, AT_FDCWD, source, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
+    MUST("clone a lower mount", tree);
+    struct mount_attr attributes = {.attr_set = MOUNT_ATTR_IDMAP, .userns_fd = (uint64_t)user_namespace};
+    MUST("idmap a lower mount", syscall(SYS_mount_setattr, tree, "", AT_EMPTY_PATH, &attributes, sizeof attributes));
+    MUST("attach a lower mount", syscall(SYS_move_mount, tree, "", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH));
+    close(tree);
+}
+
+static void mount_disk(uint64_t disk_bytes, uint32_t uid) {
+    /* An inode costs about 1 KiB of kernel memory; half the bytes in files of 2 KiB is generous. */
+    char options[96];
+    snprintf(options, sizeof options, "mode=755,size=%llu,nr_inodes=%llu", (unsigned long long)disk_bytes,
+             (unsigned long long)(disk_bytes / 4096 + 1024));
+    MUST("mount the disk", mount("disk", "/work", "tmpfs", MS_NOSUID | MS_NODEV, options));
+    static const char *const directories[] = {"/work/root", "/work/root.work", "/work/usr", "/work/usr.work",
+                                              "/work/shm"};
+    for (size_t i = 0; i < sizeof directories / sizeof *directories; i++)
+        MUST("mkdir on the disk", mkdir(directories[i], 0755));
+    MUST("own the upper of /", chown("/work/root", uid, uid));
+    MUST("own the upper of /usr", chown("/work/usr", uid, uid));
+    MUST("own /dev/shm", chown("/work/shm", uid, uid));
+    MUST("open /dev/shm to all", chmod("/work/shm", 01777));
+}
+
+static void mount_overlays(void) {
+    unsigned long flags = MS_NOSUID | MS_NODEV;
+    MUST("mount overlay /", mount("overlay", "/root", "overlay", flags,
+                                  "lowerdir=/lower/skel,upperdir=/work/root,workdir=/work/root.work"));
+    MUST("mount overlay /usr", mount("overlay", "/root/usr", "overlay", flags,
+                                     "lowerdir=/lower/usr,upperdir=/work/usr,workdir=/work/usr.work"));
+}
+
+static void make_devices(uint32_t uid) {
+    static const struct {
+        const char *path;
+        unsigned minor, major;
+    } nodes[] = {{"null", 3, 1}, {"zero", 5, 1}, {"full", 7, 1}, {"random", 8, 1}, {"urandom", 9, 1}, {"tty", 0, 5}};
+    static const char *const links[][2] = {{"/proc/self/fd", "fd"},
+                                           {"/proc/self/fd/0", "stdin"},
+                                           {"/proc/self/fd/1", "stdout"},
+                                           {"/proc/self/fd/2", "stderr"},
+                                           {"pts/ptmx", "ptmx"}};
+    MUST("mount /dev", mount("dev", "/root/dev", "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=755,size=64k,nr_inodes=64"));
+    MUST("chdir /dev", chdir("/root/dev"));
+    for (size_t i = 0; i < sizeof nodes / sizeof *nodes; i++) {
+        MUST("mknod in /dev", mknod(nodes[i].path, S_IFCHR | 0666, makedev(nodes[i].major, nodes[i].minor)));
+        MUST("chown in /dev", chown(nodes[i].path, uid, uid));
+    }
+    for (size_t i = 0; i < sizeof links / sizeof *links; i++)
+        MUST("symlink in /dev", symlink(links[i][0], links[i][1]));
+    MUST("own /dev", chown(".", uid, uid));
+    MUST("mkdir /dev/pts", mkdir("pts", 0755));
+    MUST("mkdir /dev/shm", mkdir("shm", 0755));
+    MUST("mount /dev/pts", mount("devpts", "pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620"));
+    MUST("mount /dev/shm", mount("/work/shm", "shm", NULL, MS_BIND, NULL));
+}
+
+/* What is readable by all in /proc and tells of the host; the rest is root's, and root inside is not. */
+static void mount_proc(void) {
+    static const char *const hidden[] = {"cmdline", "kcore",     "keys",       "key-users", "timer_list",
+                                         "modules", "interrupts", "sysrq-trigger", "kallsyms"};
+    MUST("mount /proc", mount("proc", "/root/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL));
+    MUST("chdir /proc", chdir("/root/proc"));
+    int ports = open("sys/net/ipv4/ip_unprivileged_port_start", O_WRONLY | O_CLOEXEC);
+    if (ports >= 0) { /* root inside has no capability over its network, but may expect port 80 */
+        if (write(ports, "0", 1) < 0) fail("open the low ports");
+        close(ports);
+    }
+    for (size_t i = 0; i < sizeof hidden / sizeof *hidden; i++)
+        if (mount("/root/dev/null", hidden[i], NULL, MS_BIND, NULL) < 0 && errno != ENOENT) fail("hide in /proc");
+}
+
+/* MS_MOVE and chroot instead of pivot_root, which looks at every process of the host.  What lies
+ * beneath is the spawner's empty root, less /base. */
+static void enter_root(void) {
+    MUST("chdir to the new root", chdir("/root"));
+    MUST("detach /base", umount2("/base", MNT_DETACH));
+    MUST("detach /lower/usr", umount2("/lower/usr", MNT_DETACH));
+    MUST("detach /lower/skel", umount2("/lower/skel", MNT_DETACH));
+    MUST("detach the disk", umount2("/work", MNT_DETACH));
+    MUST("move the root", mount(".", "/", NULL, MS_MOVE, NULL));
+    MUST("chroot", chroot("."));
+    MUST("chdir /", chdir("/"));
+}
+
+void build_rootfs(const struct sandbox_setup *setup) {
+    umask(0);
+    mount_lower("/base/usr", "/lower/usr", setup->user_namespace);
+    mount_lower("/base/skel", "/lower/skel", setup->user_namespace);
+    mount_disk(setup->request->disk_bytes, setup->first_uid);
+    mount_overlays();
+    make_devices(setup->first_uid);
+    mount_proc();
+    enter_root();
+}

@@ -1,0 +1,54 @@
+/* What the two roles share: a sandbox as the spawner was asked for it, and the calls between the files. */
+#ifndef DSEC_SANDBOX_H
+#define DSEC_SANDBOX_H
+
+#include <stdint.h>
+
+#include "wire.h"
+
+/* A CREATE message, parsed; the strings point into the packet. */
+struct create_request {
+    uint32_t slot;
+    uint64_t disk_bytes;
+    const char *hostname, *guest_group, *command_group, *oom_file;
+    uint32_t oom_hierarchy;
+    struct reader operations; /* checked, at its count */
+};
+
+/* The spawner's mounted cgroup hierarchies; `fds` are directories, 0 is cgroup2. */
+struct hierarchies {
+    int fds[HIERARCHIES_COUNT_MAX];
+    uint32_t count;
+};
+
+/* -- spawner.c, guest.c: the roles; guest_main never returns */
+int spawner_main(int control);
+_Noreturn void guest_main(int control, int command_group, int oom_file, const int *joins, int joins_count);
+
+/* -- base.c: the spawner's own file system view.  Each returns NULL, or the step that failed with errno. */
+const char *build_base(int skeleton_fd);
+
+/* -- cgroups.c */
+const char *apply_cgroup_operations(struct reader operations, const struct hierarchies *all, uint32_t owner_uid);
+int check_cgroup_operations(struct reader operations, uint32_t hierarchies_count);
+int remove_cgroup_tree(int parent, const char *name); /* 0, or -1 with errno (EBUSY: try again) */
+
+/* -- users.c */
+int claim_uid_block(uint32_t *first_uid); /* an fd that holds the claim, or -1 */
+int create_user_namespace(int proc, uint32_t first_uid);
+
+/* -- sandbox.c: the child between clone3 and pid 1; reports a failing step on `control` and exits */
+struct sandbox_setup {
+    const struct create_request *request;
+    const struct hierarchies *hierarchies;
+    int control, user_namespace;
+    uint32_t first_uid;
+};
+_Noreturn void become_sandbox(const struct sandbox_setup *setup);
+
+/* -- rootfs.c, confine.c: the two halves of that.  They end by `fail`. */
+void build_rootfs(const struct sandbox_setup *setup);
+void confine(const struct sandbox_setup *setup);
+_Noreturn void fail(const char *step);
+
+#endif
