@@ -118,7 +118,7 @@ class _Gatherer:
             case InvokeClosed(recovered):
                 self._recovered |= recovered
                 self._close_invoke()
-            case Fault():
+            case _:
                 gathered.fault = event
         return gathered.fault is None
 

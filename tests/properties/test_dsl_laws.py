@@ -85,7 +85,10 @@ def test_a_rendered_turn_is_read_back_whatever_it_says(
     reasoning: str, content: str, wanted: list[tuple[str, dict[str, Any]]], thinking: bool, policy: Policy
 ) -> None:
     message = assistant(reasoning, content, wanted)
-    context = [{"role": "system", "content": "", "tools": [{"function": {"name": "f"}}]}, {"role": "user"}]
+    context: list[dict[str, Any]] = [
+        {"role": "system", "content": "", "tools": [{"function": {"name": "f"}}]},
+        {"role": "user"},
+    ]
     ids = ids_of(encode([message], tokenizer(), thinking=thinking, context=context))
     turn = parse(ids, tokenizer(), thinking=thinking, policy=policy)
     assert turn.error is None
@@ -147,12 +150,14 @@ def test_results_alone_are_the_tail_of_the_conversation(
     results: list[str], thinking: bool, reasoning: str, content: str
 ) -> None:
     wanted: list[tuple[str, dict[str, Any]]] = [("f", {"a": result}) for result in results]
-    before = [
+    before: list[dict[str, Any]] = [
         {"role": "system", "content": "s", "tools": [{"function": {"name": "f"}}]},
         {"role": "user", "content": content},
         assistant(reasoning, content, wanted),
     ]
-    answers = [{"role": "tool", "tool_call_id": f"c{i}", "content": result} for i, result in enumerate(results)]
+    answers: list[dict[str, Any]] = [
+        {"role": "tool", "tool_call_id": f"c{i}", "content": result} for i, result in enumerate(results)
+    ]
     tail = ids_of(encode_results(results, tokenizer(), thinking=thinking))
     head = ids_of(encode(before, tokenizer(), thinking=thinking))
     whole = ids_of(encode([*before, *reversed(answers)], tokenizer(), thinking=thinking))

@@ -252,3 +252,7 @@ def test_a_vocabulary_without_a_needed_control_token_is_refused(tokenizer_file: 
     assert encode(plain, tokenizer, thinking=True)
     with pytest.raises(TokenizerError, match=r"smaller\.json.*<｜action｜>"):
         encode([{"role": "user", "content": "x", "task": "action"}], tokenizer, thinking=True)
+
+
+def test_nothing_is_encoded_as_nothing(tokenizer: Tokenizer) -> None:
+    assert encode([], tokenizer, thinking=False, add_default_bos_token=False) == ()

@@ -158,6 +158,26 @@ def test_a_closing_tag_written_with_ordinary_tokens_stays_in_the_value(tokenizer
     assert calls_of(parse(ids, tokenizer, thinking=False)) == [("bash", {"command": value})]
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_token_that_the_dialect_does_not_know_is_text(policy: Policy, tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.control("<｜fim▁hole｜>"), *sampled(f"a{EOS}", tokenizer)]
+    turn = parse(ids, tokenizer, thinking=False, policy=policy)
+    assert (turn.content, turn.error) == ("<｜fim▁hole｜>a", None)
+
+
+def test_a_stray_tag_behind_a_call_is_dropped() -> None:
+    text = block(invoke("f")) + "</｜DSML｜parameter></｜DSML｜invoke>bye" + EOS
+    turn = parse_text(text, thinking=False, policy="tolerant")
+    assert (turn.content, calls_of(turn), turn.error) == ("", [("f", {})], None)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_control_token_in_a_value_that_begins_no_tag_is_part_of_the_value(policy: Policy) -> None:
+    value = "<｜DSML｜x> ｜DSML｜invoke </think> <｜User｜>"
+    turn = parse_text(block(invoke("f", parameter("a", value))) + EOS, thinking=False, policy=policy)
+    assert turn.calls == (ToolCall("f", {"a": value}),)
+
+
 @pytest.mark.parametrize("spelling", [token for token in V4.control_tokens if token not in {EOS, "｜DSML｜"}])
 def test_a_chat_control_token_sampled_in_prose_is_an_error(spelling: str, tokenizer: Tokenizer) -> None:
     turn = parse(sampled(f"a{spelling}b{EOS}", tokenizer), tokenizer, thinking=False)
@@ -302,6 +322,9 @@ def test_only_a_spurious_wrapper_is_unwrapped(
     text = block(invoke("f", parameter("arguments", value, string=False)))
     assert calls_of(parse_text(text, thinking=False, policy="tolerant", tools=tools)) == [("f", arguments)]
     assert calls_of(parse_text(text, thinking=False, tools=tools)) == [("f", {"arguments": json.loads(value)})]
+    spelled = block(invoke("f", parameter("arguments", value)))
+    expected = arguments if "arguments" not in arguments else {"arguments": value}
+    assert calls_of(parse_text(spelled, thinking=False, policy="tolerant", tools=tools)) == [("f", expected)]
 
 
 def test_spans_tell_thinking_text_and_calls_apart(tokenizer: Tokenizer) -> None:

@@ -94,3 +94,14 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_more_control_tokens_than_there_are_units_are_refused() -> None:
     with pytest.raises(TokenizerError, match="control tokens, more than"):
         UnitMap(f"<{i}>" for i in range(6400))
+
+
+def test_a_vocabulary_that_would_make_plain_text_a_control_token_is_caught(
+    tokenizer_file: Path, tmp_path: Path
+) -> None:
+    definition = json.loads(tokenizer_file.read_text())
+    definition["added_tokens"].append({**definition["added_tokens"][0], "id": 3, "content": "!"})
+    path = tmp_path / "overlapping.json"
+    path.write_text(json.dumps(definition))
+    with pytest.raises(TokenizerError, match=r"overlapping\.json: plain text"):
+        Tokenizer.from_file(path).encode_plain("Stop!")
