@@ -93,6 +93,7 @@ def _quarantine(storage: Storage, directory: Path, tear: Tear, torn: bytes) -> P
     """Keep the bytes under a fresh name; the oldest copies go when there are too many."""
     folder = directory / QUARANTINE
     storage.make_directory(folder)
+    remove_leftovers(storage, folder)
     kept = storage.names(folder)
     for name in kept[: max(0, len(kept) - QUARANTINE_FILES_MAX + 1)]:
         storage.remove(folder / name)
