@@ -27,6 +27,7 @@ from toolcall_dsl.tokenizer import UnitMap
 HEADER_UNITS_MAX = 1024
 """Longest tag header, name and attributes, in bytes: without a bound, a header whose end never comes eats the turn."""
 
+HEADER_STOP = re.compile("[\n\ue000-\uf8ff]")
 CONTROL_UNIT = re.compile("[\ue000-\uf8ff]")
 _LEAD = re.compile(r"(?:\n{1,2}<?|</?)\Z")
 _LEAD_UNITS_MAX = 3
@@ -212,7 +213,7 @@ class Scanner(ABC):
     def _header_end(self) -> int | None:
         """Where a tag header that starts here ends at the latest (newline, control token, bound), None if unseen."""
         limit = self._at + HEADER_UNITS_MAX
-        stop = _HEADER_STOP.search(self._units, self._at, limit)
+        stop = HEADER_STOP.search(self._units, self._at, limit)
         if stop is not None:
             return stop.start()
         return min(limit, len(self._units)) if self._finished or len(self._units) >= limit else None
@@ -225,6 +226,3 @@ class Scanner(ABC):
     def _over(self) -> bool:
         self._at = len(self._units)
         return False
-
-
-_HEADER_STOP = re.compile("[\n\ue000-\uf8ff]")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from toolcall_dsl.scanner import (
+    HEADER_STOP,
     HEADER_UNITS_MAX,
     BlockOpened,
     InvokeClosed,
@@ -215,7 +216,7 @@ class TolerantScanner(Scanner):
             return _TEXT
         closes = before == "</"
         end_max = at + 1 + HEADER_UNITS_MAX
-        stop = _STOP.search(self._units, at + 1, end_max)
+        stop = HEADER_STOP.search(self._units, at + 1, end_max)
         end = stop.start() if stop is not None else min(len(self._units), end_max)
         for role, pattern in self._closers if closes else self._openers:
             match = pattern.match(self._units, at + 1, end + 1 if stop is not None else end)
@@ -230,6 +231,3 @@ class TolerantScanner(Scanner):
         is_string = {"true": True, "false": False}.get(found.get("flag") or "")
         exact = found.get("mark", ">") == ">" and (role is not _Role.BLOCK or name == self._marks.block)
         return _Tag(role, start, match.end(), name, is_string, exact)
-
-
-_STOP = re.compile("[\n\ue000-\uf8ff]")

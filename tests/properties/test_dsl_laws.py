@@ -26,9 +26,8 @@ from toolcall_dsl import (
     encode_text,
     parse,
     parse_text,
-    scanner_for,
 )
-from toolcall_dsl.scanner import Chunk, Event
+from toolcall_dsl.testing import events_of
 
 TOKENIZER_FILE = Path(__file__).parents[2] / "rollout/engines/embedded/checkpoint/tokenizer.json"
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -106,26 +105,6 @@ def test_garbage_tokens_give_a_turn_or_a_named_rule(ids: list[int], thinking: bo
     assert_spans_cover(turn, len(ids))
 
 
-def events_of(parts: Sequence[str], *, thinking: bool, policy: Policy) -> list[Event]:
-    scanner = scanner_for(tokenizer().unit_map, thinking=thinking, policy=policy)
-    events: list[Event] = []
-
-    def drain() -> None:
-        while (event := scanner.next_event()) is not None:
-            last = events[-1] if events else None
-            if isinstance(event, Chunk) and isinstance(last, Chunk) and last.place is event.place:
-                events[-1] = Chunk(last.place, last.units + event.units, last.start)
-            else:
-                events.append(event)
-
-    for part in parts:
-        scanner.feed(part)
-        drain()
-    scanner.finish()
-    drain()
-    return events
-
-
 @given(
     parts=st.lists(st.sampled_from([*TAGS, *EDGES, "x", "é", V4.eos, V4.think_close, V4.think_open]), max_size=25),
     cuts=st.lists(st.integers(0, 400), max_size=6),
@@ -135,12 +114,13 @@ def events_of(parts: Sequence[str], *, thinking: bool, policy: Policy) -> list[E
 def test_however_a_turn_is_split_it_reads_the_same(
     parts: list[str], cuts: list[int], thinking: bool, policy: Policy
 ) -> None:
-    units = tokenizer().unit_map.units("".join(parts))
+    unit_map = tokenizer().unit_map
+    units = unit_map.units("".join(parts))
     borders = [0, *sorted(cut for cut in cuts if cut < len(units)), len(units)]
     pieces = [units[start:end] for start, end in pairwise(borders)]
-    whole = events_of([units], thinking=thinking, policy=policy)
-    assert events_of(pieces, thinking=thinking, policy=policy) == whole
-    assert events_of(list(units), thinking=thinking, policy=policy) == whole
+    whole = events_of([units], unit_map, thinking=thinking, policy=policy)
+    assert events_of(pieces, unit_map, thinking=thinking, policy=policy) == whole
+    assert events_of(list(units), unit_map, thinking=thinking, policy=policy) == whole
     turn = parse_text("".join(parts), thinking=thinking, policy=policy)
     assert turn.error is None or turn.error.rule in RULES
 

@@ -21,6 +21,7 @@ from toolcall_dsl import (
     parse,
     parse_text,
 )
+from toolcall_dsl.testing import sampled_ids
 
 GOLDEN = Path(__file__).parents[2] / "golden/dsml/parse"
 STRICT = {case["id"]: case for case in json.loads((GOLDEN / "reference_strict.json").read_text())}
@@ -49,14 +50,6 @@ RULE_OF_VECTOR = {
 }
 
 
-def sampled(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a completion in which every control token that is spelled was sampled as one."""
-    ids = []
-    for piece in tokenizer.unit_map.split(text):
-        ids += [tokenizer.control(piece)] if piece in V4.control_tokens else tokenizer.encode_plain(piece)
-    return ids
-
-
 def block(*invokes: str) -> str:
     return "\n\n<｜DSML｜tool_calls>\n" + "".join(invokes) + "</｜DSML｜tool_calls>"
 
@@ -82,7 +75,7 @@ def expected_calls(calls: list[dict[str, Any]]) -> list[tuple[str, dict[str, obj
 def test_strict_reads_what_the_reference_reads_and_names_the_rule_of_the_rest(name: str, tokenizer: Tokenizer) -> None:
     case = STRICT[name]
     thinking = case["thinking_mode"] == "thinking"
-    turn = parse(sampled(case["completion_text"], tokenizer), tokenizer, thinking=thinking)
+    turn = parse(sampled_ids(case["completion_text"], tokenizer), tokenizer, thinking=thinking)
     if name in RULE_OF_VECTOR:
         assert turn.error is not None
         assert turn.error.rule == RULE_OF_VECTOR[name]
@@ -101,7 +94,7 @@ def test_tolerant_recovers_what_serving_engines_recover(name: str, tokenizer: To
     case = TOLERANT[name]
     ordinary = case.get("token_origin") == "ordinary"
     text = case["completion_text"]
-    ids = tokenizer.encode_plain(text) if ordinary else sampled(text, tokenizer)
+    ids = tokenizer.encode_plain(text) if ordinary else sampled_ids(text, tokenizer)
     thinking = case["thinking_mode"] == "thinking"
     turn = parse(ids, tokenizer, thinking=thinking, policy="tolerant", tools=case.get("tools"))
     expected = case["expected"]
@@ -111,7 +104,7 @@ def test_tolerant_recovers_what_serving_engines_recover(name: str, tokenizer: To
 
 def test_the_block_name_of_the_former_version_is_read_and_does_not_leak(tokenizer: Tokenizer) -> None:
     text = TOLERANT["v32_wrapper"]["completion_text"]
-    turn = parse(sampled(text, tokenizer), tokenizer, thinking=False, policy="tolerant")
+    turn = parse(sampled_ids(text, tokenizer), tokenizer, thinking=False, policy="tolerant")
     assert turn.content == ""
     assert turn.calls == (ToolCall("search", {"query": "vllm"}, ParseStatus.RECOVERED),)
 
@@ -119,7 +112,7 @@ def test_the_block_name_of_the_former_version_is_read_and_does_not_leak(tokenize
 @pytest.mark.parametrize("name", OPEN)
 def test_tolerant_reads_a_completion_without_its_end_token(name: str, tokenizer: Tokenizer) -> None:
     case = OPEN[name]
-    turn = parse(sampled(case["raw"], tokenizer), tokenizer, thinking=case["thinking"], policy="tolerant")
+    turn = parse(sampled_ids(case["raw"], tokenizer), tokenizer, thinking=case["thinking"], policy="tolerant")
     expected = case["expect"]
     assert (turn.reasoning, turn.content) == (expected["reasoning"], expected["content"])
     assert calls_of(turn) == expected_calls(expected["calls"])
@@ -131,7 +124,7 @@ def test_text_reads_like_the_tokens_it_spells(name: str, policy: Policy, tokeniz
     case = STRICT[name]
     thinking = case["thinking_mode"] == "thinking"
     from_text = parse_text(case["completion_text"], thinking=thinking, policy=policy)
-    from_ids = parse(sampled(case["completion_text"], tokenizer), tokenizer, thinking=thinking, policy=policy)
+    from_ids = parse(sampled_ids(case["completion_text"], tokenizer), tokenizer, thinking=thinking, policy=policy)
     assert (from_text.reasoning, from_text.content, from_text.calls, from_text.error) == (
         from_ids.reasoning,
         from_ids.content,
@@ -150,9 +143,12 @@ def test_markers_written_with_ordinary_tokens_are_text(policy: Policy, tokenizer
 
 
 def test_a_closing_tag_written_with_ordinary_tokens_stays_in_the_value(tokenizer: Tokenizer) -> None:
-    head, tail = sampled("\n\n<｜DSML｜tool_calls>\n", tokenizer), sampled("</｜DSML｜tool_calls>" + EOS, tokenizer)
-    opened = sampled('<｜DSML｜invoke name="bash">\n<｜DSML｜parameter name="command" string="true">', tokenizer)
-    closed = sampled("</｜DSML｜parameter>\n</｜DSML｜invoke>\n", tokenizer)
+    head, tail = (
+        sampled_ids("\n\n<｜DSML｜tool_calls>\n", tokenizer),
+        sampled_ids("</｜DSML｜tool_calls>" + EOS, tokenizer),
+    )
+    opened = sampled_ids('<｜DSML｜invoke name="bash">\n<｜DSML｜parameter name="command" string="true">', tokenizer)
+    closed = sampled_ids("</｜DSML｜parameter>\n</｜DSML｜invoke>\n", tokenizer)
     value = f"echo '</｜DSML｜parameter>\n{EOS}' 2>&1"
     ids = [*head, *opened, *tokenizer.encode_plain(value), *closed, *tail]
     assert calls_of(parse(ids, tokenizer, thinking=False)) == [("bash", {"command": value})]
@@ -160,7 +156,7 @@ def test_a_closing_tag_written_with_ordinary_tokens_stays_in_the_value(tokenizer
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_token_that_the_dialect_does_not_know_is_text(policy: Policy, tokenizer: Tokenizer) -> None:
-    ids = [tokenizer.control("<｜fim▁hole｜>"), *sampled(f"a{EOS}", tokenizer)]
+    ids = [tokenizer.control("<｜fim▁hole｜>"), *sampled_ids(f"a{EOS}", tokenizer)]
     turn = parse(ids, tokenizer, thinking=False, policy=policy)
     assert (turn.content, turn.error) == ("<｜fim▁hole｜>a", None)
 
@@ -180,7 +176,7 @@ def test_a_control_token_in_a_value_that_begins_no_tag_is_part_of_the_value(poli
 
 @pytest.mark.parametrize("spelling", [token for token in V4.control_tokens if token not in {EOS, "｜DSML｜"}])
 def test_a_chat_control_token_sampled_in_prose_is_an_error(spelling: str, tokenizer: Tokenizer) -> None:
-    turn = parse(sampled(f"a{spelling}b{EOS}", tokenizer), tokenizer, thinking=False)
+    turn = parse(sampled_ids(f"a{spelling}b{EOS}", tokenizer), tokenizer, thinking=False)
     assert turn.error is not None
     assert (turn.error.rule, turn.error.offset, turn.content) == ("control-token-in-text", 1, "a")
 
@@ -216,12 +212,12 @@ def test_a_chat_control_token_sampled_in_prose_is_an_error(spelling: str, tokeni
 def test_a_broken_block_runs_nothing_and_says_why(rest: str, rule: str, end: str, tokenizer: Tokenizer) -> None:
     complete = invoke("bash", parameter("command", "ls"))
     text = "Now.\n\n<｜DSML｜tool_calls" + rest + ("" if rest.endswith(EOS) else end)
-    turn = parse(sampled(text, tokenizer), tokenizer, thinking=False)
+    turn = parse(sampled_ids(text, tokenizer), tokenizer, thinking=False)
     assert turn.error is not None
     assert turn.error.rule == rule
     assert (turn.content, turn.calls) == ("Now.", ())
     later = text.replace("tool_calls>\n", "tool_calls>\n" + complete, 1)
-    assert parse(sampled(later, tokenizer), tokenizer, thinking=False).calls == ()
+    assert parse(sampled_ids(later, tokenizer), tokenizer, thinking=False).calls == ()
 
 
 @pytest.mark.parametrize(
@@ -329,7 +325,7 @@ def test_only_a_spurious_wrapper_is_unwrapped(
 
 def test_spans_tell_thinking_text_and_calls_apart(tokenizer: Tokenizer) -> None:
     parts = ["Look at it.</think>", "I list.", block(invoke("bash", parameter("command", "ls"))) + EOS]
-    ids = sampled("".join(parts), tokenizer)
+    ids = sampled_ids("".join(parts), tokenizer)
     turn = parse(ids, tokenizer, thinking=True)
     kinds = [SpanKind.SAMPLED_THINK, SpanKind.SAMPLED_TEXT, SpanKind.SAMPLED_CALL]
     assert [span.kind for span in turn.spans] == kinds
@@ -352,7 +348,7 @@ def test_spans_tell_thinking_text_and_calls_apart(tokenizer: Tokenizer) -> None:
     ],
 )
 def test_spans_cover_a_turn_exactly(text: str, thinking: bool, kinds: list[str], tokenizer: Tokenizer) -> None:
-    ids = sampled(text, tokenizer)
+    ids = sampled_ids(text, tokenizer)
     spans = parse(ids, tokenizer, thinking=thinking).spans
     assert [span.kind for span in spans] == kinds
     assert sum(span.length for span in spans) == len(ids)

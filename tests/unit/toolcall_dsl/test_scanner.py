@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from toolcall_dsl import V4, Policy, Tokenizer, scanner_for
-from toolcall_dsl.scanner import HEADER_UNITS_MAX, Chunk, Event, Place
+from toolcall_dsl.scanner import HEADER_UNITS_MAX, Chunk, Place
+from toolcall_dsl.testing import events_of
 
 GOLDEN = Path(__file__).parents[2] / "golden/dsml/parse"
 CASES = {
@@ -21,36 +21,15 @@ CASES = {
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
-def events_of(parts: Iterable[str], tokenizer: Tokenizer, *, thinking: bool, policy: Policy) -> list[Event]:
-    """All events of a turn fed in parts, neighbouring chunks of one place joined."""
-    scanner = scanner_for(tokenizer.unit_map, thinking=thinking, policy=policy)
-    events: list[Event] = []
-
-    def drain() -> None:
-        while (event := scanner.next_event()) is not None:
-            last = events[-1] if events else None
-            if isinstance(event, Chunk) and isinstance(last, Chunk) and last.place is event.place:
-                events[-1] = Chunk(last.place, last.units + event.units, last.start)
-            else:
-                events.append(event)
-
-    for part in parts:
-        scanner.feed(part)
-        drain()
-    scanner.finish()
-    drain()
-    return events
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", CASES)
 def test_any_split_gives_the_events_of_the_whole(name: str, policy: Policy, tokenizer: Tokenizer) -> None:
     text, thinking = CASES[name]
     for units in (tokenizer.unit_map.units(text), tokenizer.unit_map.units(text).replace("\n\n", "\n")):
-        whole = events_of([units], tokenizer, thinking=thinking, policy=policy)
-        assert events_of(units, tokenizer, thinking=thinking, policy=policy) == whole
+        whole = events_of([units], tokenizer.unit_map, thinking=thinking, policy=policy)
+        assert events_of(units, tokenizer.unit_map, thinking=thinking, policy=policy) == whole
         for at in range(1, len(units)):
-            assert events_of([units[:at], units[at:]], tokenizer, thinking=thinking, policy=policy) == whole
+            assert events_of([units[:at], units[at:]], tokenizer.unit_map, thinking=thinking, policy=policy) == whole
 
 
 @pytest.mark.parametrize("policy", POLICIES)
