@@ -26,7 +26,7 @@ from dsec.types import Command, SandboxSpec
 from rollout.bench.archive import FILE_BYTES_MAX, TaskFile, make_folders
 from rollout.bench.dockerfile import Image, build
 from rollout.bench.packages import missing_packages
-from rollout.bench.task_toml import TaskToml, parse_task_toml
+from rollout.bench.task_toml import EnvironmentTable, TaskToml, parse_task_toml
 from rollout.errors import TaskError
 
 FILES_COUNT_MAX = 10_000
@@ -153,7 +153,6 @@ def _make_task(name: str, where: str, files: Mapping[str, TaskFile]) -> Task:
     _raise_all([f"{where}: {problem}" for problem in problems])
     assert image is not None, "a build without an image left a problem behind"
     table = toml.environment
-    limits = {"cpu_cores": table.cpus, "memory_bytes": _mib(table.memory_mb), "disk_bytes": _mib(table.storage_mb)}
     return Task(
         name=name,
         digest=digest_files(files),
@@ -165,14 +164,19 @@ def _make_task(name: str, where: str, files: Mapping[str, TaskFile]) -> Task:
         solution_env=toml.solution.env,
         verifier_timeout_s=toml.verifier.timeout_sec,
         agent_timeout_s=toml.agent.timeout_sec,
-        sandbox=msgspec.structs.replace(SandboxSpec(), **{k: v for k, v in limits.items() if v is not None}),
+        sandbox=_limits(table),
         tests=_below(files, "tests/"),
         solution=_below(files, "solution/"),
     )
 
 
-def _mib(count: int | None) -> int | None:
-    return None if count is None else count << 20
+def _limits(table: EnvironmentTable) -> SandboxSpec:
+    """The sandbox's bounds.  Its disk is held in its memory, so it gets at most three quarters of that."""
+    default = SandboxSpec()
+    memory_bytes = default.memory_bytes if table.memory_mb is None else table.memory_mb << 20
+    asked = default.disk_bytes if table.storage_mb is None else table.storage_mb << 20
+    cpu_cores = default.cpu_cores if table.cpus is None else table.cpus
+    return SandboxSpec(memory_bytes=memory_bytes, disk_bytes=min(asked, memory_bytes * 3 // 4), cpu_cores=cpu_cores)
 
 
 def _below(files: Mapping[str, TaskFile], folder: str) -> dict[str, TaskFile]:

@@ -1,0 +1,37 @@
+"""Commands for the host: what it can do, and clearing up after a kill."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from dsec.edge.config import SubstrateConfig
+from dsec.edge.linux import cgroup
+from dsec.edge.linux.host import check_host
+
+
+@click.command(epilog="\b\nExample:\n  dsec doctor --json")
+@click.option("--json", "as_json", is_flag=True, help="One JSON list of findings.")
+def doctor(as_json: bool) -> None:
+    """Say what this host has for sandboxes, what is missing, and how to get it; exit 3 if it is unfit."""
+    findings = check_host()
+    if as_json:
+        click.echo(msgspec.json.encode(findings))
+    else:
+        table = Table("check", "", "seen", "way out")
+        for finding in findings:
+            mark = "[green]ok[/]" if finding.ok else "[red]missing[/]"
+            table.add_row(finding.name, mark, finding.detail, "" if finding.ok else finding.remedy)
+        Console().print(table)
+    sys.exit(0 if all(finding.ok for finding in findings) else 3)
+
+
+@click.command(epilog="\b\nExample:\n  dsec gc")
+def gc() -> None:
+    """Remove what killed runs left on this host (cgroups, and processes in them); living runs are left alone."""
+    removed = cgroup.sweep(SubstrateConfig().cgroup_parent)
+    click.echo(f"removed {removed} leftover cgroups")
