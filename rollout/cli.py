@@ -17,12 +17,12 @@ from typing import NoReturn
 
 import click
 import msgspec
-from dsec.cli import doctor, gc
 from rich.console import Console
 from rich.live import Live
 
 import wal.__main__ as wal_cli
 from dsec import trajectory
+from dsec.cli import doctor, gc
 from dsec.errors import DsecError
 from rollout import journal
 from rollout.batch import REQUEST_ID, Batch, run_batch
@@ -227,8 +227,7 @@ def _log_of(directory: Path) -> Path:
 
 def _resolve(ledger: Ledger, name: str) -> str:
     """The rollout that a person means by `name`: an id, its end, or a task with one rollout."""
-    endings = (name, f"/{name}", f"/{name}.0")
-    found = [i for i in sorted(ledger.rollouts) if i == name or i.endswith(endings[1:])]
+    found = [i for i in sorted(ledger.rollouts) if f"/{i}".endswith((f"/{name}", f"/{name}.0"))]
     if len(found) != 1:
         known = ", ".join(sorted(ledger.rollouts)[:5])
         raise RequestError(f"{name!r} names {len(found)} rollouts of this log, not one; there are {known} ...")

@@ -124,6 +124,7 @@ def job_of(request: pb.SubmitRequest) -> tuple[Job, list[Task]]:
         request.request_id,
         tasks,
         group_size=request.group_size or 1,
+        group_prefix=f"{request.request_id}/",
         agent=agent,
         thinking=thinking,
         sampling=Sampling(

@@ -33,8 +33,13 @@ def make_job(
     thinking: Thinking = "high",
     sampling: Sampling | None = None,
     limits: Limits | None = None,
+    group_prefix: str = "",
 ) -> Job:
-    """A job over `tasks`, one group for each.  RequestError names the field, the value and the bound."""
+    """A job over `tasks`, one group for each, named `group_prefix` + the task's name.
+
+    Group names set rollouts of one log apart and key their noise: two jobs that shall draw the same
+    must name their groups the same.  RequestError names the field, the value and the bound.
+    """
     sampling, limits = sampling or Sampling(), limits or Limits()
     if not _REQUEST_ID.fullmatch(request_id):
         raise RequestError(f"request_id {request_id!r}: use 1 to 128 letters, digits, '.', '_', ':' and '-'")
@@ -59,7 +64,7 @@ def make_job(
         twice = sorted({name for name in names if names.count(name) > 1})
         raise RequestError(f"task names must differ within a job: {', '.join(twice[:5])}")
     groups = tuple(
-        Group(group_id=f"{request_id}/{task.name}", task=task.name, task_digest=task.digest, size=group_size)
+        Group(group_id=group_prefix + task.name, task=task.name, task_digest=task.digest, size=group_size)
         for task in tasks
     )
     return Job(request_id=request_id, groups=groups, agent=agent, thinking=thinking, sampling=sampling, limits=limits)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsec.edge.substrates.container import ContainerSubstrate
-
 from rollout.config import RolloutConfig
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
 from rollout.engines.embedded.engine import EmbeddedEngine

@@ -107,9 +107,12 @@ def print_summary(console: Console, summary: Summary, directory: Path) -> None:
     console.print(
         Text.assemble(
             ("try next\n", "bold"),
-            f"  dsec show {directory} {example}      look at a trajectory\n",
-            f"  dsec run --out {directory} --resume      after a kill -9: finish the run, nothing sampled twice\n",
-            "  dsec run path/to/task --out runs/mine      run a task of your own (a folder in Harbor's format)",
+            f"  dsec show {directory} {example}\n",
+            ("    look at a trajectory\n", "dim"),
+            f"  dsec run --resume --out {directory}\n",
+            ("    after a kill -9 at any moment: finish the run, nothing sampled or run twice\n", "dim"),
+            "  dsec run path/to/task --out runs/mine\n",
+            ("    run a task of your own (a folder in Harbor's format)", "dim"),
         )
     )
 
@@ -141,8 +144,9 @@ def _tasks_table(rows: list[TaskRow]) -> Table:
 def render_overview(records: list[TrajectoryRecord]) -> Table:
     """One line for each rollout."""
     table = Table(title="rollouts", title_justify="left")
-    for name in ("rollout", "reward", "ended", "turns", "calls", "tokens sampled", "replayed"):
-        table.add_column(name, justify="left" if name in ("rollout", "ended") else "right")
+    for name in ("rollout", "reward", "ended", "turns", "calls", "tokens", "commands replayed"):
+        is_text = name in ("rollout", "ended")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=is_text)
     for record in records:
         table.add_row(
             visible(record.rollout_id),
@@ -175,6 +179,7 @@ def render_trajectory(record: TrajectoryRecord, instruction: str) -> RenderableT
                 arguments = ", ".join(f"{name}={visible(str(value))!r}" for name, value in call.arguments.items())
                 text.append(f"{visible(call.name)}({arguments})\n", style="cyan")
                 text.append(_indent(visible(call.result)) + "\n", style="yellow" if call.exit else "green")
+        text.rstrip()
         title = f"turn {number}  {turn.finish_reason}  {turn.length} tokens"
         parts.append(Panel(text, title=title, title_align="left"))
     reward = "unset" if record.reward is None else f"{record.reward:g}"

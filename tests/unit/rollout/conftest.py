@@ -22,9 +22,7 @@ def tokenizer() -> Tokenizer:
 
 def a_job(agent: str = "model", limits: Limits | None = None, size: int = 1) -> Job:
     group = Group(group_id="run/t", task="t", task_digest="d", size=size)
-    return Job(
-        request_id="run", groups=(group,), agent=agent, sampling=Sampling(seed=3), limits=limits or Limits()
-    )
+    return Job(request_id="run", groups=(group,), agent=agent, sampling=Sampling(seed=3), limits=limits or Limits())
 
 
 def opened_state(tokenizer: Tokenizer, job: Job, instruction: str = "Remove the file a.txt.") -> State:

@@ -64,7 +64,9 @@ def test_a_trajectory_record_comes_back_as_it_was(record: SandboxCreated) -> Non
     assert journal.decode(3, encode_trajectory(record)) == record
 
 
-@pytest.mark.parametrize(("kind", "payload"), [(2, b"\xff"), (2, b"\x80"), (3, b"\x81\xa4type\xa1x"), (1, b""), (9, b"")])
+@pytest.mark.parametrize(
+    ("kind", "payload"), [(2, b"\xff"), (2, b"\x80"), (3, b"\x81\xa4type\xa1x"), (1, b""), (9, b"")]
+)
 def test_a_record_of_another_schema_is_a_typed_error(kind: int, payload: bytes) -> None:
     with pytest.raises(JournalError):
         journal.decode(kind, payload)

@@ -105,9 +105,7 @@ def test_calls_of_one_block_run_in_order_and_their_results_come_back_together(to
     assert (second.call_index, second.call.arguments) == (1, {"command": "cat b"})
     state = answer(state, 1, "two", tokenizer)
     added = tokenizer.decode(state.token_ids[len(before) :])
-    assert added == (
-        "<｜User｜><tool_result>one</tool_result>\n\n<tool_result>two</tool_result><｜Assistant｜><think>"
-    )
+    assert added == ("<｜User｜><tool_result>one</tool_result>\n\n<tool_result>two</tool_result><｜Assistant｜><think>")
 
 
 def test_a_final_answer_is_judged_and_then_the_rollout_finishes(tokenizer: Tokenizer) -> None:

@@ -90,9 +90,7 @@ async def test_a_call_that_cannot_run_touches_no_sandbox(name: str, arguments: d
         (b"\xff a = 1 \xfe", "a = 1", "ok", b"\xff a = 9 \xfe"),
     ],
 )
-async def test_edit_replaces_a_text_that_stands_exactly_once(
-    content: bytes, old: str, text: str, after: bytes
-) -> None:
+async def test_edit_replaces_a_text_that_stands_exactly_once(content: bytes, old: str, text: str, after: bytes) -> None:
     files = Files({"f.py": content})
     seen = await use_tool(ToolCall("edit", {"path": "f.py", "old": old, "new": "a = 9"}), PLACE, files)
     assert seen.text == text
