@@ -13,7 +13,24 @@ from dataclasses import dataclass
 from rollout import context
 from rollout.engine import EngineInfo, Sampled, SampleRequest
 from rollout.errors import EngineError
+from rollout.events import AgentKind, Group, Job, Limits, RolloutOpened
 from toolcall_dsl import V4, Segment, Tokenizer, encode
+
+ENGINE = EngineInfo(
+    name="scripted", build="1", weights_digest="0" * 64, vocab_count=1 << 17, context_tokens_max=1 << 20
+)
+
+
+def job_of_one(agent: AgentKind = "model", limits: Limits | None = None, size: int = 1) -> Job:
+    """A job with one group, `t`, of a task of that name with digest `d`."""
+    group = Group(group_id="t", task="t", task_digest="d", size=size)
+    return Job(request_id="run", groups=(group,), agent=agent, limits=limits or Limits())
+
+
+def opened(tokenizer: Tokenizer, job: Job, instruction: str = "Remove the file a.txt.") -> RolloutOpened:
+    """The first event of the rollout `t.0` of such a job."""
+    prompt = context.prompt(instruction, tokenizer, job.thinking)
+    return RolloutOpened("t.0", job.request_id, "t", 0, prompt, tokenizer.digest, ENGINE)
 
 
 @dataclass(frozen=True)
@@ -50,9 +67,7 @@ class ScriptedEngine:
     @property
     def info(self) -> EngineInfo:
         """Facts of the double."""
-        return EngineInfo(
-            name="scripted", build="1", weights_digest="0" * 64, vocab_count=1 << 17, context_tokens_max=1 << 20
-        )
+        return ENGINE
 
     async def open(self) -> None:
         """Ready at once."""

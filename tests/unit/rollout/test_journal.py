@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from conftest import INFO, a_job
 
 import wal
 from dsec.trajectory import CommandFinished, CommandReplayed, CommandStarted, SandboxCreated
@@ -13,6 +12,7 @@ from rollout import events, journal
 from rollout.bench.tasks import task_from_files
 from rollout.errors import JournalError
 from rollout.events import FinishReason, PromptSegment
+from rollout.testing import ENGINE, job_of_one
 from wal.tokens import TokensAppended
 
 TASK = task_from_files(
@@ -26,9 +26,9 @@ TASK = task_from_files(
 )
 EVENTS = [
     events.TaskAdmitted(TASK),
-    events.JobSubmitted(a_job()),
+    events.JobSubmitted(job_of_one()),
     events.JobCancelled("run"),
-    events.RolloutOpened("r", "run", "run/t", 0, (PromptSegment("SYSTEM", (0, 5)),), "digest", INFO),
+    events.RolloutOpened("r", "run", "run/t", 0, (PromptSegment("SYSTEM", (0, 5)),), "digest", ENGINE),
     events.RolloutResumed("r", 2, 100),
     events.SandboxPrepared("r", 0.5),
     TokensAppended("r", 2, (7, 4095), (-0.5, -1.25), 0),

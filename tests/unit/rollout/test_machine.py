@@ -1,7 +1,6 @@
 """The machine: what each event makes of a rollout, and what is wanted then."""
 
 import pytest
-from conftest import a_job, opened_state
 
 from rollout import context
 from rollout.effects import ApplySolution, Finish, Judge, Prepare, RunTool, Sample
@@ -10,6 +9,7 @@ from rollout.events import (
     AgentStopped,
     FinishReason,
     InfraFailed,
+    Job,
     Judged,
     Limits,
     RolloutFinished,
@@ -18,15 +18,19 @@ from rollout.events import (
     SolutionApplied,
     ToolFinished,
 )
-from rollout.machine import Phase, State, TurnFinish, effect, step, stream_key
-from rollout.testing import Reply, reply_ids
+from rollout.machine import Phase, State, TurnFinish, effect, start, step, stream_key
+from rollout.testing import Reply, job_of_one, opened, reply_ids
 from toolcall_dsl import V4, Tokenizer, encode
 from wal.tokens import TokensAppended
 
-ID = "run/t.0"
+ID = "t.0"
 LS = Reply(reasoning="Look.", calls=[("bash", {"command": "ls"})])
 TWO = Reply(reasoning="Both.", calls=[("bash", {"command": "cat a"}), ("bash", {"command": "cat b"})])
 DONE = Reply(reasoning="Good.", content="Removed a.txt.")
+
+
+def begin(tokenizer: Tokenizer, job: Job) -> State:
+    return start(job, opened(tokenizer, job))
 
 
 def say(state: State, reply: Reply, tokenizer: Tokenizer, chunk: int = 1) -> State:
@@ -43,11 +47,11 @@ def answer(state: State, index: int, text: str, tokenizer: Tokenizer) -> State:
 
 
 def prepared(tokenizer: Tokenizer, **job: object) -> State:
-    return step(opened_state(tokenizer, a_job(**job)), SandboxPrepared(ID, 0.1), tokenizer)
+    return step(begin(tokenizer, job_of_one(**job)), SandboxPrepared(ID, 0.1), tokenizer)
 
 
 def test_a_rollout_first_wants_its_environment_then_tokens(tokenizer: Tokenizer) -> None:
-    state = opened_state(tokenizer, a_job())
+    state = begin(tokenizer, job_of_one())
     assert effect(state, tokenizer) == Prepare()
     wanted = effect(step(state, SandboxPrepared(ID, 0.1), tokenizer), tokenizer)
     assert isinstance(wanted, Sample)

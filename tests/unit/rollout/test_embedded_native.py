@@ -1,0 +1,38 @@
+"""The C engine under sanitizers and under other instruction sets: clean, and the same bits."""
+
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+ENGINE = ROOT / "rollout/engines/embedded"
+HARNESS = Path(__file__).with_suffix(".c")
+STRICT = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-math-errno", f"-I{ENGINE}"]
+SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+VECTORS = ["-march=x86-64-v3"] if platform.machine() == "x86_64" else []
+
+
+def run_built(folder: Path, *flags: str) -> str:
+    program = folder / "engine"
+    sources = [*map(str, sorted(ENGINE.glob("*.c"))), str(HARNESS)]
+    subprocess.run(["gcc", *STRICT, *flags, "-o", str(program), *sources, "-lm"], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def shipped_digest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return run_built(tmp_path_factory.mktemp("shipped"), "-O3", *VECTORS)
+
+
+def test_every_path_is_clean_under_address_and_undefined_behaviour_sanitizers(
+    tmp_path: Path, shipped_digest: str
+) -> None:
+    assert run_built(tmp_path, *SANITIZED, *VECTORS) == shipped_digest
+
+
+def test_a_build_without_vector_instructions_computes_the_same_bits(tmp_path: Path, shipped_digest: str) -> None:
+    assert run_built(tmp_path, "-O1", "-DV4_PORTABLE") == shipped_digest
