@@ -1,1 +1,1 @@
-"""The host agent: makes sandboxes, runs commands in them, and logs what ran."""
+"""The host agent: what one machine needs to make and keep sandboxes."""

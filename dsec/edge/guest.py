@@ -22,7 +22,7 @@ from dsec.edge.native_wire import (
     Stage,
     encode_u32,
 )
-from dsec.edge.packets import PacketSocket
+from dsec.edge.packets import PacketSocket, make_memory_file
 from dsec.edge.spawner import step_error
 from dsec.errors import SandboxLostError, SpawnError
 
@@ -76,10 +76,8 @@ class Guest:
         return exec_id
 
     async def _start_with_file(self, exec_id: int, flags: int, body: bytes, fds: Sequence[int]) -> None:
-        file = os.memfd_create("exec", os.MFD_CLOEXEC)
+        file = make_memory_file("exec", body)
         try:
-            with open(file, "wb", closefd=False) as stream:
-                stream.write(body)
             head = encode_u32(MessageType.EXEC, exec_id, flags | EXEC_BODY_IN_FD)
             await self._packets.send(head, [file, *fds])
         finally:

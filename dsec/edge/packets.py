@@ -16,6 +16,14 @@ from dsec.edge.native_wire import PACKET_BYTES_MAX
 _PACKETS_PER_TURN = 16
 
 
+def make_memory_file(name: str, data: bytes) -> int:
+    """A file in memory that holds `data`, for what is too long for a packet; the caller closes it."""
+    file = os.memfd_create(name, os.MFD_CLOEXEC)
+    with open(file, "wb", closefd=False) as stream:
+        stream.write(data)
+    return file
+
+
 class PacketSocket:
     """Owns `connection`.  `on_packet(data, fds)` owns the fds it is given; `on_close()` is called once, at EOF."""
 
@@ -61,10 +69,10 @@ class PacketSocket:
                 return
 
     async def _writable(self) -> None:
-        ready = self._loop.create_future()
-        self._loop.add_writer(self._socket.fileno(), lambda: ready.done() or ready.set_result(None))
+        ready = asyncio.Event()
+        self._loop.add_writer(self._socket.fileno(), ready.set)
         try:
-            await ready
+            await ready.wait()
         finally:
             if self._is_open:
                 self._loop.remove_writer(self._socket.fileno())

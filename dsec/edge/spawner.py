@@ -24,13 +24,13 @@ from dsec.edge.native_wire import (
     encode_init,
     encode_u32,
 )
-from dsec.edge.packets import PacketSocket
+from dsec.edge.packets import PacketSocket, make_memory_file
 from dsec.errors import HostUnfitError, SpawnError
 from dsec.types import SandboxSpec
 
 
 def step_error(reader: MessageReader) -> str:
-    """ "step: error text" of a FAILED message, whose type and slot were read."""
+    """Step and error text of a FAILED message, whose type and slot were read."""
     step, number = reader.string(), reader.u32()
     return f"{step}: {os.strerror(number)} (errno {number})"
 
@@ -62,10 +62,8 @@ class Spawner:
             )
         spawner = cls(process)
         spawner._packets = PacketSocket(ours, spawner._on_packet, spawner._on_close)
-        file = os.memfd_create("skeleton", os.MFD_CLOEXEC)
+        file = make_memory_file("skeleton", skeleton)
         try:
-            with open(file, "wb", closefd=False) as stream:
-                stream.write(skeleton)
             await spawner._packets.send(encode_init(hierarchies), [file])
             await spawner._inited
         except BaseException:
@@ -91,10 +89,14 @@ class Spawner:
         `gone(slot)` resolves when the slot is free again, also after an error.
         """
         loop = asyncio.get_running_loop()
-        self._gone[slot] = loop.create_future()
-        created = self._created[slot] = loop.create_future()
+        gone = self._gone[slot] = loop.create_future()
         try:
             await self._send(encode_create(slot, spec.disk_bytes, spec.hostname, plan))
+        except BaseException:
+            gone.set_result(None)  # the spawner never heard of it
+            raise
+        created = self._created[slot] = loop.create_future()
+        try:
             return await asyncio.shield(created)
         except asyncio.CancelledError:
             created.add_done_callback(_discard)

@@ -53,7 +53,7 @@ int acquire_group(struct exec_group *out) {
         return 0;
     }
     char name[32];
-    *out = (struct exec_group){.number = next_number++, .directory = -1, .events = -1};
+    *out = (struct exec_group){.number = next_number++, .directory = -1, .events = -1, .was_killed = 0};
     name_group(out->number, name);
     if (mkdirat(parent, name, 0755) < 0) return -1;
     out->directory = openat(parent, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -65,13 +65,15 @@ int acquire_group(struct exec_group *out) {
 }
 
 void release_group(struct exec_group *group) {
-    if (!is_populated(group) && spare_count < SPARE_MAX) {
+    /* The kernel counts the kills of a group, and ends a process cloned into it whose parent's own
+     * group has another count: a killed group takes no command any more. */
+    if (!group->was_killed && !is_populated(group) && spare_count < SPARE_MAX) {
         spare[spare_count++] = *group;
         return;
     }
     close_group(group);
-    sweep_left();
     if (left_count < LEFT_MAX) left[left_count++] = group->number;
+    sweep_left();
 }
 
 int is_populated(const struct exec_group *group) {
@@ -80,7 +82,8 @@ int is_populated(const struct exec_group *group) {
     return count <= 0 || strstr(text, "populated 0") == NULL;
 }
 
-void kill_group(const struct exec_group *group) {
+void kill_group(struct exec_group *group) {
+    group->was_killed = 1;
     int fd = openat(group->directory, "cgroup.kill", O_WRONLY | O_CLOEXEC);
     if (fd < 0) return;
     if (write(fd, "1", 1) < 0) {

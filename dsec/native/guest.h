@@ -8,14 +8,15 @@
 struct exec_group {
     uint32_t number;
     int directory, events; /* fds; -1: none */
+    int was_killed;
 };
 
 /* -- groups.c */
 void open_groups(int command_group);
 int acquire_group(struct exec_group *out);    /* an empty group; 0, or -1 with errno */
-void release_group(struct exec_group *group); /* kept for the next command if empty, else left to its processes */
+void release_group(struct exec_group *group); /* kept for the next command if empty, else left */
 int is_populated(const struct exec_group *group);
-void kill_group(const struct exec_group *group);
+void kill_group(struct exec_group *group);
 
 /* -- command.c: runs in the guest; the fds are the command's, closed by the caller */
 struct command_fds {

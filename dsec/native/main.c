@@ -10,5 +10,7 @@ int main(int argc, char **argv) {
         fprintf(stderr, "usage: dsec-sandbox spawner FD   (started by the dsec Python package, see protocol.h)\n");
         return 2;
     }
-    return spawner_main(atoi(argv[2]));
+    int control = atoi(argv[2]);
+    remember_title(argv[0], argv[argc - 1] + strlen(argv[argc - 1]));
+    return spawner_main(control);
 }

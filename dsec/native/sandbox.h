@@ -15,7 +15,7 @@ struct create_request {
     struct reader operations; /* checked, at its count */
 };
 
-/* The spawner's mounted cgroup hierarchies; `fds` are directories, 0 is cgroup2. */
+/* Our directories in the mounted cgroup hierarchies; 0 is cgroup2, the others are v1. */
 struct hierarchies {
     int fds[HIERARCHIES_COUNT_MAX];
     uint32_t count;
@@ -50,5 +50,7 @@ _Noreturn void become_sandbox(const struct sandbox_setup *setup);
 void build_rootfs(const struct sandbox_setup *setup);
 void confine(const struct sandbox_setup *setup);
 _Noreturn void fail(const char *step);
+void remember_title(char *start, char *end); /* where ps finds our command line */
+void hide_title(void);                       /* shows "init" there: the host's paths are not the sandbox's business */
 
 #endif

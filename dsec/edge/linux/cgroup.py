@@ -86,14 +86,19 @@ def make_owner_directories(found: Hierarchies, cgroup_parent: str) -> list[tuple
     """Make this process's directory in each hierarchy and give (parent, name) pairs.  OSError."""
     name = owner_name()
     enabled = " ".join(f"+{controller}" for controller in sorted(found.unified_controllers))
-    made = parents(found, cgroup_parent)
-    for index, parent in enumerate(made):
-        if index == 0 and enabled:
-            (parent / "cgroup.subtree_control").write_text(enabled)
-        (parent / name).mkdir()
-        if index == 0 and enabled:
-            (parent / name / "cgroup.subtree_control").write_text(enabled)
-    return [(str(parent), name) for parent in made]
+    places = parents(found, cgroup_parent)
+    try:
+        for index, parent in enumerate(places):
+            if index == 0 and enabled:
+                (parent / "cgroup.subtree_control").write_text(enabled)
+            (parent / name).mkdir()
+            if index == 0 and enabled:
+                (parent / name / "cgroup.subtree_control").write_text(enabled)
+    except OSError:
+        for parent in places:
+            remove_tree(parent / name)
+        raise
+    return [(str(parent), name) for parent in places]
 
 
 def plan_sandbox(found: Hierarchies, slot: int, spec: SandboxSpec) -> CgroupPlan:

@@ -17,8 +17,8 @@ from dsec.edge.native_wire import encode_string, encode_u32
 
 MERGED_LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _DIRECTORIES = {
-    "dev": 0o755, "etc": 0o755, "etc/alternatives": 0o755, "home": 0o755, "media": 0o755, "mnt": 0o755,
-    "opt": 0o755, "proc": 0o555, "root": 0o700, "run": 0o755, "run/lock": 0o1777, "srv": 0o755, "sys": 0o555,
+    "dev": 0o755, "etc": 0o755, "etc/alternatives": 0o755, "etc/pam.d": 0o755, "home": 0o755, "media": 0o755,
+    "mnt": 0o755, "opt": 0o755, "proc": 0o555, "root": 0o700, "run": 0o755, "run/lock": 0o1777, "srv": 0o755, "sys": 0o555,
     "tmp": 0o1777, "usr": 0o755, "var": 0o755, "var/cache": 0o755, "var/lib": 0o755, "var/log": 0o755,
     "var/mail": 0o2775, "var/spool": 0o755, "var/tmp": 0o1777,
 }  # fmt: skip
@@ -43,6 +43,12 @@ _FILES = {
     "etc/shells": "/bin/sh\n/bin/bash\n",
     "etc/ld.so.conf": "/usr/local/lib\n",
     "etc/profile": "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\nexport PATH\n",
+    "etc/login.defs": "UMASK 022\nENV_PATH PATH=/usr/local/bin:/usr/bin:/bin\n",
+    **dict.fromkeys(
+        ("etc/pam.d/other", "etc/pam.d/su", "etc/pam.d/runuser"),
+        "auth sufficient pam_rootok.so\nauth required pam_deny.so\n"
+        "account required pam_permit.so\nsession required pam_permit.so\n",
+    ),
     "etc/protocols": "ip 0 IP\nicmp 1 ICMP\ntcp 6 TCP\nudp 17 UDP\nipv6-icmp 58 IPv6-ICMP\n",
     "etc/services": "ftp 21/tcp\nssh 22/tcp\ntelnet 23/tcp\nsmtp 25/tcp\ndomain 53/tcp\ndomain 53/udp\n"
     "http 80/tcp www\npop3 110/tcp\nntp 123/udp\nimap2 143/tcp imap\nhttps 443/tcp\nhttp-alt 8080/tcp\n",

@@ -1,1 +1,1 @@
-""""""
+"""Ways of making sandboxes, each behind the same port."""

@@ -20,6 +20,7 @@ import heapq
 import os
 import time
 from errno import E2BIG, ENAMETOOLONG
+from pathlib import Path
 
 from dsec.edge.capture import READ_BYTES_MAX, OutputBuffer, PipeReader, PipeWriter
 from dsec.edge.commands import check_spec, encode_command
@@ -219,12 +220,11 @@ class ContainerSubstrate:
     async def close(self) -> None:
         """See `dsec.sandbox.Substrate.close`.  Safe to call twice."""
         if self._spawner is not None:
-            for sandbox in list(self._sandboxes.values()):
-                await sandbox.destroy()
+            await asyncio.gather(*(sandbox.destroy() for sandbox in list(self._sandboxes.values())))
             await self._spawner.close()
             self._spawner = None
         for parent, name in self._owned:
-            await asyncio.to_thread(cgroup.remove_tree, cgroup.Path(parent) / name)
+            await asyncio.to_thread(cgroup.remove_tree, Path(parent) / name)
         self._owned = []
 
 
@@ -254,7 +254,7 @@ class _Pipes:
         self.theirs = []
 
     def finish(self) -> tuple[Output, Output]:
-        """stdout and stderr as they are now."""
+        """What came on stdout and stderr until now."""
         outputs = [reader.finish() for reader in self._readers]
         return outputs[0], outputs[1] if len(outputs) == 2 else Output()
 

@@ -1,0 +1,228 @@
+"""Checks of running commands: exit codes, signals, arguments, environment, time and process trees."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import time
+
+from dsec.conformance.check import ENV, Check, check, fresh, line, require, shell
+from dsec.errors import InvalidArgumentError
+from dsec.sandbox import Sandbox, Substrate
+from dsec.types import STDIN_BYTES_MAX, Command, SandboxSpec
+
+STUBBORN_TREE = """
+trap '' TERM INT HUP
+(setsid bash -c 'trap "" TERM HUP; exec -a stubborn sleep 987654' &)
+(setsid setsid bash -c '(exec -a stubborn sleep 987654) & disown; exit' &)
+while :; do :; done
+"""
+
+
+async def _stubborn_count(sandbox: Sandbox) -> str:
+    return await line(sandbox, "pgrep -cf '^stubborn' || true")
+
+
+@check()
+async def every_exit_code_comes_back(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        codes = [(await shell(sandbox, f"exit {code}")).exit_code for code in range(256)]
+        require(codes == list(range(256)), codes)
+
+
+@check()
+async def death_by_a_signal_is_128_plus_its_number(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        for name, number in {"SEGV": 11, "KILL": 9, "TERM": 15, "PIPE": 13}.items():
+            result = await shell(sandbox, f"kill -{name} $$")
+            require(result.exit_code == 128 + number and not result.timed_out and not result.oom_killed, result)
+
+
+@check()
+async def a_missing_program_is_127_and_says_so(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        for name in ("/no/such/program", "no-such-program", ""):
+            result = await sandbox.exec(Command(argv=(name,), env=ENV))
+            require(result.exit_code == 127 and b"No such file" in result.stderr.data, result)
+
+
+@check()
+async def a_file_that_is_not_a_program_is_126(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        for name in ("/etc/passwd", "/tmp"):
+            result = await sandbox.exec(Command(argv=(name,), env=ENV))
+            require(result.exit_code == 126 and b"Permission denied" in result.stderr.data, result)
+
+
+@check()
+async def a_missing_directory_is_refused_by_name(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        try:
+            await sandbox.exec(Command(argv=("true",), cwd="/no/such/place", env=ENV))
+        except InvalidArgumentError as error:
+            require("/no/such/place" in str(error), error)
+        else:
+            require(False, "ran in a missing directory")
+        result = await sandbox.exec(Command(argv=("pwd",), cwd="/var/tmp", env=ENV))
+        require(result.stdout.data == b"/var/tmp\n", result)
+
+
+@check()
+async def arguments_pass_no_shell(substrate: Substrate) -> None:
+    words = ("a b", "$HOME", "`id`", "'\"\\n", "", "-n", "*", "é\n\t")
+    async with fresh(substrate) as sandbox:
+        result = await sandbox.exec(Command(argv=("printf", "%s|", *words), env=ENV))
+        require(result.stdout.data.decode() == "|".join(words) + "|", result)
+
+
+@check()
+async def a_megabyte_of_arguments_arrives(substrate: Substrate) -> None:
+    words = tuple(f"{index:0100000d}" for index in range(10))
+    async with fresh(substrate) as sandbox:
+        result = await sandbox.exec(Command(argv=("printf", "%s", *words), env=ENV))
+        require(result.stdout.data.decode() == "".join(words), result.exit_code)
+
+
+@check()
+async def the_environment_is_exactly_what_was_given(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        result = await sandbox.exec(Command(argv=("/usr/bin/env",), env={"B": "2 x", "A": ""}))
+        require(sorted(result.stdout.data.splitlines()) == [b"A=", b"B=2 x"], result)
+        result = await sandbox.exec(Command(argv=("/usr/bin/env",)))
+        require(result.stdout.data == b"", result)
+
+
+@check()
+async def programs_are_found_on_the_given_path(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        await line(sandbox, "mkdir /opt/x && printf '#!/bin/sh\\necho mine' > /opt/x/ls && chmod +x /opt/x/ls")
+        result = await sandbox.exec(Command(argv=("ls",), env={"PATH": "/nowhere:/opt/x:/usr/bin"}))
+        require(result.stdout.data == b"mine\n", result)
+
+
+@check()
+async def binary_stdin_arrives_whole_and_then_ends(substrate: Substrate) -> None:
+    data = random.Random(7).randbytes(5 << 20)
+    async with fresh(substrate) as sandbox:
+        result = await shell(sandbox, "sha256sum; cat; echo end", stdin=data)
+        require(result.stdout.data.decode() == f"{hashlib.sha256(data).hexdigest()}  -\nend\n", result)
+
+
+@check()
+async def no_stdin_is_end_of_file(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        result = await shell(sandbox, "cat; echo rc=$?", timeout_s=5)
+        require(result.stdout.data == b"rc=0\n", result)
+
+
+@check()
+async def a_command_need_not_read_its_stdin(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        result = await shell(sandbox, "exec <&-; echo done", stdin=bytes(STDIN_BYTES_MAX))
+        require(result.stdout.data == b"done\n" and result.exit_code == 0, result.exit_code)
+
+
+@check()
+async def a_timeout_kills_the_whole_tree_before_it_answers(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        started = time.monotonic()
+        result = await shell(sandbox, STUBBORN_TREE, timeout_s=1)
+        require(result.timed_out and result.exit_code == 137, result)
+        require(time.monotonic() - started < 6, "slow")
+        require(await _stubborn_count(sandbox) == "0", "part of the tree lives")
+
+
+@check()
+async def cancelling_kills_the_whole_tree(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        running = asyncio.create_task(shell(sandbox, STUBBORN_TREE, timeout_s=100))
+        while await _stubborn_count(sandbox) != "2":
+            await asyncio.sleep(0)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        async with asyncio.timeout(6):
+            while await _stubborn_count(sandbox) != "0":
+                await asyncio.sleep(0)
+
+
+@check()
+async def a_background_child_that_holds_the_pipe_does_not_delay_the_end(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        started = time.monotonic()
+        result = await shell(sandbox, "sleep 300 & echo hi")
+        require(result.stdout.data == b"hi\n" and time.monotonic() - started < 4, result)
+        require(await line(sandbox, "pgrep -c sleep") == "1", "the background child is gone")
+
+
+@check()
+async def a_kill_by_timeout_spares_the_background_of_others(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        await shell(sandbox, "sleep 300 &")
+        require((await shell(sandbox, "sleep 200", timeout_s=0.2)).timed_out)
+        require(await line(sandbox, "pgrep -a sleep | cut -d' ' -f2-") == "sleep 300", "wrong survivors")
+
+
+@check()
+async def zombies_are_reaped(substrate: Substrate) -> None:
+    async with fresh(substrate, SandboxSpec(pids_count_max=64)) as sandbox:
+        for _ in range(4):
+            await line(sandbox, "for i in $(seq 40); do (setsid true &) ; done; wait")
+        async with asyncio.timeout(10):
+            while (found := await line(sandbox, "grep -l 'State:.Z' /proc/[0-9]*/status | wc -l")) != "0":
+                require(int(found) < 64, found)
+
+
+@check()
+async def commands_run_side_by_side(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        # Each writes into a pipe and waits for all the others: none can end unless all run.
+        script = "mkdir -p /tmp/seen && touch /tmp/seen/$$; until [ $(ls /tmp/seen | wc -l) = 8 ]; do sleep 0.02; done"
+        results = await asyncio.gather(*(shell(sandbox, script) for _ in range(8)))
+        require([result.exit_code for result in results] == [0] * 8, results)
+
+
+@check()
+async def a_command_leads_its_own_session_without_a_terminal(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        require(await line(sandbox, "[ $(ps -o sid= -p $$) = $$ ] && ps -o tty= -p $$") == "?")
+
+
+@check()
+async def the_basics_are_those_of_ordinary_linux(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        facts = await line(
+            sandbox,
+            "for t in '-c /dev/null' '-c /dev/urandom' '-w /dev/shm' '-d /proc/self' '-w /tmp' '-k /tmp' '-r /etc/passwd' "
+            "'-r /etc/resolv.conf' '-L /dev/fd' '-w /root' '-L /bin' '-e /usr/bin/python3'; do "
+            "test $t || echo MISSING $t; done; "
+            "python3 -c 'import multiprocessing as m,tempfile,socket,pty; m.Lock(); tempfile.mkdtemp(); "
+            'socket.socketpair(); pty.openpty()\' || echo MISSING py; getent passwd "$(id -u)" >/dev/null '
+            "|| echo MISSING passwd; getent hosts localhost >/dev/null || echo MISSING localhost; "
+            "awk 'BEGIN{print \"awk\"}'; umask; ulimit -c; hostname; id -un",
+        )
+        require(facts.split("\n") == ["awk", "0022", "0", "sandbox", "root"], facts)
+
+
+CHECKS: tuple[Check, ...] = (
+    every_exit_code_comes_back,
+    death_by_a_signal_is_128_plus_its_number,
+    a_missing_program_is_127_and_says_so,
+    a_file_that_is_not_a_program_is_126,
+    a_missing_directory_is_refused_by_name,
+    arguments_pass_no_shell,
+    a_megabyte_of_arguments_arrives,
+    the_environment_is_exactly_what_was_given,
+    programs_are_found_on_the_given_path,
+    binary_stdin_arrives_whole_and_then_ends,
+    no_stdin_is_end_of_file,
+    a_command_need_not_read_its_stdin,
+    a_timeout_kills_the_whole_tree_before_it_answers,
+    cancelling_kills_the_whole_tree,
+    a_background_child_that_holds_the_pipe_does_not_delay_the_end,
+    a_kill_by_timeout_spares_the_background_of_others,
+    zombies_are_reaped,
+    commands_run_side_by_side,
+    a_command_leads_its_own_session_without_a_terminal,
+    the_basics_are_those_of_ordinary_linux,
+)

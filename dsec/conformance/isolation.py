@@ -1,0 +1,182 @@
+"""Checks of containment: what a command, root inside, can neither see nor do nor change for others."""
+
+from __future__ import annotations
+
+from dsec.conformance.check import Check, check, fresh, line, python, require, shell
+from dsec.sandbox import Substrate
+
+# Capabilities that would reach past the sandbox: SYS_ADMIN, SYS_PTRACE, SYS_MODULE, SYS_RAWIO,
+# DAC_READ_SEARCH, NET_ADMIN, NET_RAW, MKNOD, SYS_CHROOT, SYS_BOOT, SYS_TIME, SYSLOG, BPF, PERFMON.
+_FATAL_CAPABILITIES = sum(1 << bit for bit in (21, 19, 16, 17, 2, 12, 13, 27, 18, 22, 25, 34, 39, 38))
+
+_SYSCALLS = """
+import ctypes, errno, os, platform
+libc = ctypes.CDLL(None, use_errno=True)
+x86 = platform.machine() == "x86_64"
+numbers = dict(bpf=321 if x86 else 280, perf_event_open=298 if x86 else 241, userfaultfd=323 if x86 else 282,
+               io_uring_setup=425, setns=308 if x86 else 268, unshare=272 if x86 else 97, mount=165 if x86 else 40,
+               umount2=166 if x86 else 39, pivot_root=155 if x86 else 41, chroot=161 if x86 else 51,
+               open_by_handle_at=304 if x86 else 265, keyctl=250 if x86 else 219, add_key=248 if x86 else 217,
+               init_module=175 if x86 else 105, kexec_load=246 if x86 else 104, reboot=169 if x86 else 142,
+               open_tree=428, fsopen=430, mount_setattr=442, clone3=435, sethostname=170 if x86 else 161,
+               settimeofday=164 if x86 else 170, syslog=103 if x86 else 116, fanotify_init=300 if x86 else 262)
+for name, number in numbers.items():
+    ctypes.set_errno(0)
+    result = libc.syscall(number, 0, 0, 0, 0, 0, 0)
+    print(name, "allowed" if result >= 0 else errno.errorcode[ctypes.get_errno()])
+NEWUSER, SIGCHLD = 0x10000000, 17
+result = libc.syscall(56 if x86 else 220, NEWUSER | SIGCHLD, 0, 0, 0, 0)
+if result == 0: os._exit(0)
+print("clone_newuser", "allowed" if result >= 0 else errno.errorcode[ctypes.get_errno()])
+"""
+
+
+@check()
+async def only_own_processes_are_visible(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        names = await line(sandbox, "cat /proc/[0-9]*/comm | sort | uniq | tr '\\n' ' '")
+        require(set(names.split()) <= {"init", "bash", "cat", "sort", "uniq", "tr"}, names)
+        require(await line(sandbox, "ps -o args= -p 1") == "init")
+
+
+@check()
+async def pid_one_cannot_be_killed_read_or_limited(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        for script in (
+            "cat /proc/1/environ", "ls /proc/1/fd/", "ls /proc/1/root/", "head -c1 /proc/1/mem", "readlink /proc/1/exe",
+            "prlimit --pid 1 --nofile=1:1", "echo 1 > /proc/1/oom_score_adj",
+        ):  # fmt: skip
+            result = await shell(sandbox, script)
+            require(result.exit_code != 0 and not result.stdout.data, (script, result))
+        await shell(sandbox, "kill -9 1; kill -STOP 1; kill -TERM 1; kill -SEGV 1")
+        require(await line(sandbox, "echo alive") == "alive")
+
+
+@check()
+async def no_environment_of_the_host_is_visible(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        seen = await line(sandbox, "cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | cut -d= -f1 | sort -u")
+        require(set(seen.split()) <= {"PATH", "HOME", "LANG", "PWD", "SHLVL", "_", "OLDPWD"}, seen)
+
+
+@check()
+async def privileges_are_few_and_final(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        lines = await line(sandbox, "grep -E '^(Cap|NoNewPrivs|Seccomp:)' /proc/self/status")
+        status = dict(entry.split(":\t") for entry in lines.split("\n"))
+        for name in ("CapEff", "CapPrm", "CapBnd", "CapInh", "CapAmb"):
+            require(int(status[name], 16) & _FATAL_CAPABILITIES == 0, status)
+        require(status["NoNewPrivs"] == "1" and status["Seccomp"] == "2", status)
+        outside = (await line(sandbox, "cat /proc/self/uid_map")).split()
+        require(outside[0] == "0" and int(outside[1]) >= 65536, outside)
+
+
+@check()
+async def dangerous_system_calls_are_refused(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        answers = dict(entry.split() for entry in (await python(sandbox, _SYSCALLS)).splitlines())
+        require(answers.pop("clone3") == "ENOSYS", "clone3 hides its flags from the filter")
+        require(set(answers.values()) == {"EPERM"}, answers)
+
+
+@check()
+async def only_sockets_that_the_network_namespace_isolates_exist(substrate: Substrate) -> None:
+    program = (
+        "import socket\n"
+        "for family, kind, proto in ((40, 1, 0), (38, 5, 0), (17, 3, 0), (16, 3, 15), (16, 3, 9)):\n"
+        "  try: socket.socket(family, kind, proto); print('OPEN', family, proto)\n"
+        "  except OSError: pass\n"
+        "socket.socket(16, 3, 0); print('end')"
+    )
+    async with fresh(substrate) as sandbox:
+        require(await python(sandbox, program) == "end\n", "vsock, alg, packet, uevent or audit")
+
+
+@check()
+async def the_network_is_only_localhost(substrate: Substrate) -> None:
+    program = (
+        "import socket, threading\n"
+        "print(sorted(name for _, name in socket.if_nameindex()))\n"
+        "for host in ('127.0.0.1', '169.254.169.254', '10.0.0.1', '172.17.0.1', '1.1.1.1'):\n"
+        "  for port in (22, 53, 80, 2375, 6443, 50051):\n"
+        "    s = socket.socket(); s.settimeout(0.3)\n"
+        "    try: s.connect((host, port)); print('OPEN', host, port)\n"
+        "    except OSError: pass\n"
+        "server = socket.create_server(('127.0.0.1', 80))\n"
+        "socket.create_connection(('localhost', 80)).send(b'x'); print(server.accept()[0].recv(1))\n"
+    )
+    async with fresh(substrate) as sandbox:
+        require(await python(sandbox, program) == "['lo']\nb'x'\n")
+        require(await line(sandbox, "tail -n +2 /proc/net/unix | wc -l") == "0", "sockets of others")
+
+
+@check()
+async def mounts_and_devices_cannot_be_made(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        for script in (
+            "mount -t tmpfs x /mnt", "mount --bind /etc /mnt", "umount /proc", "umount -l /usr", "unshare -Um true",
+            "mknod /tmp/vda b 254 0", "mknod /tmp/mem c 1 1", "chroot / true", "nsenter -t 1 -m true",
+            "hostname other", "sysctl -w kernel.core_pattern=x", "echo b > /proc/sysrq-trigger.x",
+            "echo 1 > /proc/sys/kernel/panic", "ip link add x type dummy",
+        ):  # fmt: skip
+            require((await shell(sandbox, script)).exit_code != 0, script)
+
+
+@check()
+async def the_root_has_nothing_above_or_beneath(substrate: Substrate) -> None:
+    program = (
+        "import os\n"
+        "for _ in range(50): os.chdir('..')\n"
+        "print(sorted(set(os.listdir('.')) ^ set(os.listdir('/'))))\n"
+        "print(sorted({line.split()[4] for line in open('/proc/self/mountinfo')} - {'/', '/usr', '/dev', '/dev/pts', "
+        "'/dev/shm', '/proc'} - {line.split()[4] for line in open('/proc/self/mountinfo') if ' /proc/' in line}))"
+    )
+    async with fresh(substrate) as sandbox:
+        require(await python(sandbox, program) == "[]\n[]\n")
+
+
+@check()
+async def the_homes_and_temporary_folders_start_empty(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        require(await line(sandbox, "find /root /home /tmp /var/tmp /opt /srv /mnt /media /run -type f -o -type s") == "")
+
+
+@check()
+async def programs_changed_by_one_sandbox_stay_whole_in_another(substrate: Substrate) -> None:
+    async with fresh(substrate) as bad, fresh(substrate) as good:
+        before = await line(good, "sha256sum < /usr/bin/env")
+        await line(bad, "echo '#!/bin/false' > /usr/bin/env; rm /usr/bin/cat; touch /usr/bin/left /tmp/left /etc/left")
+        require(await line(bad, "sha256sum < /usr/bin/env") != before, "the write was lost")
+        require(await line(good, "sha256sum < /usr/bin/env") == before, "another sandbox changed our program")
+        require(await line(good, "ls /usr/bin/left /tmp/left /etc/left 2>/dev/null | wc -l; cat /dev/null") == "0")
+    async with fresh(substrate) as later:
+        require(await line(later, "sha256sum < /usr/bin/env") == before, "a change outlived its sandbox")
+
+
+@check()
+async def sandboxes_share_no_processes_sockets_or_memory(substrate: Substrate) -> None:
+    server = (
+        "(exec -a marked sleep 500) & python3 -c \"import socket,os,time\ns=socket.socket(socket.AF_UNIX);"
+        "s.bind(chr(0)+'dsec-check');s.listen();os.fork() or time.sleep(300)\" & "
+        "until grep -q dsec-check /proc/net/unix; do sleep 0.02; done; echo x > /dev/shm/mine; ipcmk -Q >/dev/null"
+    )
+    async with fresh(substrate) as first, fresh(substrate) as second:
+        await line(first, server)
+        seen = await line(second, "pgrep -fc '^marked'; grep -c dsec-check /proc/net/unix; ls /dev/shm; ipcs -q | grep -c 0x; true")
+        require(seen == "0\n0\n0", seen)
+
+
+CHECKS: tuple[Check, ...] = (
+    only_own_processes_are_visible,
+    pid_one_cannot_be_killed_read_or_limited,
+    no_environment_of_the_host_is_visible,
+    privileges_are_few_and_final,
+    dangerous_system_calls_are_refused,
+    only_sockets_that_the_network_namespace_isolates_exist,
+    the_network_is_only_localhost,
+    mounts_and_devices_cannot_be_made,
+    the_root_has_nothing_above_or_beneath,
+    the_homes_and_temporary_folders_start_empty,
+    programs_changed_by_one_sandbox_stay_whole_in_another,
+    sandboxes_share_no_processes_sockets_or_memory,
+)

@@ -1,0 +1,90 @@
+"""Checks of output: bytes, apart or merged, bounded, counted, and never in another command's way."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import time
+
+from dsec.conformance.check import Check, check, fresh, require, shell
+from dsec.sandbox import Substrate
+
+
+@check()
+async def stdout_and_stderr_come_apart(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        result = await shell(sandbox, "echo out; echo err >&2; exit 3")
+        require((result.stdout.data, result.stderr.data, result.exit_code) == (b"out\n", b"err\n", 3), result)
+
+
+@check()
+async def merged_output_keeps_its_order(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        script = "for i in 1 2 3 4 5; do echo o$i; echo e$i >&2; done"
+        result = await shell(sandbox, script, merge_stderr=True)
+        expected = b"".join(b"o%d\ne%d\n" % (i, i) for i in range(1, 6))
+        require(result.stdout.data == expected and result.stderr.data == b"", result)
+
+
+@check()
+async def binary_output_is_exact(substrate: Substrate) -> None:
+    program = "import random,sys;sys.stdout.buffer.write(random.Random(7).randbytes(5*1024*1024))"
+    async with fresh(substrate) as sandbox:
+        result = await shell(sandbox, f"python3 -c '{program}'", output_bytes_max=5 << 20)
+        expected = hashlib.sha256(random.Random(7).randbytes(5 << 20)).digest()
+        require(not result.stdout.is_truncated and not result.stdout.tail, result.stdout.dropped_bytes)
+        require(hashlib.sha256(result.stdout.data).digest() == expected, "other bytes")
+
+
+@check()
+async def bytes_that_are_no_text_come_through(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        result = await shell(sandbox, r"printf '\xff\xfe\x80ok\xc3\x28\xed\xa0\x80a\0b\0c'")
+        require(result.stdout.data.hex() == "fffe806f6bc328eda0806100620063", result)
+
+
+@check()
+async def long_output_keeps_head_and_tail_and_counts_the_rest(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        result = await shell(sandbox, "seq 100000; seq 200000 >&2", output_bytes_max=1000)
+        for output, count in ((result.stdout, 100_000), (result.stderr, 200_000)):
+            whole = "".join(f"{number}\n" for number in range(1, count + 1)).encode()
+            require(output.head == whole[:500] and output.tail == whole[-500:], output)
+            require(output.dropped_bytes == len(whole) - 1000 and output.is_truncated, output.dropped_bytes)
+
+
+@check()
+async def output_at_the_bound_is_whole_and_one_byte_more_is_not(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        result = await shell(sandbox, "head -c 1000 /dev/zero", output_bytes_max=1000)
+        require(result.stdout.head == bytes(1000) and not result.stdout.is_truncated, result)
+        result = await shell(sandbox, "head -c 1001 /dev/zero", output_bytes_max=1000)
+        require(result.stdout.dropped_bytes == 1 and len(result.stdout.data) == 1000, result)
+
+
+@check()
+async def a_flood_leaves_other_sandboxes_well(substrate: Substrate) -> None:
+    async with fresh(substrate) as loud, fresh(substrate) as quiet:
+        flood = asyncio.create_task(shell(loud, "yes 0123456789abcdef | head -c 500000000", timeout_s=60))
+        slowest = 0.0
+        while not flood.done():
+            started = time.monotonic()
+            result = await shell(quiet, "echo ok")
+            slowest = max(slowest, time.monotonic() - started)
+            require(result.stdout.data == b"ok\n", result)
+        output = flood.result().stdout
+        require(output.dropped_bytes + len(output.data) == 500_000_000 and len(output.data) == 1 << 20, "lost count")
+        require(slowest < 2, f"the other sandbox took {slowest} s")
+        require((await shell(loud, "echo ok-$((6*7))")).stdout.data == b"ok-42\n", "not well after the flood")
+
+
+CHECKS: tuple[Check, ...] = (
+    stdout_and_stderr_come_apart,
+    merged_output_keeps_its_order,
+    binary_output_is_exact,
+    bytes_that_are_no_text_come_through,
+    long_output_keeps_head_and_tail_and_counts_the_rest,
+    output_at_the_bound_is_whole_and_one_byte_more_is_not,
+    a_flood_leaves_other_sandboxes_well,
+)
