@@ -9,13 +9,14 @@
 
 enum { TILE = 8, LANES = 8 };
 
-/* Rotate pairs of the last rope_dim floats; direction -1 undoes it. rope: cos, sin pairs of a position. */
+/* Rotate pairs of the last rope_dim floats; direction -1 undoes it. rope: cos, sin pairs of a position.
+ * Fused by name: left as a product and a sum, GCC 12's vectoriser fuses them even where contraction is off. */
 void v4_rotate(float *x, const float *rope, int dim, int rope_dim, float direction) {
     x += dim - rope_dim;
     for (int i = 0; i < rope_dim; i += 2) {
         float even = x[i], odd = x[i + 1], cosine = rope[i], sine = direction * rope[i + 1];
-        x[i] = even * cosine - odd * sine;
-        x[i + 1] = odd * cosine + even * sine;
+        x[i] = __builtin_fmaf(even, cosine, -(odd * sine));
+        x[i + 1] = __builtin_fmaf(odd, cosine, even * sine);
     }
 }
 
@@ -25,8 +26,8 @@ static void rotate_lanes(float *x, const float *rope, int dim, int rope_dim, flo
     for (int i = 0; i < rope_dim; i += 2) {
         f8 even = f8_load(x + i * LANES), odd = f8_load(x + (i + 1) * LANES);
         f8 cosine = f8_splat(rope[i]), sine = f8_splat(direction * rope[i + 1]);
-        f8_store(x + i * LANES, even * cosine - odd * sine);
-        f8_store(x + (i + 1) * LANES, odd * cosine + even * sine);
+        f8_store(x + i * LANES, f8_fma(even, cosine, -(odd * sine)));
+        f8_store(x + (i + 1) * LANES, f8_fma(odd, cosine, even * sine));
     }
 }
 

@@ -1,0 +1,108 @@
+/* A tiny random model through every path of the engine; prints a digest of all bits it computed.
+ *
+ * The window wraps, entries of both kinds appear, the indexer has to choose, sampling cuts. Built
+ * with sanitizers and with other instructions, the digest must stay the same.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "v4.h"
+
+enum { VOCAB = 64, LAYERS = 3, CONTEXT = 64, BATCH = 16, WORDS = 1 << 15, TOKENS = 50 };
+
+static const v4_config CONFIG = {
+    .vocab_count = VOCAB, .hidden_dim = 32, .layers_count = LAYERS, .heads_count = 8, .head_dim = 16, .rope_dim = 8,
+    .query_rank = 16, .output_groups = 2, .output_rank = 16, .window_tokens = 12, .index_heads = 3, .index_dim = 8,
+    .index_topk = 3, .csa_rate = 4, .hca_rate = 8, .experts_count = 8, .experts_active = 2, .expert_dim = 16,
+    .sinkhorn_rounds = 3, .context_tokens_max = CONTEXT, .batch_tokens_max = BATCH, .norm_eps = 1e-6f,
+    .mix_eps = 1e-6f, .swiglu_limit = 10.0f, .route_scale = 1.5f, .theta_main = 1e4, .theta_compress = 1.6e5,
+    .attention_kinds = {V4_SLIDING, V4_CSA, V4_HCA}, .hash_routed = {1, 0, 0},
+};
+
+static uint64_t digest = 14695981039346656037ULL;
+
+static void absorb(const void *bytes, size_t count) {
+    const unsigned char *in = bytes;
+    for (size_t i = 0; i < count; i++) digest = (digest ^ in[i]) * 1099511628211ULL;
+}
+
+static void expect(int holds, const char *what) {
+    if (holds) return;
+    fprintf(stderr, "broken: %s\n", what);
+    exit(1);
+}
+
+static v4_model *random_model(void) {
+    static const void *tensors[V4_T_COUNT + LAYERS * V4_L_COUNT];
+    uint16_t *words = malloc(WORDS * sizeof *words);
+    int64_t *routes = malloc(VOCAB * 2 * sizeof *routes);
+    uint32_t noise = 7;
+    for (int i = 0; i < WORDS; i++) {
+        noise = noise * 1664525u + 1013904223u;
+        words[i] = (uint16_t)((noise >> 31) << 15 | (0x3d80 + ((noise >> 16) & 0x17f))); /* +- 1/16 to 1/2 */
+    }
+    for (int i = 0; i < VOCAB * 2; i++) routes[i] = i % 2 ? 7 - i % 3 : i % 4;
+    for (int i = 0; i < V4_T_COUNT + LAYERS * V4_L_COUNT; i++) {
+        int slot = i - V4_T_COUNT;
+        tensors[i] = slot >= 0 && slot % V4_L_COUNT == V4_L_ROUTER_TABLE ? (void *)routes : (void *)(words + i * 131);
+    }
+    v4_model *model = v4_create(&CONFIG, tensors);
+    expect(model != NULL, "a model is created");
+    free(words);
+    free(routes);
+    return model;
+}
+
+/* Feed all tokens in chunks of `size`, and compare or set the logits after each chunk's last token. */
+static void feed(v4_model *model, v4_state *state, const uint32_t *ids, int size, float (*logits)[VOCAB], int compare) {
+    for (int begin = 0; begin < TOKENS; begin += size) {
+        float out[VOCAB];
+        int count = begin + size < TOKENS ? size : TOKENS - begin, last = begin + count - 1;
+        v4_chunk chunk = {state, ids + begin, out, count};
+        v4_step(model, &chunk, 1);
+        if (compare) expect(!memcmp(out, logits[last], sizeof out), "a chunked prefill equals single tokens");
+        else memcpy(logits[last], out, sizeof out);
+    }
+}
+
+static void decode(v4_model *model, v4_state **states, const uint8_t *packed, size_t packed_bytes) {
+    uint32_t ids[8 * 3];
+    float logprobs[8 * 3];
+    v4_stream streams[3] = {{.token_id = 1}, {.token_id = 1}, {.token_id = 1}};
+    const v4_sampling how[3] = {{.seed = 1, .temperature = 0}, {.seed = 2, .stream_key = 9, .temperature = 1, .top_k = 5, .top_p = 0.9},
+                                {.seed = 3, .temperature = 0.7, .top_p = 1}};
+    for (int s = 0; s < 3; s++) {
+        expect(!v4_state_unpack(model, states[s], packed, packed_bytes), "a packed state is taken back");
+        streams[s].state = states[s];
+        streams[s].sampling = how[s];
+    }
+    int rounds = v4_decode(model, streams, 3, 8, ids, logprobs);
+    expect(rounds == 8, "nothing stops before the last round");
+    absorb(ids, sizeof ids);
+    absorb(logprobs, sizeof logprobs);
+}
+
+int main(void) {
+    static float logits[TOKENS][VOCAB];
+    v4_model *model = random_model();
+    v4_state *states[3];
+    uint32_t ids[TOKENS];
+    for (int s = 0; s < 3; s++) expect((states[s] = v4_state_create(model)) != NULL, "a state is created");
+    for (int i = 0; i < TOKENS; i++) ids[i] = (uint32_t)(i * i + 3 * i) % VOCAB;
+    feed(model, states[0], ids, 1, logits, 0);
+    feed(model, states[1], ids, 7, logits, 1);
+    feed(model, states[2], ids, BATCH, logits, 1);
+    absorb(logits, sizeof logits);
+    size_t bytes = v4_packed_bytes(model, TOKENS);
+    uint8_t *packed = malloc(bytes);
+    v4_state_pack(model, states[0], packed);
+    absorb(packed, bytes);
+    expect(v4_state_unpack(model, states[1], packed, bytes - 1) == -1, "a short state is refused");
+    decode(model, states, packed, bytes);
+    free(packed);
+    for (int s = 0; s < 3; s++) v4_state_destroy(states[s]);
+    v4_destroy(model);
+    printf("%016llx\n", (unsigned long long)digest);
+    return 0;
+}
