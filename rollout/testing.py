@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rollout import context
 from rollout.engine import EngineInfo, Sampled, SampleRequest
@@ -55,8 +56,9 @@ def reply_ids(reply: Reply, tokenizer: Tokenizer) -> tuple[int, ...]:
 class ScriptedEngine:
     """An Engine whose replies come from `script(session, turn)`; `turn` counts finished turns of the context."""
 
-    def __init__(self, tokenizer: Tokenizer, script: Callable[[str, int], Reply]) -> None:
-        """Replies are asked for when their first token is drawn."""
+    def __init__(self, tokenizer: Tokenizer, script: Callable[[str, int], Reply], chunk_tokens_count: int = 1) -> None:
+        """Replies are asked for when their first token is drawn, and handed over a chunk at a time."""
+        self._chunk_tokens_count = chunk_tokens_count
         self._tokenizer = tokenizer
         self._script = script
         self._eos = tokenizer.control(V4.eos)
@@ -82,16 +84,14 @@ class ScriptedEngine:
         turn = sum(token == self._eos for token in request.token_ids)
         done = len(request.token_ids) - last_header - 2
         rest = reply_ids(self._script(request.session, turn), self._tokenizer)[done:][: request.tokens_count_max]
-        for index, token in enumerate(rest):
+        for begin in range(0, len(rest), self._chunk_tokens_count):
             await asyncio.sleep(0)
-            self.drawn_count += 1
-            is_last = index == len(rest) - 1
-            if not is_last:
-                yield Sampled(token_ids=(token,), logprobs=(-0.5,))
-            elif token in request.stop_ids:
-                yield Sampled(token_ids=(token,), logprobs=(-0.5,), finish="stop")
-            else:
-                yield Sampled(token_ids=(token,), logprobs=(-0.5,), finish="length")
+            chunk = rest[begin : begin + self._chunk_tokens_count]
+            self.drawn_count += len(chunk)
+            finish: Literal["stop", "length"] | None = None
+            if begin + len(chunk) == len(rest):
+                finish = "stop" if chunk[-1] in request.stop_ids else "length"
+            yield Sampled(token_ids=chunk, logprobs=(-0.5,) * len(chunk), finish=finish)
 
     async def release(self, session: str) -> None:
         """Nothing is kept."""

@@ -1,0 +1,148 @@
+"""The law of the service: from any prefix of its log a run ends the same, and nothing logged is done again."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+import wal
+from dsec.testing import FakeSandbox, FakeSubstrate
+from dsec.types import Command, ExecResult, Output
+from rollout import journal
+from rollout.bench.tasks import Task, task_from_files
+from rollout.config import RolloutConfig
+from rollout.engine import Sampling
+from rollout.errors import EngineError
+from rollout.events import InfraFailed
+from rollout.jobs import make_job
+from rollout.ledger import Ledger
+from rollout.machine import Phase
+from rollout.main import load_tokenizer
+from rollout.record import trajectory_record
+from rollout.service import RolloutService
+from rollout.summary import summarise
+from rollout.testing import Reply, ScriptedEngine
+from wal.tokens import TokensAppended
+
+CONFIG = RolloutConfig(concurrency=4, log_sync="os")
+TOKENIZER = load_tokenizer()
+REPLIES = (
+    Reply(reasoning="Look.", calls=[("bash", {"command": "ls"}), ("bash", {"command": "cat a"})]),
+    Reply(reasoning="Mend it.", calls=[("edit", {"path": "a", "old": "x", "new": "y"})]),
+    Reply(reasoning="Good.", content="Done."),
+)
+
+
+def tasks() -> list[Task]:
+    files = {
+        "task.toml": b"",
+        "environment/Dockerfile": b"FROM debian:bookworm-slim\nWORKDIR /app\n",
+        "tests/test.sh": b"#!/bin/bash\n",
+    }
+    return [task_from_files(name, {**files, "instruction.md": name.encode()}) for name in ("one", "two")]
+
+
+def world(sandbox: FakeSandbox, command: Command) -> ExecResult:
+    """Every result depends on all commands before it; `a` holds an x until it was written."""
+    if "/tests/test.sh" in command.argv or command.argv[0] in ("mkdir", "tar"):
+        return ExecResult(exit_code=0)
+    if "reward" in " ".join(command.argv):
+        return ExecResult(exit_code=0, stdout=Output(b"reward.txt\n1\n"))
+    if "exec cat" in " ".join(command.argv):
+        return ExecResult(exit_code=0, stdout=Output(b"x=1\n"))
+    return ExecResult(exit_code=0, stdout=Output(f"{len(sandbox.commands)} commands so far".encode()))
+
+
+def script(_session: str, turn: int) -> Reply:
+    return REPLIES[turn]
+
+
+async def run(directory: Path, engine: ScriptedEngine | None = None, group_size: int = 2) -> tuple[Ledger, int]:
+    """Run or resume to the end; the ledger and how many tokens the engine drew in this process."""
+    engine = engine or ScriptedEngine(TOKENIZER, script, chunk_tokens_count=5)
+    async with RolloutService(directory, engine, FakeSubstrate(world), TOKENIZER, CONFIG) as service:
+        if not service.ledger.jobs:
+            wanted = tasks()
+            await service.submit(make_job("run", wanted, group_size=group_size, sampling=Sampling(seed=1)), wanted)
+        await service.wait("run")
+        return service.ledger, engine.drawn_count
+
+
+def write_prefix(records: Sequence[wal.Record], directory: Path) -> None:
+    log = wal.Log.open(directory / "wal")
+    for record in records:
+        log.append(record.kind, record.payload)
+    log.close()
+
+
+def token_ids(ledger: Ledger) -> dict[str, tuple[int, ...]]:
+    return {rollout_id: state.token_ids for rollout_id, state in ledger.rollouts.items()}
+
+
+async def test_from_every_prefix_of_its_log_a_run_ends_the_same_and_draws_no_logged_token_again(
+    tmp_path: Path,
+) -> None:
+    whole, drawn_whole = await run(tmp_path / "whole", group_size=1)
+    records = list(wal.read(tmp_path / "whole/wal"))
+    for count in range(len(records) + 1):
+        directory = tmp_path / "prefix"
+        write_prefix(records[:count], directory)
+        logged = sum(
+            len(value.token_ids) for _, value in journal.replay(directory / "wal") if isinstance(value, TokensAppended)
+        )
+        resumed, drawn = await run(directory, group_size=1)
+        assert token_ids(resumed) == token_ids(whole), f"after {count} records"
+        assert drawn == drawn_whole - logged, f"after {count} records"
+        summary = summarise(resumed, 0.0)
+        assert (summary.solved, summary.infra_failures) == (2, 0)
+        assert (summary.tokens_regenerated, summary.commands_run_twice) == (0, 0)
+        shutil.rmtree(directory)
+
+
+async def test_the_ledger_that_a_service_holds_equals_the_one_that_is_read_back(tmp_path: Path) -> None:
+    held, _ = await run(tmp_path)
+    read = Ledger.read(tmp_path / "wal", TOKENIZER)
+    assert read.rollouts == held.rollouts
+    assert read.trajectories == held.trajectories
+    assert read.lsns == held.lsns
+    for rollout_id in held.rollouts:
+        assert trajectory_record(read, rollout_id) == trajectory_record(held, rollout_id)
+
+
+async def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
+    await run(tmp_path)
+    before = list(wal.read(tmp_path / "wal"))
+    _, drawn = await run(tmp_path)
+    assert drawn == 0
+    assert list(wal.read(tmp_path / "wal")) == before
+
+
+class FailingEngine(ScriptedEngine):
+    """Fails once a number of tokens was drawn."""
+
+    def __init__(self, tokens_count: int) -> None:
+        super().__init__(TOKENIZER, self._reply)
+        self._left = tokens_count
+
+    def _reply(self, session: str, turn: int) -> Reply:
+        if self.drawn_count >= self._left:
+            raise EngineError("the engine's host is gone")
+        return script(session, turn)
+
+
+@pytest.mark.parametrize("tokens_count", [0, 1, 40, 150])
+async def test_an_engine_failure_is_not_the_models_and_a_resume_finishes_the_rollout(
+    tmp_path: Path, tokens_count: int
+) -> None:
+    whole, _ = await run(tmp_path / "whole")
+    failed, _ = await run(tmp_path / "failed", FailingEngine(tokens_count))
+    broken = [state for state in failed.rollouts.values() if state.failure]
+    assert broken
+    for state in broken:
+        assert isinstance(state.failure, InfraFailed)
+        assert (state.failure.code, state.judged, state.phase) == ("ENGINE_ERROR", None, Phase.SAMPLE)
+        assert trajectory_record(failed, state.opened.rollout_id).reward is None
+    resumed, _ = await run(tmp_path / "failed")
+    assert token_ids(resumed) == token_ids(whole)
+    assert summarise(resumed, 0.0).infra_failures == 0
