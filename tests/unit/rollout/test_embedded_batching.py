@@ -1,0 +1,198 @@
+"""Batching of the embedded engine: what is computed once, what is bounded, what a lagging consumer gets."""
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from rollout.engine import SampleRequest, Sampling
+from rollout.engines.embedded.batching import Batch, Job, Limits
+from rollout.engines.embedded.binding import Chunk, Model
+from rollout.engines.embedded.checkpoint import load_checkpoint
+from rollout.engines.embedded.engine import EmbeddedEngine
+from rollout.errors import EngineError, RequestError
+
+PROMPTS = [
+    tuple(p["token_ids"]) for p in json.loads((Path(__file__).parents[2] / "golden/embedded_prompts.json").read_text())
+]
+CHECKPOINT = load_checkpoint()
+FORK_ID = CHECKPOINT.fork_token_id
+PREFIX_COUNT = PROMPTS[0].index(FORK_ID)
+
+
+class RecordingModel(Model):
+    """The model, counting the tokens that were prefilled."""
+
+    prefilled_count = 0
+
+    def step(self, chunks: Sequence[Chunk]) -> list[list[float] | None]:
+        self.prefilled_count += sum(len(chunk.token_ids) for chunk in chunks)
+        return super().step(chunks)
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[RecordingModel]:
+    model = RecordingModel(CHECKPOINT)
+    yield model
+    model.close()
+
+
+@pytest.fixture
+def batch(model: RecordingModel) -> Iterator[Batch]:
+    model.prefilled_count = 0
+    batch = Batch(model, Limits(), FORK_ID)
+    yield batch
+    batch.close()
+
+
+def job(token_ids: tuple[int, ...], count: int = 2, session: str = "s") -> Job:
+    return Job(
+        SampleRequest(
+            session=session,
+            token_ids=token_ids,
+            sampling=Sampling(),
+            stream_key=0,
+            tokens_count_max=count,
+            stop_ids=frozenset(),
+        )
+    )
+
+
+def run(batch: Batch, *jobs: Job) -> None:
+    for each in jobs:
+        batch.add(each)
+    while any(batch.jobs):
+        batch.turn()
+
+
+def test_the_constant_prefix_is_computed_once_for_all_sessions(batch: Batch, model: RecordingModel) -> None:
+    run(batch, *(job(prompt, session=f"s{i}") for i, prompt in enumerate(PROMPTS)))
+    own = sum(len(prompt) - 1 - PREFIX_COUNT for prompt in PROMPTS)
+    assert PREFIX_COUNT > 300
+    assert model.prefilled_count == PREFIX_COUNT + own
+
+
+def test_samples_of_one_prompt_pay_for_it_once_even_when_they_come_together(
+    batch: Batch, model: RecordingModel
+) -> None:
+    run(batch, *(job(PROMPTS[0], session=f"s{i}") for i in range(6)))
+    assert model.prefilled_count == len(PROMPTS[0]) - 1
+
+
+def test_the_next_turn_of_a_session_computes_only_what_is_new(batch: Batch, model: RecordingModel) -> None:
+    first = job(PROMPTS[0], count=9)
+    run(batch, first)
+    model.prefilled_count = 0
+    run(batch, job((*first.tokens, 40, 41, 42)))
+    assert model.prefilled_count == 3, "the last drawn token and two of the three new ones"
+
+
+def test_a_stopped_request_keeps_what_it_computed(batch: Batch, model: RecordingModel) -> None:
+    stopped = job(PROMPTS[0], count=100)
+    batch.add(stopped)
+    while stopped.drawn_count == 0:
+        batch.turn()
+    batch.remove(stopped)
+    model.prefilled_count = 0
+    run(batch, job(tuple(stopped.tokens)))
+    assert model.prefilled_count == 0
+
+
+def test_a_released_session_is_forgotten_now_and_when_its_request_ends(batch: Batch) -> None:
+    run(batch, job(PROMPTS[0]))
+    assert "s" in batch.retained
+    batch.release("s")
+    assert "s" not in batch.retained
+    running = job(PROMPTS[0], count=5)
+    batch.add(running)
+    batch.turn()
+    batch.release("s")
+    run(batch)
+    assert "s" not in batch.retained
+
+
+def test_retained_states_stay_within_their_bytes_and_the_oldest_goes_first(model: RecordingModel) -> None:
+    batch = Batch(model, Limits(state_bytes_max=400_000), None)
+    for i in range(6):
+        run(batch, job((0, 100 + i, *PROMPTS[0][1:80]), session=f"s{i}"))
+        assert batch.retained.bytes_held <= 400_000
+    assert [f"s{i}" in batch.retained for i in range(6)] == [False, False, False, False, True, True]
+    batch.close()
+
+
+def test_a_long_prompt_does_not_hold_up_the_others_for_its_length(batch: Batch) -> None:
+    talker = job((0, 5, 6), count=1000, session="talker")
+    batch.add(talker)
+    batch.turn()
+    long = job(PROMPTS[1], session="long")
+    batch.add(long)
+    before, turns = talker.drawn_count, 0
+    while long.drawn_count == 0:
+        batch.turn()
+        turns += 1
+    assert turns >= len(PROMPTS[1]) // Limits().prefill_tokens_max
+    assert talker.drawn_count - before >= turns
+
+
+def test_at_most_running_max_requests_step_together(model: RecordingModel) -> None:
+    batch = Batch(model, Limits(running_max=2), None)
+    jobs = [job((0, 9 + i), count=50, session=str(i)) for i in range(5)]
+    for each in jobs:
+        batch.add(each)
+    batch.turn()
+    batch.turn()
+    assert [each.state is not None for each in jobs] == [True, True, False, False, False]
+    run(batch)
+    assert all(each.drawn_count == 50 for each in jobs)
+    batch.close()
+
+
+async def test_a_full_queue_refuses_and_recovers() -> None:
+    engine = EmbeddedEngine(limits=Limits(running_max=1, queue_max=2))
+    await engine.open()
+    streams = [engine.sample(job((0, 5), count=1000, session=str(i)).request) for i in range(3)]
+    waits = [asyncio.ensure_future(anext(stream)) for stream in streams]
+    await waits[0]
+    with pytest.raises(EngineError, match="queue is full"):
+        await anext(engine.sample(job((0, 5)).request))
+    for wait, stream in zip(waits, streams, strict=True):
+        wait.cancel()
+        await asyncio.wait([wait])
+        await stream.aclose()  # type: ignore[attr-defined]
+    assert len([chunk async for chunk in engine.sample(job((0, 5)).request)]) >= 1
+    await engine.close()
+
+
+async def test_a_lagging_consumer_gets_its_tokens_merged() -> None:
+    engine = EmbeddedEngine()
+    await engine.open()
+    slow = engine.sample(job((0, 5), count=40, session="slow").request)
+    first = await anext(slow)
+    fast = [chunk async for chunk in engine.sample(job((0, 5), count=400, session="fast").request)]
+    rest = [chunk async for chunk in slow]
+    assert len(fast) > 1
+    assert len(rest) == 1
+    assert len(first.token_ids) + len(rest[0].token_ids) == 40
+    await engine.close()
+
+
+@pytest.mark.parametrize(
+    "limits", [Limits(running_max=0), Limits(running_max=129), Limits(prefill_tokens_max=0), Limits(rounds_max=0)]
+)
+def test_limits_out_of_bounds_are_refused(limits: Limits) -> None:
+    with pytest.raises(RequestError, match="must be"):
+        EmbeddedEngine(limits=limits)
+
+
+async def test_an_engine_that_is_not_open_says_so() -> None:
+    engine = EmbeddedEngine()
+    with pytest.raises(EngineError, match="closed"):
+        await anext(engine.sample(job((0, 5)).request))
+    with pytest.raises(EngineError, match="closed"):
+        _ = engine.info
+    await engine.open()
+    with pytest.raises(EngineError, match="already open"):
+        await engine.open()
+    await engine.close()
