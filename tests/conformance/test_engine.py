@@ -121,7 +121,7 @@ async def test_continuing_after_any_prefix_of_the_output_yields_the_rest(engine:
 
 
 async def test_samples_of_one_prompt_differ_by_their_stream(engine: Engine) -> None:
-        outputs = [collect(engine, ask(VAGUE, 12, session=f"s{i}", stream_key=i)) for i in range(4)]
+    outputs = [collect(engine, ask(VAGUE, 12, session=f"s{i}", stream_key=i)) for i in range(4)]
     assert len({output.token_ids for output in await asyncio.gather(*outputs)}) == 4
 
 
