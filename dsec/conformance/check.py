@@ -82,7 +82,7 @@ async def python(sandbox: Sandbox, program: str, *, timeout_s: float = 20.0) -> 
 
 
 async def line(sandbox: Sandbox, script: str) -> str:
-    """stdout of a bash script that must end well, without the last line end."""
+    """Stdout of a bash script that must end well, without the last line end."""
     result = await shell(sandbox, script)
     require(result.exit_code == 0, result)
     return result.stdout.data.decode().rstrip("\n")

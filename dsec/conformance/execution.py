@@ -1,5 +1,7 @@
 """Checks of running commands: exit codes, signals, arguments, environment, time and process trees."""
 
+# ruff: noqa: D103, S108, S311  (a check is described by its name; paths inside a sandbox; test data)
+
 from __future__ import annotations
 
 import asyncio
@@ -22,6 +24,12 @@ while :; do :; done
 
 async def _stubborn_count(sandbox: Sandbox) -> str:
     return await line(sandbox, "pgrep -cf '^stubborn' || true")
+
+
+async def _until_stubborn_count(sandbox: Sandbox, count: str) -> None:
+    async with asyncio.timeout(10):
+        while await _stubborn_count(sandbox) != count:
+            continue
 
 
 @check()
@@ -137,13 +145,10 @@ async def a_timeout_kills_the_whole_tree_before_it_answers(substrate: Substrate)
 async def cancelling_kills_the_whole_tree(substrate: Substrate) -> None:
     async with fresh(substrate) as sandbox:
         running = asyncio.create_task(shell(sandbox, STUBBORN_TREE, timeout_s=100))
-        while await _stubborn_count(sandbox) != "2":
-            await asyncio.sleep(0)
+        await _until_stubborn_count(sandbox, "2")
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-        async with asyncio.timeout(6):
-            while await _stubborn_count(sandbox) != "0":
-                await asyncio.sleep(0)
+        await _until_stubborn_count(sandbox, "0")
 
 
 @check()
@@ -193,8 +198,8 @@ async def the_basics_are_those_of_ordinary_linux(substrate: Substrate) -> None:
     async with fresh(substrate) as sandbox:
         facts = await line(
             sandbox,
-            "for t in '-c /dev/null' '-c /dev/urandom' '-w /dev/shm' '-d /proc/self' '-w /tmp' '-k /tmp' '-r /etc/passwd' "
-            "'-r /etc/resolv.conf' '-L /dev/fd' '-w /root' '-L /bin' '-e /usr/bin/python3'; do "
+            "for t in '-c /dev/null' '-c /dev/urandom' '-w /dev/shm' '-d /proc/self' '-w /tmp' '-k /tmp' "
+            "'-r /etc/passwd' '-r /etc/resolv.conf' '-L /dev/fd' '-w /root' '-L /bin' '-e /usr/bin/python3'; do "
             "test $t || echo MISSING $t; done; "
             "python3 -c 'import multiprocessing as m,tempfile,socket,pty; m.Lock(); tempfile.mkdtemp(); "
             'socket.socketpair(); pty.openpty()\' || echo MISSING py; getent passwd "$(id -u)" >/dev/null '

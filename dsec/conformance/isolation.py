@@ -1,5 +1,7 @@
 """Checks of containment: what a command, root inside, can neither see nor do nor change for others."""
 
+# ruff: noqa: D103  (a check is described by its name)
+
 from __future__ import annotations
 
 from dsec.conformance.check import Check, check, fresh, line, python, require, shell
@@ -138,7 +140,9 @@ async def the_root_has_nothing_above_or_beneath(substrate: Substrate) -> None:
 @check()
 async def the_homes_and_temporary_folders_start_empty(substrate: Substrate) -> None:
     async with fresh(substrate) as sandbox:
-        require(await line(sandbox, "find /root /home /tmp /var/tmp /opt /srv /mnt /media /run -type f -o -type s") == "")
+        require(
+            await line(sandbox, "find /root /home /tmp /var/tmp /opt /srv /mnt /media /run -type f -o -type s") == ""
+        )
 
 
 @check()
@@ -156,13 +160,15 @@ async def programs_changed_by_one_sandbox_stay_whole_in_another(substrate: Subst
 @check()
 async def sandboxes_share_no_processes_sockets_or_memory(substrate: Substrate) -> None:
     server = (
-        "(exec -a marked sleep 500) & python3 -c \"import socket,os,time\ns=socket.socket(socket.AF_UNIX);"
+        '(exec -a marked sleep 500) & python3 -c "import socket,os,time\ns=socket.socket(socket.AF_UNIX);'
         "s.bind(chr(0)+'dsec-check');s.listen();os.fork() or time.sleep(300)\" & "
         "until grep -q dsec-check /proc/net/unix; do sleep 0.02; done; echo x > /dev/shm/mine; ipcmk -Q >/dev/null"
     )
     async with fresh(substrate) as first, fresh(substrate) as second:
         await line(first, server)
-        seen = await line(second, "pgrep -fc '^marked'; grep -c dsec-check /proc/net/unix; ls /dev/shm; ipcs -q | grep -c 0x; true")
+        seen = await line(
+            second, "pgrep -fc '^marked'; grep -c dsec-check /proc/net/unix; ls /dev/shm; ipcs -q | grep -c 0x; true"
+        )
         require(seen == "0\n0\n0", seen)
 
 

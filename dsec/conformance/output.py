@@ -1,5 +1,7 @@
 """Checks of output: bytes, apart or merged, bounded, counted, and never in another command's way."""
 
+# ruff: noqa: D103, S311  (a check is described by its name; test data)
+
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,7 @@
 """Checks of the port itself: arguments, ends, and what must hold whatever runs inside."""
 
+# ruff: noqa: D103  (a check is described by its name)
+
 from __future__ import annotations
 
 from dsec.conformance.check import Check, check, fresh, require

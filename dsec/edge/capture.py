@@ -80,6 +80,11 @@ class PipeReader:
         os.set_blocking(fd, False)
         self._loop.add_reader(fd, self._read)
 
+    @property
+    def is_open(self) -> bool:
+        """False after the end of the pipe."""
+        return self._fd >= 0
+
     def _read(self) -> None:
         try:
             count = os.readv(self._fd, [self._scratch])
@@ -139,6 +144,11 @@ class PipeWriter:
         self._write()
         if self._fd >= 0:
             self._loop.add_writer(fd, self._write)
+
+    @property
+    def is_open(self) -> bool:
+        """False after the end of the pipe."""
+        return self._fd >= 0
 
     def _write(self) -> None:
         try:

@@ -52,20 +52,27 @@ class Spawner:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             number = str(theirs.fileno())
-            process = subprocess.Popen(  # noqa: ASYNC220  (fork and exec of a small static binary: under a millisecond)
-                [str(binary), "spawner", number],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,
-                env={},
-            )
+            try:
+                process = subprocess.Popen(  # noqa: ASYNC220  (fork and exec of a small static binary: a millisecond)
+                    [str(binary), "spawner", number],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    start_new_session=True,
+                    env={},
+                )
+            except OSError as error:
+                ours.close()
+                raise HostUnfitError(f"{binary} cannot be started: {error}") from error
         spawner = cls(process)
         spawner._packets = PacketSocket(ours, spawner._on_packet, spawner._on_close)
         file = make_memory_file("skeleton", skeleton)
         try:
             await spawner._packets.send(encode_init(hierarchies), [file])
             await spawner._inited
+        except ConnectionError as error:
+            await spawner.close()
+            raise HostUnfitError(f"{binary} ended at once") from error
         except BaseException:
             await spawner.close()
             raise
@@ -152,6 +159,7 @@ class Spawner:
     def _fail_all(self, reason: str) -> None:
         if not self._inited.done():
             self._inited.set_exception(HostUnfitError(reason))
+            self._inited.exception()
         for created in self._created.values():
             if not created.done():
                 created.set_exception(SpawnError(reason))

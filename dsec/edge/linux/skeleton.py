@@ -18,9 +18,9 @@ from dsec.edge.native_wire import encode_string, encode_u32
 MERGED_LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _DIRECTORIES = {
     "dev": 0o755, "etc": 0o755, "etc/alternatives": 0o755, "etc/pam.d": 0o755, "home": 0o755, "media": 0o755,
-    "mnt": 0o755, "opt": 0o755, "proc": 0o555, "root": 0o700, "run": 0o755, "run/lock": 0o1777, "srv": 0o755, "sys": 0o555,
-    "tmp": 0o1777, "usr": 0o755, "var": 0o755, "var/cache": 0o755, "var/lib": 0o755, "var/log": 0o755,
-    "var/mail": 0o2775, "var/spool": 0o755, "var/tmp": 0o1777,
+    "mnt": 0o755, "opt": 0o755, "proc": 0o555, "root": 0o700, "run": 0o755, "run/lock": 0o1777, "srv": 0o755,
+    "sys": 0o555, "tmp": 0o1777, "usr": 0o755, "var": 0o755, "var/cache": 0o755, "var/lib": 0o755,
+    "var/log": 0o755, "var/mail": 0o2775, "var/spool": 0o755, "var/tmp": 0o1777,
 }  # fmt: skip
 _LINKS = {
     "etc/mtab": "/proc/self/mounts",

@@ -1,0 +1,105 @@
+"""Containers behave as every sandbox must, and show nothing of this host."""
+
+import os
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from dsec.conformance.check import Check, shell
+from dsec.edge.substrates.container import ContainerSubstrate
+from dsec.testing import SANDBOX_CHECKS
+from dsec.types import SandboxSpec
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def substrate() -> AsyncIterator[ContainerSubstrate]:
+    containers = ContainerSubstrate()
+    await containers.open()
+    yield containers
+    await containers.close()
+
+
+@pytest.mark.parametrize("check", SANDBOX_CHECKS, ids=lambda check: check.name)
+async def test_a_container_conforms(substrate: ContainerSubstrate, check: Check) -> None:
+    await check.run(substrate)
+
+
+async def test_files_and_environment_of_the_host_stay_outside(substrate: ContainerSubstrate) -> None:
+    name = f"canary-{os.getpid()}"
+    canaries = [Path(folder, name) for folder in ("/root", "/etc", "/tmp", "/var/tmp", "/home")]
+    holder = subprocess.Popen(["/bin/sleep", "600"], env={"DSEC_CANARY": name})
+    try:
+        for canary in canaries:
+            canary.write_text(name)
+        sandbox = await substrate.create(SandboxSpec())
+        result = await shell(
+            sandbox,
+            f"find / -xdev -name '{name}' 2>/dev/null; cat /proc/*/environ 2>/dev/null | tr '\\0' '\\n' | grep -a CANARY;"
+            f"for up in /proc/1/root /proc/self/root ../../../..; do cat $up/etc/{name} $up/root/{name}; done 2>/dev/null;"
+            f"ln -s /etc/{name} /tmp/link; cat /tmp/link 2>/dev/null; echo x > /tmp/link; echo end",
+        )
+        assert result.stdout.data == b"end\n"
+        assert Path(f"/etc/{name}").read_text() == name
+        await sandbox.destroy()
+    finally:
+        holder.kill()
+        holder.wait()
+        for canary in canaries:
+            canary.unlink(missing_ok=True)
+
+
+async def test_no_namespace_is_shared_with_the_host(substrate: ContainerSubstrate) -> None:
+    sandbox = await substrate.create(SandboxSpec())
+    kinds = ("pid", "mnt", "net", "ipc", "uts", "user", "cgroup")
+    result = await shell(sandbox, f"for kind in {' '.join(kinds)}; do readlink /proc/self/ns/$kind; done")
+    inside = result.stdout.data.decode().split()
+    outside = [os.readlink(f"/proc/self/ns/{kind}") for kind in kinds]
+    assert len(inside) == len(kinds)
+    assert not set(inside) & set(outside)
+    await sandbox.destroy()
+
+
+async def test_two_sandboxes_have_different_users_on_the_host(substrate: ContainerSubstrate) -> None:
+    sandboxes = [await substrate.create(SandboxSpec()) for _ in range(2)]
+    uids = {os.stat(f"/proc/{sandbox.host_pid}").st_uid for sandbox in sandboxes}
+    maps = {(await shell(sandbox, "cat /proc/self/uid_map")).stdout.data.split()[1] for sandbox in sandboxes}
+    assert len(maps) == len(uids) == 2
+    assert min(uids) >= 0x10000000
+    for sandbox in sandboxes:
+        await sandbox.destroy()
+
+
+async def test_the_view_inside_does_not_differ_from_sandbox_to_sandbox(substrate: ContainerSubstrate) -> None:
+    script = (
+        "hostname; cat /proc/self/cgroup /proc/self/mounts; ls -1 / /etc /dev; ls -n /; echo $$; env; ps -eo pid,args"
+    )
+    views = []
+    for _ in range(3):
+        sandbox = await substrate.create(SandboxSpec())
+        views.append((await shell(sandbox, script.replace("ls -n /", "stat -c '%n %A %u %g' /*"))).stdout.data)
+    assert views[0] == views[1] == views[2]
+    assert b"dsec" not in views[0]
+    for sandbox in list(substrate._sandboxes.values()):
+        await sandbox.destroy()
+
+
+async def test_two_gigabytes_of_output_cost_no_memory_and_no_descriptor(substrate: ContainerSubstrate) -> None:
+    def held() -> tuple[int, int]:
+        rss = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+        return int(rss.split()[1]) * 1024, len(os.listdir("/proc/self/fd"))
+
+    sandbox = await substrate.create(SandboxSpec())
+    await shell(sandbox, "yes | head -c 5000000")
+    rss, fds = held()
+    result = await shell(sandbox, "yes 0123456789abcdef | head -c 2000000000", timeout_s=60)
+    rss_after, fds_after = held()
+    assert result.exit_code == 0
+    assert result.stdout.dropped_bytes + len(result.stdout.data) == 2_000_000_000
+    assert rss_after - rss < 64 << 20
+    assert fds_after == fds
+    await sandbox.destroy()

@@ -1,0 +1,209 @@
+"""Whoever is killed, and however, nothing of a sandbox stays on the host."""
+
+import asyncio
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dsec.conformance.check import shell
+from dsec.edge.config import SubstrateConfig
+from dsec.edge.linux import cgroup
+from dsec.edge.substrates.container import ContainerSubstrate
+from dsec.errors import ResourceExhaustedError, SandboxLostError, SpawnError
+from dsec.types import SandboxSpec
+
+OWNER = """
+import asyncio, sys
+from dsec.conformance.check import shell
+from dsec.edge.substrates.container import ContainerSubstrate
+from dsec.types import SandboxSpec
+
+async def main():
+    substrate = ContainerSubstrate()
+    await substrate.open()
+    sandboxes = [await substrate.create(SandboxSpec()) for _ in range(3)]
+    for sandbox in sandboxes:
+        await shell(sandbox, "setsid sleep 1000 & sleep 1000 &")
+    print(substrate._owned[0][1], substrate.spawner.pid, *(s.host_pid for s in sandboxes), flush=True)
+    await asyncio.gather(*(shell(s, "sleep 1000", timeout_s=1000) for s in sandboxes))
+
+asyncio.run(main())
+"""
+
+
+def cgroups_named(name: str) -> list[Path]:
+    found = cgroup.detect()
+    return [parent / name for parent in cgroup.parents(found, "") if (parent / name).exists()]
+
+
+def members(directories: list[Path]) -> set[int]:
+    pids: set[int] = set()
+    for directory in directories:
+        for path, _, _ in os.walk(directory):
+            pids |= {int(pid) for pid in Path(path, "cgroup.procs").read_text().split()}
+    return pids
+
+
+def wait_until_dead(pidfds: list[int], timeout_s: float = 20) -> None:
+    """A pidfd becomes readable when its process has ended."""
+    for pidfd in pidfds:
+        assert select.select([pidfd], [], [], timeout_s)[0], "a process lives on"
+        os.close(pidfd)
+
+
+class Owner:
+    """Another Python process that owns three busy sandboxes."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        words = self.process.stdout.readline().split()
+        self.name, self.spawner_pid = words[0], int(words[1])
+        self.pidfds = [os.pidfd_open(pid) for pid in {*map(int, words[1:]), *members(cgroups_named(self.name))}]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def owner() -> Iterator[Owner]:
+    another = Owner()
+    yield another
+    another.kill()
+
+
+def test_killing_the_owner_ends_its_sandboxes_and_their_cgroups(owner: Owner) -> None:
+    assert len(owner.pidfds) >= 1 + 3 + 6
+    owner.kill()
+    wait_until_dead(owner.pidfds)
+    assert cgroups_named(owner.name) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_spawner_that_is_asked_to_end_takes_everything_along(owner: Owner, number: signal.Signals) -> None:
+    os.kill(owner.spawner_pid, number)
+    wait_until_dead(owner.pidfds)
+    assert cgroups_named(owner.name) == []
+
+
+async def test_after_a_kill_of_the_whole_tree_the_next_open_sweeps_and_spares_the_living(owner: Owner) -> None:
+    living = ContainerSubstrate()
+    await living.open()
+    sandbox = await living.create(SandboxSpec())
+    os.kill(owner.spawner_pid, signal.SIGSTOP)  # it cannot clean up: the kill hits all at one moment
+    owner.process.kill()
+    os.kill(owner.spawner_pid, signal.SIGKILL)
+    owner.process.wait()
+    wait_until_dead(owner.pidfds)
+    assert cgroups_named(owner.name), "the case needs leftovers"
+    later = ContainerSubstrate()
+    await later.open()
+    assert cgroups_named(owner.name) == []
+    assert (await shell(sandbox, "echo alive")).stdout.data == b"alive\n"
+    await later.close()
+    await living.close()
+    assert cgroup.sweep() == 0
+
+
+async def test_a_killed_spawner_is_a_lost_sandbox_and_leaves_nothing() -> None:
+    substrate = ContainerSubstrate()
+    await substrate.open()
+    sandbox = await substrate.create(SandboxSpec())
+    running = asyncio.create_task(shell(sandbox, "echo started; sleep 1000", timeout_s=1000))
+    name = substrate._owned[0][1]
+    while not members(cgroups_named(name)) - {sandbox.host_pid}:
+        await asyncio.sleep(0)
+    pidfds = [os.pidfd_open(pid) for pid in members(cgroups_named(name))]
+    os.kill(substrate.spawner.pid, signal.SIGKILL)
+    with pytest.raises(SandboxLostError):
+        await running
+    with pytest.raises(SandboxLostError):
+        await shell(sandbox, "true")
+    with pytest.raises(SpawnError):
+        await substrate.create(SandboxSpec())
+    wait_until_dead(pidfds)
+    await substrate.close()
+    assert cgroups_named(name) == []
+
+
+async def test_a_killed_guest_is_a_lost_sandbox_and_its_slot_is_used_again() -> None:
+    substrate = ContainerSubstrate(SubstrateConfig(sandboxes_count_max=1))
+    await substrate.open()
+    sandbox = await substrate.create(SandboxSpec())
+    with pytest.raises(ResourceExhaustedError):
+        await substrate.create(SandboxSpec())
+    running = asyncio.create_task(shell(sandbox, "sleep 1000", timeout_s=1000))
+    await shell(sandbox, "until pgrep sleep; do :; done")
+    os.kill(sandbox.host_pid, signal.SIGKILL)
+    with pytest.raises(SandboxLostError):
+        await running
+    await sandbox.destroy()
+    again = await substrate.create(SandboxSpec())
+    assert (await shell(again, "pgrep -c sleep")).stdout.data == b"0\n"
+    await substrate.close()
+
+
+async def test_creates_cancelled_at_any_moment_leave_nothing() -> None:
+    chance = random.Random(5)
+    substrate = ContainerSubstrate()
+    await substrate.open()
+    fds = len(os.listdir("/proc/self/fd"))
+    loop = asyncio.get_running_loop()
+    for _ in range(60):
+        task = asyncio.create_task(substrate.create(SandboxSpec()))
+        loop.call_later(chance.uniform(0, 0.006), task.cancel)
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        if not isinstance(outcome, BaseException):
+            await outcome.destroy()
+    await asyncio.gather(*(sandbox.destroy() for sandbox in list(substrate._sandboxes.values())))
+    places = cgroups_named(substrate._owned[0][1])
+    assert [list(place.glob("s*/")) for place in places] == [[]] * len(places)
+    assert members(places) == set()
+    assert len(os.listdir("/proc/self/fd")) == fds
+    await substrate.close()
+
+
+async def test_many_sandboxes_later_the_host_is_as_before() -> None:
+    def census() -> tuple[int, int, int]:
+        mine = Path("/proc/self/task").parent
+        return len(os.listdir(mine / "fd")), len((mine / "mountinfo").read_text().splitlines()), cgroup_count()
+
+    def cgroup_count() -> int:
+        return sum(
+            1 for parent in cgroup.parents(cgroup.detect(), "") for _ in parent.glob(f"dsec-*-{os.getpid()}-*/**/")
+        )
+
+    substrate = ContainerSubstrate()
+    await substrate.open()
+    before = census(), len(os.listdir(f"/proc/{substrate.spawner.pid}/fd"))
+    for _ in range(10):
+        sandboxes = await asyncio.gather(*(substrate.create(SandboxSpec()) for _ in range(20)))
+        await asyncio.gather(*(shell(sandbox, "sleep 100 & echo x > /tmp/x") for sandbox in sandboxes))
+        await asyncio.gather(*(sandbox.destroy() for sandbox in sandboxes))
+        # a used slot keeps its user namespace for the next sandbox: at most one fd for each of 20 slots
+    after = census(), len(os.listdir(f"/proc/{substrate.spawner.pid}/fd"))
+    assert after[0] == before[0]
+    assert after[1] <= before[1] + 20
+    await substrate.close()
+    assert cgroup_count() == 0
+
+
+async def test_closing_ends_running_commands() -> None:
+    substrate = ContainerSubstrate()
+    await substrate.open()
+    sandbox = await substrate.create(SandboxSpec())
+    running = asyncio.create_task(shell(sandbox, "sleep 1000", timeout_s=1000))
+    await shell(sandbox, "until pgrep sleep; do :; done")
+    await asyncio.gather(substrate.close(), substrate.close())
+    with pytest.raises(SandboxLostError):
+        await running

@@ -1,0 +1,103 @@
+"""Which cgroup version carries what, the plan for a sandbox, and whose leftovers are swept."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dsec.edge.linux import cgroup
+from dsec.edge.linux.cgroup import Hierarchies
+from dsec.edge.native_wire import Operation
+from dsec.types import SandboxSpec
+
+SPEC = SandboxSpec(memory_bytes=100 << 20, disk_bytes=50 << 20, pids_count_max=7, cpu_cores=1.5)
+ALL = frozenset({"memory", "pids", "cpu"})
+
+
+def written(found: Hierarchies) -> dict[tuple[int, str], str]:
+    plan = cgroup.plan_sandbox(found, 3, SPEC)
+    return {(step.hierarchy, step.path): step.value for step in plan.operations if step.operation != Operation.MKDIR}
+
+
+def test_the_mounts_of_a_version_1_host_are_found() -> None:
+    mountinfo = (
+        "30 20 0:26 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
+        "31 20 0:27 / /sys/fs/cgroup/memory rw,nosuid shared:9 - cgroup cgroup rw,memory\n"
+        "32 20 0:28 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"
+        "33 20 0:29 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids\n"
+        "34 20 8:1 / / rw - ext4 /dev/vda rw\n"
+    )
+    found = cgroup.detect(mountinfo)
+    assert found.unified == Path("/sys/fs/cgroup/unified")
+    assert found.v1 == {
+        "memory": Path("/sys/fs/cgroup/memory"),
+        "cpu": Path("/sys/fs/cgroup/cpu,cpuacct"),
+        "pids": Path("/sys/fs/cgroup/pids"),
+    }
+
+
+def test_a_host_without_cgroups_lacks_every_controller() -> None:
+    found = cgroup.detect("34 20 8:1 / / rw - ext4 /dev/vda rw\n")
+    assert found.missing == ["memory", "pids", "cpu"]
+    with pytest.raises(FileNotFoundError):
+        cgroup.parents(found, "")
+
+
+def test_version_1_limits_go_to_one_hierarchy_each() -> None:
+    v1 = {name: Path("/v1", name) for name in ("memory", "pids", "cpu")}
+    found = Hierarchies(Path("/v2"), frozenset(), v1)
+    assert written(found) == {
+        (0, "s3"): "",
+        (0, "s3/cgroup.procs"): "",
+        (1, "s3/memory.limit_in_bytes"): "104857600",
+        (1, "s3/memory.memsw.limit_in_bytes"): "104857600",
+        (2, "s3/pids.max"): "7",
+        (3, "s3/cpu.cfs_period_us"): "100000",
+        (3, "s3/cpu.cfs_quota_us"): "150000",
+    }
+    plan = cgroup.plan_sandbox(found, 3, SPEC)
+    assert (plan.guest_group, plan.command_group) == ("s3", "s3")
+    assert (plan.oom_hierarchy, plan.oom_file) == (1, "s3/memory.oom_control")
+
+
+def test_version_2_keeps_the_guest_outside_the_memory_limit() -> None:
+    found = Hierarchies(Path("/v2"), ALL, {})
+    plan = cgroup.plan_sandbox(found, 3, SPEC)
+    assert (plan.guest_group, plan.command_group) == ("s3/g", "s3/c")
+    assert (plan.oom_hierarchy, plan.oom_file) == (0, "s3/c/memory.events")
+    values = written(found)
+    assert values[0, "s3/c/memory.max"] == "104857600"
+    assert values[0, "s3/cpu.max"] == "150000 100000"
+    assert values[0, "s3/pids.max"] == "7"
+    assert cgroup.parents(found, "below") == [Path("/v2/below")]
+
+
+def test_a_host_may_mix_versions() -> None:
+    found = Hierarchies(Path("/v2"), frozenset({"pids"}), {"memory": Path("/m"), "cpu": Path("/c"), "pids": Path("/p")})
+    assert cgroup.parents(found, "") == [Path("/v2"), Path("/m"), Path("/c")]
+    values = written(found)
+    assert values[0, "s3/pids.max"] == "7"
+    assert values[1, "s3/memory.limit_in_bytes"] == "104857600"
+    assert values[2, "s3/cpu.cfs_quota_us"] == "150000"
+
+
+def test_only_the_dead_leave_leftovers() -> None:
+    mine = cgroup.owner_name()
+    prefix, boot, pidns, pid, start, serial = mine.split("-")
+    assert not cgroup.is_leftover(mine)
+    assert cgroup.is_leftover(f"{prefix}-{boot}-{pidns}-{pid}-{int(start) - 1}-{serial}"), "the pid was used again"
+    assert cgroup.is_leftover(f"{prefix}-{boot}-{pidns}-{1 << 22}-{start}-{serial}")
+    assert not cgroup.is_leftover(f"{prefix}-{boot}-{int(pidns) + 1}-{1 << 22}-{start}-{serial}"), "not visible to us"
+    assert not cgroup.is_leftover("dsec-notes")
+    assert cgroup.owner_name() != mine
+
+
+def test_a_swept_cgroup_loses_its_processes(tmp_path: Path) -> None:
+    (parent, name), *others = cgroup.make_owner_directories(cgroup.detect(), "")
+    directory = Path(parent, name)
+    (directory / "inner").mkdir()
+    child = os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "1000")
+    (directory / "inner/cgroup.procs").write_text(str(child))
+    assert cgroup.remove_tree(directory)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
+    assert all(cgroup.remove_tree(Path(other, name)) for other, name in others)

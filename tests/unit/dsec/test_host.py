@@ -1,0 +1,56 @@
+"""What the host lacks is said by name, with the way out."""
+
+from pathlib import Path
+
+import pytest
+
+from dsec.edge.config import SubstrateConfig
+from dsec.edge.linux import cgroup, host, skeleton
+from dsec.edge.substrates.container import ContainerSubstrate
+from dsec.errors import HostUnfitError
+
+
+def test_this_host_is_fit() -> None:
+    findings = host.check_host()
+    assert [finding for finding in findings if not finding.ok] == []
+    assert {"root", "overlayfs", "cgroup2", "python3", "bash"} <= {finding.name for finding in findings}
+
+
+def test_every_finding_has_a_remedy() -> None:
+    assert all(finding.remedy for finding in host.check_host())
+
+
+async def test_a_missing_binary_is_named_with_the_way_to_build_it(tmp_path: Path) -> None:
+    substrate = ContainerSubstrate(SubstrateConfig(binary_path=tmp_path / "none"))
+    with pytest.raises(HostUnfitError, match=r"none; build it with gcc"):
+        await substrate.open()
+
+
+async def test_a_binary_that_cannot_serve_is_an_unfit_host(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    with pytest.raises(HostUnfitError):
+        await ContainerSubstrate(SubstrateConfig(binary_path=broken)).open()
+    assert cgroup.sweep() == 0
+
+
+async def test_a_cgroup_that_cannot_be_made_is_an_unfit_host() -> None:
+    with pytest.raises(HostUnfitError, match="cannot make a cgroup"):
+        await ContainerSubstrate(SubstrateConfig(cgroup_parent="no/such/group")).open()
+
+
+def test_the_skeleton_takes_only_links_into_usr_from_the_host(tmp_path: Path) -> None:
+    alternatives = tmp_path / "etc/alternatives"
+    alternatives.mkdir(parents=True)
+    (alternatives / "awk").symlink_to("/usr/bin/mawk")
+    (alternatives / "secret").symlink_to("/root/.ssh/id")
+    (alternatives / "dotted").symlink_to("/usr/../root/x")
+    (alternatives / "file").write_text("secret")
+    (tmp_path / "bin").symlink_to("usr/bin")
+    entries = {entry.path: entry for entry in skeleton.entries(tmp_path)}
+    assert entries["etc/alternatives/awk"].content == "/usr/bin/mawk"
+    assert entries["bin"].content == "usr/bin"
+    assert not {"etc/alternatives/secret", "etc/alternatives/dotted", "etc/alternatives/file", "sbin"} & set(entries)
+    paths = [entry.path for entry in skeleton.entries(tmp_path)]
+    assert all(str(Path(path).parent) in {".", *paths[:index]} for index, path in enumerate(paths)), "parents first"
