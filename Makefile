@@ -2,6 +2,8 @@
 PY := .venv/bin/python
 RUN_DIR ?= runs/main
 PYTEST_ARGS ?=
+PIP := .venv/bin/pip install --disable-pip-version-check
+logged = $(1) > build/setup.log 2>&1 || { tail -n 30 build/setup.log; exit 1; }
 
 .PHONY: run test test-external check bench protos lock setup setup-dev native clean
 
@@ -41,15 +43,18 @@ native: .venv/.installed ## compile the C parts if their sources are newer
 	@$(PY) setup.py -q build_ext
 
 .venv/.installed: requirements.lock pyproject.toml setup.py deploy/host.sh
-	bash deploy/host.sh
-	python3 -m venv .venv
-	.venv/bin/pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
-	.venv/bin/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
-	touch $@
+	@bash deploy/host.sh
+	@echo "setting up .venv from requirements.lock (output in build/setup.log)"
+	@mkdir -p build && python3 -m venv .venv
+	@$(call logged,$(PIP) --require-hashes -r requirements.lock)
+	@$(call logged,$(PIP) --no-deps --no-build-isolation -e .)
+	@touch $@
 
 .venv/.installed-dev: .venv/.installed requirements-dev.lock
-	.venv/bin/pip install -q --disable-pip-version-check -r requirements-dev.lock
-	touch $@
+	@echo "adding what the tests need (torch and transformers among it; output in build/setup.log)"
+	@mkdir -p build
+	@$(call logged,$(PIP) -r requirements-dev.lock)
+	@touch $@
 
 clean: ## remove what was built here; runs/ stays
 	rm -rf .venv build *.egg-info dsec/native/dsec-sandbox rollout/engines/embedded/v4.so

@@ -1,7 +1,7 @@
 """Build the two C parts next to their sources: a static sandbox binary and the decode engine.
 
-Both are plain `gcc` calls (the sandbox binary is not a Python extension), hooked into build_py so
-that `pip install .` and `pip install -e .` leave them where the package looks for them.
+Both are plain `gcc` calls (the sandbox binary is not a Python extension) in place of build_ext, and run
+before build_py collects package data, so that `pip install .` and `pip install -e .` both have them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.dist import Distribution
 
 ROOT = Path(__file__).resolve().parent
@@ -66,6 +67,14 @@ class BuildParts(build_ext):
         compile_parts()
 
 
+class BuildPython(build_py):
+    """build_py that has the C parts compiled first: they are package data."""
+
+    def run(self) -> None:
+        self.run_command("build_ext")
+        super().run()
+
+
 class NativeDistribution(Distribution):
     """A distribution with compiled parts: its wheel is bound to the platform."""
 
@@ -73,4 +82,4 @@ class NativeDistribution(Distribution):
         return True
 
 
-setup(cmdclass={"build_ext": BuildParts}, distclass=NativeDistribution)
+setup(cmdclass={"build_ext": BuildParts, "build_py": BuildPython}, distclass=NativeDistribution)
