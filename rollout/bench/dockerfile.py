@@ -32,13 +32,13 @@ WORKDIR_DEFAULT = "/app"
 BASE_ENV = {
     "PATH": SANDBOX_PATH,
     "LC_ALL": "C",
-    "HOME": "/tmp",
+    "HOME": "/tmp",  # noqa: S108 - a path inside the sandbox
     "PYTHONDONTWRITEBYTECODE": "1",
     "PYTHONHASHSEED": "0",
 }
 _ARCHIVE_ENDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _IGNORED = {"CMD", "ENTRYPOINT", "LABEL", "EXPOSE", "MAINTAINER"}
-_BASES = re.compile(r"^(?:docker\.io/)?(?:library/)?(?:debian|buildpack-deps|python)(?::[\w.-]+)?(?:@sha256:[0-9a-f]+)?$")
+_BASES = re.compile(r"^(?:docker\.io/)?(?:library/)?(debian|buildpack-deps|python)(:[\w.-]+)?(@sha256:[0-9a-f]+)?$")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?:(:[-+])([^}]*))?\})")
 
 
@@ -172,12 +172,12 @@ class _Builder:
         self.env.update(new)
 
     def _user(self, rest: str) -> None:
-        if rest.split(":")[0] not in ("root", "0"):
+        if rest.partition(":")[0] not in ("root", "0"):
             raise ValueError(f"{rest}: commands run as root of the sandbox only")
 
     def _run(self, rest: str) -> None:
         if rest.startswith("--"):
-            raise ValueError(f"the option {rest.split()[0]} is not supported")
+            raise ValueError(f"the option {rest.partition(' ')[0]} is not supported")
         if re.search(r"<<-?['\"]?\w", rest):
             raise ValueError("a here-document is not supported: COPY a script and run it")
         argv = _json_array(rest) or ("/bin/sh", "-c", rest)

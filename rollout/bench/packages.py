@@ -64,8 +64,9 @@ def _is_there(package: Package, installed: dict[str, str]) -> bool:
     version = installed.get(package.name)
     if version is None:
         return not package.version and shutil.which(package.name, path=SANDBOX_PATH) is not None
-    upstream = version.partition(":")[2] or version
-    return any(re.match(re.escape(package.version) + r"($|[-+~.])", v) for v in (version, upstream)) or not package.version
+    pinned = re.compile(re.escape(package.version) + r"($|[-+~.])")
+    without_epoch = version.partition(":")[2] or version
+    return not package.version or any(map(pinned.match, (version, without_epoch)))
 
 
 def _installed(names: Sequence[str]) -> dict[str, str]:

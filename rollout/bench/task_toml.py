@@ -78,7 +78,7 @@ class EnvironmentTable(_Table):
     storage_mb: Annotated[int, Field(ge=1, le=1 << 22)] | None = None
     gpus: int = 0
     env: Env = {}
-    workdir: Annotated[str, StringConstraints(pattern=r"^/[^\0]*$")] | None = None
+    workdir: Annotated[str, StringConstraints(pattern=r"^/[^\x00]*$")] | None = None
     network_mode: str | None = None
 
     @field_validator("docker_image")

@@ -127,10 +127,11 @@ def _parse(printed: bytes) -> dict[str, float]:
     text = data.decode(errors="replace").strip()
     if not text:
         raise ValueError(f"{file}: empty: write a number to it")
+    is_json = name == b"reward.json"
     try:
-        found = json.loads(text) if name == b"reward.json" else {"reward": float(text)}
+        found = json.loads(text) if is_json else {"reward": float(text)}
     except (ValueError, RecursionError):
-        raise ValueError(f"{file}: {text[:80]!r} cannot be read as {'JSON' if name == b'reward.json' else 'a number'}") from None
+        raise ValueError(f"{file}: {text[:80]!r} cannot be read as {'JSON' if is_json else 'a number'}") from None
     return _components(file, found)
 
 

@@ -137,7 +137,7 @@ def make_numbers(draw: Draw) -> Problem:
             ("smallest number", min(numbers), f"sort -n {name} | head -n 1"),
         )
     )
-    request = draw.one((f"Write the {what} in {name} to {saved}.", f"Find the {what} in {name} and save it in {saved}."))
+    request = draw.one(("Write the {} in {} to {}.", "Find the {} in {} and save it in {}.")).format(what, name, saved)
     files = {name: text([str(n) for n in numbers])}
     return Problem(request, files, f"{command} > {saved}", {**files, saved: f"{wanted}\n"})
 
@@ -184,7 +184,7 @@ def make_lookup(draw: Draw) -> Problem:
     key = draw.one(list(settings))
     request = draw.one((f"Read {name} and tell me {key}.", f"What is the value of {key} in {name}?"))
     files = {name: text([f"{k}={v}" for k, v in settings.items()])}
-    solve = f"echo \"{key} is $(sed -n 's/^{key}=//p' {name}).\" > \"${{LOGS_DIR:-/logs}}/agent/answer.txt\""
+    solve = f'echo "{key} is $(sed -n \'s/^{key}=//p\' {name})." > "${{LOGS_DIR:-/logs}}/agent/answer.txt"'
     wrong = tuple(v for k, v in settings.items() if k != key and v != settings[key])
     return Problem(request, files, solve, files, (), settings[key], wrong)
 

@@ -6,6 +6,8 @@ what some body gives; a wrong body is used only with arguments on which it diffe
 
 from __future__ import annotations
 
+from typing import Any
+
 from training.curriculum.draw import LETTERS, Draw
 from training.curriculum.problem import Problem, Program
 from training.curriculum.templates import TEMPLATES, Template
@@ -22,7 +24,6 @@ print("PASS")
 CASES_COUNT = 6
 BUGS = tuple(t for t in TEMPLATES if t.bad)
 WRITES = tuple(t for t in TEMPLATES if t.says)
-_LIST_NAMES = ("items", "values", "nums")
 
 
 class _Function:
@@ -32,7 +33,7 @@ class _Function:
         stem, extra = draw.one(template.stems), draw.word()
         self.template = template
         self.name = draw.one((stem, f"{stem}_{extra}", f"{extra}_{stem}"))
-        self.names = _parameters(draw, template.kinds)
+        self.names = _parameters(draw, template)
 
     def fill(self, pattern: str) -> str:
         """A body or a description with the parameters' names."""
@@ -49,23 +50,20 @@ class _Function:
 
     def result(self, pattern: str, arguments: tuple[object, ...]) -> object:
         """What the definition with this body returns; an exception is a result as well."""
-        space: dict[str, object] = {}
+        space: dict[str, Any] = {}
         exec(self.source(pattern), space)  # noqa: S102 - bodies of templates.py only
-        function = space[self.name]
-        assert callable(function)
         try:
-            return function(*arguments)
+            return space[self.name](*arguments)
         except (ArithmeticError, LookupError, TypeError, ValueError) as why:
             return repr(why)
 
 
-def _parameters(draw: Draw, kinds: str) -> tuple[str, ...]:
-    if kinds == "L" and draw.chance(85):
-        return (draw.one(_LIST_NAMES),)
-    if len(kinds) == 1 and draw.chance(60):
+def _parameters(draw: Draw, template: Template) -> tuple[str, ...]:
+    if template.kinds == "L":
+        return (draw.one(template.lists),)
+    if len(template.kinds) == 1 and draw.chance(50):
         return (draw.word(),)
-    first = draw.below(26)
-    return tuple(LETTERS[(first + 7 * i) % 26] for i in range(len(kinds)))
+    return tuple(draw.shuffled(LETTERS)[: len(template.kinds)])
 
 
 def _arguments(draw: Draw, kinds: str) -> tuple[object, ...]:

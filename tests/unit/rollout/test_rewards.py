@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -26,11 +27,7 @@ def make(test_sh: str = "true\n", **files: bytes) -> Task:
 
 def moved(command: Command, root: Path) -> Command:
     """The command with /app, /tests, /logs and /solution below `root`, so that it needs no sandbox."""
-    words = []
-    for word in command.argv:
-        for name in ("app", "tests", "logs", "solution"):
-            word = word.replace(f"/{name}", f"{root}/{name}")
-        words.append(word)
+    words = (re.sub(r"/(?=(app|tests|logs|solution)\b)", f"{root}/", word) for word in command.argv)
     return msgspec.structs.replace(command, argv=tuple(words), cwd=str(root) + command.cwd)
 
 
@@ -38,9 +35,8 @@ def execute(task: Task, root: Path, answer: str | None) -> list[tuple[str, ExecR
     results = []
     for name, command in verify_commands(task, answer):
         real = moved(command, root)
-        done = subprocess.run(
-            real.argv, cwd=real.cwd, env={**real.env, "R": str(root)}, input=real.stdin, capture_output=True, check=False
-        )
+        env = {**real.env, "R": str(root)}
+        done = subprocess.run(real.argv, cwd=real.cwd, env=env, input=real.stdin, capture_output=True, check=False)
         results.append((name, result(done.stdout, done.returncode)))
     return results
 
@@ -66,7 +62,7 @@ def test_the_tests_run_from_the_workdir_and_their_number_is_the_reward(root: Pat
 
 
 def test_the_tests_find_the_final_message(root: Path) -> None:
-    task = make('[ "$(cat "$R/logs/agent/answer.txt")" = "it is 4 \N{SNOWMAN}" ] && echo 1 > "$R/logs/verifier/reward.txt"\n')
+    task = make('grep -qx "it is 4 \N{SNOWMAN}" "$R/logs/agent/answer.txt" && echo 1 > "$R/logs/verifier/reward.txt"\n')
     assert reward_from(task, execute(task, root, "it is 4 \N{SNOWMAN}")).value == 1
 
 
@@ -105,7 +101,7 @@ def test_reward_json_goes_before_reward_txt(root: Path) -> None:
 
 def test_tests_that_write_no_reward_are_an_error_with_the_end_of_their_output(root: Path) -> None:
     task = make("echo starting; echo broken >&2; exit 4\n")
-    with pytest.raises(VerifierError, match="no reward: test.sh must write") as why:
+    with pytest.raises(VerifierError, match="no reward: ") as why:
         reward_from(task, execute(task, root, ""))
     assert "exit code 4" in str(why.value)
     assert "starting" in str(why.value)

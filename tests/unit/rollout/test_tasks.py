@@ -123,7 +123,7 @@ def test_a_missing_file_is_named(name: str) -> None:
 
 
 def test_a_task_without_an_environment_is_refused() -> None:
-    with pytest.raises(TaskError, match="environment/: missing or empty: add environment/Dockerfile"):
+    with pytest.raises(TaskError, match=r"environment/: missing or empty: add environment/Dockerfile"):
         task_from_files("t", without("environment/Dockerfile", "environment/files/a.txt"))
 
 
@@ -150,7 +150,7 @@ def test_a_task_name_that_is_no_plain_name_is_refused() -> None:
 
 
 def test_too_many_and_too_large_files_are_refused() -> None:
-    with pytest.raises(TaskError, match="pack them into a tar.gz"):
+    with pytest.raises(TaskError, match="pack them into a tar"):
         task_from_files("t", {**FILES, **{f"tests/{i}": b"" for i in range(FILES_COUNT_MAX)}})
     half = bytes(TASK_BYTES_MAX // 3)
     with pytest.raises(TaskError, match="bytes of files: at most"):
@@ -223,7 +223,7 @@ def test_a_package_with_another_version_than_pinned_is_missing() -> None:
     [
         ("apt-get update && apt-get install -y --no-install-recommends git python3", ["git", "python3"]),
         ("DEBIAN_FRONTEND=noninteractive apt install -t stable jq; rm -rf /var/lib/apt/lists/*", ["jq"]),
-        ("set -eux; pip3 install --no-cache-dir -i http://x PyYAML pytest[dev]==8.1", ["python3-pyyaml", "python3-pytest"]),
+        ("set -eux; pip3 install -q -i http://x PyYAML pytest[dev]==8.1", ["python3-pyyaml", "python3-pytest"]),
         ("python3 -m pip install attrs", ["python3-attrs"]),
         ("apt-get update", []),
     ],
@@ -245,10 +245,16 @@ def test_a_run_line_that_installs_nothing_is_run(command: str) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["apt-get install -y git && git init", "apt-get update | tee log", "pip install -r need.txt", "pip install ./x", "pip install 'a>=2'"],
+    [
+        "apt-get install -y git && git init",
+        "apt-get update | tee log",
+        "pip install -r need.txt",
+        "pip install ./x",
+        "pip install 'a>=2'",
+    ],
 )
 def test_an_installation_that_cannot_be_stood_in_for_is_refused(command: str) -> None:
-    with pytest.raises(ValueError, match="RUN of their own|not supported"):
+    with pytest.raises(ValueError, match=r"RUN of their own|not supported"):
         packages_of(command)
 
 

@@ -1,0 +1,2 @@
+def case_spread(nums):
+    return max(nums) + min(nums)

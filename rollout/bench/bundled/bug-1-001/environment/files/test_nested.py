@@ -1,0 +1,8 @@
+import sys
+from nested import https_multiply
+
+got = https_multiply(8, 2)
+want = 16
+if got != want:
+    sys.exit(f"FAIL: got {got!r}, want {want!r}")
+print("PASS")

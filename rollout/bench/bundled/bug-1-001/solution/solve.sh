@@ -1,0 +1,7 @@
+#!/bin/bash
+set -e
+cd "${APP_DIR:-/app}"
+cat > nested.py <<'EOF'
+def https_multiply(i, k):
+    return i * k
+EOF

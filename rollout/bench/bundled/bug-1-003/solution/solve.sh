@@ -1,0 +1,7 @@
+#!/bin/bash
+set -e
+cd "${APP_DIR:-/app}"
+cat > bindings.py <<'EOF'
+def multiply(h, b):
+    return h * b
+EOF

@@ -1,0 +1,4 @@
+#!/bin/bash
+set -e
+cd "${APP_DIR:-/app}"
+cp winerror_deal.txt steps.txt

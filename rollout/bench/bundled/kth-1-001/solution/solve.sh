@@ -1,0 +1,4 @@
+#!/bin/bash
+set -e
+cd "${APP_DIR:-/app}"
+head -n 4 zyomxkye.txt > port.csv

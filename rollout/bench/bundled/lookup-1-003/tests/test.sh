@@ -1,0 +1,18 @@
+#!/bin/bash
+# Writes 1 if everything is as the request wants it, else 0.
+app=${APP_DIR:-/app}; here=${TESTS_DIR:-/tests}; logs=${LOGS_DIR:-/logs}
+reward=1
+wrong() { echo "$1"; reward=0; }
+cd "$app" || exit 1
+shopt -s globstar
+for path in "$here"/expected/**; do
+    name=${path#"$here"/expected/}
+    [ -d "$path" ] || cmp -s "$path" "$name" || wrong "not as expected: $name"
+done
+answer=$logs/agent/answer.txt
+grep -qwF -e '4' "$answer" || wrong 'the final message does not say 4'
+grep -qwF -e 'usr' "$answer" && wrong 'the final message says usr'
+grep -qwF -e 'unwrap' "$answer" && wrong 'the final message says unwrap'
+grep -qwF -e '11' "$answer" && wrong 'the final message says 11'
+mkdir -p "$logs/verifier"
+echo "$reward" > "$logs/verifier/reward.txt"

@@ -1,0 +1,5 @@
+#!/bin/bash
+set -e
+cd "${APP_DIR:-/app}"
+mkdir -p "$(dirname 'triples.txt')"
+mv feature.txt triples.txt

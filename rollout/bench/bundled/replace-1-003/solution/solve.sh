@@ -1,0 +1,4 @@
+#!/bin/bash
+set -e
+cd "${APP_DIR:-/app}"
+sed -i 's/zones/tlumtki/g' room.cfg

@@ -1,0 +1,4 @@
+#!/bin/bash
+set -e
+cd "${APP_DIR:-/app}"
+LC_ALL=C sort sensible.txt > various.txt

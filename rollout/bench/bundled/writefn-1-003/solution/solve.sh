@@ -1,0 +1,7 @@
+#!/bin/bash
+set -e
+cd "${APP_DIR:-/app}"
+cat > represent.py <<'EOF'
+def placed_reverse_text(u):
+    return u[::-1]
+EOF
