@@ -22,7 +22,6 @@ from rollout.bench.tasks import Task, check_packages
 from rollout.config import RolloutConfig
 from rollout.errors import RequestError
 from rollout.events import Job
-from rollout.export import arrow
 from rollout.main import make_service
 from rollout.record import trajectory_record
 from rollout.service import RolloutService
@@ -73,6 +72,7 @@ async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None])
             tasks = batch.load_tasks()
             check_packages(tasks)
             await service.submit(batch.make_job(tasks), tasks)
+        await service.start()
         waiting = asyncio.create_task(service.wait(REQUEST_ID))
         stopped = _stop_signal(waiting)
         with suppress(asyncio.CancelledError):
@@ -89,6 +89,8 @@ async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None])
 def write_results(directory: Path, service: RolloutService, summary: Summary) -> None:
     """Derive `trajectories.arrow` and `summary.json` from the ledger; each appears whole or not at all."""
     records = (trajectory_record(service.ledger, rollout_id) for rollout_id in sorted(service.ledger.rollouts))
+    from rollout.export import arrow  # loads pyarrow, which a run does not need before its end
+
     try:
         arrow.write(directory / TRAJECTORIES, records)
         scratch = directory / f".{SUMMARY}.{os.getpid()}"

@@ -206,6 +206,7 @@ async def _serve(directory: Path, listen: str, config: RolloutConfig) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with make_service(directory, config) as service:
+        await service.start()
         server, port = await start_server(service, listen)
         host = listen.rpartition(":")[0]
         click.echo(f"dsec: serving {host}:{port}, log {directory}/wal, {service.running_count} rollouts taken up")

@@ -14,6 +14,7 @@ class RolloutConfig(BaseSettings):
     concurrency: int = Field(default=16, ge=1, le=1024, description="rollouts that run at once")
     jobs_count_max: int = Field(default=10_000, ge=1, description="jobs that one log may hold")
     rollouts_count_max: int = Field(default=100_000, ge=1, description="rollouts that one job may ask for")
+    context_tokens_count_max: int = Field(default=2048, ge=1, description="longest context that a job may ask for")
     watch_events_count_max: int = Field(default=100_000, ge=1, description="events kept for a slow watcher")
     log_sync: str = Field(
         default="always",

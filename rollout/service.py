@@ -5,7 +5,7 @@ gRPC server are both callers of this class and share everything below it.
 
 Invariants:
 1. A job is durable before `submit` returns; the same `request_id` never makes a second job.
-2. `open` takes up every unfinished rollout of the log; nothing else is needed to resume.
+2. `start` takes up every unfinished rollout of the log; nothing else is needed to resume.
 
 See: docs/architecture.md, "Service"; docs/formats/events.md.
 """
@@ -67,11 +67,12 @@ class RolloutService:
         self._running_of_job: Counter[str] = Counter()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._resources = AsyncExitStack()
+        self._is_started = False
 
     async def __aenter__(self) -> Self:
-        """Lock and repair the log, fold it, start engine and substrate, take up what is unfinished.
+        """Lock and repair the log, fold it: jobs can be submitted, nothing runs before `start`.
 
-        Raises wal.LockedError, wal.CorruptError, JournalError, EngineError, dsec.errors.HostUnfitError.
+        Raises wal.LockedError, wal.CorruptError, JournalError.
         """
         async with AsyncExitStack() as stack:
             log = wal.Log.open(self.directory / "wal")
@@ -79,24 +80,31 @@ class RolloutService:
             self.journal = Journal(wal.GroupCommit(log, wal.SyncPolicy.parse(self.config.log_sync)))
             stack.push_async_callback(self.journal.close)
             self.ledger = Ledger.read(self.directory / "wal", self.tokenizer)
-            stack.push_async_callback(self.engine.close)
-            await self.engine.open()
-            stack.push_async_callback(self.substrate.close)
-            await self.substrate.open()
             self.sandboxes = Sandboxes(self.substrate, self.ledger, self.journal.append_record)
             self.runner = Runner(self.journal, self.ledger, self.engine, self.sandboxes, self._publish)
-            stack.push_async_callback(self._stop_rollouts)
             self._resources = stack.pop_all()
+        return self
+
+    async def start(self) -> None:
+        """Start engine and substrate, then take up every unfinished rollout of the log.
+
+        Raises EngineError, dsec.errors.HostUnfitError.
+        """
+        self._resources.push_async_callback(self.engine.close)
+        await self.engine.open()
+        self._resources.push_async_callback(self.substrate.close)
+        await self.substrate.open()
+        self._resources.push_async_callback(self._stop_rollouts)
+        self._is_started = True
         for request_id in self.ledger.jobs:
             self._start(request_id)
-        return self
 
     async def __aexit__(self, *_: object) -> None:
         """Stop running rollouts where they are (the log keeps them), free everything."""
         await self._resources.aclose()
 
     async def submit(self, job: Job, tasks: Iterable[Task]) -> None:
-        """Make a job durable and start it; a job that the log already holds is left as it is.
+        """Make a job durable and start it (or have `start` do so); a job that the log holds is left as it is.
 
         Raises RequestError if the same request id asked for something else, or a bound is exceeded.
         """
@@ -108,10 +116,10 @@ class RolloutService:
             raise RequestError(f"the log holds {self.config.jobs_count_max} jobs: start a service on a new directory")
         if sum(group.size for group in job.groups) > self.config.rollouts_count_max:
             raise RequestError(f"a job may ask for at most {self.config.rollouts_count_max} rollouts")
-        if job.limits.context_tokens_count_max > self.engine.info.context_tokens_max:
+        if job.limits.context_tokens_count_max > self.config.context_tokens_count_max:
             raise RequestError(
                 f"context_tokens_count_max is {job.limits.context_tokens_count_max}, "
-                f"this engine holds {self.engine.info.context_tokens_max}"
+                f"this service allows {self.config.context_tokens_count_max}"
             )
         if taken := [group.group_id for group in job.groups if self.ledger.holds_group(group.group_id)]:
             raise RequestError(f"group ids in use by another job: {', '.join(taken[:5])}")
@@ -163,7 +171,7 @@ class RolloutService:
         return len(self._running)
 
     def _start(self, request_id: str) -> None:
-        if request_id in self.ledger.cancelled:
+        if not self._is_started or request_id in self.ledger.cancelled:
             return
         for rollout_id, group, index in self.ledger.members(request_id):
             if not self.ledger.is_done(rollout_id):

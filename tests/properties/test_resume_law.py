@@ -65,6 +65,7 @@ async def run(directory: Path, engine: ScriptedEngine | None = None, group_size:
         if not service.ledger.jobs:
             wanted = tasks()
             await service.submit(make_job("run", wanted, group_size=group_size, sampling=Sampling(seed=1)), wanted)
+        await service.start()
         await service.wait("run")
         return service.ledger, engine.drawn_count
 

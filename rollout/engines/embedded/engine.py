@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 from rollout.engine import EngineInfo, Sampled, SampleRequest
@@ -113,7 +113,7 @@ class EmbeddedEngine:
         )
         return Batch(model, self._limits, checkpoint.fork_token_id)
 
-    async def sample(self, request: SampleRequest) -> AsyncIterator[Sampled]:
+    async def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
         """Stream the continuation; closing the iterator early stops it between two turns.
 
         RequestError for a request that can never run; EngineError when the engine is closed, its
