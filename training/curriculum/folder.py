@@ -63,17 +63,26 @@ TEST_PROGRAM = """cp "$here/expected/test_{module}.py" .
 TEST_END = """mkdir -p "$logs/verifier"
 echo "$reward" > "$logs/verifier/reward.txt"
 """
-MORE_CASES = '''"""Calls {function} with more arguments than the visible test; prints PASS if every result is right."""
+MORE_CASES = '''"""Prints PASS if {function} is right for more arguments than the visible test's.
+
+It is called in a process of its own, which does not hold the wanted results.
+"""
+import subprocess
 import sys
 
+CASES = (
+{cases})
+CALLS = """
+import sys
 sys.path.insert(0, sys.argv[1])
 from {module} import {function}
-
-for arguments, want in (
-{cases}):
-    got = {function}(*arguments)
-    if got != want or type(got) is not type(want):
-        sys.exit(f"FAIL: {function}{{arguments}} gave {{got!r}}, want {{want!r}}")
+print([{function}(*arguments) for arguments in eval(sys.argv[2])])
+"""
+arguments = repr([arguments for arguments, _ in CASES])
+done = subprocess.run([sys.executable, "-c", CALLS, sys.argv[1], arguments], capture_output=True, text=True)
+want = repr([result for _, result in CASES])
+if done.stdout.splitlines()[-1:] != [want]:
+    sys.exit(f"FAIL: got {{done.stdout[-500:]}} {{done.stderr[-500:]}}, want {{want}}")
 print("PASS")
 '''
 SOLVE_SH = """#!/bin/bash
