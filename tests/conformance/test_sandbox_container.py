@@ -1,7 +1,7 @@
 """Containers behave as every sandbox must, and show nothing of this host."""
 
+import asyncio
 import os
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -32,23 +32,23 @@ async def test_a_container_conforms(substrate: ContainerSubstrate, check: Check)
 async def test_files_and_environment_of_the_host_stay_outside(substrate: ContainerSubstrate) -> None:
     name = f"canary-{os.getpid()}"
     canaries = [Path(folder, name) for folder in ("/root", "/etc", "/tmp", "/var/tmp", "/home")]
-    holder = subprocess.Popen(["/bin/sleep", "600"], env={"DSEC_CANARY": name})
+    holder = await asyncio.create_subprocess_exec("/bin/sleep", "600", env={"DSEC_CANARY": name})
     try:
         for canary in canaries:
             canary.write_text(name)
         sandbox = await substrate.create(SandboxSpec())
         result = await shell(
             sandbox,
-            f"find / -xdev -name '{name}' 2>/dev/null; cat /proc/*/environ 2>/dev/null | tr '\\0' '\\n' | grep -a CANARY;"
-            f"for up in /proc/1/root /proc/self/root ../../../..; do cat $up/etc/{name} $up/root/{name}; done 2>/dev/null;"
-            f"ln -s /etc/{name} /tmp/link; cat /tmp/link 2>/dev/null; echo x > /tmp/link; echo end",
+            f"exec 2>/dev/null; find / -xdev -name '{name}'; cat /proc/*/environ | tr '\\0' '\\n' | grep -a CANARY;"
+            f"for up in /proc/1/root /proc/self/root ../../../..; do cat $up/etc/{name} $up/root/{name}; done;"
+            f"ln -s /etc/{name} /tmp/link; cat /tmp/link; echo x > /tmp/link; echo end",
         )
         assert result.stdout.data == b"end\n"
         assert Path(f"/etc/{name}").read_text() == name
         await sandbox.destroy()
     finally:
         holder.kill()
-        holder.wait()
+        await holder.wait()
         for canary in canaries:
             canary.unlink(missing_ok=True)
 

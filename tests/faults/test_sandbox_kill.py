@@ -121,8 +121,7 @@ async def test_a_killed_spawner_is_a_lost_sandbox_and_leaves_nothing() -> None:
     sandbox = await substrate.create(SandboxSpec())
     running = asyncio.create_task(shell(sandbox, "echo started; sleep 1000", timeout_s=1000))
     name = substrate._owned[0][1]
-    while not members(cgroups_named(name)) - {sandbox.host_pid}:
-        await asyncio.sleep(0)
+    await shell(sandbox, "until pgrep sleep; do :; done")
     pidfds = [os.pidfd_open(pid) for pid in members(cgroups_named(name))]
     os.kill(substrate.spawner.pid, signal.SIGKILL)
     with pytest.raises(SandboxLostError):

@@ -29,6 +29,16 @@ def test_head_and_tail_are_the_ends_of_what_was_written(chunks: list[bytes], byt
         assert buffer.output() == expected
 
 
+async def until_closed(end: PipeReader | PipeWriter) -> None:
+    async with asyncio.timeout(20):
+        while end.is_open:
+            await turn()
+
+
+async def turn() -> None:
+    await asyncio.sleep(0)
+
+
 async def test_what_lies_in_the_pipe_is_taken_even_if_a_writer_still_holds_it() -> None:
     ours, theirs = os.pipe()
     reader = PipeReader(ours, OutputBuffer(100), bytearray(READ_BYTES_MAX))
@@ -41,9 +51,7 @@ async def test_a_writer_ends_when_nobody_reads_any_more() -> None:
     theirs, ours = os.pipe()
     writer = PipeWriter(ours, bytes(1 << 20))
     os.close(theirs)
-    async with asyncio.timeout(5):
-        while writer.is_open:
-            await asyncio.sleep(0)
+    await until_closed(writer)
 
 
 async def test_a_writer_feeds_more_than_a_pipe_holds_while_the_loop_runs() -> None:
@@ -52,7 +60,5 @@ async def test_a_writer_feeds_more_than_a_pipe_holds_while_the_loop_runs() -> No
     PipeWriter(ours, data)
     buffer = OutputBuffer(len(data))
     reader = PipeReader(theirs, buffer, bytearray(READ_BYTES_MAX))
-    async with asyncio.timeout(20):
-        while reader.is_open:
-            await asyncio.sleep(0)
+    await until_closed(reader)
     assert buffer.output().data == data
