@@ -1,16 +1,17 @@
 /* y = W x: the only place where weights meet activations.
  *
  * A tile computes some rows for some tokens. Its size only decides how often a weight is loaded;
- * each element is always the same chain: 16 lanes over the columns, then f8_sum. Tiles differ
- * because one token is bound by memory (four rows keep enough chains in flight) and many tokens
- * are bound by arithmetic (two rows by three tokens fill the sixteen registers of AVX2).
+ * each element is always the same chain: 16 lanes over the columns, halves added, then f8_sum.
+ * Tiles differ because one token is bound by memory (four rows keep enough chains in flight) and
+ * many tokens are bound by arithmetic (two rows by three tokens fill the sixteen registers of
+ * AVX2). Processors with AVX-512 take linear_wide.c: the same chains, twice as wide.
  */
 #include <stddef.h>
 
 #include "model.h"
 #include "simd.h"
 
-enum { GROUP = 4, BLOCK = 16, AHEAD = 2048 };
+enum { GROUP = V4_GROUP, BLOCK = V4_BLOCK, AHEAD = 2048 };
 
 int v4_matrix_create(v4_model *model, v4_matrix *out, int rows, int cols) {
     size_t padded = (size_t)(rows + GROUP - 1) / GROUP * GROUP;
@@ -56,12 +57,16 @@ V4_INLINE void tile(int rows, int tokens, const uint16_t *weights, int cols, con
             }
         }
     }
+    if (rows == GROUP && tokens == 1 && rows_left >= GROUP) {
+        f4 sums = f8_sum4(low[0][0] + high[0][0], low[1][0] + high[1][0], low[2][0] + high[2][0], low[3][0] + high[3][0]);
+        memcpy(y, &sums, sizeof sums);
+        return;
+    }
     for (int r = 0; r < rows && r < rows_left; r++)
         for (int t = 0; t < tokens; t++) y[(ptrdiff_t)t * y_stride + r] = f8_sum(low[r][t] + high[r][t]);
 }
 
-/* `tokens` rows of x, each cols floats at stride x_stride, to rows of y. Strides in floats. */
-void v4_linear(const v4_matrix *m, int tokens, const float *x, int x_stride, float *y, int y_stride) {
+static void linear_narrow(const v4_matrix *m, int tokens, const float *x, int x_stride, float *y, int y_stride) {
     const uint16_t *group = m->data;
     for (int row = 0; row < m->rows; row += GROUP, group += (ptrdiff_t)GROUP * m->cols) {
         int t = 0, left = m->rows - row;
@@ -80,4 +85,15 @@ void v4_linear(const v4_matrix *m, int tokens, const float *x, int x_stride, flo
             tile(4, 1, group, m->cols, from, x_stride, to, y_stride, left);
         }
     }
+}
+
+/* `tokens` rows of x, each cols floats at stride x_stride, to rows of y. Strides in floats. */
+void v4_linear(const v4_matrix *m, int tokens, const float *x, int x_stride, float *y, int y_stride) {
+#if defined(V4_X86) && !defined(V4_NARROW)
+    if (__builtin_cpu_supports("avx512f")) {
+        v4_linear_wide(m, tokens, x, x_stride, y, y_stride);
+        return;
+    }
+#endif
+    linear_narrow(m, tokens, x, x_stride, y, y_stride);
 }

@@ -6,6 +6,8 @@
 
 /* bf16 weights, repacked: groups of four rows; in a group, blocks of 16 columns, row after row;
  * in a block, column i beside column i + 8, so that one 32-byte load gives two vectors of eight. */
+enum { V4_GROUP = 4, V4_BLOCK = 16 };
+
 typedef struct {
     uint16_t *data;
     int32_t rows, cols;
@@ -76,6 +78,9 @@ void *v4_take(v4_model *model, size_t bytes);
 int v4_matrix_create(v4_model *model, v4_matrix *out, int rows, int cols);
 void v4_matrix_put(v4_matrix *matrix, int row, const uint16_t *source, int rows, int source_cols);
 void v4_linear(const v4_matrix *weights, int tokens, const float *x, int x_stride, float *y, int y_stride);
+
+/* linear_wide.c: the same on AVX-512; only where the processor has it. */
+void v4_linear_wide(const v4_matrix *weights, int tokens, const float *x, int x_stride, float *y, int y_stride);
 
 /* tables.c: double precision functions of our own, and what is built from them. */
 double v4_log(double x);
