@@ -1,9 +1,12 @@
 /* The spawner's file system: an empty tmpfs as root, and below /base what every sandbox is made from.
  *
  *   /base/usr    the host's /usr, read only, without what is mounted below it
- *   /base/skel   the skeleton (etc, root, home, tmp ... ) that Python sent
  *   /base/proc   the host's /proc, to write uid maps and to open namespaces
- *   /lower/usr, /lower/skel, /work, /root   empty mount points that each sandbox uses in its own copy
+ *   /lower, /work, /root   empty mount points that each sandbox uses in its own copy
+ *
+ * The skeleton (etc, root, home, tmp ...) that Python sent stays in memory, and each sandbox unpacks
+ * it onto its own disk: a hundred small files cost less than an overlay, and the kernel need not
+ * know idmapped tmpfs (6.3).
  *
  * The host's root is left behind for good, so a sandbox that broke out of its root would find
  * nothing.  The mounts live in a private namespace: they vanish with the spawner, however it dies.
@@ -50,14 +53,20 @@ static int make_entry(int root, uint32_t kind, uint32_t mode, const char *path, 
     return result;
 }
 
-static int unpack_skeleton(int skeleton_fd, const char *directory) {
+static uint8_t *skeleton;
+static size_t skeleton_bytes;
+
+static int map_skeleton(int fd) {
     struct stat status;
-    if (fstat(skeleton_fd, &status) < 0) return -1;
-    size_t size = (size_t)status.st_size;
-    uint8_t *data = mmap(NULL, size, PROT_READ, MAP_PRIVATE, skeleton_fd, 0);
-    if (data == MAP_FAILED) return -1;
+    if (fstat(fd, &status) < 0) return -1;
+    skeleton_bytes = (size_t)status.st_size;
+    skeleton = mmap(NULL, skeleton_bytes, PROT_READ, MAP_PRIVATE | MAP_POPULATE, fd, 0);
+    return skeleton == MAP_FAILED ? -1 : 0;
+}
+
+int unpack_skeleton(const char *directory) {
     int root = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC), result = root < 0 ? -1 : 0;
-    struct reader in = {data, data + size, 0};
+    struct reader in = {skeleton, skeleton + skeleton_bytes, 0};
     while (result == 0 && in.at != in.end) {
         uint32_t kind = take_u32(&in), mode = take_u32(&in), length;
         const char *path = take_string(&in, NULL), *content = take_string(&in, &length);
@@ -65,39 +74,35 @@ static int unpack_skeleton(int skeleton_fd, const char *directory) {
         else result = make_entry(root, kind, mode, path, content, length);
     }
     if (root >= 0) close(root);
-    munmap(data, size);
     return result;
 }
 
 #define STEP(name, expression) \
     if ((expression) < 0) return name
 
-static const char *fill_base(int skeleton_fd) {
-    static const char *const directories[] = {"lower", "lower/usr", "lower/skel", "work", "root", "base"};
+static const char *fill_base(void) {
+    static const char *const directories[] = {"lower", "work", "root", "base"};
     STEP("chdir to the staging directory", chdir(STAGING));
     for (size_t i = 0; i < sizeof directories / sizeof *directories; i++)
         STEP("mkdir in the spawner's root", mkdir(directories[i], 0755));
     STEP("mount /base", mount("base", "base", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=64k"));
     STEP("mkdir /base/usr", mkdir("base/usr", 0755));
-    STEP("mkdir /base/skel", mkdir("base/skel", 0755));
     STEP("mkdir /base/proc", mkdir("base/proc", 0755));
     STEP("bind /usr", mount("/usr", "base/usr", NULL, MS_BIND, NULL));
     STEP("make /usr read only",
          mount(NULL, "base/usr", NULL, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV, NULL));
-    STEP("mount the skeleton", mount("skel", "base/skel", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=16m"));
-    STEP("unpack the skeleton", unpack_skeleton(skeleton_fd, "base/skel"));
-    STEP("make the skeleton read only", mount(NULL, "base/skel", NULL, MS_REMOUNT | MS_RDONLY, NULL));
     STEP("bind /proc", mount("/proc", "base/proc", NULL, MS_BIND, NULL));
     return NULL;
 }
 
 const char *build_base(int skeleton_fd) {
     umask(022);
+    STEP("map the skeleton", map_skeleton(skeleton_fd));
     STEP("unshare the mount namespace", unshare(CLONE_NEWNS));
     STEP("make mounts private", mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL));
     STEP("mount the spawner's root",
          mount("dsec", STAGING, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=755,size=64k"));
-    const char *step = fill_base(skeleton_fd);
+    const char *step = fill_base();
     if (step) return step;
     STEP("pivot_root", syscall(SYS_pivot_root, ".", "."));
     STEP("leave the host's root", umount2(".", MNT_DETACH));

@@ -39,7 +39,7 @@
  *            body: u64 timeout_ms, string cwd, list of string argv, list of string env
  *   KILL     u32 exec_id     kills the whole tree; EXITED answers
  *
- * The skeleton (a memfd) is a list without a count, to the end of the file:
+ * The skeleton (a memfd; each sandbox unpacks it as its own root) is a list without a count, to the end of the file:
  *   u32 kind ('d' directory, 'f' file, 'l' symbolic link), u32 mode, string path, string content
  */
 #ifndef DSEC_PROTOCOL_H

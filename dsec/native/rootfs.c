@@ -1,8 +1,8 @@
 /* A sandbox's file system, built in its own mount namespace while still root of the host.
  *
- * Two overlays over idmapped lowers (skeleton and /usr), so that root inside owns what the host's
- * root owns; one tmpfs for everything written, so that a quota holds and destroying is forgetting.
- * The kernel never joins mounts below an overlay's lower, hence /usr is an overlay of its own.
+ * One tmpfs holds everything written, so that a quota holds and destroying is forgetting: the root
+ * is a directory of it, filled with the skeleton, and /usr is an overlay with its upper there and
+ * the host's /usr below, idmapped so that root inside owns what the host's root owns.
  * The mounts belong to the host's user namespace: no capability inside can change them.
  */
 #define _GNU_SOURCE
@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <linux/mount.h>
 #include <stdio.h>
+#include <sys/fsuid.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -21,12 +22,12 @@
 #define MUST(step, expression) \
     if ((expression) < 0) fail(step)
 
-static void mount_lower(const char *source, const char *target, int user_namespace) {
-    int tree = (int)syscall(SYS_open_tree, AT_FDCWD, source, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
-    MUST("clone a lower mount", tree);
+static void mount_lower(int user_namespace) {
+    int tree = (int)syscall(SYS_open_tree, AT_FDCWD, "/base/usr", OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
+    MUST("clone the base", tree);
     struct mount_attr attributes = {.attr_set = MOUNT_ATTR_IDMAP, .userns_fd = (uint64_t)user_namespace};
-    MUST("idmap a lower mount", syscall(SYS_mount_setattr, tree, "", AT_EMPTY_PATH, &attributes, sizeof attributes));
-    MUST("attach a lower mount", syscall(SYS_move_mount, tree, "", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH));
+    MUST("idmap the base", syscall(SYS_mount_setattr, tree, "", AT_EMPTY_PATH, &attributes, sizeof attributes));
+    MUST("attach the base", syscall(SYS_move_mount, tree, "", AT_FDCWD, "/lower", MOVE_MOUNT_F_EMPTY_PATH));
     close(tree);
 }
 
@@ -36,22 +37,26 @@ static void mount_disk(uint64_t disk_bytes, uint32_t uid) {
     snprintf(options, sizeof options, "mode=755,size=%llu,nr_inodes=%llu", (unsigned long long)disk_bytes,
              (unsigned long long)(disk_bytes / 4096 + 1024));
     MUST("mount the disk", mount("disk", "/work", "tmpfs", MS_NOSUID | MS_NODEV, options));
-    static const char *const directories[] = {"/work/root", "/work/root.work", "/work/usr", "/work/usr.work",
-                                              "/work/shm"};
+    static const char *const directories[] = {"/work/root", "/work/usr", "/work/usr.work", "/work/shm"};
     for (size_t i = 0; i < sizeof directories / sizeof *directories; i++)
         MUST("mkdir on the disk", mkdir(directories[i], 0755));
-    MUST("own the upper of /", chown("/work/root", uid, uid));
+    MUST("own /", chown("/work/root", uid, uid));
     MUST("own the upper of /usr", chown("/work/usr", uid, uid));
     MUST("own /dev/shm", chown("/work/shm", uid, uid));
     MUST("open /dev/shm to all", chmod("/work/shm", 01777));
 }
 
-static void mount_overlays(void) {
-    unsigned long flags = MS_NOSUID | MS_NODEV;
-    MUST("mount overlay /", mount("overlay", "/root", "overlay", flags,
-                                  "lowerdir=/lower/skel,upperdir=/work/root,workdir=/work/root.work"));
-    MUST("mount overlay /usr", mount("overlay", "/root/usr", "overlay", flags,
-                                     "lowerdir=/lower/usr,upperdir=/work/usr,workdir=/work/usr.work"));
+static void mount_root(uint32_t uid) {
+    MUST("mount /", mount("/work/root", "/root", NULL, MS_BIND, NULL));
+    setfsgid(uid);
+    setfsuid(uid);
+    int result = unpack_skeleton("/root"), error = errno;
+    setfsuid(0);
+    setfsgid(0);
+    errno = error;
+    MUST("unpack the skeleton", result);
+    MUST("mount overlay /usr", mount("overlay", "/root/usr", "overlay", MS_NOSUID | MS_NODEV,
+                                     "lowerdir=/lower,upperdir=/work/usr,workdir=/work/usr.work"));
 }
 
 static void make_devices(uint32_t uid) {
@@ -99,8 +104,7 @@ static void mount_proc(void) {
 static void enter_root(void) {
     MUST("chdir to the new root", chdir("/root"));
     MUST("detach /base", umount2("/base", MNT_DETACH));
-    MUST("detach /lower/usr", umount2("/lower/usr", MNT_DETACH));
-    MUST("detach /lower/skel", umount2("/lower/skel", MNT_DETACH));
+    MUST("detach /lower", umount2("/lower", MNT_DETACH));
     MUST("detach the disk", umount2("/work", MNT_DETACH));
     MUST("move the root", mount(".", "/", NULL, MS_MOVE, NULL));
     MUST("chroot", chroot("."));
@@ -109,10 +113,9 @@ static void enter_root(void) {
 
 void build_rootfs(const struct sandbox_setup *setup) {
     umask(0);
-    mount_lower("/base/usr", "/lower/usr", setup->user_namespace);
-    mount_lower("/base/skel", "/lower/skel", setup->user_namespace);
+    mount_lower(setup->user_namespace);
     mount_disk(setup->request->disk_bytes, setup->first_uid);
-    mount_overlays();
+    mount_root(setup->first_uid);
     make_devices(setup->first_uid);
     mount_proc();
     enter_root();

@@ -27,6 +27,7 @@ _Noreturn void guest_main(int control, int command_group, int oom_file, const in
 
 /* -- base.c: the spawner's own file system view.  Each returns NULL, or the step that failed with errno. */
 const char *build_base(int skeleton_fd);
+int unpack_skeleton(const char *directory); /* 0, or -1 with errno; the caller's fsuid owns what is made */
 
 /* -- cgroups.c */
 const char *apply_cgroup_operations(struct reader operations, const struct hierarchies *all, uint32_t owner_uid);

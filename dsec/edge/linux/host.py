@@ -18,7 +18,7 @@ from dsec.edge.config import SubstrateConfig
 from dsec.edge.linux import cgroup
 from dsec.errors import HostUnfitError
 
-KERNEL_MIN = (6, 3)
+KERNEL_MIN = (5, 19)
 _PROGRAMS = {"/usr/bin/python3": "python3", "/usr/bin/bash": "bash", "/usr/bin/tar": "tar", "/usr/bin/env": "coreutils"}
 
 
@@ -39,7 +39,7 @@ def _root() -> Finding:
 def _kernel() -> Finding:
     release = platform.release()
     version = tuple(map(int, re.findall(r"\d+", release)[:2]))
-    remedy = "use Linux 6.3 or newer: the base is an idmapped tmpfs"
+    remedy = "use Linux 5.19 or newer: an overlay over an idmapped base"
     return Finding("kernel", version >= KERNEL_MIN, f"Linux {release}", remedy)
 
 
