@@ -118,13 +118,14 @@ def print_summary(console: Console, summary: Summary, directory: Path) -> None:
 
 
 def _tasks_table(rows: list[TaskRow]) -> Table:
-    """Tasks by family or, for a few tasks, one by one."""
+    """Tasks by family: the name without the numbers at its end."""
     table = Table(title="by task family", title_justify="left")
     for name in ("family", "solved", "rollouts", "tokens", "turns", "ended"):
-        table.add_column(name, justify="left" if name in ("family", "ended") else "right")
+        is_text = name in ("family", "ended")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=name == "family")
     families: dict[str, list[TaskRow]] = {}
     for row in rows:
-        families.setdefault(re.sub(r"-?\d+$", "", row.task) or row.task, []).append(row)
+        families.setdefault(re.sub(r"(-\d+)+$", "", row.task), []).append(row)
     for family, members in sorted(families.items()):
         ended: dict[str, int] = {}
         for row in members:
