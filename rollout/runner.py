@@ -31,7 +31,7 @@ from rollout.events import (
     SolutionApplied,
     ToolFinished,
 )
-from rollout.journal import Journal
+from rollout.journal import Journal, unbroken
 from rollout.ledger import Ledger
 from rollout.machine import State
 from rollout.rewards.tests import reward_from, solution_commands, verify_commands
@@ -105,10 +105,13 @@ class Runner:
         return self.ledger.rollouts[rollout.id]
 
     async def record(self, rollout: Rollout, event: RolloutEvent) -> None:
-        """Append, then fold, then tell."""
+        """Append, then fold, then tell; a cancel waits until all three are done."""
         began = time.monotonic()
-        lsn = await self.journal.append(event)
+        await unbroken(self._append(event))
         rollout.spent.log_s += time.monotonic() - began
+
+    async def _append(self, event: RolloutEvent) -> None:
+        lsn = await self.journal.append(event)
         self.ledger.apply(event, lsn)
         self.watch(event)
 

@@ -18,7 +18,7 @@ from wal.errors import (
     VersionError,
     WalError,
 )
-from wal.group_commit import GroupCommit, GroupStats, SyncPolicy
+from wal.group_commit import GroupCommit, GroupStats, SyncPolicy, settled
 from wal.log import Log, Recovery
 from wal.reader import Outcome, Reader, Record, read
 from wal.segments import Tear
@@ -47,4 +47,5 @@ __all__ = [
     "VersionError",
     "WalError",
     "read",
+    "settled",
 ]

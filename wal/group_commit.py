@@ -19,14 +19,16 @@ import math
 import re
 import time
 from collections import deque
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from wal.errors import ClosedError, PoisonedError, StorageError, WalError
 from wal.format import frame_bytes
 from wal.log import Log
 
+T = TypeVar("T")
 PENDING_BYTES_MAX = 64 << 20
 GROUP_BYTES_MAX = 8 << 20
 
@@ -231,3 +233,17 @@ def _own_copy(error: WalError) -> WalError:
         copy = WalError(str(error))
     copy.__cause__ = error
     return copy
+
+
+async def settled(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` to its end even if the caller is cancelled, then let the cancellation through.
+
+    For a caller that appends and then folds the record into its own state: between the two it must
+    not be torn apart, or the state would lack what the log holds.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

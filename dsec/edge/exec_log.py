@@ -15,6 +15,7 @@ from dsec.errors import DivergedError, SandboxLostError
 from dsec.sandbox import Sandbox
 from dsec.trajectory import KIND, Append, CommandFinished, CommandStarted, Trajectory, TrajectoryRecord, encode
 from dsec.types import Command, ExecResult
+from wal import settled
 
 
 class DurableSandbox:
@@ -31,9 +32,13 @@ class DurableSandbox:
         self._append = append
 
     async def record(self, record: TrajectoryRecord) -> None:
-        """Make a record durable, then fold it."""
-        await self._append(KIND, encode(record))
-        self.trajectory.apply(record)
+        """Make a record durable, then fold it; a cancellation waits for both."""
+
+        async def append_and_fold() -> None:
+            await self._append(KIND, encode(record))
+            self.trajectory.apply(record)
+
+        await settled(append_and_fold())
 
     async def exec(self, key: str, command: Command) -> ExecResult:
         """Run `command` once under `key`, or answer from the log.

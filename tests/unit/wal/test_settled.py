@@ -1,0 +1,37 @@
+"""A cancelled caller of `settled` learns of its cancellation only when the work is done."""
+
+import asyncio
+
+import pytest
+
+from wal import settled
+
+
+async def test_work_that_was_begun_ends_before_the_cancellation_arrives() -> None:
+    gate, done = asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        await gate.wait()
+        done.set()
+
+    caller = asyncio.create_task(settled(work()))
+    await asyncio.sleep(0)
+    caller.cancel()
+    await asyncio.sleep(0)
+    assert not caller.done()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert done.is_set()
+
+
+async def test_a_result_and_an_error_come_through() -> None:
+    async def give() -> int:
+        return 3
+
+    async def fail() -> None:
+        raise ValueError("no")
+
+    assert await settled(give()) == 3
+    with pytest.raises(ValueError, match="no"):
+        await settled(fail())
