@@ -181,9 +181,9 @@ async def zombies_are_reaped(substrate: Substrate) -> None:
 @check()
 async def commands_run_side_by_side(substrate: Substrate) -> None:
     async with fresh(substrate) as sandbox:
-        # Each writes into a pipe and waits for all the others: none can end unless all run.
-        script = "mkdir -p /tmp/seen && touch /tmp/seen/$$; until [ $(ls /tmp/seen | wc -l) = 8 ]; do sleep 0.02; done"
-        results = await asyncio.gather(*(shell(sandbox, script) for _ in range(8)))
+        # Each waits for a file of every other: none can end unless all run.
+        script = "mkdir -p /tmp/seen && touch /tmp/seen/$$; until [ $(ls /tmp/seen | wc -l) = 8 ]; do sleep 0.1; done"
+        results = await asyncio.gather(*(shell(sandbox, script, timeout_s=60) for _ in range(8)))
         require([result.exit_code for result in results] == [0] * 8, results)
 
 

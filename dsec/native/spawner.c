@@ -2,8 +2,9 @@
  *
  * A create is a few file writes and one clone3; the child builds its sandbox by itself and reports
  * to Python on the guest socket, so creates run side by side and nothing here waits for them.
- * The spawner outlives no owner: at EOF on the control socket it kills every guest (pid 1, and with
- * it the pid namespace), removes the cgroups and exits.  If it is killed itself, PR_SET_PDEATHSIG
+ * The spawner outlives no owner: at EOF on the control socket, or when the owner has died (a fork of it
+ * may still hold the socket), it kills every guest (pid 1, and with it the pid namespace), removes
+ * the cgroups and exits.  If it is killed itself, PR_SET_PDEATHSIG
  * ends the guests and only empty cgroups are left, which the next start sweeps.
  *
  * Invariants:
@@ -41,7 +42,7 @@ struct slot {
 };
 
 static struct {
-    int control, signals, proc, claim, own_users;
+    int control, signals, owner, proc, claim, own_users;
     uint32_t first_uid;
     struct hierarchies hierarchies;
     int parents[HIERARCHIES_COUNT_MAX];
@@ -272,8 +273,9 @@ static int on_signal(void) {
 static void serve(void) {
     for (;;) {
         if (finish_removals() < 0) return;
-        struct pollfd ready[2] = {{host.control, POLLIN, 0}, {host.signals, POLLIN, 0}};
-        if (poll(ready, 2, host.removing_count ? 2 : -1) < 0 && errno != EINTR) return;
+        struct pollfd ready[3] = {{host.control, POLLIN, 0}, {host.signals, POLLIN, 0}, {host.owner, POLLIN, 0}};
+        if (poll(ready, 3, host.removing_count ? 2 : -1) < 0 && errno != EINTR) return;
+        if (ready[2].revents) return;
         if (ready[1].revents && on_signal() < 0) return;
         if (ready[0].revents && on_control() < 0) return;
     }
@@ -298,6 +300,7 @@ int spawner_main(int control) {
     host.control = control;
     for (uint32_t i = 0; i < SLOTS_COUNT_MAX; i++) host.slots[i].user_namespace = -1;
     fcntl(control, F_SETFD, FD_CLOEXEC);
+    host.owner = (int)syscall(SYS_pidfd_open, getppid(), 0);
     prctl(PR_SET_NAME, "dsec-spawner");
     take_signals();
     const char *step = initialise();

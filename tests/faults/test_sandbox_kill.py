@@ -20,7 +20,7 @@ from dsec.errors import ResourceExhaustedError, SandboxLostError, SpawnError
 from dsec.types import SandboxSpec
 
 OWNER = """
-import asyncio, sys
+import asyncio, os, sys, time
 from dsec.conformance.check import shell
 from dsec.edge.substrates.container import ContainerSubstrate
 from dsec.types import SandboxSpec
@@ -31,6 +31,7 @@ async def main():
     sandboxes = [await substrate.create(SandboxSpec()) for _ in range(3)]
     for sandbox in sandboxes:
         await shell(sandbox, "setsid sleep 1000 & sleep 1000 &")
+    exec(sys.argv[1])
     print(substrate._owned[0][1], substrate.spawner.pid, *(s.host_pid for s in sandboxes), flush=True)
     await asyncio.gather(*(shell(s, "sleep 1000", timeout_s=1000) for s in sandboxes))
 
@@ -61,8 +62,8 @@ def wait_until_dead(pidfds: list[int], timeout_s: float = 20) -> None:
 class Owner:
     """Another Python process that owns three busy sandboxes."""
 
-    def __init__(self) -> None:
-        self.process = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
+    def __init__(self, also: str = "") -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", OWNER, also], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         words = self.process.stdout.readline().split()
         self.name, self.spawner_pid = words[0], int(words[1])
@@ -115,24 +116,40 @@ async def test_after_a_kill_of_the_whole_tree_the_next_open_sweeps_and_spares_th
     assert cgroup.sweep() == 0
 
 
-async def test_a_killed_spawner_is_a_lost_sandbox_and_leaves_nothing() -> None:
+async def test_a_killed_spawner_loses_its_sandboxes_and_is_replaced() -> None:
     substrate = ContainerSubstrate()
     await substrate.open()
     sandbox = await substrate.create(SandboxSpec())
-    running = asyncio.create_task(shell(sandbox, "echo started; sleep 1000", timeout_s=1000))
+    running = asyncio.create_task(shell(sandbox, "sleep 1000", timeout_s=1000))
     name = substrate._owned[0][1]
     await shell(sandbox, "until pgrep sleep; do :; done")
     pidfds = [os.pidfd_open(pid) for pid in members(cgroups_named(name))]
+    assert len(pidfds) >= 2
     os.kill(substrate.spawner.pid, signal.SIGKILL)
     with pytest.raises(SandboxLostError):
         await running
     with pytest.raises(SandboxLostError):
         await shell(sandbox, "true")
+    wait_until_dead(pidfds)
+    others = await asyncio.gather(*(substrate.create(SandboxSpec()) for _ in range(4)))
+    assert cgroups_named(name) == []
+    for other in others:
+        assert (await shell(other, "pgrep -c sleep")).stdout.data == b"0\n"
+    await sandbox.destroy()
+    assert (await shell(others[0], "echo alive")).stdout.data == b"alive\n"
+    await substrate.close()
     with pytest.raises(SpawnError):
         await substrate.create(SandboxSpec())
-    wait_until_dead(pidfds)
-    await substrate.close()
-    assert cgroups_named(name) == []
+
+
+def test_a_forked_child_of_the_owner_does_not_keep_its_sandboxes_alive() -> None:
+    owner = Owner("os.fork() or time.sleep(1000)")
+    main_thread = Path(f"/proc/{owner.process.pid}/task/{owner.process.pid}")
+    (child,) = {int(pid) for pid in (main_thread / "children").read_text().split()} - {owner.spawner_pid}
+    owner.kill()
+    wait_until_dead(owner.pidfds)
+    assert cgroups_named(owner.name) == []
+    os.kill(child, signal.SIGKILL)
 
 
 async def test_a_killed_guest_is_a_lost_sandbox_and_its_slot_is_used_again() -> None:

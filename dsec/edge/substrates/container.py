@@ -44,8 +44,9 @@ from dsec.types import Command, ExecResult, Output, SandboxId, SandboxSpec
 class ContainerSandbox:
     """One container; made by `ContainerSubstrate.create`.  Implements `dsec.sandbox.Sandbox`."""
 
-    def __init__(self, substrate: ContainerSubstrate, slot: int, sandbox_id: SandboxId) -> None:
+    def __init__(self, substrate: ContainerSubstrate, spawner: Spawner, slot: int, sandbox_id: SandboxId) -> None:
         self._substrate = substrate
+        self._spawner = spawner
         self._slot = slot
         self._id = sandbox_id
         self._guest: Guest | None = None
@@ -67,7 +68,7 @@ class ContainerSandbox:
         """Make the container in our slot; on any failure the slot is given back.  SpawnError."""
         try:
             plan = cgroup.plan_sandbox(self._substrate.hierarchies, self._slot, spec)
-            connection, self._host_pid = await self._substrate.spawner.create(self._slot, spec, plan)
+            connection, self._host_pid = await self._spawner.create(self._slot, spec, plan)
             self._guest = Guest(connection, self._on_lost)
             await self._guest.ready()
         except BaseException:
@@ -131,7 +132,7 @@ class ContainerSandbox:
     async def _destroy(self) -> None:
         if self._guest is not None:
             self._guest.close()
-        await self._substrate.release(self._slot)
+        await self._substrate.release(self._spawner, self._slot)
 
 
 class ContainerSubstrate:
@@ -147,6 +148,7 @@ class ContainerSubstrate:
         self._sandboxes: dict[int, ContainerSandbox] = {}
         self._created_count = 0
         self._creates = asyncio.Semaphore(self.config.creates_in_flight_max)
+        self._restart = asyncio.Lock()
 
     @property
     def spawner(self) -> Spawner:
@@ -168,17 +170,38 @@ class ContainerSubstrate:
         await asyncio.to_thread(cgroup.sweep, self.config.cgroup_parent)
         self._hierarchies = cgroup.detect()
         try:
-            self._owned = cgroup.make_owner_directories(self._hierarchies, self.config.cgroup_parent)
-        except OSError as error:
-            raise HostUnfitError(f"cannot make a cgroup: {error}") from error
-        try:
-            base = skeleton.encode(skeleton.entries())
-            self._spawner = await Spawner.start(self.config.binary_path, self._owned, base)
-            self._free = list(range(self.config.sandboxes_count_max))
+            await self._start()
             await self._prove()
         except BaseException:
             await self.close()
             raise
+
+    async def _start(self) -> None:
+        try:
+            self._owned = cgroup.make_owner_directories(self.hierarchies, self.config.cgroup_parent)
+        except OSError as error:
+            raise HostUnfitError(f"cannot make a cgroup: {error}") from error
+        base = skeleton.encode(skeleton.entries())
+        self._spawner = await Spawner.start(self.config.binary_path, self._owned, base)
+        self._free = list(range(self.config.sandboxes_count_max))
+
+    async def _stop(self) -> None:
+        """End the spawner with its sandboxes, if there is one, and remove our cgroups."""
+        spawner, self._spawner = self._spawner, None
+        owned, self._owned = self._owned, []
+        if spawner is not None:
+            await spawner.close()
+        for parent, name in owned:
+            await asyncio.to_thread(cgroup.remove_tree, Path(parent) / name)
+
+    async def _require_spawner(self) -> Spawner:
+        """The spawner; a dead one took its sandboxes along and is replaced, with slots all free."""
+        async with self._restart:
+            if not self.spawner.is_alive:
+                await self._stop()
+                self._sandboxes.clear()
+                await self._start()
+            return self.spawner
 
     async def _prove(self) -> None:
         try:
@@ -193,15 +216,14 @@ class ContainerSubstrate:
     async def create(self, spec: SandboxSpec) -> ContainerSandbox:
         """See `dsec.sandbox.Substrate.create`.  InvalidArgumentError for limits that cannot be."""
         check_spec(spec)
-        if not self.spawner.is_alive:
-            raise SpawnError("the spawner died: close this substrate and open a new one")
         async with self._creates:
+            spawner = await self._require_spawner()
             if not self._free:
                 raise ResourceExhaustedError(f"all {self.config.sandboxes_count_max} sandboxes of this host are in use")
             slot = heapq.heappop(self._free)
             self._created_count += 1
             owner = self._owned[0][1].removeprefix("dsec-")
-            sandbox = ContainerSandbox(self, slot, SandboxId(f"{owner}.{self._created_count}"))
+            sandbox = ContainerSandbox(self, spawner, slot, SandboxId(f"{owner}.{self._created_count}"))
             self._sandboxes[slot] = sandbox
             try:
                 async with asyncio.timeout(self.config.create_timeout_s):
@@ -210,22 +232,19 @@ class ContainerSubstrate:
                 raise SpawnError(f"the sandbox was not ready within {self.config.create_timeout_s} s") from error
             return sandbox
 
-    async def release(self, slot: int) -> None:
-        """End what is in `slot` and free it (a dead spawner ends everything by itself)."""
+    async def release(self, spawner: Spawner, slot: int) -> None:
+        """End what `spawner` has in `slot` and free it; a spawner that died ended everything by itself."""
         with contextlib.suppress(SpawnError):
-            await self.spawner.destroy(slot)
+            await spawner.destroy(slot)
+        if spawner is self._spawner and spawner.is_alive:
             heapq.heappush(self._free, slot)
-        self._sandboxes.pop(slot, None)
+            self._sandboxes.pop(slot, None)
 
     async def close(self) -> None:
         """See `dsec.sandbox.Substrate.close`.  Safe to call twice."""
-        if self._spawner is not None:
-            await asyncio.gather(*(sandbox.destroy() for sandbox in list(self._sandboxes.values())))
-            await self._spawner.close()
-            self._spawner = None
-        for parent, name in self._owned:
-            await asyncio.to_thread(cgroup.remove_tree, Path(parent) / name)
-        self._owned = []
+        await asyncio.gather(*(sandbox.destroy() for sandbox in list(self._sandboxes.values())))
+        self._sandboxes.clear()
+        await self._stop()
 
 
 class _Pipes:
