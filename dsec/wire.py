@@ -38,6 +38,8 @@ STATUS: dict[str, grpc.StatusCode] = {
     "WAL_CLOSED": grpc.StatusCode.UNAVAILABLE,
     "WAL_STORAGE": grpc.StatusCode.UNAVAILABLE,
     "WAL_RECORD_TOO_LARGE": grpc.StatusCode.INVALID_ARGUMENT,
+    "WAL_RECORD_INVALID": grpc.StatusCode.INTERNAL,
+    "WAL_VERSION": grpc.StatusCode.FAILED_PRECONDITION,
 }
 
 

@@ -63,15 +63,14 @@ async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None])
     SIGINT and SIGTERM stop the run where it is, with everything that was logged kept.
     Raises the typed errors of the rooms below (TaskError, RequestError, HostUnfitError, WalError ...).
     """
-    if holds_run(batch.directory) and not batch.resume:
+    is_begun = holds_run(batch.directory)
+    if is_begun and not batch.resume:
         raise RequestError(f"{batch.directory} holds a run already: add --resume to finish it, or choose another --out")
     began = time.monotonic()
-    batch.directory.mkdir(parents=True, exist_ok=True)
+    asked = None if is_begun else _ask(batch)
     async with make_service(batch.directory, batch.config) as service:
         if REQUEST_ID not in service.ledger.jobs:
-            tasks = batch.load_tasks()
-            check_packages(tasks)
-            await service.submit(batch.make_job(tasks), tasks)
+            await service.submit(*(asked or _ask(batch)))
         await service.start()
         waiting = asyncio.create_task(service.wait(REQUEST_ID))
         stopped = _stop_signal(waiting)
@@ -84,6 +83,13 @@ async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None])
         summary = summarise(service.ledger, time.monotonic() - began)
     write_results(batch.directory, service, summary)
     return Outcome(summary, stopped[0] if stopped else None)
+
+
+def _ask(batch: Batch) -> tuple[Job, Sequence[Task]]:
+    """The job of a new run, checked before anything is made on disk."""
+    tasks = batch.load_tasks()
+    check_packages(tasks)
+    return batch.make_job(tasks), tasks
 
 
 def write_results(directory: Path, service: RolloutService, summary: Summary) -> None:

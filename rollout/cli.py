@@ -17,12 +17,14 @@ from typing import NoReturn
 
 import click
 import msgspec
+from pydantic import ValidationError
 from rich.console import Console
 from rich.live import Live
 
 import wal.__main__ as wal_cli
 from dsec import trajectory
 from dsec.cli import doctor, gc
+from dsec.edge.config import SubstrateConfig
 from dsec.errors import DsecError
 from rollout import journal
 from rollout.batch import REQUEST_ID, Batch, run_batch
@@ -42,6 +44,7 @@ from toolcall_dsl import DslError
 from wal import CorruptError, WalError
 
 Failure = (RolloutError, DsecError, WalError, DslError)
+_SETTING_PREFIX = {kind.__name__: str(kind.model_config["env_prefix"]) for kind in (RolloutConfig, SubstrateConfig)}
 RUN_EXAMPLE = """\b
 Examples:
   dsec run --out runs/first
@@ -65,6 +68,8 @@ class DsecGroup(click.Group):
             return super().invoke(ctx)
         except Failure as error:
             fail(error)
+        except ValidationError as error:
+            fail_setting(error)
 
 
 def fail(error: RolloutError | DsecError | WalError | DslError) -> NoReturn:
@@ -73,6 +78,15 @@ def fail(error: RolloutError | DsecError | WalError | DslError) -> NoReturn:
     if isinstance(error, CorruptError):
         sys.exit(1)
     sys.exit(2 if error.fault == "caller" else 3)
+
+
+def fail_setting(error: ValidationError) -> NoReturn:
+    """Name the environment variables whose values are no good, and exit with 2."""
+    for why in error.errors():
+        name = "_".join(map(str, why["loc"])).upper()
+        prefix = _SETTING_PREFIX.get(error.title, "")
+        click.echo(f"dsec: environment variable {prefix}{name} is {why['input']!r}: {why['msg']}", err=True)
+    sys.exit(2)
 
 
 @click.group(cls=DsecGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -201,7 +215,6 @@ def serve(out: Path, listen: str, concurrency: int) -> None:
 
 
 async def _serve(directory: Path, listen: str, config: RolloutConfig) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

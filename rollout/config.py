@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+import wal
 
 
 class RolloutConfig(BaseSettings):
@@ -18,6 +20,11 @@ class RolloutConfig(BaseSettings):
     watch_events_count_max: int = Field(default=100_000, ge=1, description="events kept for a slow watcher")
     log_sync: str = Field(
         default="always",
-        pattern=r"^(always|os|interval\(\d+(\.\d+)?\))$",
         description="when the log is synced: always, interval(MS), or os (survives a kill, not a power cut)",
     )
+
+    @field_validator("log_sync")
+    @classmethod
+    def _is_a_policy(cls, text: str) -> str:
+        wal.SyncPolicy.parse(text)
+        return text

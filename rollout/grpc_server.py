@@ -5,8 +5,10 @@ See: proto/rollout/pb/v1/rollout.proto; dsec/wire.py for the statuses.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
+import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, NoReturn
 
@@ -17,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from dsec.errors import DsecError
 from dsec.wire import status_of
 from rollout import events
-from rollout.bench.tasks import Task, task_from_files
+from rollout.bench.tasks import Task, check_packages, task_from_files
 from rollout.engine import Sampling
 from rollout.errors import NotFoundError, RequestError, RolloutError
 from rollout.events import AgentKind, Event, Job, Limits, Thinking
@@ -47,15 +49,15 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
         """Start or attach; see the proto."""
         try:
             job, tasks = job_of(request)
-            await self._service.submit(job, tasks)
-            mask, ledger = frozenset(request.return_mask), self._service.ledger
+            # A client that goes away meanwhile does not undo its request: it will attach again.
+            await asyncio.shield(self._service.submit(job, tasks))
+            mask = frozenset(request.return_mask)
             watch = self._service.watch(job.request_id)
-            ended = [member for member, _, _ in ledger.members(job.request_id) if ledger.is_done(member)]
-            for rollout_id in ended:
-                yield pb.Update(rollout_id=rollout_id, finished=self._trajectory(rollout_id, mask))
+            for update in self._ended(job.request_id, mask):
+                yield update
             async for event in watch:
-                if (update := self._update(event, mask)) is not None:
-                    yield update
+                if (message := self._update(event, mask)) is not None:
+                    yield message
         except (RolloutError, DsecError, WalError) as error:
             await _abort(context, error)
         except Exception:
@@ -81,6 +83,17 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
     def _trajectory(self, rollout_id: str, mask: frozenset[int]) -> pb.Trajectory:
         return trajectory_message(trajectory_record(self._service.ledger, rollout_id), mask)
 
+    def _ended(self, request_id: str, mask: frozenset[int]) -> list[pb.Update]:
+        """One message for each rollout of the job that has ended, or that the service failed, so far."""
+        ledger, updates = self._service.ledger, []
+        for rollout_id, _, _ in ledger.members(request_id):
+            state = ledger.rollouts.get(rollout_id)
+            if ledger.is_done(rollout_id):
+                updates.append(pb.Update(rollout_id=rollout_id, finished=self._trajectory(rollout_id, mask)))
+            elif state is not None and state.failure is not None:
+                updates.append(pb.Update(rollout_id=rollout_id, infra_failed=_failure_message(state.failure)))
+        return updates
+
     def _update(self, event: Event, mask: frozenset[int]) -> pb.Update | None:
         """The message for a durable event, or None if it is not streamed or was not asked for."""
         ledger = self._service.ledger
@@ -105,10 +118,13 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
             case events.RolloutFinished(rollout_id=rollout_id):
                 return pb.Update(rollout_id=rollout_id, finished=self._trajectory(rollout_id, mask))
             case events.InfraFailed(rollout_id=rollout_id):
-                failure = pb.InfraFailure(code=event.code, fault=event.fault, message=event.message)
-                return pb.Update(rollout_id=rollout_id, infra_failed=failure)
+                return pb.Update(rollout_id=rollout_id, infra_failed=_failure_message(event))
             case _:
                 return None
+
+
+def _failure_message(failure: events.InfraFailed) -> pb.InfraFailure:
+    return pb.InfraFailure(code=failure.code, fault=failure.fault, message=failure.message)
 
 
 def job_of(request: pb.SubmitRequest) -> tuple[Job, list[Task]]:
@@ -116,6 +132,7 @@ def job_of(request: pb.SubmitRequest) -> tuple[Job, list[Task]]:
     tasks = [task_from_files(folder.name, dict(folder.files)) for folder in request.tasks]
     if request.bundled_tasks:
         tasks += load_bundled(request.bundled_tasks)
+    check_packages(tasks)
     thinking, agent = _THINKING.get(request.thinking), _AGENT.get(request.agent)
     if thinking is None or agent is None:
         raise RequestError(f"thinking {request.thinking} or agent {request.agent} is not known to this server")
@@ -219,6 +236,9 @@ async def start_server(service: RolloutService, address: str) -> tuple[grpc.aio.
 
     RequestError if the address cannot be bound.
     """
+    port_asked = re.fullmatch(r"\S+:(\d{1,5})", address)
+    if port_asked is None or int(port_asked[1]) >= 1 << 16:
+        raise RequestError(f"cannot listen on {address!r}: give HOST:PORT, with a port from 0 (any) to 65535")
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
         ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -233,7 +253,9 @@ async def start_server(service: RolloutService, address: str) -> tuple[grpc.aio.
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise RequestError(f"cannot listen on {address}: is the port in use? choose another with --listen") from error
+        raise RequestError(
+            f"cannot listen on {address}: the port is in use or the host is not ours; choose another with --listen"
+        ) from error
     await server.start()
     for served in ("", name):
         await checks.set(served, health_pb2.HealthCheckResponse.SERVING)

@@ -11,9 +11,11 @@ See: docs/formats/events.md, docs/formats/wal.md.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -75,6 +77,26 @@ def replay(directory: Path) -> Iterator[tuple[wal.Record, Event | TrajectoryReco
             yield record, decode(record.kind, record.payload)
         except JournalError as error:
             raise JournalError(f"{record.segment} at byte {record.offset} (lsn {record.lsn}): {error}") from error
+
+
+T = TypeVar("T")
+
+
+async def unbroken(work: Coroutine[object, object, T]) -> T:
+    """Await `work` to its end even if the awaiting task is cancelled meanwhile; the cancel follows then.
+
+    A record may be in the log although its writer was cancelled while it waited for the sync.  What
+    stands in the log must be folded, or the next event would be chosen from an old state and the log
+    would hold two events of which only one fits.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # seen here: the cancel is what the caller hears of
+        raise
 
 
 class Journal:

@@ -40,7 +40,7 @@ from rollout.events import (
     TaskAdmitted,
     rollout_of,
 )
-from rollout.journal import Journal
+from rollout.journal import Journal, unbroken
 from rollout.ledger import Ledger
 from rollout.runner import Rollout, Runner
 from rollout.sandboxes import Sandboxes
@@ -68,12 +68,19 @@ class RolloutService:
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._resources = AsyncExitStack()
         self._is_started = False
+        self._admission = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         """Lock and repair the log, fold it: jobs can be submitted, nothing runs before `start`.
 
-        Raises wal.LockedError, wal.CorruptError, JournalError.
+        Raises RequestError (no such directory can be), wal.LockedError, wal.CorruptError, JournalError.
         """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(
+                f"cannot use {self.directory} as a run directory: {error.strerror}; choose another, or mend that"
+            ) from error
         async with AsyncExitStack() as stack:
             log = wal.Log.open(self.directory / "wal")
             self.recovery = log.recovery
@@ -96,7 +103,9 @@ class RolloutService:
         await self.substrate.open()
         self._resources.push_async_callback(self._stop_rollouts)
         self._is_started = True
-        for request_id in self.ledger.jobs:
+        for request_id in list(self.ledger.jobs):
+            if request_id in self.ledger.cancelled:
+                await self._finish_cancelled(request_id)
             self._start(request_id)
 
     async def __aexit__(self, *_: object) -> None:
@@ -108,6 +117,10 @@ class RolloutService:
 
         Raises RequestError if the same request id asked for something else, or a bound is exceeded.
         """
+        async with self._admission:  # two submits of one id at once must not both find it new
+            await self._admit(job, tasks)
+
+    async def _admit(self, job: Job, tasks: Iterable[Task]) -> None:
         if (known := self.ledger.jobs.get(job.request_id)) is not None:
             if known != job:
                 raise RequestError(f"request {job.request_id!r} was submitted before with other contents")
@@ -132,9 +145,16 @@ class RolloutService:
         """End a job: running rollouts stop, unfinished ones finish as CANCELLED; returns how many did."""
         if request_id not in self.ledger.jobs:
             raise NotFoundError(f"no job {request_id!r} in {self.directory}")
-        await self._record(JobCancelled(request_id))
+        async with self._admission:  # two cancels at once must not both find a rollout open
+            if request_id not in self.ledger.cancelled:
+                await self._record(JobCancelled(request_id))
+            members = [rollout_id for rollout_id, _, _ in self.ledger.members(request_id)]
+            await _cancel([task for member in members if (task := self._running.get(member)) is not None])
+            return await self._finish_cancelled(request_id)
+
+    async def _finish_cancelled(self, request_id: str) -> int:
+        """End what a cancelled job left open, then its watchers; how many rollouts that were."""
         members = [rollout_id for rollout_id, _, _ in self.ledger.members(request_id)]
-        await _cancel([task for member in members if (task := self._running.get(member)) is not None])
         open_ones = [m for m in members if m in self.ledger.rollouts and not self.ledger.is_done(m)]
         await asyncio.gather(*(self._record(RolloutFinished(m, FinishReason.CANCELLED)) for m in open_ones))
         self.watchers.close(request_id)
@@ -198,6 +218,9 @@ class RolloutService:
             await self.runner.run(Rollout(rollout_id, task))
 
     async def _record(self, event: Event) -> None:
+        await unbroken(self._append(event))
+
+    async def _append(self, event: Event) -> None:
         self.ledger.apply(event, await self.journal.append(event))
         self._publish(event)
 
@@ -210,7 +233,7 @@ class RolloutService:
         if not task.cancelled() and (error := task.exception()) is not None and not self._failed.done():
             self._failed.set_exception(error)
         self._running_of_job[request_id] -= 1
-        if self._running_of_job[request_id] == 0:
+        if self._running_of_job[request_id] == 0 and request_id not in self.ledger.cancelled:
             self.watchers.close(request_id)
 
     async def _stop_rollouts(self) -> None:
