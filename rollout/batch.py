@@ -10,20 +10,22 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 import wal
-from rollout.bench.tasks import Task, check_packages
+from rollout.bench.tasks import Task, check_packages, load_task
 from rollout.config import RolloutConfig
+from rollout.engine import Sampling
 from rollout.errors import RequestError
-from rollout.events import Job
+from rollout.events import Job, RolloutFinished
+from rollout.jobs import load_bundled, make_job
 from rollout.main import make_service
-from rollout.record import trajectory_record
+from rollout.record import TrajectoryRecord, trajectory_record
 from rollout.service import RolloutService
 from rollout.summary import Summary, summarise
 
@@ -83,6 +85,37 @@ async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None])
         summary = summarise(service.ledger, time.monotonic() - began)
     write_results(batch.directory, service, summary)
     return Outcome(summary, stopped[0] if stopped else None)
+
+
+async def run_in_process(
+    directory: Path,
+    tasks: Sequence[str | Path],
+    *,
+    group_size: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    config: RolloutConfig | None = None,
+) -> AsyncGenerator[TrajectoryRecord, None]:
+    """Roll out tasks (names of bundled ones, or folders) in this process; yields each rollout that has ended.
+
+    The log lies in `directory`; asking for the same again there goes on where it stood, and what had
+    ended comes at once.  A rollout that the service failed is not yielded: the ledger names it.
+    Raises the typed errors of the rooms below, RequestError if the directory holds another request.
+    """
+    loaded = [load_task(task) if isinstance(task, Path) else load_bundled([task])[0] for task in tasks]
+    check_packages(loaded)
+    job = make_job(REQUEST_ID, loaded, group_size=group_size, sampling=Sampling(temperature=temperature, seed=seed))
+    async with make_service(directory, config or RolloutConfig()) as service:
+        await service.submit(job, loaded)
+        await service.start()
+        ended = [member for member, _, _ in service.ledger.members(REQUEST_ID) if service.ledger.is_done(member)]
+        async with aclosing(service.watch(REQUEST_ID)) as events:
+            for rollout_id in ended:
+                yield trajectory_record(service.ledger, rollout_id)
+            async for event in events:
+                if isinstance(event, RolloutFinished):
+                    yield trajectory_record(service.ledger, event.rollout_id)
+        await service.wait(REQUEST_ID)
 
 
 def _ask(batch: Batch) -> tuple[Job, Sequence[Task]]:

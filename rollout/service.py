@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -179,7 +179,7 @@ class RolloutService:
         """Wait until something stops the whole service (a poisoned log, a bug), and raise it."""
         await asyncio.shield(self._failed)
 
-    def watch(self, request_id: str) -> AsyncIterator[Event]:
+    def watch(self, request_id: str) -> AsyncGenerator[Event, None]:
         """Durable events of a job from now on, until none of its rollouts runs."""
         if request_id not in self.ledger.jobs:
             raise NotFoundError(f"no job {request_id!r} in {self.directory}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from rollout.errors import RequestError
 from rollout.events import Event
@@ -32,7 +32,7 @@ class Watchers:
         for queue in self._queues.pop(request_id, ()):
             queue.put_nowait(None)
 
-    def watch(self, request_id: str, *, is_live: bool) -> AsyncIterator[Event]:
+    def watch(self, request_id: str, *, is_live: bool) -> AsyncGenerator[Event, None]:
         """Events from now on; registered before this returns, so nothing is missed."""
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
         if is_live:
@@ -41,7 +41,7 @@ class Watchers:
             queue.put_nowait(None)
         return self._drain(request_id, queue)
 
-    async def _drain(self, request_id: str, queue: asyncio.Queue[Event | None]) -> AsyncIterator[Event]:
+    async def _drain(self, request_id: str, queue: asyncio.Queue[Event | None]) -> AsyncGenerator[Event, None]:
         try:
             while (event := await queue.get()) is not None:
                 if queue.qsize() >= self._events_count_max:
