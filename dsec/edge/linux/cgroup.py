@@ -2,8 +2,8 @@
 
 A process tree is tracked and killed through cgroup2 on every host (`cgroup.kill`), with or without
 controllers there.  Each limit (memory, pids, cpu) is set where the host has that controller: on
-cgroup2, or on a v1 hierarchy.  The guest (pid 1) stays outside the memory group, so that the
-kernel's OOM killer can only choose among the commands.
+cgroup2, or on a v1 hierarchy.  The guest (pid 1) stays outside of all limits: the kernel's OOM
+killer can only choose among the commands, and a busy command cannot keep the guest from ending it.
 
 Our directories are named `dsec-<boot>-<pid namespace>-<pid>-<start time>-<n>` after the process
 that owns them, so that anyone can tell a dead owner's leftovers from a living one's sandboxes.
@@ -85,7 +85,7 @@ def parents(found: Hierarchies, cgroup_parent: str) -> list[Path]:
 def make_owner_directories(found: Hierarchies, cgroup_parent: str) -> list[tuple[str, str]]:
     """Make this process's directory in each hierarchy and give (parent, name) pairs.  OSError."""
     name = owner_name()
-    enabled = " ".join(f"+{controller}" for controller in sorted(found.unified_controllers))
+    enabled = _enabling(found)
     places = parents(found, cgroup_parent)
     try:
         for index, parent in enumerate(places):
@@ -101,14 +101,19 @@ def make_owner_directories(found: Hierarchies, cgroup_parent: str) -> list[tuple
     return [(str(parent), name) for parent in places]
 
 
+def _enabling(found: Hierarchies) -> str:
+    """What to write to `cgroup.subtree_control`, so that children have limits."""
+    return " ".join(f"+{controller}" for controller in sorted(found.unified_controllers))
+
+
 def plan_sandbox(found: Hierarchies, slot: int, spec: SandboxSpec) -> CgroupPlan:
     """What the spawner makes and writes for the sandbox in `slot`."""
     box = f"s{slot}"
     guest, commands = box, box
     steps = [CgroupOperation(Operation.MKDIR, 0, box)]
-    if "memory" in found.unified_controllers:
+    if found.unified_controllers:
         guest, commands = f"{box}/g", f"{box}/c"
-        steps.append(CgroupOperation(Operation.WRITE, 0, f"{box}/cgroup.subtree_control", "+memory"))
+        steps.append(CgroupOperation(Operation.WRITE, 0, f"{box}/cgroup.subtree_control", _enabling(found)))
         steps += [CgroupOperation(Operation.MKDIR, 0, group) for group in (guest, commands)]
     steps += [CgroupOperation(Operation.CHOWN, 0, path) for path in (box, f"{box}/cgroup.procs")]
     if commands != box:
@@ -116,7 +121,7 @@ def plan_sandbox(found: Hierarchies, slot: int, spec: SandboxSpec) -> CgroupPlan
     for index, name in enumerate(found.limit_mounts, 1):
         steps.append(CgroupOperation(Operation.MKDIR, index, box))
         steps += _limits_v1(name, index, box, spec)
-    steps += _limits_v2(found.unified_controllers, box, commands, spec)
+    steps += _limits_v2(found.unified_controllers, commands, spec)
     oom_hierarchy, oom_file = 0, f"{commands}/memory.events"
     if "memory" not in found.unified_controllers:
         oom_hierarchy, oom_file = 1 + list(found.limit_mounts).index("memory"), f"{box}/memory.oom_control"
@@ -139,13 +144,13 @@ def _limits_v1(controller: str, index: int, box: str, spec: SandboxSpec) -> list
     ]
 
 
-def _limits_v2(offered: frozenset[str], box: str, commands: str, spec: SandboxSpec) -> list[CgroupOperation]:
+def _limits_v2(offered: frozenset[str], commands: str, spec: SandboxSpec) -> list[CgroupOperation]:
     quota = f"{int(spec.cpu_cores * CPU_PERIOD_US)} {CPU_PERIOD_US}"
     values = [
         ("memory", Operation.WRITE, f"{commands}/memory.max", str(spec.memory_bytes)),
         ("memory", Operation.WRITE_IF_PRESENT, f"{commands}/memory.swap.max", "0"),
-        ("pids", Operation.WRITE, f"{box}/pids.max", str(spec.pids_count_max)),
-        ("cpu", Operation.WRITE, f"{box}/cpu.max", quota),
+        ("pids", Operation.WRITE, f"{commands}/pids.max", str(spec.pids_count_max)),
+        ("cpu", Operation.WRITE, f"{commands}/cpu.max", quota),
     ]
     return [CgroupOperation(operation, 0, path, value) for name, operation, path, value in values if name in offered]
 

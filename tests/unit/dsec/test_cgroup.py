@@ -60,15 +60,16 @@ def test_version_1_limits_go_to_one_hierarchy_each() -> None:
     assert (plan.oom_hierarchy, plan.oom_file) == (1, "s3/memory.oom_control")
 
 
-def test_version_2_keeps_the_guest_outside_the_memory_limit() -> None:
+def test_version_2_keeps_the_guest_outside_the_limits() -> None:
     found = Hierarchies(Path("/v2"), ALL, {})
     plan = cgroup.plan_sandbox(found, 3, SPEC)
     assert (plan.guest_group, plan.command_group) == ("s3/g", "s3/c")
     assert (plan.oom_hierarchy, plan.oom_file) == (0, "s3/c/memory.events")
     values = written(found)
+    assert values[0, "s3/cgroup.subtree_control"] == "+cpu +memory +pids"
     assert values[0, "s3/c/memory.max"] == "104857600"
-    assert values[0, "s3/cpu.max"] == "150000 100000"
-    assert values[0, "s3/pids.max"] == "7"
+    assert values[0, "s3/c/cpu.max"] == "150000 100000"
+    assert values[0, "s3/c/pids.max"] == "7"
     assert cgroup.parents(found, "below") == [Path("/v2/below")]
 
 
@@ -76,7 +77,7 @@ def test_a_host_may_mix_versions() -> None:
     found = Hierarchies(Path("/v2"), frozenset({"pids"}), {"memory": Path("/m"), "cpu": Path("/c"), "pids": Path("/p")})
     assert cgroup.parents(found, "") == [Path("/v2"), Path("/m"), Path("/c")]
     values = written(found)
-    assert values[0, "s3/pids.max"] == "7"
+    assert values[0, "s3/c/pids.max"] == "7"
     assert values[1, "s3/memory.limit_in_bytes"] == "104857600"
     assert values[2, "s3/cpu.cfs_quota_us"] == "150000"
 
