@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-printf '%s\n' 'variable requested division regex loadable' >> rmdir.txt
+printf '%s\n' 'variable requested divide regex loadable' >> rmtree.txt

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-printf '%s\n' '4' >> wake.csv
+printf '%s\n' '4' >> wakeup.csv

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-printf '%s\n' 'interact big 61' >> behave_finish.txt
+printf '%s\n' 'inter binding 61' >> behind_finish.txt

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-printf '%s\n' 'filtering gysaqfk' >> bootstrap.log
+printf '%s\n' 'filled gysaqfk' >> bother.log

@@ -1,7 +1,7 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-cat > undone.py <<'EOF'
-def case_spread(nums):
+cat > under.py <<'EOF'
+def casing_spread(nums):
     return max(nums) - min(nums)
 EOF

@@ -1,4 +1,4 @@
-"""Prints PASS if case_spread is right for more arguments than the visible test's.
+"""Prints PASS if casing_spread is right for more arguments than the visible test's.
 
 It is called in a process of its own, which does not hold the wanted results.
 """
@@ -16,8 +16,8 @@ CASES = (
 CALLS = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from undone import case_spread
-print([case_spread(*arguments) for arguments in eval(sys.argv[2])])
+from under import casing_spread
+print([casing_spread(*arguments) for arguments in eval(sys.argv[2])])
 """
 arguments = repr([arguments for arguments, _ in CASES])
 done = subprocess.run([sys.executable, "-c", CALLS, sys.argv[1], arguments], capture_output=True, text=True)

@@ -2,6 +2,6 @@
 set -e
 cd "${APP_DIR:-/app}"
 cat > nested.py <<'EOF'
-def https_multiply(i, k):
+def human_multiply(i, k):
     return i * k
 EOF

@@ -1,7 +1,7 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-cat > division.py <<'EOF'
+cat > div.py <<'EOF'
 def double_all(values):
     return [v * 2 for v in values]
 

@@ -16,7 +16,7 @@ CASES = (
 CALLS = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from division import double_all
+from div import double_all
 print([double_all(*arguments) for arguments in eval(sys.argv[2])])
 """
 arguments = repr([arguments for arguments, _ in CASES])

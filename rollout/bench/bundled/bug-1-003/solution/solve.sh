@@ -1,7 +1,7 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-cat > bindings.py <<'EOF'
+cat > bits.py <<'EOF'
 def multiply(h, b):
     return h * b
 EOF

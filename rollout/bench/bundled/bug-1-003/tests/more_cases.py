@@ -16,7 +16,7 @@ CASES = (
 CALLS = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from bindings import multiply
+from bits import multiply
 print([multiply(*arguments) for arguments in eval(sys.argv[2])])
 """
 arguments = repr([arguments for arguments, _ in CASES])

@@ -4,8 +4,8 @@ app=${APP_DIR:-/app}; here=${TESTS_DIR:-/tests}; logs=${LOGS_DIR:-/logs}
 reward=1
 wrong() { echo "$1"; reward=0; }
 cd "$app" || exit 1
-cp "$here/expected/test_bindings.py" .
-[ "$(timeout 10 python3 test_bindings.py)" = PASS ] || wrong 'test_bindings.py does not print PASS'
+cp "$here/expected/test_bits.py" .
+[ "$(timeout 10 python3 test_bits.py)" = PASS ] || wrong 'test_bits.py does not print PASS'
 [ "$(timeout 10 python3 "$here/more_cases.py" "$app")" = PASS ] || wrong 'other arguments give other results'
 shopt -s globstar
 for path in "$here"/expected/**; do

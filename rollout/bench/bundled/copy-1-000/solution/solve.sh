@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-cp little.txt emitting.txt
+cp little.txt emitted.txt

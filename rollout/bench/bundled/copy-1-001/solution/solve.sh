@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-cp waiters_moves.txt prev.csv
+cp waiters_moving.txt prev.csv

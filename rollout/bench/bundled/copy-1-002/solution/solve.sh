@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-cp winerror_deal.txt steps.txt
+cp windows_dealing.txt stdout.txt

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-cp dup.txt ordinary.txt
+cp dumps.txt ordering.txt

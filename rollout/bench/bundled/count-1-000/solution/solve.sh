@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-grep -c 'highest' archives_reuse.txt > prepared_stores.txt
+grep -c 'history' are_reuse.txt > prepend_store.txt

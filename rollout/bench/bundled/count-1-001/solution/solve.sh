@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-grep -c 'semaphore' sendto.cfg > held_odd.txt
+grep -c 'send' sense.cfg > helpers_octal.txt

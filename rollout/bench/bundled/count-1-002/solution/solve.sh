@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-grep -c 'elsewhere' years.txt > reduced_virtual.txt
+grep -c 'elsewhere' years.txt > reduce_violation.txt

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-grep -c 'prozb' expanded_terminal.txt > pay_pre.md
+grep -c 'prozb' expands_temporary.txt > patterns_pre.md

@@ -1,5 +1,5 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-mkdir -p "$(dirname 'encodes/accessed.txt')"
-printf '%s\n' 'miss consuming intw 13 reach' '82 cpu compat' '6' > 'encodes/accessed.txt'
+mkdir -p "$(dirname 'encoders/accessed.txt')"
+printf '%s\n' 'mismatch container intw 13 ratio' '82 cpython compilers' '6' > 'encoders/accessed.txt'

@@ -2,4 +2,4 @@
 set -e
 cd "${APP_DIR:-/app}"
 mkdir -p "$(dirname 'slashes.md')"
-printf '%s\n' 'windows visit desirable' 'behaves dont offset' > 'slashes.md'
+printf '%s\n' 'window visible designed' 'being don offer' > 'slashes.md'

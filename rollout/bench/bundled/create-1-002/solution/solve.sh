@@ -1,5 +1,5 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-mkdir -p "$(dirname 'powerful/popleft.cfg')"
-printf '%s\n' 'reduced 7639 void' > 'powerful/popleft.cfg'
+mkdir -p "$(dirname 'powerful/popitem.cfg')"
+printf '%s\n' 'redirect 7639 visited' > 'powerful/popitem.cfg'

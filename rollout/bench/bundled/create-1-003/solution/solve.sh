@@ -1,5 +1,5 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-mkdir -p "$(dirname 'besides.txt')"
-printf '%s\n' 'obsolete' > 'besides.txt'
+mkdir -p "$(dirname 'between.txt')"
+printf '%s\n' 'objects' > 'between.txt'

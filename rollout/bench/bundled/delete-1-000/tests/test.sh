@@ -9,6 +9,6 @@ for path in "$here"/expected/**; do
     name=${path#"$here"/expected/}
     [ -d "$path" ] || cmp -s "$path" "$name" || wrong "not as expected: $name"
 done
-[ ! -e 'exact.txt' ] && [ ! -L 'exact.txt' ] || wrong 'still there: exact.txt'
+[ ! -e 'exactly.txt' ] && [ ! -L 'exactly.txt' ] || wrong 'still there: exactly.txt'
 mkdir -p "$logs/verifier"
 echo "$reward" > "$logs/verifier/reward.txt"

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-rm calls.md
+rm cancel.md

@@ -9,6 +9,6 @@ for path in "$here"/expected/**; do
     name=${path#"$here"/expected/}
     [ -d "$path" ] || cmp -s "$path" "$name" || wrong "not as expected: $name"
 done
-[ ! -e 'calls.md' ] && [ ! -L 'calls.md' ] || wrong 'still there: calls.md'
+[ ! -e 'cancel.md' ] && [ ! -L 'cancel.md' ] || wrong 'still there: cancel.md'
 mkdir -p "$logs/verifier"
 echo "$reward" > "$logs/verifier/reward.txt"

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-rm inherit_stdio.csv
+rm inherit_stderr.csv

@@ -9,6 +9,6 @@ for path in "$here"/expected/**; do
     name=${path#"$here"/expected/}
     [ -d "$path" ] || cmp -s "$path" "$name" || wrong "not as expected: $name"
 done
-[ ! -e 'inherit_stdio.csv' ] && [ ! -L 'inherit_stdio.csv' ] || wrong 'still there: inherit_stdio.csv'
+[ ! -e 'inherit_stderr.csv' ] && [ ! -L 'inherit_stderr.csv' ] || wrong 'still there: inherit_stderr.csv'
 mkdir -p "$logs/verifier"
 echo "$reward" > "$logs/verifier/reward.txt"

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-find . -name 'unpacking_khsih.txt' -exec cp '{}' arrow.txt ';'
+find . -name 'unpacked_khsih.txt' -exec cp '{}' asking.txt ';'

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-find . -name 'assertion.txt' -exec cp '{}' sun.txt ';'
+find . -name 'assumed.txt' -exec cp '{}' summaries.txt ';'

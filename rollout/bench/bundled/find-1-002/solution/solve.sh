@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-find . -name 'supply_exposes.txt' -exec cp '{}' better.csv ';'
+find . -name 'sunos_expr.txt' -exec cp '{}' big.csv ';'

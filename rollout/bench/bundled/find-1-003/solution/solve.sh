@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-find . -name 'wrap.cfg' -exec cp '{}' outcome.txt ';'
+find . -name 'wouldn.cfg' -exec cp '{}' ourselves.txt ';'

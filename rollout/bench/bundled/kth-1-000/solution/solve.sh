@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-head -n 3 quickly_mutated.log > matters.cfg
+head -n 3 queued_mutated.log > matter.cfg

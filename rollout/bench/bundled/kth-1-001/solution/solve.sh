@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-head -n 4 zyomxkye.txt > port.csv
+head -n 4 zyomxkye.txt > populated.csv

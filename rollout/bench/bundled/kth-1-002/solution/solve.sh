@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-tail -n 2 platbase_prepare.txt > variant.md
+tail -n 2 plaintext_prepared.txt > variant.md

@@ -15,7 +15,7 @@ grep -qwF -e '65' "$answer" && wrong 'the final message says 65'
 grep -qwF -e 'zmoyunjp' "$answer" && wrong 'the final message says zmoyunjp'
 grep -qwF -e '7' "$answer" && wrong 'the final message says 7'
 grep -qwF -e 'finished' "$answer" && wrong 'the final message says finished'
-grep -qwF -e 'expecting' "$answer" && wrong 'the final message says expecting'
-grep -qwF -e 'measure' "$answer" && wrong 'the final message says measure'
+grep -qwF -e 'expects' "$answer" && wrong 'the final message says expects'
+grep -qwF -e 'means' "$answer" && wrong 'the final message says means'
 mkdir -p "$logs/verifier"
 echo "$reward" > "$logs/verifier/reward.txt"

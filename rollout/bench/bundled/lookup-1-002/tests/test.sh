@@ -10,10 +10,10 @@ for path in "$here"/expected/**; do
     [ -d "$path" ] || cmp -s "$path" "$name" || wrong "not as expected: $name"
 done
 answer=$logs/agent/answer.txt
-grep -qwF -e 'toordinal' "$answer" || wrong 'the final message does not say toordinal'
+grep -qwF -e 'tools' "$answer" || wrong 'the final message does not say tools'
 grep -qwF -e '60' "$answer" && wrong 'the final message says 60'
 grep -qwF -e '4533' "$answer" && wrong 'the final message says 4533'
-grep -qwF -e 'save' "$answer" && wrong 'the final message says save'
+grep -qwF -e 'saved' "$answer" && wrong 'the final message says saved'
 grep -qwF -e 'pveucjl' "$answer" && wrong 'the final message says pveucjl'
 grep -qwF -e '9150' "$answer" && wrong 'the final message says 9150'
 mkdir -p "$logs/verifier"

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-echo "textual is $(sed -n 's/^textual=//p' thread.env)." > "${LOGS_DIR:-/logs}/agent/answer.txt"
+echo "text is $(sed -n 's/^text=//p' though.env)." > "${LOGS_DIR:-/logs}/agent/answer.txt"

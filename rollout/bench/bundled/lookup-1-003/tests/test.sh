@@ -11,8 +11,8 @@ for path in "$here"/expected/**; do
 done
 answer=$logs/agent/answer.txt
 grep -qwF -e '4' "$answer" || wrong 'the final message does not say 4'
-grep -qwF -e 'usr' "$answer" && wrong 'the final message says usr'
-grep -qwF -e 'unwrap' "$answer" && wrong 'the final message says unwrap'
+grep -qwF -e 'using' "$answer" && wrong 'the final message says using'
+grep -qwF -e 'unused' "$answer" && wrong 'the final message says unused'
 grep -qwF -e '11' "$answer" && wrong 'the final message says 11'
 mkdir -p "$logs/verifier"
 echo "$reward" > "$logs/verifier/reward.txt"

@@ -1,5 +1,5 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-mkdir -p "$(dirname 'registry/maximal.txt')"
-mv maximal.txt registry/maximal.txt
+mkdir -p "$(dirname 'registry/matters.txt')"
+mv matters.txt registry/matters.txt

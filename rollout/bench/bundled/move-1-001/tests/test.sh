@@ -9,6 +9,6 @@ for path in "$here"/expected/**; do
     name=${path#"$here"/expected/}
     [ -d "$path" ] || cmp -s "$path" "$name" || wrong "not as expected: $name"
 done
-[ ! -e 'maximal.txt' ] && [ ! -L 'maximal.txt' ] || wrong 'still there: maximal.txt'
+[ ! -e 'matters.txt' ] && [ ! -L 'matters.txt' ] || wrong 'still there: matters.txt'
 mkdir -p "$logs/verifier"
 echo "$reward" > "$logs/verifier/reward.txt"

@@ -1,5 +1,5 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-mkdir -p "$(dirname 'messages.txt')"
-mv happens.txt messages.txt
+mkdir -p "$(dirname 'fhoh.txt')"
+mv equal.md fhoh.txt

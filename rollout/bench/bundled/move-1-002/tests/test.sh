@@ -9,6 +9,6 @@ for path in "$here"/expected/**; do
     name=${path#"$here"/expected/}
     [ -d "$path" ] || cmp -s "$path" "$name" || wrong "not as expected: $name"
 done
-[ ! -e 'happens.txt' ] && [ ! -L 'happens.txt' ] || wrong 'still there: happens.txt'
+[ ! -e 'equal.md' ] && [ ! -L 'equal.md' ] || wrong 'still there: equal.md'
 mkdir -p "$logs/verifier"
 echo "$reward" > "$logs/verifier/reward.txt"

@@ -2,4 +2,4 @@
 set -e
 cd "${APP_DIR:-/app}"
 mkdir -p "$(dirname 'triples.txt')"
-mv feature.txt triples.txt
+mv fds.txt triples.txt

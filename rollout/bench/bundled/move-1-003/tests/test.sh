@@ -9,6 +9,6 @@ for path in "$here"/expected/**; do
     name=${path#"$here"/expected/}
     [ -d "$path" ] || cmp -s "$path" "$name" || wrong "not as expected: $name"
 done
-[ ! -e 'feature.txt' ] && [ ! -L 'feature.txt' ] || wrong 'still there: feature.txt'
+[ ! -e 'fds.txt' ] && [ ! -L 'fds.txt' ] || wrong 'still there: fds.txt'
 mkdir -p "$logs/verifier"
 echo "$reward" > "$logs/verifier/reward.txt"

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-awk '{s+=$1} END {print s}' speed.md > highest.csv
+awk '{s+=$1} END {print s}' specs.md > history.csv

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-sort -n hit.txt | head -n 1 > prqplqy.txt
+sort -n hold.txt | head -n 1 > prqplqy.txt

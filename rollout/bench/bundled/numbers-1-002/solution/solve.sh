@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-sort -n subtract.txt | tail -n 1 > cached.md
+sort -n subscript.txt | tail -n 1 > caching.md

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-sed -i 's/modifies/before/g' machinery.txt
+sed -i 's/modifies/behave/g' machinery.txt

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-sed -i 's/exists/sign/g' misc_handle.txt
+sed -i 's/exists/signaled/g' misc_handler.txt

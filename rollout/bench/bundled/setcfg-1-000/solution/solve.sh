@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-sed -i 's/^unquoted=.*/unquoted=leap/' sdist_wins.ini
+sed -i 's/^unparsed=.*/unparsed=least/' searched_winner.ini

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-sed -i 's/^charset=.*/charset=2/' truth.ini
+sed -i 's/^check=.*/check=2/' truncates.ini

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-sed -i 's/^content=.*/content=3231/' aka.env
+sed -i 's/^contexts=.*/contexts=3231/' alert.env

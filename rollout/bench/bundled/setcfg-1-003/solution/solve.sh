@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-sed -i 's/^expands=.*/expands=569/' ggxwqvy.env
+sed -i 's/^expansion=.*/expansion=569/' ggxwqvy.env

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-LC_ALL=C sort sensible.txt > various.txt
+LC_ALL=C sort sensitive.txt > various.txt

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-LC_ALL=C sort numbering.txt > netloc.cfg
+LC_ALL=C sort number.txt > net.cfg

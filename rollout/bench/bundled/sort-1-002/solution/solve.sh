@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-LC_ALL=C sort supports.log > mid.txt
+LC_ALL=C sort supplying.log > mid.txt

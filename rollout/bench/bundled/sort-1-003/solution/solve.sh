@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-LC_ALL=C sort -u published.csv > tabsize_moving.txt
+LC_ALL=C sort -u public.csv > table_mro.txt

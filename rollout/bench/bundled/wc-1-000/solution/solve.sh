@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-wc -l < weird.txt > expands.txt
+wc -l < weird.txt > expansion.txt

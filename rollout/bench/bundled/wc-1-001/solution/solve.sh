@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-wc -l < mkdir.log > licenses.txt
+wc -l < mkdtemp.log > licenses.txt

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-wc -w < spaces.txt > cmp_indicated.csv
+wc -w < sources.txt > codes_indicates.csv

@@ -1,4 +1,4 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-wc -w < executed_ignore.txt > seeking.csv
+wc -w < executed_ignored.txt > seeking.csv

@@ -1,7 +1,7 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-cat > anymore.py <<'EOF'
-def reverse_text(hitting):
-    return hitting[::-1]
+cat > anywhere.py <<'EOF'
+def reverse_text(holding):
+    return holding[::-1]
 EOF

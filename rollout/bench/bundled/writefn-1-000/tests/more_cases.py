@@ -6,17 +6,17 @@ import subprocess
 import sys
 
 CASES = (
-    (('sections',), 'snoitces'),
-    (('identity',), 'ytitnedi'),
+    (('secure',), 'eruces'),
+    (('idle',), 'eldi'),
     (('wishes',), 'sehsiw'),
-    (('customize',), 'ezimotsuc'),
-    (('possibly',), 'ylbissop'),
-    (('pages',), 'segap'),
+    (('cwd',), 'dwc'),
+    (('post',), 'tsop'),
+    (('padded',), 'deddap'),
 )
 CALLS = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from anymore import reverse_text
+from anywhere import reverse_text
 print([reverse_text(*arguments) for arguments in eval(sys.argv[2])])
 """
 arguments = repr([arguments for arguments, _ in CASES])

@@ -1,7 +1,7 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-cat > urlsplit.py <<'EOF'
-def indented_upper(isdigit):
-    return isdigit.upper()
+cat > urlparse.py <<'EOF'
+def indents_upper(isdir):
+    return isdir.upper()
 EOF

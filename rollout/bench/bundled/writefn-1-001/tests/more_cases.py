@@ -1,4 +1,4 @@
-"""Prints PASS if indented_upper is right for more arguments than the visible test's.
+"""Prints PASS if indents_upper is right for more arguments than the visible test's.
 
 It is called in a process of its own, which does not hold the wanted results.
 """
@@ -8,16 +8,16 @@ import sys
 CASES = (
     (('weakrefs',), 'WEAKREFS'),
     (('trans',), 'TRANS'),
-    (('iff',), 'IFF'),
-    (('noop',), 'NOOP'),
-    (('interval',), 'INTERVAL'),
-    (('temp',), 'TEMP'),
+    (('ignorable',), 'IGNORABLE'),
+    (('nonzero',), 'NONZERO'),
+    (('intervals',), 'INTERVALS'),
+    (('tells',), 'TELLS'),
 )
 CALLS = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from urlsplit import indented_upper
-print([indented_upper(*arguments) for arguments in eval(sys.argv[2])])
+from urlparse import indents_upper
+print([indents_upper(*arguments) for arguments in eval(sys.argv[2])])
 """
 arguments = repr([arguments for arguments, _ in CASES])
 done = subprocess.run([sys.executable, "-c", CALLS, sys.argv[1], arguments], capture_output=True, text=True)

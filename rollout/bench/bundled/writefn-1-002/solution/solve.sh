@@ -1,7 +1,7 @@
 #!/bin/bash
 set -e
 cd "${APP_DIR:-/app}"
-cat > buggy.py <<'EOF'
-def plus_bogus(e, a):
+cat > build.py <<'EOF'
+def plus_bootstrap(e, a):
     return e + a
 EOF

@@ -2,6 +2,6 @@
 set -e
 cd "${APP_DIR:-/app}"
 cat > represent.py <<'EOF'
-def placed_reverse_text(u):
+def pipe_reverse_text(u):
     return u[::-1]
 EOF

@@ -1,4 +1,4 @@
-"""Prints PASS if placed_reverse_text is right for more arguments than the visible test's.
+"""Prints PASS if pipe_reverse_text is right for more arguments than the visible test's.
 
 It is called in a process of its own, which does not hold the wanted results.
 """
@@ -6,18 +6,18 @@ import subprocess
 import sys
 
 CASES = (
-    (('unpack',), 'kcapnu'),
-    (('outside',), 'edistuo'),
+    (('unlock',), 'kcolnu'),
+    (('outfiles',), 'seliftuo'),
     (('locations',), 'snoitacol'),
-    (('comment',), 'tnemmoc'),
-    (('adapted',), 'detpada'),
-    (('largest',), 'tsegral'),
+    (('common',), 'nommoc'),
+    (('added',), 'dedda'),
+    (('last',), 'tsal'),
 )
 CALLS = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from represent import placed_reverse_text
-print([placed_reverse_text(*arguments) for arguments in eval(sys.argv[2])])
+from represent import pipe_reverse_text
+print([pipe_reverse_text(*arguments) for arguments in eval(sys.argv[2])])
 """
 arguments = repr([arguments for arguments, _ in CASES])
 done = subprocess.run([sys.executable, "-c", CALLS, sys.argv[1], arguments], capture_output=True, text=True)

@@ -1,2 +1,2 @@
-def https_multiply(i, k):
+def human_multiply(i, k):
     return i + k

@@ -1,7 +1,7 @@
 import sys
-from nested import https_multiply
+from nested import human_multiply
 
-got = https_multiply(8, 2)
+got = human_multiply(8, 2)
 want = 16
 if got != want:
     sys.exit(f"FAIL: got {got!r}, want {want!r}")

@@ -1,8 +1,8 @@
 import sys
-from represent import placed_reverse_text
+from represent import pipe_reverse_text
 
-got = placed_reverse_text('unpack')
-want = 'kcapnu'
+got = pipe_reverse_text('unlock')
+want = 'kcolnu'
 if got != want:
     sys.exit(f"FAIL: got {got!r}, want {want!r}")
 print("PASS")

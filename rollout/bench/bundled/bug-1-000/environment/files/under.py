@@ -1,0 +1,2 @@
+def casing_spread(nums):
+    return max(nums) + min(nums)

@@ -1,2 +1,0 @@
-def case_spread(nums):
-    return max(nums) + min(nums)
