@@ -7,7 +7,7 @@
 #include "model.h"
 #include "simd.h"
 
-enum { TILE = 8, LANES = 8 };
+enum { TILE = 8, LANES = 8, LINE = 16 };
 
 /* Rotate pairs of the last rope_dim floats; direction -1 undoes it. rope: cos, sin pairs of a position.
  * Fused by name: left as a product and a sum, GCC 12's vectoriser fuses them even where contraction is off. */
@@ -52,6 +52,8 @@ V4_INLINE void score_tile(int keys, const float *query, const float *rows, int d
     for (int k = 0; k < keys; k++) sums[k] = f8_splat(0.0f);
     for (int d = 0; d < dim; d++) {
         f8 q = f8_load(query + d * LANES);
+        if (d % LINE == 0 && keys > 1) /* the next tile's keys: far apart, so the processor does not foresee them */
+            for (int k = 0; k < keys; k++) __builtin_prefetch(rows + (ptrdiff_t)(k + keys) * dim + d);
         for (int k = 0; k < keys; k++) sums[k] = f8_fma(q, f8_splat(rows[(ptrdiff_t)k * dim + d]), sums[k]);
     }
     for (int k = 0; k < keys; k++) f8_store(scores + k * LANES, sums[k] * scale);

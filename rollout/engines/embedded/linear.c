@@ -42,10 +42,8 @@ V4_INLINE void tile(int rows, int tokens, const uint16_t *weights, int cols, con
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < tokens; t++) low[r][t] = high[r][t] = f8_splat(0.0f);
     for (int c = 0; c < cols; c += BLOCK, weights += GROUP * BLOCK) {
-        if (tokens == 1) {
-            __builtin_prefetch(weights + AHEAD);
-            __builtin_prefetch(weights + AHEAD + 32);
-        }
+        __builtin_prefetch(weights + AHEAD);
+        __builtin_prefetch(weights + AHEAD + 32);
         for (int r = 0; r < rows; r++) {
             u8 pair;
             memcpy(&pair, weights + r * BLOCK, sizeof pair);

@@ -35,10 +35,8 @@ WIDE V4_INLINE void wide_tile(int tokens, const v4_tile *tile) {
     for (int r = 0; r < GROUP; r++)
         for (int t = 0; t < tokens; t++) sums[r][t] = _mm512_setzero_ps();
     for (int c = 0; c < tile->cols; c += BLOCK, weights += GROUP * BLOCK) {
-        if (tokens == 1) {
-            __builtin_prefetch(weights + AHEAD);
-            __builtin_prefetch(weights + AHEAD + 32);
-        }
+        __builtin_prefetch(weights + AHEAD);
+        __builtin_prefetch(weights + AHEAD + 32);
         for (int r = 0; r < GROUP; r++) {
             __m512i pair = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(const void *)(weights + r * BLOCK)));
             __m512 w = _mm512_castsi512_ps(_mm512_and_si512(_mm512_sllv_epi32(pair, shift), mask));
