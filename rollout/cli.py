@@ -194,11 +194,11 @@ def show(directory: Path, rollout: str | None, as_json: bool) -> None:
 def log_(directory: Path, as_json: bool, verify: bool, stats: bool) -> None:
     """Print the log of a run, record by record, with offsets; exit 1 on corruption."""
     flags = [flag for flag, is_set in (("--json", as_json), ("--verify", verify), ("--stats", stats)) if is_set]
-    decoders = {
+    ours = {
         kind: lambda payload, kind=kind: msgspec.to_builtins(journal.decode(kind, payload))
         for kind in (journal.KIND, trajectory.KIND)
     }
-    sys.exit(wal_cli.main([str(_log_of(directory)), *flags], decoders=decoders))
+    sys.exit(wal_cli.main([str(_log_of(directory)), *flags], decoders={**wal_cli.DECODERS, **ours}))
 
 
 @main.command(epilog="\b\nExample:\n  dsec serve --out runs/server --listen 127.0.0.1:7710")

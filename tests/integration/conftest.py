@@ -1,0 +1,201 @@
+"""What the integration tests share: the installed command, tasks, and a look at what is left behind.
+
+Every process started here has a session of its own and makes its cgroups below one directory of
+ours, so that "nothing is left" can be asked of these runs alone.  (A spawner shares the command's
+stderr, so a command whose output has ended has no spawner any more.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsec.edge.linux import cgroup
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = str(Path(sys.executable).with_name("dsec"))
+LEFT_S_MAX = 10.0
+
+TASK_TOML = 'schema_version = "1.0"\n[agent]\ntimeout_sec = 60\n[verifier]\ntimeout_sec = 20\n'
+TEST_SH = """mkdir -p /logs/verifier
+if [ "$(cat /app/done.txt 2>/dev/null)" = yes ]; then echo 1; else echo 0; fi > /logs/verifier/reward.txt
+"""
+
+
+@dataclass
+class Ran:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    def lines(self) -> list[Any]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+@dataclass
+class Dsec:
+    """Runs the command as a user does."""
+
+    cgroup_parent: str
+    sessions: set[int] = field(default_factory=set)
+
+    def start(self, *arguments: object, command: str = COMMAND, **options: Any) -> subprocess.Popen[str]:
+        env = {**os.environ, "DSEC_EDGE_CGROUP_PARENT": self.cgroup_parent, "COLUMNS": "200", **options.pop("env", {})}
+        process = subprocess.Popen(
+            [command, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=env,
+            **options,
+        )
+        self.sessions.add(process.pid)
+        return process
+
+    def __call__(self, *arguments: object, **options: Any) -> Ran:
+        process = self.start(*arguments, **options)
+        try:
+            out, err = process.communicate(timeout=90)
+        except subprocess.TimeoutExpired:
+            self.kill(process)
+            raise
+        return Ran(process.returncode, out, err)
+
+    def done(self, *arguments: object, **options: Any) -> Ran:
+        """Run what must end well."""
+        ran = self(*arguments, **options)
+        assert ran.code == 0, ran.out + ran.err
+        return ran
+
+    def show(self, directory: Path) -> dict[str, dict[str, Any]]:
+        """Trajectories by rollout id."""
+        return {record["rollout_id"]: record for record in self.done("show", directory, "--json").lines()}
+
+    def kill(self, process: subprocess.Popen[str]) -> None:
+        """kill -9 the whole tree: the command, its spawner, and every sandbox."""
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first: nobody tidies up after another
+            for pid in [*self.processes({process.pid}), *self.guests()]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        process.communicate()
+
+    def processes(self, sessions: set[int]) -> list[int]:
+        """Living processes of the given sessions, and their descendants (a spawner has its own session)."""
+        found: set[int] = set()
+        for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdecimal()):
+            with contextlib.suppress(OSError):
+                state, parent, _, session = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
+                if state not in "ZX" and (int(session) in sessions or int(parent) in found):
+                    found.add(pid)
+        return sorted(found)
+
+    def cgroups(self) -> list[Path]:
+        """Cgroups that runs of ours made and that are still there."""
+        return [
+            path for parent in cgroup.parents(cgroup.detect(), self.cgroup_parent) for path in parent.glob("dsec-*")
+        ]
+
+    def guests(self) -> list[int]:
+        """Processes in those cgroups."""
+        pids: set[int] = set()
+        for path in self.cgroups():
+            for members in path.rglob("cgroup.procs"):
+                with contextlib.suppress(OSError):
+                    pids |= {int(pid) for pid in members.read_text().split()}
+        return sorted(pids)
+
+    def left(self) -> list[object]:
+        """What is still there once the dying had time to die."""
+        deadline = time.monotonic() + LEFT_S_MAX
+        while (found := [*self.processes(self.sessions), *self.cgroups()]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return found
+
+
+@pytest.fixture(scope="session")
+def cgroup_parent() -> Iterator[str]:
+    """A cgroup directory of this test session in every hierarchy."""
+    found, name = cgroup.detect(), f"dsec_test_{os.getpid()}"
+    made = cgroup.parents(found, name)
+    if found.unified is not None and found.unified_controllers:
+        enabled = " ".join(f"+{controller}" for controller in found.unified_controllers)
+        (found.unified / "cgroup.subtree_control").write_text(enabled)
+    for path in made:
+        path.mkdir()
+    yield name
+    for path in made:
+        cgroup.remove_tree(path)
+
+
+@pytest.fixture(scope="session")
+def session_dsec(cgroup_parent: str) -> Dsec:
+    """For fixtures that outlive one test."""
+    return Dsec(cgroup_parent)
+
+
+@pytest.fixture
+def dsec(cgroup_parent: str) -> Iterator[Dsec]:
+    """The command; after the test, no process and no cgroup of its runs may be there."""
+    command = Dsec(cgroup_parent)
+    yield command
+    assert command.left() == []
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four generated tasks in which the model calls tools, one of them (`unclear`) beyond what it knows."""
+    folder = tmp_path_factory.mktemp("tasks")
+    generate = [sys.executable, "-m", "training.curriculum", folder / "all", "--count", "16", "--seed", "5"]
+    subprocess.run([*map(str, generate)], cwd=ROOT, check=True, capture_output=True)
+    chosen = folder / "chosen"
+    chosen.mkdir()
+    for name in ("copy-5-000", "sort-5-000", "bug-5-000"):
+        (folder / "all" / name).rename(chosen / name)
+    make_task(chosen / "unclear", instruction="Say what you would do first in this folder, then do some of it.")
+    return chosen
+
+
+def make_task(folder: Path, *, instruction: str = "Write yes to done.txt.", test_sh: str = TEST_SH) -> Path:
+    """A small task of ours; solved if /app/done.txt holds `yes`."""
+    for name, text in {
+        "task.toml": TASK_TOML,
+        "instruction.md": instruction + "\n",
+        "environment/Dockerfile": "FROM debian:bookworm-slim\nWORKDIR /app\n",
+        "tests/test.sh": test_sh,
+        "solution/solve.sh": "echo yes > /app/done.txt\n",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture(name="make_task")
+def make_task_fixture() -> Any:
+    return make_task
+
+
+@pytest.fixture(scope="session")
+def finished(session_dsec: Dsec, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run: groups of two at temperature 1, seed 3.  Read only."""
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    options = ("--group-size", 2, "--temperature", 1, "--seed", 3, "--concurrency", 4, "--turns-max", 6)
+    session_dsec.done("run", tasks, "--out", directory, *options)
+    assert session_dsec.left() == []
+    return directory

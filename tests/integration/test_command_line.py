@@ -1,0 +1,260 @@
+"""The command line as a user has it: run, show, log, gc and doctor, each in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from rollout.main import load_tokenizer
+
+KEYS = (
+    "tasks rollouts solved tokens tokens_regenerated commands_replayed commands_run_twice infra_failures wall_s".split()
+)
+SAME_RUN = ("--group-size", 2, "--temperature", 1, "--seed", 3, "--turns-max", 6)
+HIGHEST = "Reasoning Effort: Absolute maximum"
+
+
+def digest(directory: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir() if p.suffix == ".wal"}
+
+
+def test_the_summary_counts_what_the_trajectories_say(dsec: Any, finished: Path) -> None:
+    summary, records = json.loads((finished / "summary.json").read_text()), dsec.show(finished)
+    assert [key for key in KEYS if key not in summary] == []
+    assert (summary["tasks"], summary["rollouts"], summary["finished"]) == (4, 8, 8)
+    assert summary["solved"] == sum(record["reward"] == 1 for record in records.values())
+    assert summary["tokens"] == sum(record["tokens_sampled"] for record in records.values()) > 0
+    assert summary["turns"] == sum(len(record["turns"]) for record in records.values())
+    assert summary["tool_calls"] == sum(len(record["tool_calls"]) for record in records.values()) > 0
+    assert [summary[key] for key in KEYS[4:8]] == [0, 0, 0, 0]
+    assert [row["task"] for row in summary["per_task"]] == ["bug-5-000", "copy-5-000", "sort-5-000", "unclear"]
+    for row in summary["per_task"]:
+        members = [record for record in records.values() if record["task"] == row["task"]]
+        assert row["rollouts"] == row["finished"] == len(members) == sum(row["finish_reasons"].values()) == 2
+        assert row["reward_mean"] == sum(record["reward"] for record in members) / 2
+        assert row["tokens"] == sum(record["tokens_sampled"] for record in members)
+
+
+def test_a_trajectory_is_complete_and_aligned_to_its_tokens(dsec: Any, finished: Path) -> None:
+    for record in dsec.show(finished).values():
+        ids, spans, logprobs = record["token_ids"], record["spans"], record["logprobs"]
+        assert [span["start"] for span in spans] == [sum(s["length"] for s in spans[:n]) for n in range(len(spans))]
+        assert sum(span["length"] for span in spans) == len(ids) == len(logprobs)
+        for span in spans:
+            values = logprobs[span["start"] : span["start"] + span["length"]]
+            assert all((value is not None and value <= 0) == span["trainable"] for value in values)
+        assert sum(value is not None for value in logprobs) == record["tokens_sampled"]
+        assert sum(turn["length"] for turn in record["turns"]) == record["tokens_sampled"]
+        for call in record["tool_calls"]:
+            assert call["name"] in ("bash", "edit")
+            assert isinstance(call["exit"], int)
+        assert record["reward"] in (0, 1)
+        assert record["finish_reason"] in ("STOP", "TURN_LIMIT", "LENGTH_TURN", "LENGTH_CONTEXT")
+
+
+def test_the_arrow_file_says_what_show_says(dsec: Any, finished: Path) -> None:
+    with pa.memory_map(str(finished / "trajectories.arrow")) as source:
+        table = pa.ipc.open_file(source).read_all()
+    records = dsec.show(finished)
+    assert table.num_rows == len(records) == 8
+    single = {f.name: pa.types.is_list(f.type) and f.type.value_type == pa.float32() for f in table.schema}
+    for row in table.to_pylist():
+        record = records[row["rollout_id"]]
+        assert row.keys() == record.keys()
+        for name, value in row.items():
+            if (table.schema.field(name).metadata or {}).get(b"encoding") == b"json":
+                assert json.loads(value) == record[name]
+            elif single[name]:
+                assert value == pytest.approx(record[name], abs=1e-5) or value == record[name]
+            else:
+                assert value == record[name]
+
+
+def test_one_seed_gives_the_same_tokens_at_every_concurrency(
+    dsec: Any, tasks: Path, finished: Path, tmp_path: Path
+) -> None:
+    dsec.done("run", tasks, "--out", tmp_path / "run", *SAME_RUN, "--concurrency", 1)
+    alone, together = dsec.show(tmp_path / "run"), dsec.show(finished)
+    assert {name: r["token_ids"] for name, r in alone.items()} == {name: r["token_ids"] for name, r in together.items()}
+    assert [r["logprobs"] for r in alone.values()] == [r["logprobs"] for r in together.values()]
+
+
+def test_members_of_a_group_differ(dsec: Any, finished: Path) -> None:
+    records = dsec.show(finished)
+    first, second = (records[f"unclear.{index}"] for index in (0, 1))
+    assert first["token_ids"] != second["token_ids"]
+    assert [first["group_index"], second["group_index"], first["group_size"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("thinking", "opens_with"), [("none", "<｜Assistant｜></think>"), ("max", "<｜Assistant｜><think>")]
+)
+def test_every_thinking_mode_runs_on_the_official_prompt(
+    dsec: Any, tasks: Path, tmp_path: Path, thinking: str, opens_with: str
+) -> None:
+    options = ("--thinking", thinking, "--turns-max", 2)
+    dsec.done("run", tasks / "copy-5-000", "--out", tmp_path / "run", *options)
+    (record,) = dsec.show(tmp_path / "run").values()
+    first = next(span for span in record["spans"] if span["trainable"])
+    prompt = load_tokenizer().decode(record["token_ids"][: first["start"]])
+    instruction = (tasks / "copy-5-000/instruction.md").read_text().rstrip("\n")
+    assert prompt.startswith("<｜begin▁of▁sentence｜>")
+    assert prompt.endswith(f"<｜User｜>{instruction}{opens_with}")
+    assert prompt.startswith(f"<｜begin▁of▁sentence｜>{HIGHEST}") == (thinking == "max")
+    assert record["thinking"] == thinking
+    assert any(turn["reasoning"] for turn in record["turns"]) == (thinking != "none")
+
+
+@pytest.mark.parametrize(("agent", "solved"), [("oracle", 4), ("nop", 0)])
+def test_the_solution_solves_every_task_and_doing_nothing_none(
+    dsec: Any, tasks: Path, tmp_path: Path, agent: str, solved: int
+) -> None:
+    summary = dsec.done("run", tasks, "--out", tmp_path / "run", "--agent", agent, "--json").json()
+    assert (summary["solved"], summary["finished"], summary["infra_failures"]) == (solved, 4, 0)
+    assert summary["tokens"] == 0
+
+
+def test_resuming_a_finished_run_changes_nothing(dsec: Any, finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    before, shown = digest(run / "wal"), dsec.show(run)
+    summary = dsec.done("run", "--resume", "--out", run, "--json").json()
+    assert (summary["finished"], summary["resumes"], summary["tokens_replayed"]) == (8, 0, 0)
+    assert summary["wall_s"] < 10
+    assert digest(run / "wal") == before
+    assert dsec.show(run) == shown
+
+
+def test_a_directory_that_holds_a_run_is_not_run_into_again(dsec: Any, tasks: Path, finished: Path) -> None:
+    before = digest(finished / "wal")
+    ran = dsec("run", tasks, "--out", finished)
+    assert ran.code == 2
+    assert ran.err == f"dsec: {finished} holds a run already: add --resume to finish it, or choose another --out\n"
+    assert digest(finished / "wal") == before
+
+
+def test_show_is_readable(dsec: Any, finished: Path) -> None:
+    overview = dsec.done("show", finished).out
+    assert all(f"{task}.{index}" in overview for task in ("copy-5-000", "unclear") for index in (0, 1))
+    record = dsec.show(finished)["copy-5-000.1"]
+    page = dsec.done("show", finished, "copy-5-000.1").out
+    for shown in (
+        record["turns"][0]["reasoning"].split("\n")[0],
+        "bash(command=",
+        f"reward {record['reward']:g}",
+        "STOP",
+    ):
+        assert shown in page
+    unknown = dsec("show", finished, "nosuch")
+    assert unknown.code == 2
+    assert unknown.err.startswith("dsec: 'nosuch' names 0 rollouts of this log")
+    assert "rollout copy-5-000.0 " in dsec.done("show", finished, "copy-5-000").out
+
+
+def test_log_prints_every_record_decoded(dsec: Any, finished: Path) -> None:
+    lines = dsec.done("log", finished, "--json").lines()
+    assert [line["lsn"] for line in lines] == list(range(1, len(lines) + 1))
+    assert all("undecodable" not in line["record"] for line in lines)
+    kinds = [line["record"].get("type") for line in lines]
+    assert kinds.count("rollout_opened") == kinds.count("rollout_finished") == kinds.count("judged") == 8
+    assert kinds.index("job_submitted") > max(n for n, kind in enumerate(kinds) if kind == "task_admitted")
+    sampled = sum(len(line["record"]["token_ids"]) for line in lines if line["kind"] == 1)
+    assert sampled == json.loads((finished / "summary.json").read_text())["tokens"]
+    assert dsec.done("log", finished, "--verify").out.startswith(f"ok: {len(lines)} records")
+
+
+def test_a_flipped_byte_is_told_and_nothing_is_touched(dsec: Any, finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    (segment,) = (run / "wal").glob("*.wal")
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    segment.write_bytes(data)
+    before = digest(run / "wal")
+    for command in (("log", run), ("show", run), ("show", run, "--json"), ("run", "--resume", "--out", run)):
+        ran = dsec(*command)
+        assert ran.code == 1, command
+        assert f"{segment} is corrupt at offset" in ran.err
+        assert "Way out: " in ran.err
+        assert len(ran.err.splitlines()) == 1
+    ran = dsec("-m", "wal", run / "wal", command=sys.executable, cwd=Path(__file__).parents[2])
+    assert (ran.code, f"{segment} is corrupt" in ran.err) == (1, True)
+    assert len(ran.out.splitlines()) > 10
+    assert digest(run / "wal") == before
+
+
+def test_a_torn_tail_is_cut_and_what_it_held_is_done_again(dsec: Any, finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    (segment,) = (run / "wal").glob("*.wal")
+    os.truncate(segment, segment.stat().st_size - 5)
+    told = dsec.done("log", run, "--verify")
+    assert "torn tail" in told.err
+    summary = dsec.done("run", "--resume", "--out", run, "--json").json()
+    assert (summary["finished"], summary["tokens_regenerated"], summary["commands_run_twice"]) == (8, 0, 0)
+    assert {n: r["token_ids"] for n, r in dsec.show(run).items()} == {
+        n: r["token_ids"] for n, r in dsec.show(finished).items()
+    }
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_run_where_it_is_and_a_resume_finishes_it(
+    dsec: Any, tasks: Path, finished: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    process = dsec.start("run", tasks, "--out", run, *SAME_RUN)
+    wait_for_tokens(process, run)
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name}; finish with: dsec run --resume --out {run}" in err
+    dsec.done("run", "--resume", "--out", run)
+    assert {n: r["token_ids"] for n, r in dsec.show(run).items()} == {
+        n: r["token_ids"] for n, r in dsec.show(finished).items()
+    }
+
+
+def test_gc_clears_what_a_killed_run_left(dsec: Any, tasks: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = dsec.start("run", tasks, "--out", run, *SAME_RUN)
+    wait_for_tokens(process, run)
+    dsec.kill(process)
+    assert dsec.cgroups() != []
+    said = dsec.done("gc").out
+    assert said.startswith("removed ")
+    assert said != "removed 0 leftover cgroups\n"
+    assert dsec.left() == []
+
+
+def test_gc_leaves_living_runs_alone(dsec: Any, tasks: Path, tmp_path: Path) -> None:
+    process = dsec.start("run", tasks, "--out", tmp_path / "run", *SAME_RUN, "--json")
+    wait_for_tokens(process, tmp_path / "run")
+    assert dsec.done("gc").out == "removed 0 leftover cgroups\n"
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert json.loads(out)["infra_failures"] == 0
+
+
+def test_doctor_finds_this_host_fit(dsec: Any) -> None:
+    findings = dsec.done("doctor", "--json").json()
+    assert all(finding["ok"] for finding in findings)
+    assert {"root", "kernel", "overlayfs", "cgroup2", "dsec-sandbox"} <= {finding["name"] for finding in findings}
+    assert "missing" not in dsec.done("doctor").out
+
+
+def wait_for_tokens(process: subprocess.Popen[str], run: Path) -> None:
+    """Until the log has grown by some sampled tokens (segments are only ever appended to)."""
+    sizes: set[int] = set()
+    while len(sizes) < 6:
+        assert process.poll() is None, process.communicate()
+        sizes.add(sum(path.stat().st_size for path in run.glob("wal/*.wal")))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.02)
