@@ -48,6 +48,8 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     PATH of `env`); `env` is the whole environment; `cwd` must exist; `stdin` (at most
     STDIN_BYTES_MAX bytes) is followed by end of file.  With `merge_stderr` stderr goes to
     stdout in order, and `ExecResult.stderr` stays empty.  `output_bytes_max` bounds each stream.
+    With `kill_others` every other process of the sandbox, background ones included, is killed and
+    gone before the command starts.
     """
 
     argv: tuple[str, ...]
@@ -57,6 +59,7 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float = EXEC_TIMEOUT_S
     output_bytes_max: int = OUTPUT_BYTES_MAX
     merge_stderr: bool = False
+    kill_others: bool = False
 
 
 class ExecResult(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,11 +11,8 @@ See: docs/formats/events.md, docs/formats/wal.md.
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
@@ -79,33 +76,12 @@ def replay(directory: Path) -> Iterator[tuple[wal.Record, Event | TrajectoryReco
             raise JournalError(f"{record.segment} at byte {record.offset} (lsn {record.lsn}): {error}") from error
 
 
-T = TypeVar("T")
-
-
-async def unbroken(work: Coroutine[object, object, T]) -> T:
-    """Await `work` to its end even if the awaiting task is cancelled meanwhile; the cancel follows then.
-
-    A record may be in the log although its writer was cancelled while it waited for the sync.  What
-    stands in the log must be folded, or the next event would be chosen from an old state and the log
-    would hold two events of which only one fits.
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()  # seen here: the cancel is what the caller hears of
-        raise
-
-
 class Journal:
     """The write side: events and trajectory records of all rollouts through one group commit."""
 
     def __init__(self, commit: wal.GroupCommit) -> None:
         """Write through `commit`, which this object closes."""
         self._commit = commit
-        self.wait_s = 0.0
 
     async def append(self, event: Event) -> int:
         """Make an event durable; returns its lsn.  wal.WalError if it is not, and then nothing may act on it."""
@@ -113,16 +89,7 @@ class Journal:
 
     async def append_record(self, kind: int, payload: bytes) -> int:
         """Make a record of any schema durable (the sandbox trajectory comes this way)."""
-        began = time.monotonic()
-        try:
-            return await self._commit.append(kind, payload)
-        finally:
-            self.wait_s += time.monotonic() - began
-
-    @property
-    def stats(self) -> wal.GroupStats:
-        """Figures of the group commit: records, bytes, syncs, seconds in write and sync."""
-        return self._commit.stats
+        return await self._commit.append(kind, payload)
 
     async def close(self) -> None:
         """Flush, then close the log."""

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+import wal
 from dsec.edge.exec_log import DurableSandbox
 from dsec.errors import DsecError, SandboxLostError
 from rollout import machine
@@ -31,7 +32,7 @@ from rollout.events import (
     SolutionApplied,
     ToolFinished,
 )
-from rollout.journal import Journal, unbroken
+from rollout.journal import Journal
 from rollout.ledger import Ledger
 from rollout.machine import State
 from rollout.rewards.tests import reward_from, solution_commands, verify_commands
@@ -107,7 +108,7 @@ class Runner:
     async def record(self, rollout: Rollout, event: RolloutEvent) -> None:
         """Append, then fold, then tell; a cancel waits until all three are done."""
         began = time.monotonic()
-        await unbroken(self._append(event))
+        await wal.settled(self._append(event))
         rollout.spent.log_s += time.monotonic() - began
 
     async def _append(self, event: RolloutEvent) -> None:

@@ -40,7 +40,7 @@ from rollout.events import (
     TaskAdmitted,
     rollout_of,
 )
-from rollout.journal import Journal, unbroken
+from rollout.journal import Journal
 from rollout.ledger import Ledger
 from rollout.runner import Rollout, Runner
 from rollout.sandboxes import Sandboxes
@@ -218,7 +218,7 @@ class RolloutService:
             await self.runner.run(Rollout(rollout_id, task))
 
     async def _record(self, event: Event) -> None:
-        await unbroken(self._append(event))
+        await wal.settled(self._append(event))
 
     async def _append(self, event: Event) -> None:
         self.ledger.apply(event, await self.journal.append(event))

@@ -238,12 +238,14 @@ def _own_copy(error: WalError) -> WalError:
 async def settled(work: Coroutine[Any, Any, T]) -> T:
     """Await `work` to its end even if the caller is cancelled, then let the cancellation through.
 
-    For a caller that appends and then folds the record into its own state: between the two it must
-    not be torn apart, or the state would lack what the log holds.
+    For a caller that appends and then folds the record into its own state: a record may be in the log
+    although its writer was cancelled while it waited for the sync, and then it must be folded too.
     """
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # seen here: the cancellation is what the caller hears
         raise

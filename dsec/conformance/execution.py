@@ -169,6 +169,20 @@ async def a_kill_by_timeout_spares_the_background_of_others(substrate: Substrate
 
 
 @check()
+async def a_command_that_kills_others_starts_alone(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        stubborn = asyncio.create_task(shell(sandbox, STUBBORN_TREE, timeout_s=60))
+        await shell(sandbox, "setsid nohup sleep 300 > /dev/null 2>&1 &")
+        await _until_stubborn_count(sandbox, "2")
+        others = "ls -d /proc/[0-9]* | wc -l; pgrep -fc 'sleep 300|^stubborn' || true"
+        alone = Command(argv=("bash", "-c", others), env=ENV, kill_others=True)
+        result = await sandbox.exec(alone)
+        require(result.stdout.data.split()[1:] == [b"0"], result)
+        require((await stubborn).exit_code == 137, "a running command outlived it")
+        require(await line(sandbox, "echo alive") == "alive", "the sandbox did not")
+
+
+@check()
 async def zombies_are_reaped(substrate: Substrate) -> None:
     async with fresh(substrate, SandboxSpec(pids_count_max=64)) as sandbox:
         for _ in range(4):

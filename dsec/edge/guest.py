@@ -15,6 +15,7 @@ import msgspec
 from dsec.edge.native_wire import (
     EXEC_BODY_IN_FD,
     EXEC_HAS_STDIN,
+    EXEC_KILL_OTHERS,
     EXEC_MERGE_STDERR,
     INLINE_BODY_BYTES_MAX,
     MessageReader,
@@ -25,6 +26,7 @@ from dsec.edge.native_wire import (
 from dsec.edge.packets import PacketSocket, make_memory_file
 from dsec.edge.spawner import step_error
 from dsec.errors import SandboxLostError, SpawnError
+from dsec.types import Command
 
 
 class Exited(msgspec.Struct, frozen=True):
@@ -55,13 +57,14 @@ class Guest:
         """Wait until the sandbox is set up.  SpawnError names the failing step."""
         await self._ready
 
-    async def start(self, body: bytes, fds: Sequence[int], *, has_stdin: bool, merge_stderr: bool) -> int:
+    async def start(self, command: Command, body: bytes, fds: Sequence[int]) -> int:
         """Send a command with its pipes (stdin if any, stdout, stderr unless merged); returns its exec id.
 
         SandboxLostError if the guest is gone.
         """
         self._exec_id = exec_id = (self._exec_id + 1) & 0xFFFFFFFF
-        flags = EXEC_HAS_STDIN * has_stdin | EXEC_MERGE_STDERR * merge_stderr
+        flags = EXEC_HAS_STDIN * bool(command.stdin) | EXEC_MERGE_STDERR * command.merge_stderr
+        flags |= EXEC_KILL_OTHERS * command.kill_others
         self._answers[exec_id] = asyncio.get_running_loop().create_future()
         try:
             if len(body) <= INLINE_BODY_BYTES_MAX:

@@ -83,7 +83,8 @@ static void kill_tree(struct command *command, uint64_t now) {
     command->deadline_ms = now + DYING_MS_MAX;
 }
 
-static void reap(void) {
+/* Returns whether children are left. */
+static int reap(void) {
     int status;
     pid_t pid;
     while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
@@ -95,6 +96,14 @@ static void reap(void) {
             if (command->state == COMMAND_RUNNING) finish(command);
         }
     }
+    return pid == 0;
+}
+
+/* As pid 1, kill(-1) reaches every other process of the namespace, and all of them become our children. */
+static void kill_others(void) {
+    uint64_t deadline = now_ms() + DYING_MS_MAX;
+    kill(-1, SIGKILL);
+    while (reap() && now_ms() < deadline) nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
 }
 
 /* Deadlines and dying trees; returns how long poll may sleep. */
@@ -141,9 +150,10 @@ static uint8_t *read_body(int fd, size_t *length) {
     return data;
 }
 
-static void start(uint32_t id, struct reader *in, const struct command_fds *fds) {
+static void start(uint32_t id, uint32_t flags, struct reader *in, const struct command_fds *fds) {
     struct exec_body body;
     struct command *command = NULL;
+    if (flags & EXEC_KILL_OTHERS) kill_others();
     for (int i = 0; i < EXECS_COUNT_MAX && !command; i++)
         if (commands[i].state == COMMAND_NONE) command = &commands[i];
     if (!command) return reply(MSG_REFUSED, id, STAGE_FORK, EAGAIN);
@@ -172,12 +182,12 @@ static void on_exec(struct reader *in, const int *fds, int fds_count) {
     int body_fd;
     if (in->bad || sort_fds(flags, fds, fds_count, &body_fd, &own) < 0)
         return reply(MSG_REFUSED, id, STAGE_REQUEST, EPROTO);
-    if (body_fd < 0) return start(id, in, &own);
+    if (body_fd < 0) return start(id, flags, in, &own);
     size_t length = 0;
     uint8_t *data = read_body(body_fd, &length);
     if (!data) return reply(MSG_REFUSED, id, STAGE_REQUEST, E2BIG);
     struct reader body = {data, data + length, 0};
-    start(id, &body, &own);
+    start(id, flags, &body, &own);
     free(data);
 }
 

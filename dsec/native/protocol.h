@@ -62,7 +62,8 @@ enum message_type {
 
 enum cgroup_operation { OP_MKDIR = 1, OP_WRITE = 2, OP_WRITE_IF_PRESENT = 3, OP_CHOWN = 4 };
 
-enum exec_flag { EXEC_HAS_STDIN = 1, EXEC_MERGE_STDERR = 2, EXEC_BODY_IN_FD = 4 };
+/* EXEC_KILL_OTHERS: every other process of the sandbox is killed and reaped before the command starts */
+enum exec_flag { EXEC_HAS_STDIN = 1, EXEC_MERGE_STDERR = 2, EXEC_BODY_IN_FD = 4, EXEC_KILL_OTHERS = 8 };
 
 enum exit_flag { EXIT_TIMED_OUT = 1, EXIT_OOM_KILLED = 2 };
 

@@ -102,6 +102,12 @@ class SolutionTable(_Table):
     env: Env = {}
 
 
+class MetadataTable(_Table):
+    """`[metadata]`: ours is `keep_processes`, for tasks whose agent starts a server that the tests talk to."""
+
+    keep_processes: bool = False
+
+
 class TaskToml(_Table):
     """The whole file."""
 
@@ -110,6 +116,7 @@ class TaskToml(_Table):
     agent: AgentTable = AgentTable()
     environment: EnvironmentTable = EnvironmentTable()
     solution: SolutionTable = SolutionTable()
+    metadata: MetadataTable = MetadataTable()
     steps: list[object] = []
 
     @field_validator("steps")

@@ -43,7 +43,8 @@ _WAY_OUT = "a task is a folder with task.toml, instruction.md, environment/Docke
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
     """One task.  `env` is the whole environment of the agent's commands; `verifier_env` and
-    `solution_env` are added to it for test.sh and solve.sh; times in seconds.
+    `solution_env` are added to it for test.sh and solve.sh; times in seconds.  Processes that the
+    agent left running are killed before the tests, unless `keep_processes`.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     solution_env: dict[str, str]
     verifier_timeout_s: float
     agent_timeout_s: float
+    keep_processes: bool
     sandbox: SandboxSpec
     tests: dict[str, TaskFile]
     solution: dict[str, TaskFile]
@@ -163,6 +165,7 @@ def _make_task(name: str, where: str, files: Mapping[str, TaskFile]) -> Task:
         solution_env=toml.solution.env,
         verifier_timeout_s=toml.verifier.timeout_sec,
         agent_timeout_s=toml.agent.timeout_sec,
+        keep_processes=toml.metadata.keep_processes,
         sandbox=_limits(table),
         tests=_below(files, "tests/"),
         solution=_below(files, "solution/"),

@@ -2,7 +2,8 @@
 
 Pure on both sides: `verify_commands` says what to run, in order, and `reward_from` reads what came
 of it; the Runner runs the commands under the log's rules in between.  The agent had the sandbox to
-itself, so whatever it left in /tests or /logs is removed before the tests are uploaded.
+itself, so processes that it left running are killed (one could rewrite the reward), and whatever it
+left in /tests or /logs is removed before the tests are uploaded.
 
 Reward files, as in Harbor: `/logs/verifier/reward.json` (an object of finite numbers: its "reward"
 key is the value, or its only key) or else `/logs/verifier/reward.txt` (one finite number).  No
@@ -47,15 +48,16 @@ class Reward(msgspec.Struct, frozen=True):
 
 
 def verify_commands(task: Task, answer: str | None) -> tuple[tuple[str, Command], ...]:
-    """Named commands that verify a rollout, to be run in order once the agent's processes are gone.
+    """Named commands that verify a rollout, to be run in order once the agent has finished.
 
     `answer` is the agent's final message: tests find it as /logs/agent/answer.txt.  With None (the
     oracle, whose solve.sh may write that file) /logs/agent is left as it is.
     """
     env = {**task.env, **task.verifier_env}
     swept = ("/tests", "/solution", "/logs") if answer is not None else ("/tests", "/logs/verifier")
+    clean = _bash(task.env, _CLEAN, task.workdir, *swept)
     named = [
-        ("clean", _bash(task.env, _CLEAN, task.workdir, *swept)),
+        ("clean", msgspec.structs.replace(clean, kill_others=not task.keep_processes)),
         ("make folders", make_folders(task.env, "/tests", *LOG_FOLDERS)),
         *(("upload tests", command) for command in upload(task.tests, "/tests", task.env)),
     ]

@@ -88,9 +88,7 @@ class ContainerSandbox:
         pipes = _Pipes(command, self._substrate.scratch)
         try:
             try:
-                exec_id = await guest.start(
-                    body, pipes.theirs, has_stdin=bool(command.stdin), merge_stderr=command.merge_stderr
-                )
+                exec_id = await guest.start(command, body, pipes.theirs)
             finally:
                 pipes.close_theirs()
             answer = await self._answer(guest, exec_id, command.timeout_s)
