@@ -53,6 +53,7 @@ class Dsec:
     """Runs the command as a user does."""
 
     cgroup_parent: str
+    path: str = COMMAND
     sessions: set[int] = field(default_factory=set)
 
     def start(self, *arguments: object, command: str = COMMAND, **options: Any) -> subprocess.Popen[str]:

@@ -18,9 +18,8 @@ import pytest
 
 from rollout.main import load_tokenizer
 
-KEYS = (
-    "tasks rollouts solved tokens tokens_regenerated commands_replayed commands_run_twice infra_failures wall_s".split()
-)
+KEYS = ["tasks", "rollouts", "solved", "tokens", "per_task", "wall_s"]
+NONE = ["tokens_regenerated", "commands_replayed", "commands_run_twice", "infra_failures"]
 SAME_RUN = ("--group-size", 2, "--temperature", 1, "--seed", 3, "--turns-max", 6)
 HIGHEST = "Reasoning Effort: Absolute maximum"
 
@@ -31,13 +30,13 @@ def digest(directory: Path) -> dict[str, str]:
 
 def test_the_summary_counts_what_the_trajectories_say(dsec: Any, finished: Path) -> None:
     summary, records = json.loads((finished / "summary.json").read_text()), dsec.show(finished)
-    assert [key for key in KEYS if key not in summary] == []
+    assert [key for key in KEYS + NONE if key not in summary] == []
     assert (summary["tasks"], summary["rollouts"], summary["finished"]) == (4, 8, 8)
     assert summary["solved"] == sum(record["reward"] == 1 for record in records.values())
     assert summary["tokens"] == sum(record["tokens_sampled"] for record in records.values()) > 0
     assert summary["turns"] == sum(len(record["turns"]) for record in records.values())
     assert summary["tool_calls"] == sum(len(record["tool_calls"]) for record in records.values()) > 0
-    assert [summary[key] for key in KEYS[4:8]] == [0, 0, 0, 0]
+    assert [summary[key] for key in NONE] == [0, 0, 0, 0]
     assert [row["task"] for row in summary["per_task"]] == ["bug-5-000", "copy-5-000", "sort-5-000", "unclear"]
     for row in summary["per_task"]:
         members = [record for record in records.values() if record["task"] == row["task"]]
@@ -205,17 +204,16 @@ def test_a_torn_tail_is_cut_and_what_it_held_is_done_again(dsec: Any, finished: 
     }
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_a_run_where_it_is_and_a_resume_finishes_it(
-    dsec: Any, tasks: Path, finished: Path, tmp_path: Path, number: signal.Signals
+    dsec: Any, tasks: Path, finished: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     process = dsec.start("run", tasks, "--out", run, *SAME_RUN)
     wait_for_tokens(process, run)
-    os.kill(process.pid, number)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 128 + number
-    assert f"stopped by {number.name}; finish with: dsec run --resume --out {run}" in err
+    assert process.returncode == 130
+    assert f"stopped by SIGINT; finish with: dsec run --resume --out {run}" in err
     dsec.done("run", "--resume", "--out", run)
     assert {n: r["token_ids"] for n, r in dsec.show(run).items()} == {
         n: r["token_ids"] for n, r in dsec.show(finished).items()
