@@ -55,7 +55,7 @@ Examples:
 SHOW_EXAMPLE = """\b
 Examples:
   dsec show runs/first
-  dsec show runs/first bug-01
+  dsec show runs/first bug-1-000
   dsec show runs/first --json | jq .reward"""
 
 
