@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -160,7 +162,7 @@ def run(
     if as_json:
         click.echo(msgspec.json.encode(outcome.summary))
     else:
-        print_summary(Console(), outcome.summary, directory)
+        print_summary(Console(), outcome.summary, directory, _program())
     if outcome.stopped_by is not None:
         click.echo(f"stopped by {outcome.stopped_by.name}; finish with: dsec run --resume --out {directory}", err=True)
         sys.exit(128 + outcome.stopped_by)
@@ -230,6 +232,15 @@ async def _serve(directory: Path, listen: str, config: RolloutConfig) -> None:
         if broken.done():
             broken.result()
         broken.cancel()
+
+
+def _program() -> str:
+    """How this program can be called from here: `dsec` if that is what the PATH finds, else its path."""
+    own = Path(sys.argv[0]).absolute()
+    found = shutil.which("dsec")
+    if found is not None and Path(found).resolve() == own.resolve():
+        return "dsec"
+    return os.path.relpath(own) if own.is_relative_to(Path.cwd()) else str(own)
 
 
 def _log_of(directory: Path) -> Path:

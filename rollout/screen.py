@@ -78,7 +78,7 @@ def summarise_quickly(ledger: Ledger) -> dict[str, int]:
     }
 
 
-def print_summary(console: Console, summary: Summary, directory: Path) -> None:
+def print_summary(console: Console, summary: Summary, directory: Path, program: str) -> None:
     """The end of a run: figures, what was not solved, where results lie, what to try next."""
     share = f" ({summary.solved / summary.rollouts:.1%})" if summary.rollouts else ""
     waited = summary.sampling_s + summary.tools_s + summary.log_s or 1.0
@@ -107,11 +107,11 @@ def print_summary(console: Console, summary: Summary, directory: Path) -> None:
     console.print(
         Text.assemble(
             ("try next\n", "bold"),
-            f"  dsec show {directory} {example}\n",
+            f"  {program} show {directory} {example}\n",
             ("    look at a trajectory\n", "dim"),
-            f"  dsec run --resume --out {directory}\n",
+            f"  {program} run --resume --out {directory}\n",
             ("    after a kill -9 at any moment: finish the run, nothing sampled or run twice\n", "dim"),
-            "  dsec run path/to/task --out runs/mine\n",
+            f"  {program} run path/to/task --out runs/mine\n",
             ("    run a task of your own (a folder in Harbor's format)", "dim"),
         )
     )
