@@ -1,0 +1,43 @@
+"""Every file of examples/ runs as it stands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def test_every_example_is_run_here() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"run_in_process.py", "submit_group.py"}
+
+
+def test_the_in_process_example_prints_rewards_and_goes_on_where_it_stood(dsec: Any, tmp_path: Path) -> None:
+    first = dsec.done(EXAMPLES / "run_in_process.py", tmp_path / "run", command=sys.executable)
+    again = dsec.done(EXAMPLES / "run_in_process.py", tmp_path / "run", command=sys.executable)
+    lines = first.out.splitlines()
+    assert len(lines) == 8
+    assert all(line.split()[1] in ("0.0", "1.0") for line in lines)
+    assert sorted(again.out.splitlines()) == sorted(lines)
+
+
+def test_the_group_example_prints_rewards_of_a_bundled_task_and_of_a_folder(
+    dsec: Any, make_task: Any, tmp_path: Path
+) -> None:
+    server = dsec.start("serve", "--out", tmp_path / "server", "--listen", "127.0.0.1:0")
+    try:
+        address = server.stdout.readline().split()[2].rstrip(",")
+        for task in ("copy-1-000", make_task(tmp_path / "mine")):
+            ran = dsec.done(EXAMPLES / "submit_group.py", address, task, command=sys.executable)
+            *lines, mean = ran.out.splitlines()
+            rewards = [float(line.split()[1]) for line in lines]
+            assert len(rewards) == 4
+            assert mean == f"mean {sum(rewards) / 4:.2f} of 4"
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+
+
+def test_the_group_example_fits_on_a_screen() -> None:
+    assert len((EXAMPLES / "submit_group.py").read_text().splitlines()) <= 40
