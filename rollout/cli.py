@@ -101,7 +101,11 @@ def main() -> None:
 @main.command(epilog=RUN_EXAMPLE)
 @click.argument("tasks_dir", required=False, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory  [default: runs/TIME]")
-@click.option("--resume", is_flag=True, help="Finish the run that --out holds (or start it, if it holds none).")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Finish the run that --out holds, with its own tasks and options (or start it, if it holds none).",
+)
 @click.option("--agent", type=click.Choice(["model", "oracle", "nop"]), default="model", show_default=True)
 @click.option("--group-size", type=int, default=1, show_default=True, help="Rollouts of each task.")
 @click.option("--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Rollouts at once.")

@@ -171,7 +171,8 @@ def step(state: State, event: RolloutEvent, tokenizer: Tokenizer) -> State:
         case InfraFailed(), _:
             return replace(state, failure=event)
         case RolloutFinished(), phase if phase is not Phase.DONE:
-            return replace(state, phase=Phase.DONE, reason=event.reason, finished=event)
+            closed = _close_cut_turn(state, tokenizer)  # a cancel may come in mid-turn
+            return replace(closed, phase=Phase.DONE, reason=event.reason, finished=event)
         case SandboxPrepared(), Phase.PREPARE:
             after = {"model": Phase.SAMPLE, "oracle": Phase.SOLVE, "nop": Phase.JUDGE}[state.job.agent]
             reason = None if after is Phase.SAMPLE else FinishReason.STOP
@@ -223,22 +224,27 @@ def _append(state: State, event: TokensAppended, tokenizer: Tokenizer) -> State:
     return state
 
 
-def _close_turn(state: State, tokenizer: Tokenizer, cut: TurnFinish | None = None) -> State:
+def read_turn(state: State, tokenizer: Tokenizer) -> tuple[ParsedTurn, tuple[Span, ...]]:
+    """What the open turn's tokens say so far, and the spans that they take in the context."""
     parsed = parse(state.current, tokenizer, thinking=state.job.thinking != "none", policy="strict")
+    begin, number = len(state.token_ids), len(state.turns)
+    return parsed, tuple(Span(begin + s, n, kind.value, number, trainable=True) for s, n, kind in parsed.spans)
+
+
+def _close_turn(state: State, tokenizer: Tokenizer, cut: TurnFinish | None = None) -> State:
+    parsed, spans = read_turn(state, tokenizer)
     if cut is not None:
         finish = cut
     elif parsed.error is not None:
         finish = TurnFinish.PARSE_FAILED
     else:
         finish = TurnFinish.TOOL_CALLS if parsed.calls else TurnFinish.STOP
-    begin, number = len(state.token_ids), len(state.turns)
     state = replace(
         state,
         token_ids=state.token_ids + state.current,
         logprobs=state.logprobs + state.current_logprobs,
-        spans=state.spans
-        + tuple(Span(begin + s, n, kind.value, number, trainable=True) for s, n, kind in parsed.spans),
-        turns=(*state.turns, Turn(begin, len(state.current), finish, parsed)),
+        spans=state.spans + spans,
+        turns=(*state.turns, Turn(len(state.token_ids), len(state.current), finish, parsed)),
         current=(),
         current_logprobs=(),
     )

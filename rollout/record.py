@@ -15,7 +15,7 @@ from dsec.trajectory import Trajectory
 from rollout.context import SAMPLED, Span
 from rollout.engine import EngineInfo, Sampling
 from rollout.ledger import Ledger
-from rollout.machine import AnsweredCall, State, Turn
+from rollout.machine import AnsweredCall, State, Turn, read_turn
 
 
 class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,7 +118,7 @@ def trajectory_record(ledger: Ledger, rollout_id: str) -> TrajectoryRecord:
         thinking=state.job.thinking,
         sampling=state.job.sampling,
         token_ids=state.token_ids + state.current,
-        spans=state.spans,
+        spans=state.spans + (read_turn(state, ledger.tokenizer)[1] if state.current else ()),
         logprobs=_aligned_logprobs(state),
         policy_versions=_versions(state, state.opened.engine),
         kv_breaks=state.resumed_at,

@@ -15,9 +15,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from dsec.errors import DsecError
+from dsec.wire import STATUS
 from rollout.bench.tasks import BUNDLED
+from rollout.errors import RolloutError
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
+from wal import WalError
 
 EVERYTHING = (pb.TOKENS, pb.LOGPROBS, pb.TEXT)
 
@@ -203,7 +207,9 @@ def test_a_cancelled_job_ends_and_stays_ended(serve: Any, tasks: Path) -> None:
     ended = finished_of(updates)
     assert {record.finish_reason for record in ended.values()} == {"CANCELLED"}
     assert len(ended) == 3
-    assert not any(record.HasField("reward") for record in ended.values())
+    for record in ended.values():
+        assert not record.HasField("reward")
+        assert sum(span.length for span in record.spans) == len(record.token_ids) == len(record.logprobs)
     server.kill()
     server = serve()
     assert server.taken_up == 0
@@ -281,3 +287,9 @@ def test_health_and_reflection_are_served(serve: Any) -> None:
     (reply,) = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
     names = {service.name for service in reply.list_services_response.service}
     assert {"rollout.pb.v1.RolloutService", "grpc.health.v1.Health"} <= names
+
+
+def test_every_error_has_a_status() -> None:
+    leaves = [leaf for root in (RolloutError, DsecError, WalError) for leaf in root.__subclasses__()]
+    assert len(leaves) > 15
+    assert [leaf.__name__ for leaf in leaves if leaf.code not in STATUS] == []
