@@ -43,7 +43,7 @@ from rollout.record import trajectory_record
 from rollout.screen import LiveTable, print_summary, render_overview, render_trajectory, visible
 from rollout.service import RolloutService
 from toolcall_dsl import DslError
-from wal import CorruptError, WalError
+from wal import CorruptError, PoisonedError, WalError
 
 Failure = (RolloutError, DsecError, WalError, DslError)
 _SETTING_PREFIX = {kind.__name__: str(kind.model_config["env_prefix"]) for kind in (RolloutConfig, SubstrateConfig)}
@@ -76,6 +76,8 @@ class DsecGroup(click.Group):
 
 def fail(error: RolloutError | DsecError | WalError | DslError) -> NoReturn:
     """Print what was wrong and exit with the code that says whose fault it was."""
+    if isinstance(error, PoisonedError):
+        error = error.cause  # the first failure is the one to mend, whoever met it
     click.echo(f"dsec: {visible(str(error))}", err=True)
     if isinstance(error, CorruptError):
         sys.exit(1)
