@@ -64,6 +64,7 @@ class BuildParts(build_ext):
     """build_ext that compiles the C parts in place of Python extensions."""
 
     def run(self) -> None:
+        """Compile what is older than its sources."""
         compile_parts()
 
 
@@ -71,6 +72,7 @@ class BuildPython(build_py):
     """build_py that has the C parts compiled first: they are package data."""
 
     def run(self) -> None:
+        """Compile, then collect."""
         self.run_command("build_ext")
         super().run()
 
@@ -79,6 +81,7 @@ class NativeDistribution(Distribution):
     """A distribution with compiled parts: its wheel is bound to the platform."""
 
     def has_ext_modules(self) -> bool:
+        """Always: the wheel holds machine code."""
         return True
 
 

@@ -125,13 +125,13 @@ def test_nothing_is_left_for_later(path: Path) -> None:
 def test_no_machine_path_and_no_registry_host_is_named() -> None:
     forbidden = re.compile(
         "/"
-        + r"work/(main|shared|\.library)|"
-        + "pypi"
-        + r"\.org|"
-        + "files\\.python"
-        + "hosted|index"
-        + "-url ?=|deb\\."
-        + "debian"
+        r"work/(main|shared|\.library)|"
+        "pypi"
+        r"\.org|"
+        "files\\.python"
+        "hosted|index"
+        "-url ?=|deb\\."
+        "debian"
     )
     for path in TEXTS:
         text = path.read_text(errors="replace")
