@@ -9,6 +9,8 @@ See: docs/architecture.md, "Recovery"; docs/adr/0003-rebuild-by-compared-replay.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from dsec.edge.exec_log import DurableSandbox
 from dsec.errors import DivergedError
 from dsec.sandbox import Substrate
@@ -16,17 +18,29 @@ from dsec.trajectory import Append, CommandReplayed, SandboxCreated, Trajectory
 from dsec.types import ExecResult, Output, SandboxSpec
 
 
-async def incarnate(substrate: Substrate, spec: SandboxSpec, trajectory: Trajectory, append: Append) -> DurableSandbox:
+def every_key(_key: str) -> bool:
+    """Replay everything."""
+    return True
+
+
+async def incarnate(
+    substrate: Substrate,
+    spec: SandboxSpec,
+    trajectory: Trajectory,
+    append: Append,
+    is_wanted: Callable[[str], bool] = every_key,
+) -> DurableSandbox:
     """A sandbox in the state that the trajectory describes: fresh, or rebuilt by a compared replay.
 
-    Replays the finished commands in the order in which they started.  Raises DivergedError at the
-    first result that differs (the new sandbox is destroyed), and what `Substrate.create` raises.
+    Replays the finished commands whose key `is_wanted`, in the order in which they started.  Raises
+    DivergedError at the first result that differs (the new sandbox is destroyed), and what
+    `Substrate.create` raises.
     """
     sandbox = DurableSandbox(await substrate.create(spec), trajectory, append)
     try:
         await sandbox.record(SandboxCreated(trajectory.session, trajectory.incarnation + 1, spec))
         for key, entry in list(trajectory.entries.items()):
-            if entry.result is None:
+            if entry.result is None or not is_wanted(key):
                 continue
             again = await sandbox.sandbox.exec(entry.command)
             difference = first_difference(entry.result, again)

@@ -127,6 +127,12 @@ class Trajectory:
                 self._entry(record.key).count_application(record.incarnation)
                 self.replayed_count += 1
 
+    def forget_contents(self) -> None:
+        """Drop what only a rebuild needs (inputs and outputs); counts and keys stay.  For a closed session."""
+        for entry in self.entries.values():
+            entry.command = msgspec.structs.replace(entry.command, stdin=b"")
+            entry.result = None
+
     def _entry(self, key: str) -> Entry:
         try:
             return self.entries[key]

@@ -81,6 +81,13 @@ class JobCancelled(msgspec.Struct, frozen=True, tag="job_cancelled"):
     request_id: str
 
 
+class JobWorked(msgspec.Struct, frozen=True, tag="job_worked"):
+    """A process worked on the job for so long and stopped by itself (a killed one cannot say)."""
+
+    request_id: str
+    wall_s: float
+
+
 class PromptSegment(msgspec.Struct, frozen=True):
     """Adjacent prompt tokens of one span kind."""
 
@@ -101,11 +108,12 @@ class RolloutOpened(msgspec.Struct, frozen=True, tag="rollout_opened"):
 
 
 class RolloutResumed(msgspec.Struct, frozen=True, tag="rollout_resumed"):
-    """Another process took the rollout over from the log, at this many tokens."""
+    """Another process took the rollout over from the log, at this many tokens; `engine` draws from here on."""
 
     rollout_id: str
     attempt: int
     tokens_count: int
+    engine: EngineInfo | None = None
 
 
 class SandboxPrepared(msgspec.Struct, frozen=True, tag="sandbox_prepared"):
@@ -128,11 +136,12 @@ class ToolFinished(msgspec.Struct, frozen=True, tag="tool_finished"):
 
 
 class SolutionApplied(msgspec.Struct, frozen=True, tag="solution_applied"):
-    """The oracle agent ran the task's own solution."""
+    """The oracle agent ran the task's own solution; `output` is how that ended, for people."""
 
     rollout_id: str
     exit_code: int
     duration_s: float
+    output: str = ""
 
 
 class AgentStopped(msgspec.Struct, frozen=True, tag="agent_stopped"):
@@ -143,13 +152,14 @@ class AgentStopped(msgspec.Struct, frozen=True, tag="agent_stopped"):
 
 
 class Judged(msgspec.Struct, frozen=True, tag="judged"):
-    """The verifier gave a reward."""
+    """The verifier gave a reward; `output` is how test.sh ended, for people."""
 
     rollout_id: str
     reward: float
     components: dict[str, float]
     verifier_digest: str
     duration_s: float
+    output: str = ""
 
 
 class RolloutFinished(msgspec.Struct, frozen=True, tag="rollout_finished"):
@@ -183,7 +193,7 @@ RolloutEvent = (
     | RolloutFinished
     | InfraFailed
 )
-JobEvent = TaskAdmitted | JobSubmitted | JobCancelled
+JobEvent = TaskAdmitted | JobSubmitted | JobCancelled | JobWorked
 Event = RolloutEvent | JobEvent
 
 

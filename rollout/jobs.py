@@ -12,7 +12,7 @@ from rollout.errors import RequestError, TaskError
 from rollout.events import AgentKind, Group, Job, Limits, Thinking
 
 GROUP_SIZE_MAX = 1024
-TEMPERATURE_MAX = 10.0
+TEMPERATURE_MIN, TEMPERATURE_MAX = 1e-3, 10.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
@@ -47,8 +47,10 @@ def make_job(
         raise RequestError("a job needs at least one task")
     if not 1 <= group_size <= GROUP_SIZE_MAX:
         raise RequestError(f"group_size is {group_size}, must be 1 to {GROUP_SIZE_MAX}")
-    if not (math.isfinite(sampling.temperature) and 0 <= sampling.temperature <= TEMPERATURE_MAX):
-        raise RequestError(f"temperature is {sampling.temperature}, must be 0 to {TEMPERATURE_MAX:g}")
+    if sampling.temperature != 0 and not TEMPERATURE_MIN <= sampling.temperature <= TEMPERATURE_MAX:
+        raise RequestError(
+            f"temperature is {sampling.temperature}, must be 0 (greedy) or {TEMPERATURE_MIN:g} to {TEMPERATURE_MAX:g}"
+        )
     if not 0 < sampling.top_p <= 1:
         raise RequestError(f"top_p is {sampling.top_p}, must be above 0 and at most 1")
     if not 0 <= sampling.top_k < 1 << 32:

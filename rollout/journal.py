@@ -32,6 +32,7 @@ _MsgpackEvent = (
     events.TaskAdmitted
     | events.JobSubmitted
     | events.JobCancelled
+    | events.JobWorked
     | events.RolloutOpened
     | events.RolloutResumed
     | events.SandboxPrepared

@@ -26,7 +26,18 @@ from dsec.trajectory import (
 from rollout import journal, machine
 from rollout.bench.tasks import Task
 from rollout.errors import JournalError
-from rollout.events import Event, Group, Job, JobCancelled, JobSubmitted, RolloutOpened, TaskAdmitted, rollout_of
+from rollout.events import (
+    Event,
+    Group,
+    Job,
+    JobCancelled,
+    JobSubmitted,
+    JobWorked,
+    RolloutFinished,
+    RolloutOpened,
+    TaskAdmitted,
+    rollout_of,
+)
 from rollout.machine import State
 from toolcall_dsl import Tokenizer
 from wal.tokens import TokensAppended
@@ -45,6 +56,7 @@ class Ledger:
         self.trajectories: dict[str, Trajectory] = {}
         self.lsns: dict[str, tuple[int, int]] = {}
         self.tokens_regenerated = 0
+        self.worked_s = 0.0
         self._job_of_group: dict[str, Job] = {}
         self._logged_until: dict[str, int] = {}
 
@@ -65,6 +77,8 @@ class Ledger:
                 self._submit(event.job)
             case JobCancelled():
                 self.cancelled.add(event.request_id)
+            case JobWorked():
+                self.worked_s += event.wall_s
             case SandboxCreated() | CommandStarted() | CommandFinished() | CommandReplayed():
                 self.trajectory(event.session).apply(event)
                 self.extend(event.session, lsn)
@@ -76,6 +90,8 @@ class Ledger:
                 if isinstance(event, TokensAppended):
                     self._count_regenerated(event)
                 self.rollouts[rollout_id] = machine.step(self._state(rollout_id), event, self.tokenizer)
+                if isinstance(event, RolloutFinished):
+                    self.trajectory(rollout_id).forget_contents()
                 self.extend(rollout_id, lsn)
 
     def trajectory(self, rollout_id: str) -> Trajectory:

@@ -21,7 +21,7 @@ from enum import StrEnum
 from rollout import context
 from rollout.context import Span, spans_of
 from rollout.effects import ApplySolution, Effect, Finish, Judge, Prepare, RunTool, Sample
-from rollout.engine import SampleRequest
+from rollout.engine import EngineInfo, SampleRequest
 from rollout.errors import MachineError
 from rollout.events import (
     AgentStopped,
@@ -88,7 +88,9 @@ class State:
     """A rollout so far.  `token_ids`, `spans` and `logprobs` hold what is closed, `current*` the open turn.
 
     `logprobs` has one entry for each sampled token, in order.  `calls` are all answered calls;
-    `pending` the open block's calls, of which `answered` are answered.
+    `pending` the open block's calls, of which `answered` are answered.  `setup_try` and `judge_try`
+    count failed attempts, whose commands a later attempt does not build on.  `engines` says from which
+    position of the context on which engine drew.
     """
 
     job: Job
@@ -105,12 +107,16 @@ class State:
     answered: int = 0
     reason: FinishReason | None = None
     answer: str = ""
+    solution: SolutionApplied | None = None
     judged: Judged | None = None
     finished: RolloutFinished | None = None
     failure: InfraFailed | None = None
     attempt: int = 1
     resumed_at: tuple[int, ...] = ()
     sandbox_start_s: float = 0.0
+    setup_try: int = 0
+    judge_try: int = 0
+    engines: tuple[tuple[int, EngineInfo], ...] = ()
 
     @property
     def tokens_count(self) -> int:
@@ -137,6 +143,7 @@ def start(job: Job, opened: RolloutOpened) -> State:
         phase=Phase.PREPARE,
         token_ids=tuple(token for segment in segments for token in segment.token_ids),
         spans=spans_of(segments, 0, 0),
+        engines=((0, opened.engine),),
     )
 
 
@@ -165,29 +172,54 @@ def step(state: State, event: RolloutEvent, tokenizer: Tokenizer) -> State:
     """Fold one event in.  MachineError if it does not answer what the state waits for."""
     match event, state.phase:
         case RolloutResumed(), _:
+            return _resume(state, event)
+        case InfraFailed(), phase:
             return replace(
-                state, attempt=event.attempt, resumed_at=(*state.resumed_at, event.tokens_count), failure=None
+                state,
+                failure=event,
+                setup_try=state.setup_try + (phase is Phase.PREPARE),
+                judge_try=state.judge_try + (phase is Phase.JUDGE),
             )
-        case InfraFailed(), _:
-            return replace(state, failure=event)
         case RolloutFinished(), phase if phase is not Phase.DONE:
             closed = _close_cut_turn(state, tokenizer)  # a cancel may come in mid-turn
             return replace(closed, phase=Phase.DONE, reason=event.reason, finished=event)
         case SandboxPrepared(), Phase.PREPARE:
-            after = {"model": Phase.SAMPLE, "oracle": Phase.SOLVE, "nop": Phase.JUDGE}[state.job.agent]
-            reason = None if after is Phase.SAMPLE else FinishReason.STOP
-            return replace(state, phase=after, reason=reason, sandbox_start_s=event.duration_s)
+            return _prepared(state, event)
         case TokensAppended(), Phase.SAMPLE:
             return _append(state, event, tokenizer)
         case ToolFinished(), Phase.TOOLS:
             return _answer(state, event, tokenizer)
         case SolutionApplied(), Phase.SOLVE:
-            return replace(state, phase=Phase.JUDGE)
+            return replace(state, phase=Phase.JUDGE, solution=event)
         case AgentStopped(), Phase.SAMPLE | Phase.TOOLS:
             return replace(_close_cut_turn(state, tokenizer), phase=Phase.JUDGE, reason=event.reason)
         case Judged(), Phase.JUDGE:
             return replace(state, phase=Phase.FINISH, judged=event)
     raise MachineError(f"{state.opened.rollout_id}: {type(event).__name__} does not fit phase {state.phase}")
+
+
+def is_current(state: State, key: str) -> bool:
+    """True unless a command's key belongs to an attempt at the set-up or the verdict that failed."""
+    part, _, rest = key.partition("/")
+    current = {"setup": state.setup_try, "judge": state.judge_try}.get(part)
+    return current is None or rest.startswith(f"{current}/")
+
+
+def _prepared(state: State, event: SandboxPrepared) -> State:
+    state = replace(state, sandbox_start_s=event.duration_s)
+    if state.job.agent == "model" and state.tokens_count >= state.job.limits.context_tokens_count_max:
+        return replace(state, phase=Phase.JUDGE, reason=FinishReason.LENGTH_CONTEXT)
+    if state.job.agent == "model":
+        return replace(state, phase=Phase.SAMPLE)
+    return replace(state, phase=Phase.SOLVE if state.job.agent == "oracle" else Phase.JUDGE, reason=FinishReason.STOP)
+
+
+def _resume(state: State, event: RolloutResumed) -> State:
+    engines = state.engines
+    if event.engine is not None and event.engine != engines[-1][1]:
+        engines = (*engines, (event.tokens_count, event.engine))
+    resumed_at = (*state.resumed_at, event.tokens_count)
+    return replace(state, attempt=event.attempt, resumed_at=resumed_at, failure=None, engines=engines)
 
 
 def _request(state: State, tokenizer: Tokenizer) -> SampleRequest:

@@ -9,11 +9,13 @@ See: docs/formats/trajectory.md.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import msgspec
 
 from dsec.trajectory import Trajectory
 from rollout.context import SAMPLED, Span
-from rollout.engine import EngineInfo, Sampling
+from rollout.engine import Sampling
 from rollout.ledger import Ledger
 from rollout.machine import AnsweredCall, State, Turn, read_turn
 
@@ -84,6 +86,8 @@ class TrajectoryRecord(msgspec.Struct, frozen=True, kw_only=True):
     reward: float | None
     reward_components: dict[str, float]
     verifier_digest: str | None
+    verifier_output: str | None
+    solution_output: str | None
     finish_reason: str | None
     infra_failure: dict[str, str] | None
     attempt: int
@@ -120,13 +124,15 @@ def trajectory_record(ledger: Ledger, rollout_id: str) -> TrajectoryRecord:
         token_ids=state.token_ids + state.current,
         spans=state.spans + (read_turn(state, ledger.tokenizer)[1] if state.current else ()),
         logprobs=_aligned_logprobs(state),
-        policy_versions=_versions(state, state.opened.engine),
+        policy_versions=version_runs(state),
         kv_breaks=state.resumed_at,
         turns=tuple(_turn(turn) for turn in state.turns),
         tool_calls=tuple(_call(index, call, sandbox) for index, call in enumerate(state.calls)),
         reward=judged.reward if judged else None,
         reward_components=judged.components if judged else {},
         verifier_digest=judged.verifier_digest if judged else None,
+        verifier_output=judged.output if judged else None,
+        solution_output=state.solution.output if state.solution else None,
         finish_reason=state.finished.reason.value if state.finished else None,
         infra_failure={"code": failure.code, "fault": failure.fault, "message": failure.message} if failure else None,
         attempt=state.attempt,
@@ -154,18 +160,25 @@ def _aligned_logprobs(state: State) -> tuple[float | None, ...]:
     return (*aligned, *state.current_logprobs)
 
 
-def _versions(state: State, engine: EngineInfo) -> tuple[VersionRun, ...]:
-    return tuple(
-        VersionRun(
-            start=turn.start,
-            length=turn.length,
-            version=0,
-            weights_digest=engine.weights_digest,
-            engine_id=engine.name,
-            engine_build=engine.build,
-        )
-        for turn in state.turns
-    )
+def version_runs(state: State) -> tuple[VersionRun, ...]:
+    """Runs of sampled tokens, cut where a turn ends and where another engine took over."""
+    runs = []
+    for turn in state.turns:
+        cuts = [start for start, _ in state.engines if turn.start < start < turn.start + turn.length]
+        edges = [turn.start, *cuts, turn.start + turn.length]
+        for begin, end in pairwise(edges):
+            engine = next(info for start, info in reversed(state.engines) if start <= begin)
+            runs.append(
+                VersionRun(
+                    start=begin,
+                    length=end - begin,
+                    version=0,
+                    weights_digest=engine.weights_digest,
+                    engine_id=engine.name,
+                    engine_build=engine.build,
+                )
+            )
+    return tuple(runs)
 
 
 def _turn(turn: Turn) -> TurnRecord:

@@ -35,7 +35,7 @@ from rollout.events import (
 from rollout.journal import Journal
 from rollout.ledger import Ledger
 from rollout.machine import State
-from rollout.rewards.tests import reward_from, solution_commands, verify_commands
+from rollout.rewards.tests import RUN, ending, reward_from, solution_commands, verify_commands
 from rollout.sandboxes import Sandboxes
 from rollout.tools import Place, use_tool
 from wal.tokens import TokensAppended
@@ -91,7 +91,7 @@ class Runner:
                     async with aclosing(self.perform(effect, rollout)) as events:
                         async for event in events:
                             await self.record(rollout, event)
-                except (RolloutError, DsecError) as error:
+                except (RolloutError, DsecError, wal.RecordInvalidError, wal.RecordTooLargeError) as error:
                     await self.sandboxes.drop(rollout.id)
                     losses += 1
                     if not isinstance(error, SandboxLostError) or losses > SANDBOX_LOSSES_MAX:
@@ -136,7 +136,9 @@ class Runner:
 
     async def hold(self, rollout: Rollout) -> DurableSandbox:
         """The rollout's sandbox, made or rebuilt if it has none."""
-        return await self.sandboxes.hold(rollout.id, rollout.task.sandbox)
+        return await self.sandboxes.hold(
+            rollout.id, rollout.task.sandbox, lambda key: machine.is_current(self.state(rollout), key)
+        )
 
     async def stop_agent(self, rollout: Rollout) -> Events:
         """The agent's wall clock ran out."""
@@ -147,7 +149,7 @@ class Runner:
         began = time.monotonic()
         sandbox = await self.hold(rollout)
         for number, command in enumerate(setup_commands(rollout.task)):
-            result = await sandbox.exec(f"setup/{number}", command)
+            result = await sandbox.exec(f"setup/{self.state(rollout).setup_try}/{number}", command)
             if result.exit_code != 0 or result.timed_out:
                 said = (result.stderr.data or result.stdout.data)[-300:].decode(errors="replace").strip()
                 line = " ".join(command.argv)[:200]
@@ -183,22 +185,26 @@ class Runner:
 
     async def apply_solution(self, rollout: Rollout) -> Events:
         """The oracle: the task's own solution."""
-        began, exit_code = time.monotonic(), 0
+        began = time.monotonic()
         sandbox = await self.hold(rollout)
-        for number, (_, command) in enumerate(solution_commands(rollout.task)):
-            exit_code = (await sandbox.exec(f"solution/{number}", command)).exit_code
-        yield SolutionApplied(rollout.id, exit_code, time.monotonic() - began)
+        results = [
+            await sandbox.exec(f"solution/{number}", command)
+            for number, (_, command) in enumerate(solution_commands(rollout.task))
+        ]
+        yield SolutionApplied(rollout.id, results[-1].exit_code, time.monotonic() - began, ending(results[-1]))
 
     async def judge(self, rollout: Rollout, effect: Judge) -> Events:
         """Upload the tests now that the agent has finished, run them, read the reward."""
         began = time.monotonic()
         sandbox = await self.hold(rollout)
         commands = verify_commands(rollout.task, effect.answer)
-        results = [(name, await sandbox.exec(f"judge/{n}", command)) for n, (name, command) in enumerate(commands)]
+        prefix = f"judge/{self.state(rollout).judge_try}"
+        results = [(name, await sandbox.exec(f"{prefix}/{n}", command)) for n, (name, command) in enumerate(commands)]
         reward = reward_from(rollout.task, results)
         spent = time.monotonic() - began
         rollout.spent.tools_s += spent
-        yield Judged(rollout.id, reward.value, reward.components, reward.verifier_digest, spent)
+        output = ending(next(result for name, result in results if name == RUN))
+        yield Judged(rollout.id, reward.value, reward.components, reward.verifier_digest, spent, output)
 
     async def finish(self, rollout: Rollout, effect: Finish) -> Events:
         """The last event."""

@@ -6,6 +6,8 @@ verifier asks for it, not before.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from dsec.edge.exec_log import DurableSandbox
 from dsec.replay import incarnate
 from dsec.sandbox import Substrate
@@ -29,10 +31,11 @@ class Sandboxes:
         """Sandboxes alive now."""
         return len(self._held)
 
-    async def hold(self, rollout_id: str, spec: SandboxSpec) -> DurableSandbox:
+    async def hold(self, rollout_id: str, spec: SandboxSpec, is_wanted: Callable[[str], bool]) -> DurableSandbox:
         """The rollout's sandbox, in the state that its trajectory describes.
 
-        Raises DivergedError (a replay did not give the logged results), SpawnError and
+        A rebuild replays the keys that are wanted: what an attempt at the set-up or at the verdict did
+        that failed is left out.  Raises DivergedError (a replay did not give the logged results), SpawnError and
         ResourceExhaustedError.
         """
 
@@ -43,7 +46,7 @@ class Sandboxes:
 
         if rollout_id not in self._held:
             trajectory = self._ledger.trajectory(rollout_id)
-            self._held[rollout_id] = await incarnate(self._substrate, spec, trajectory, append)
+            self._held[rollout_id] = await incarnate(self._substrate, spec, trajectory, append, is_wanted)
         return self._held[rollout_id]
 
     async def drop(self, rollout_id: str) -> None:

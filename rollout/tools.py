@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from dsec.errors import InvalidArgumentError
 from dsec.types import Command, ExecResult
 from toolcall_dsl import ToolCall
 
@@ -50,7 +51,14 @@ class Observation:
 
 
 async def use_tool(call: ToolCall, place: Place, run: Run) -> Observation:
-    """Answer one call.  Raises only what `run` raises."""
+    """Answer one call.  Raises what `run` raises, but a command that was refused is an observation."""
+    try:
+        return await _use(call, place, run)
+    except InvalidArgumentError as error:
+        return Observation(f"error: {error}")
+
+
+async def _use(call: ToolCall, place: Place, run: Run) -> Observation:
     wanted = {"bash": ("command",), "edit": ("path", "old", "new")}.get(call.name)
     if wanted is None:
         return Observation(f"error: unknown tool {call.name}")
@@ -96,7 +104,9 @@ async def _edit(path: str, old: str, new: str, place: Place, run: Run) -> Observ
     if not path or not old:
         return Observation(f"error: parameter '{'path' if not path else 'old'}' is empty")
     before = await run("read", _file_command(_READ, path, place))
-    if before.timed_out or before.stdout.is_truncated:
+    if before.timed_out:
+        return Observation("[timeout]", before.exit_code, timed_out=True)
+    if before.stdout.is_truncated or len(before.stdout.data) > FILE_BYTES_MAX:
         return Observation(f"error: file larger than {FILE_BYTES_MAX} bytes")
     if before.exit_code != 0:
         return Observation("error: no such file", before.exit_code)

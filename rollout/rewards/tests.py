@@ -103,17 +103,17 @@ def reward_from(task: Task, results: Iterable[tuple[str, ExecResult]]) -> Reward
         if name == RUN:
             ran = result
         elif result.exit_code or result.timed_out:
-            raise VerifierError(f"{task.name}: {name}: {_ending(result)}")
+            raise VerifierError(f"{task.name}: {name}: {ending(result)}")
         elif name == READ:
             read = result
     if ran is None or read is None:
         raise VerifierError(f"{task.name}: the verifier did not run to its end")
     if ran.timed_out:
-        raise VerifierError(f"{task.name}: test.sh: no end within {task.verifier_timeout_s:g} s: {_ending(ran)}")
+        raise VerifierError(f"{task.name}: test.sh: no end within {task.verifier_timeout_s:g} s: {ending(ran)}")
     try:
         components = _parse(read.stdout.data)
     except ValueError as why:
-        raise VerifierError(f"{task.name}: {why}; test.sh: {_ending(ran)}") from why
+        raise VerifierError(f"{task.name}: {why}; test.sh: {ending(ran)}") from why
     value = components["reward"] if "reward" in components else next(iter(components.values()))
     return Reward(value, components, task.verifier_digest)
 
@@ -155,7 +155,7 @@ def _is_finite(number: float) -> bool:
         return False
 
 
-def _ending(result: ExecResult) -> str:
+def ending(result: ExecResult) -> str:
     """Exit code and the last lines of the output, for a message."""
     lines = result.stdout.data.decode(errors="replace").splitlines()[-TAIL_LINES_MAX:]
     killed = ", killed for memory" if result.oom_killed else ""

@@ -1,18 +1,19 @@
 """The law of the service: from any prefix of its log a run ends the same, and nothing logged is done again."""
 
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 import pytest
 
 import wal
-from dsec.testing import FakeSandbox, FakeSubstrate
+from dsec.testing import FakeSandbox, FakeSubstrate, Script
 from dsec.types import Command, ExecResult, Output
 from rollout import journal
 from rollout.bench.tasks import Task, task_from_files
 from rollout.config import RolloutConfig
-from rollout.engine import Sampling
+from rollout.engine import Sampled, SampleRequest, Sampling
 from rollout.errors import EngineError
 from rollout.events import InfraFailed
 from rollout.jobs import make_job
@@ -58,10 +59,12 @@ def script(_session: str, turn: int) -> Reply:
     return REPLIES[turn]
 
 
-async def run(directory: Path, engine: ScriptedEngine | None = None, group_size: int = 2) -> tuple[Ledger, int]:
+async def run(
+    directory: Path, engine: ScriptedEngine | None = None, group_size: int = 2, answers: Script = world
+) -> tuple[Ledger, int]:
     """Run or resume to the end; the ledger and how many tokens the engine drew in this process."""
     engine = engine or ScriptedEngine(TOKENIZER, script, chunk_tokens_count=5)
-    async with RolloutService(directory, engine, FakeSubstrate(world), TOKENIZER, CONFIG) as service:
+    async with RolloutService(directory, engine, FakeSubstrate(answers), TOKENIZER, CONFIG) as service:
         if not service.ledger.jobs:
             wanted = tasks()
             await service.submit(make_job("run", wanted, group_size=group_size, sampling=Sampling(seed=1)), wanted)
@@ -147,3 +150,36 @@ async def test_an_engine_failure_is_not_the_models_and_a_resume_finishes_the_rol
     resumed, _ = await run(tmp_path / "failed")
     assert token_ids(resumed) == token_ids(whole)
     assert summarise(resumed, 0.0).infra_failures == 0
+
+
+async def test_a_verdict_or_a_set_up_that_failed_is_tried_again_by_a_resume(tmp_path: Path) -> None:
+    def no_reward(sandbox: FakeSandbox, command: Command) -> ExecResult:
+        answer = world(sandbox, command)
+        return ExecResult(exit_code=0, stdout=Output(b"none\n")) if answer.stdout.head.startswith(b"reward") else answer
+
+    def no_folders(sandbox: FakeSandbox, command: Command) -> ExecResult:
+        return ExecResult(exit_code=1) if command.argv[0] == "mkdir" else world(sandbox, command)
+
+    for name, broken, code in (("verdict", no_reward, "VERIFIER_ERROR"), ("set-up", no_folders, "BAD_TASK")):
+        failed, _ = await run(tmp_path / name, answers=broken)
+        assert {state.failure.code for state in failed.rollouts.values() if state.failure} == {code}
+        mended, drawn = await run(tmp_path / name)
+        assert {state.judged.reward for state in mended.rollouts.values() if state.judged} == {1.0}
+        assert summarise(mended, 0.0).infra_failures == 0
+        assert (drawn == 0) == (name == "verdict")
+
+
+class NotANumberEngine(ScriptedEngine):
+    """Draws tokens whose log-probability is not a number for one rollout, as a broken kernel would."""
+
+    async def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
+        async for chunk in super().sample(request):
+            broken = Sampled(token_ids=chunk.token_ids, logprobs=(math.nan,) * len(chunk.token_ids))
+            yield broken if request.session == "one.0" else chunk
+
+
+async def test_what_one_rollout_cannot_log_is_its_own_failure_and_not_the_services(tmp_path: Path) -> None:
+    ended, _ = await run(tmp_path, NotANumberEngine(TOKENIZER, script))
+    failed = {i: state.failure.code for i, state in ended.rollouts.items() if state.failure}
+    assert failed == {"one.0": "WAL_RECORD_INVALID"}
+    assert summarise(ended, 0.0).solved == 3

@@ -28,6 +28,7 @@ EVENTS = [
     events.TaskAdmitted(TASK),
     events.JobSubmitted(job_of_one()),
     events.JobCancelled("run"),
+    events.JobWorked("run", 1.5),
     events.RolloutOpened("r", "run", "run/t", 0, (PromptSegment("SYSTEM", (0, 5)),), "digest", ENGINE),
     events.RolloutResumed("r", 2, 100),
     events.SandboxPrepared("r", 0.5),
@@ -74,11 +75,11 @@ def test_a_record_of_another_schema_is_a_typed_error(kind: int, payload: bytes) 
 
 def test_replay_names_the_record_that_it_cannot_read(tmp_path: Path) -> None:
     log = wal.Log.open(tmp_path)
-    log.append(*journal.encode(EVENTS[5]))
+    log.append(*journal.encode(EVENTS[6]))
     log.append(2, b"\xc1")
     log.sync()
     log.close()
     values = journal.replay(tmp_path)
-    assert next(values)[1] == EVENTS[5]
+    assert next(values)[1] == EVENTS[6]
     with pytest.raises(JournalError, match="lsn 2"):
         next(values)

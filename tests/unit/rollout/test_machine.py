@@ -1,5 +1,6 @@
 """The machine: what each event makes of a rollout, and what is wanted then."""
 
+import msgspec
 import pytest
 
 from rollout import context
@@ -18,8 +19,9 @@ from rollout.events import (
     SolutionApplied,
     ToolFinished,
 )
-from rollout.machine import Phase, State, TurnFinish, effect, start, step, stream_key
-from rollout.testing import Reply, job_of_one, opened, reply_ids
+from rollout.machine import Phase, State, TurnFinish, effect, is_current, start, step, stream_key
+from rollout.record import version_runs
+from rollout.testing import ENGINE, Reply, job_of_one, opened, reply_ids
 from toolcall_dsl import V4, Tokenizer, encode
 from wal.tokens import TokensAppended
 
@@ -195,3 +197,35 @@ def test_an_event_that_nobody_waits_for_is_refused(tokenizer: Tokenizer) -> None
     for event in (Judged(ID, 1.0, {}, "v", 0.0), ToolFinished(ID, 0, "x", 0, False, 0, 0.0), SandboxPrepared(ID, 0.0)):
         with pytest.raises(MachineError):
             step(state, event, tokenizer)
+
+
+def test_a_prompt_that_fills_the_context_is_judged_as_it_stands(tokenizer: Tokenizer) -> None:
+    state = prepared(tokenizer, limits=Limits(context_tokens_count_max=100))
+    assert (state.phase, state.reason) == (Phase.JUDGE, FinishReason.LENGTH_CONTEXT)
+
+
+def test_a_failed_attempt_at_set_up_or_verdict_gets_new_keys_and_is_not_built_on(tokenizer: Tokenizer) -> None:
+    state = begin(tokenizer, job_of_one())
+    state = step(state, InfraFailed("t.0", "BAD_TASK", "caller", "no git"), tokenizer)
+    assert (state.setup_try, is_current(state, "setup/0/1"), is_current(state, "setup/1/0")) == (1, False, True)
+    state = say(step(state, SandboxPrepared(ID, 0.1), tokenizer), DONE, tokenizer)
+    state = step(state, InfraFailed("t.0", "VERIFIER_ERROR", "peer", "late"), tokenizer)
+    assert (state.setup_try, state.judge_try) == (1, 1)
+    assert [is_current(state, key) for key in ("setup/1/0", "call/0/bash", "judge/0/0", "judge/1/0", "judge/10/0")] == [
+        True, True, False, True, False,
+    ]  # fmt: skip
+
+
+def test_tokens_are_stamped_with_the_engine_that_drew_them(tokenizer: Tokenizer) -> None:
+    state = prepared(tokenizer)
+    ids = reply_ids(LS, tokenizer)
+    state = step(state, TokensAppended(ID, state.tokens_count, ids[:4], (-1.0,) * 4, 0), tokenizer)
+    cut = state.tokens_count
+    newer = msgspec.structs.replace(ENGINE, build="2")
+    state = step(state, RolloutResumed(ID, 2, cut, newer), tokenizer)
+    state = step(state, TokensAppended(ID, cut, ids[4:], (-1.0,) * (len(ids) - 4), 0), tokenizer)
+    start_of_turn = state.turns[0].start
+    assert [(v.start, v.length, v.engine_build) for v in version_runs(state)] == [
+        (start_of_turn, 4, "1"),
+        (cut, len(ids) - 4, "2"),
+    ]

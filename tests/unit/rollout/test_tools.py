@@ -2,8 +2,9 @@
 
 import pytest
 
+from dsec.errors import InvalidArgumentError
 from dsec.types import Command, ExecResult, Output
-from rollout.tools import OBSERVATION_CHARACTERS_MAX, Observation, Place, use_tool
+from rollout.tools import FILE_BYTES_MAX, OBSERVATION_CHARACTERS_MAX, Observation, Place, use_tool
 from toolcall_dsl import ToolCall
 
 PLACE = Place("/app", {"PATH": "/usr/bin"}, 10.0)
@@ -95,6 +96,20 @@ async def test_edit_replaces_a_text_that_stands_exactly_once(content: bytes, old
     seen = await use_tool(ToolCall("edit", {"path": "f.py", "old": old, "new": "a = 9"}), PLACE, files)
     assert seen.text == text
     assert files.files["f.py"] == after
+
+
+async def test_a_command_that_the_sandbox_refuses_is_an_observation() -> None:
+    async def refuse(step: str, command: Command) -> ExecResult:
+        raise InvalidArgumentError(f"cwd {command.cwd!r}: No such file or directory")
+
+    for call in (ToolCall("bash", {"command": "ls"}), ToolCall("edit", {"path": "a", "old": "b", "new": "c"})):
+        assert (await use_tool(call, PLACE, refuse)).text == "error: cwd '/app': No such file or directory"
+
+
+async def test_edit_refuses_a_file_over_its_bound() -> None:
+    files = Files({"big": b"x" * FILE_BYTES_MAX + b"y"})
+    seen = await use_tool(ToolCall("edit", {"path": "big", "old": "y", "new": "z"}), PLACE, files)
+    assert seen.text == f"error: file larger than {FILE_BYTES_MAX} bytes"
 
 
 async def test_edit_of_a_file_that_is_not_there_says_so() -> None:
