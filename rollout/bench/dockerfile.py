@@ -38,7 +38,7 @@ BASE_ENV = {
 }
 _ARCHIVE_ENDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _IGNORED = {"CMD", "ENTRYPOINT", "LABEL", "EXPOSE", "MAINTAINER"}
-_BASES = re.compile(r"^(?:docker\.io/)?(?:library/)?(debian|buildpack-deps|python)(:[\w.-]+)?(@sha256:[0-9a-f]+)?$")
+_BASES = re.compile(r"(?:docker\.io/)?(?:library/)?(debian|buildpack-deps|python)(:[\w.-]+)?(@sha256:[0-9a-f]+)?")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?:(:[-+])([^}]*))?\})")
 
 
@@ -150,7 +150,7 @@ class _Builder:
         words = [w for w in self._expand(rest).split() if not w.startswith("--platform=")]
         if self.base:
             raise ValueError("a build of several stages is not supported")
-        if len(words) not in (1, 3) or not _BASES.match(words[0]) or "alpine" in words[0]:
+        if len(words) not in (1, 3) or not _BASES.fullmatch(words[0]) or "alpine" in words[0]:
             raise ValueError(f"{words[:1]}: only Debian images have a stand-in here, such as debian:bookworm-slim")
         self.base = words[0]
 

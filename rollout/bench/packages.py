@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import msgspec
 
 SANDBOX_PATH = "/usr/local/bin:/usr/bin:/bin"
-_NAME = re.compile(r"^[a-z0-9][a-z0-9+.-]*$")
-_REQUIREMENT = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[[^\]]*\])?(?:==([A-Za-z0-9.+!]+))?$")
+_NAME = re.compile(r"[a-z0-9][a-z0-9+.-]*")
+_REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[[^\]]*\])?(?:==([A-Za-z0-9.+!]+))?")
 _APT_IDLE = {"update", "clean", "autoclean", "autoremove"}
 _WITH_VALUE = {"-o", "-t", "--target-release", "-i", "--index-url", "--extra-index-url", "--root-user-action"}
 _APT_FOLDERS = ("/var/lib/apt/", "/var/cache/apt/")
@@ -64,7 +64,7 @@ def _is_there(package: Package, installed: dict[str, str]) -> bool:
     version = installed.get(package.name)
     if version is None:
         return not package.version and shutil.which(package.name, path=SANDBOX_PATH) is not None
-    pinned = re.compile(re.escape(package.version) + r"($|[-+~.])")
+    pinned = re.compile(re.escape(package.version) + r"(\Z|[-+~.])")
     without_epoch = version.partition(":")[2] or version
     return not package.version or any(map(pinned.match, (version, without_epoch)))
 
@@ -127,13 +127,13 @@ def _without_options(words: list[str]) -> Iterator[str]:
 
 def _apt(word: str) -> Package:
     name, _, version = word.partition("=")
-    if not _NAME.match(name):
+    if not _NAME.fullmatch(name):
         raise ValueError(f"{word!r} is not the name of a Debian package")
     return Package(name, version)
 
 
 def _pip(word: str) -> Package:
-    match = _REQUIREMENT.match(word)
+    match = _REQUIREMENT.fullmatch(word)
     if match is None:
         raise ValueError(f"`pip install {word}` is not supported: give a name, or name==version")
     name = re.sub(r"[._-]+", "-", match[1].lower()).removeprefix("python-")

@@ -37,7 +37,7 @@ ERRORS_SHOWN_MAX = 20
 LOG_FOLDERS = ("/logs/agent", "/logs/verifier", "/logs/artifacts")
 BUNDLED = Path(__file__).parent / "bundled"
 _PARTS = ("task.toml", "instruction.md", "environment", "tests", "solution")
-_TASK_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _WAY_OUT = "a task is a folder with task.toml, instruction.md, environment/Dockerfile and tests/test.sh"
 
 
@@ -187,7 +187,7 @@ def _below(files: Mapping[str, TaskFile], folder: str) -> dict[str, TaskFile]:
 
 def _problems(name: str, files: Mapping[str, TaskFile]) -> Iterator[str]:
     """Each rule that the set of files breaks, as `file: rule: way out`."""
-    if not _TASK_NAME.match(name):
+    if not _TASK_NAME.fullmatch(name):
         yield f"the name {name!r}: use letters, digits, `.`, `_` and `-`, at most 128, a letter or digit first"
     for needed in ("task.toml", "instruction.md", "tests/test.sh"):
         if needed not in files:

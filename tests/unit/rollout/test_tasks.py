@@ -144,9 +144,10 @@ def test_a_name_below_a_file_is_refused() -> None:
         task_from_files("t", {**FILES, "tests/test.sh/more": b""})
 
 
-def test_a_task_name_that_is_no_plain_name_is_refused() -> None:
+@pytest.mark.parametrize("name", ["../t", "t\n", "", "a" * 129])
+def test_a_task_name_that_is_no_plain_name_is_refused(name: str) -> None:
     with pytest.raises(TaskError, match="use letters, digits"):
-        task_from_files("../t", FILES)
+        task_from_files(name, FILES)
 
 
 def test_too_many_and_too_large_files_are_refused() -> None:
@@ -251,10 +252,12 @@ def test_a_run_line_that_installs_nothing_is_run(command: str) -> None:
         "pip install -r need.txt",
         "pip install ./x",
         "pip install 'a>=2'",
+        "pip install 'a\n'",
+        "apt-get install 'a\n'",
     ],
 )
 def test_an_installation_that_cannot_be_stood_in_for_is_refused(command: str) -> None:
-    with pytest.raises(ValueError, match=r"RUN of their own|not supported"):
+    with pytest.raises(ValueError, match=r"RUN of their own|not supported|not the name of a Debian package"):
         packages_of(command)
 
 
