@@ -247,6 +247,8 @@ def _json_array(text: str) -> tuple[str, ...] | None:
         words = json.loads(text)
     except ValueError:
         return None
+    except RecursionError:
+        raise ValueError("the array is nested too deeply: it takes one or more strings") from None
     if not (isinstance(words, list) and words and all(isinstance(w, str) for w in words)):
         raise ValueError("the array form takes one or more strings")
     return tuple(words)

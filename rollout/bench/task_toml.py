@@ -135,6 +135,8 @@ def parse_task_toml(data: bytes) -> TaskToml:
         raise ValueError(f"not UTF-8 (byte {why.start}): save it as UTF-8") from why
     except tomllib.TOMLDecodeError as why:
         raise ValueError(f"not TOML: {why}") from why
+    except RecursionError:
+        raise ValueError("not TOML that can be read: its arrays or tables are nested too deeply") from None
     except ValidationError as why:
         lines = (f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in why.errors())
         raise ValueError("; ".join(lines)) from why

@@ -136,6 +136,8 @@ def test_instructions_that_change_nothing_here_are_accepted() -> None:
         ("FROM debian\nRUN apt-get install -y git && git init\n", "line 2: RUN: a RUN that installs packages"),
         ("FROM debian\nENV A='$B'\n", "a quoted \\$"),
         ("FROM debian\nENV 1A=2\n", "write NAME=value"),
+        (f"FROM debian\nRUN {'[' * 50_000}\n", "line 2: RUN: the array is nested too deeply"),
+        (f"FROM debian\nCOPY {'[' * 50_000}\n", "line 2: COPY: the array is nested too deeply"),
         ("FROM debian\nWORKDIR\n", "its argument is missing"),
         ("\n", "no FROM"),
     ],

@@ -108,6 +108,7 @@ def test_unknown_keys_of_task_toml_are_let_through() -> None:
         ("[verifier]\nenv = {KEY = '${SECRET}'}\n", "host's environment"),
         ("[[steps]]\nname = 'a'\n", "several steps"),
         ("[environment\n", "not TOML"),
+        ("x = " + "[" * 50_000, "nested too deeply"),
     ],
 )
 def test_a_bad_task_toml_is_told_with_its_key_and_the_way_out(toml: str, says: str) -> None:
