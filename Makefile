@@ -8,7 +8,7 @@ logged = $(1) > build/setup.log 2>&1 || { tail -n 30 build/setup.log; exit 1; }
 .PHONY: run test test-external check bench protos lock setup setup-dev native clean
 
 run: setup ## set up, then run the main job on the bundled tasks; run again to finish or to see the result
-	.venv/bin/dsec run --resume --out $(RUN_DIR)
+	.venv/bin/dsec run --resume --out "$(RUN_DIR)"
 
 test: setup-dev ## set up, then run the tests (root; under ten minutes on two cores)
 	$(PY) -m pytest tests --ignore tests/external $(PYTEST_ARGS)
@@ -34,6 +34,7 @@ lock: setup-dev ## pin the newest versions that pyproject.toml allows
 	    --no-emit-index-url --no-emit-trusted-host --no-emit-find-links -o requirements.lock pyproject.toml
 	.venv/bin/pip-compile -q --upgrade --strip-extras --allow-unsafe --extra build --extra dev -c requirements.lock \
 	    --no-emit-index-url --no-emit-trusted-host --no-emit-find-links -o requirements-dev.lock pyproject.toml
+	sed -i -E 's/^([a-z0-9-]+==[^ +]+)\+[^ ]+/\1/' requirements-dev.lock  # a local build's suffix is nobody else's
 
 setup: .venv/.installed native
 
@@ -51,6 +52,7 @@ native: .venv/.installed ## compile the C parts if their sources are newer
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed requirements-dev.lock
+	@bash deploy/host.sh dev
 	@echo "adding what the tests need (torch and transformers among it; output in build/setup.log)"
 	@mkdir -p build
 	@$(call logged,$(PIP) -r requirements-dev.lock)

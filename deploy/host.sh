@@ -6,7 +6,7 @@ set -eu
 missing=()
 python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || missing+=(python3)
 python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
-command -v "${CC:-gcc}" >/dev/null || missing+=(gcc)
+command -v "${CC:-gcc}" >/dev/null || missing+=(gcc libc6-dev)
 probe=$(mktemp -d)
 trap 'rm -rf "$probe"' EXIT
 if command -v "${CC:-gcc}" >/dev/null; then
@@ -16,6 +16,13 @@ fi
 [ -x /usr/bin/python3 ] || [ -x /usr/local/bin/python3 ] || missing+=(python3-minimal)
 [ -x /usr/bin/bash ] || missing+=(bash)
 [ -x /usr/bin/tar ] || missing+=(tar)
+if [ "${1:-}" = dev ]; then # for the tests: the file list, sanitizers, process tools inside sandboxes
+    command -v git >/dev/null || missing+=(git)
+    command -v pgrep >/dev/null || missing+=(procps)
+    for library in libasan:libasan8 libubsan:libubsan1; do
+        "${CC:-gcc}" -print-file-name="${library%%:*}.so" 2>/dev/null | grep -q / || missing+=("${library##*:}")
+    done
+fi
 
 [ ${#missing[@]} -eq 0 ] && exit 0
 if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then

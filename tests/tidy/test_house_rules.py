@@ -139,6 +139,13 @@ def test_no_machine_path_and_no_registry_host_is_named() -> None:
         assert found is None, f"{name_of(path)} says {found and found[0]!r}"
 
 
+def test_a_lock_pins_no_build_of_one_machine() -> None:
+    for name in ("requirements.lock", "requirements-dev.lock"):
+        pins = [line for line in (ROOT / name).read_text().splitlines() if re.match(r"[a-z0-9-]+==", line)]
+        assert len(pins) > 20
+        assert [pin for pin in pins if "+" in pin] == []
+
+
 def test_the_generated_protocol_code_is_current(tmp_path: Path) -> None:
     for proto in sorted((ROOT / "proto").rglob("*.proto")):
         relative = proto.relative_to(ROOT / "proto")
