@@ -84,5 +84,5 @@ def _row(record: TrajectoryRecord) -> dict[str, object]:
     row: dict[str, object] = msgspec.structs.asdict(record)
     row["spans"] = [msgspec.structs.asdict(span) for span in record.spans]
     for name in _AS_JSON:
-        row[name] = msgspec.json.encode(row[name]).decode()
+        row[name] = None if row[name] is None else msgspec.json.encode(row[name]).decode()
     return row
