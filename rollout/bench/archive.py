@@ -44,32 +44,43 @@ def pack(files: Mapping[str, TaskFile]) -> bytes:
     return raw.getvalue()
 
 
+def setup_command(
+    env: Mapping[str, str],
+    argv: tuple[str, ...],
+    *,
+    cwd: str = "/",
+    stdin: bytes = b"",
+    timeout_s: float = SETUP_TIMEOUT_S,
+    output_bytes_max: int = OUTPUT_KEPT_BYTES,
+    merge_stderr: bool = True,
+) -> Command:
+    """A command of ours around the agent's, with the bounds that they share unless told otherwise."""
+    return Command(
+        argv=argv,
+        cwd=cwd,
+        env=dict(env),
+        stdin=stdin,
+        timeout_s=timeout_s,
+        output_bytes_max=output_bytes_max,
+        merge_stderr=merge_stderr,
+    )
+
+
 def make_folders(env: Mapping[str, str], *paths: str) -> Command:
     """The command that makes folders and their parents."""
-    return _command(env, "mkdir", "-p", "--", *paths)
+    return setup_command(env, ("mkdir", "-p", "--", *paths))
 
 
 def upload(files: Mapping[str, TaskFile], target: str, env: Mapping[str, str]) -> tuple[Command, ...]:
     """The commands that write `files` below the folder `target`, which must exist; none for no files."""
     argv = ("tar", "-x", "--no-same-owner", "-C", target)
-    return tuple(_command(env, *argv, stdin=pack(part)) for part in _parts(files))
+    return tuple(setup_command(env, argv, stdin=pack(part)) for part in _parts(files))
 
 
 def unpack(archive: bytes, target: str, env: Mapping[str, str]) -> Command:
     """The command that unpacks an archive of the task's author (tar; plain, gzip, bzip2 or xz) in `target`."""
     flags = [flag for magic, flag in _FLAG_OF_MAGIC.items() if archive.startswith(magic)]
-    return _command(env, "tar", "-x", *flags, "--no-same-owner", "-C", target, stdin=archive)
-
-
-def _command(env: Mapping[str, str], *argv: str, stdin: bytes = b"") -> Command:
-    return Command(
-        argv=argv,
-        env=dict(env),
-        stdin=stdin,
-        timeout_s=SETUP_TIMEOUT_S,
-        output_bytes_max=OUTPUT_KEPT_BYTES,
-        merge_stderr=True,
-    )
+    return setup_command(env, ("tar", "-x", *flags, "--no-same-owner", "-C", target), stdin=archive)
 
 
 def _parts(files: Mapping[str, TaskFile]) -> Iterator[dict[str, TaskFile]]:

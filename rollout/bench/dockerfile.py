@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 import msgspec
 
 from dsec.types import Command
-from rollout.bench.archive import OUTPUT_KEPT_BYTES, SETUP_TIMEOUT_S, TaskFile, make_folders, unpack, upload
+from rollout.bench.archive import TaskFile, make_folders, setup_command, unpack, upload
 from rollout.bench.packages import SANDBOX_PATH, Package, packages_of
 
 BASE_IMAGE = "debian"
@@ -185,16 +185,7 @@ class _Builder:
         if installed is not None:
             self.packages += installed
             return
-        self.commands.append(
-            Command(
-                argv=argv,
-                cwd=self.workdir,
-                env={**self.args, **self.env},
-                timeout_s=SETUP_TIMEOUT_S,
-                output_bytes_max=OUTPUT_KEPT_BYTES,
-                merge_stderr=True,
-            )
-        )
+        self.commands.append(setup_command({**self.args, **self.env}, argv, cwd=self.workdir))
 
     def _copy(self, rest: str, *, extracts: bool) -> None:
         while rest.startswith("--"):

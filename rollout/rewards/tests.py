@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from dsec.types import Command, ExecResult
-from rollout.bench.archive import OUTPUT_KEPT_BYTES, SETUP_TIMEOUT_S, make_folders, upload
+from rollout.bench.archive import make_folders, setup_command, upload
 from rollout.bench.tasks import LOG_FOLDERS, Task
 from rollout.errors import TaskError, VerifierError
 
@@ -63,14 +63,7 @@ def verify_commands(task: Task, answer: str | None) -> tuple[tuple[str, Command]
     ]
     if answer is not None:
         named.append(("write answer", _bash(task.env, f"cat > {ANSWER}", stdin=answer.encode(errors="replace"))))
-    run = Command(
-        argv=("bash", "/tests/test.sh"),
-        cwd=task.workdir,
-        env=env,
-        timeout_s=task.verifier_timeout_s,
-        output_bytes_max=OUTPUT_KEPT_BYTES,
-        merge_stderr=True,
-    )
+    run = setup_command(env, ("bash", "/tests/test.sh"), cwd=task.workdir, timeout_s=task.verifier_timeout_s)
     return (*named, (RUN, run), (READ, _bash(task.env, _READ_REWARD)))
 
 
@@ -78,14 +71,8 @@ def solution_commands(task: Task) -> tuple[tuple[str, Command], ...]:
     """Named commands by which the oracle solves a task; each must exit 0.  TaskError without a solution/."""
     if not task.solution:
         raise TaskError(f"{task.name}: solution/solve.sh: missing: the oracle has nothing to run")
-    run = Command(
-        argv=("bash", "/solution/solve.sh"),
-        cwd=task.workdir,
-        env={**task.env, **task.solution_env},
-        timeout_s=task.agent_timeout_s,
-        output_bytes_max=OUTPUT_KEPT_BYTES,
-        merge_stderr=True,
-    )
+    env = {**task.env, **task.solution_env}
+    run = setup_command(env, ("bash", "/solution/solve.sh"), cwd=task.workdir, timeout_s=task.agent_timeout_s)
     return (
         ("make folders", make_folders(task.env, "/solution")),
         *(("upload solution", command) for command in upload(task.solution, "/solution", task.env)),
@@ -163,11 +150,5 @@ def ending(result: ExecResult) -> str:
 
 
 def _bash(env: Mapping[str, str], script: str, *words: str, stdin: bytes = b"") -> Command:
-    return Command(
-        argv=("bash", "-c", script, "bash", *words),
-        env=dict(env),
-        stdin=stdin,
-        timeout_s=SETUP_TIMEOUT_S,
-        output_bytes_max=2 * REWARD_BYTES_MAX,
-        merge_stderr=False,
-    )
+    argv = ("bash", "-c", script, "bash", *words)
+    return setup_command(env, argv, stdin=stdin, output_bytes_max=2 * REWARD_BYTES_MAX, merge_stderr=False)
