@@ -23,9 +23,7 @@ import msgspec
 
 from rollout.engine import SampleRequest
 from rollout.engines.embedded.binding import Chunk, Drawn, Model, State, Stream
-from rollout.engines.embedded.retained import Retained, RetainedStates
-
-TOKEN_BYTES = 4
+from rollout.engines.embedded.retained import TOKEN_BYTES, Retained, RetainedStates
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):

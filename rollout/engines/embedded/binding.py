@@ -19,11 +19,10 @@ from pathlib import Path
 import msgspec
 
 from rollout.engine import Sampling
-from rollout.engines.embedded.checkpoint import Checkpoint
+from rollout.engines.embedded.checkpoint import LAYERS_MAX, Checkpoint
 from rollout.errors import EngineError
 
 LIBRARY = Path(__file__).parent / "v4.so"
-LAYERS_MAX = 64
 STOPS_MAX = 16
 BATCH_TOKENS_MAX = 128
 U64_MASK = (1 << 64) - 1

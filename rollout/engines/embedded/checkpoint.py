@@ -23,6 +23,8 @@ from rollout.errors import EngineError
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoint"
 HEADER_BYTES_MAX = 16 << 20
+LAYERS_MAX = 64
+"""As `V4_LAYERS_MAX` of v4.h."""
 STREAMS = 4
 KINDS = {"sliding_attention": 0, "compressed_sparse_attention": 1, "heavily_compressed_attention": 2}
 FORK_TOKEN = "<｜User｜>"  # noqa: S105 - a token of the vocabulary, not a secret
@@ -213,7 +215,7 @@ def _check_supported(path: Path, d: Dimensions) -> None:
             n > 0 and n % 8 == 0 for n in (d.head_dim, d.index_dim, d.rope_dim, d.vocab_count, d.heads_count)
         ),
         "the rotary part must fit the head and index dimensions": d.rope_dim <= min(d.head_dim, d.index_dim),
-        "1 to 64 layers": 1 <= d.layers_count <= 64,
+        f"1 to {LAYERS_MAX} layers": 1 <= d.layers_count <= LAYERS_MAX,
         "a kind for every layer": len(d.attention_kinds) == len(d.hash_routed) == d.layers_count,
         "8 to 64 experts in steps of 8, at most 8 active": d.experts_count in range(8, 65, 8)
         and 1 <= d.experts_active <= 8,
