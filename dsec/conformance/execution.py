@@ -174,7 +174,7 @@ async def a_command_that_kills_others_starts_alone(substrate: Substrate) -> None
         stubborn = asyncio.create_task(shell(sandbox, STUBBORN_TREE, timeout_s=60))
         await shell(sandbox, "setsid nohup sleep 300 > /dev/null 2>&1 &")
         await _until_stubborn_count(sandbox, "2")
-        others = "ls -d /proc/[0-9]* | wc -l; pgrep -fc 'sleep 300|^stubborn' || true"
+        others = "ls -d /proc/[0-9]* | wc -l; pgrep -fc '^sleep 300|^stubborn' || true"
         alone = Command(argv=("bash", "-c", others), env=ENV, kill_others=True)
         result = await sandbox.exec(alone)
         require(result.stdout.data.split()[1:] == [b"0"], result)
@@ -240,6 +240,7 @@ CHECKS: tuple[Check, ...] = (
     cancelling_kills_the_whole_tree,
     a_background_child_that_holds_the_pipe_does_not_delay_the_end,
     a_kill_by_timeout_spares_the_background_of_others,
+    a_command_that_kills_others_starts_alone,
     zombies_are_reaped,
     commands_run_side_by_side,
     a_command_leads_its_own_session_without_a_terminal,
