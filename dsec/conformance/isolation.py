@@ -32,6 +32,47 @@ if result == 0: os._exit(0)
 print("clone_newuser", "allowed" if result >= 0 else errno.errorcode[ctypes.get_errno()])
 """
 
+# As every user of the namespace in turn: may it read pid 1's limits (the same right as setting them)?
+# Then everything that a user may do to processes of the same user, as those that pid 1 could be.
+_REACH = """
+import ctypes, os, resource, signal
+libc = ctypes.CDLL(None, use_errno=True)
+x86 = os.uname().machine == "x86_64"
+SETATTR, IOPRIO = (314, 251) if x86 else (274, 30)
+def allowed(act):
+    try: return act() != -1
+    except OSError: return False
+def as_user(user, act):
+    os.setresgid(user, user, 0); os.setresuid(user, user, 0)
+    try: return allowed(act)
+    finally: os.setresuid(0, 0, 0); os.setresgid(0, 0, 0)
+def limit(): resource.prlimit(1, resource.RLIMIT_NOFILE)
+def grab(): return libc.syscall(438, os.pidfd_open(1), 3, 0)
+users = []
+for user in (*range(70000), 2**31 - 1, 2**32 - 2):
+    try:
+        if as_user(user, limit): print("prlimit", user)
+        users.append(user)
+    except OSError: pass
+block = ctypes.create_string_buffer(16)
+part = (ctypes.c_void_p * 2)(ctypes.addressof(block), 16)
+acts = dict(
+    affinity=lambda: os.sched_setaffinity(1, {0}), scheduler=lambda: os.sched_setscheduler(1, 3, os.sched_param(0)),
+    param=lambda: os.sched_setparam(1, os.sched_param(0)), attr=lambda: libc.syscall(SETATTR, 1, block, 0),
+    nice=lambda: os.setpriority(os.PRIO_PROCESS, 1, 19), ioprio=lambda: libc.syscall(IOPRIO, 1, 1, 3 << 13),
+    ptrace=lambda: libc.ptrace(16, 1, 0, 0), seize=lambda: libc.ptrace(0x4206, 1, 0, 0), pidfd=grab,
+    memory=lambda: libc.process_vm_readv(1, part, 1, part, 1, 0), mem=lambda: open("/proc/1/mem", "rb").close(),
+    oom=lambda: open("/proc/1/oom_score_adj", "w").write("1"), limits=lambda: open("/proc/1/environ").read())
+for user in {0, 65532, 65533, 65534, 65535, os.stat("/proc/1").st_uid} & set(users):
+    for name, act in acts.items():
+        if as_user(user, act): print(name, user)
+    for number in range(1, 65):
+        as_user(user, lambda: os.kill(1, number))
+    as_user(user, lambda: os.setpriority(os.PRIO_USER, user, 5))
+    as_user(user, lambda: libc.syscall(IOPRIO, 3, user, 3 << 13))
+print(len(users) > 60000)
+"""
+
 
 @check()
 async def only_own_processes_are_visible(substrate: Substrate) -> None:
@@ -52,6 +93,15 @@ async def pid_one_cannot_be_killed_read_or_limited(substrate: Substrate) -> None
             require(result.exit_code != 0 and not result.stdout.data, (script, result))
         await shell(sandbox, "kill -9 1; kill -STOP 1; kill -TERM 1; kill -SEGV 1")
         require(await line(sandbox, "echo alive") == "alive")
+
+
+@check()
+async def no_user_inside_is_the_one_of_pid_one(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        before = await line(sandbox, "cut -d' ' -f19 /proc/1/stat; ionice -p 1")
+        reached = await python(sandbox, _REACH)
+        require(reached == "True\n", reached)
+        require(await line(sandbox, "cut -d' ' -f19 /proc/1/stat; ionice -p 1") == before)
 
 
 @check()
@@ -175,6 +225,7 @@ async def sandboxes_share_no_processes_sockets_or_memory(substrate: Substrate) -
 CHECKS: tuple[Check, ...] = (
     only_own_processes_are_visible,
     pid_one_cannot_be_killed_read_or_limited,
+    no_user_inside_is_the_one_of_pid_one,
     no_environment_of_the_host_is_visible,
     privileges_are_few_and_final,
     dangerous_system_calls_are_refused,

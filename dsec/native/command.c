@@ -12,7 +12,6 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -85,7 +84,6 @@ static _Noreturn void run(const struct launch *what) {
     take_fds(&what->fds);
     umask(022);
     if (setgroups(0, NULL) < 0 || setresgid(0, 0, 0) < 0 || setresuid(0, 0, 0) < 0) refuse(STAGE_REQUEST);
-    prctl(PR_SET_KEEPCAPS, 0);
     if (chdir(what->body->cwd) < 0) refuse(STAGE_CWD);
     sigset_t none;
     sigemptyset(&none);

@@ -67,23 +67,29 @@ static void raise_loopback(void) {
     close(fd);
 }
 
-static void enter_user_namespace(int user_namespace) {
-    MUST("join the user namespace", setns(user_namespace, CLONE_NEWUSER));
+static void set_capabilities(const char *step, uint64_t wanted) {
+    struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+    uint32_t low = (uint32_t)wanted, high = (uint32_t)(wanted >> 32);
+    struct __user_cap_data_struct data[2] = {{low, low, 0}, {high, high, 0}};
+    MUST(step, syscall(SYS_capset, &header, data));
+}
+
+/* The uid comes first: no uid inside the namespace is the guest's.  Only the capability to join is
+ * carried over the change, and joining replaces it by those of the namespace. */
+static void enter_user_namespace(int user_namespace, uint32_t guest_uid) {
     MUST("keep capabilities", prctl(PR_SET_KEEPCAPS, 1));
     MUST("setgroups", setgroups(0, NULL));
-    MUST("setresgid", setresgid(GUEST_UID, GUEST_UID, GUEST_UID));
-    MUST("setresuid", setresuid(GUEST_UID, GUEST_UID, GUEST_UID));
+    MUST("setresgid", setresgid(guest_uid, guest_uid, guest_uid));
+    MUST("setresuid", setresuid(guest_uid, guest_uid, guest_uid));
+    set_capabilities("keep the capability to join", CAPABILITY(CAP_SYS_ADMIN));
+    MUST("join the user namespace", setns(user_namespace, CLONE_NEWUSER));
 }
 
 static void drop_capabilities(void) {
     for (int capability = 0; prctl(PR_CAPBSET_READ, capability) >= 0; capability++)
         if (!(KEPT_CAPABILITIES & CAPABILITY(capability)))
             MUST("drop a bounding capability", prctl(PR_CAPBSET_DROP, capability));
-    struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
-    uint32_t kept = (uint32_t)KEPT_CAPABILITIES;
-    struct __user_cap_data_struct data[2] = {{kept, kept, 0},
-                                             {(uint32_t)(KEPT_CAPABILITIES >> 32), (uint32_t)(KEPT_CAPABILITIES >> 32), 0}};
-    MUST("capset", syscall(SYS_capset, &header, data));
+    set_capabilities("capset", KEPT_CAPABILITIES);
 }
 
 void confine(const struct sandbox_setup *setup) {
@@ -91,7 +97,7 @@ void confine(const struct sandbox_setup *setup) {
     MUST("sethostname", sethostname(hostname, strlen(hostname)));
     set_limits();
     raise_loopback();
-    enter_user_namespace(setup->user_namespace);
+    enter_user_namespace(setup->user_namespace, setup->first_uid + GUEST_UID);
     drop_capabilities();
     MUST("not dumpable", prctl(PR_SET_DUMPABLE, 0));
     MUST("die with the spawner", prctl(PR_SET_PDEATHSIG, SIGKILL));

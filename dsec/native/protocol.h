@@ -82,6 +82,11 @@ enum refusal_stage { STAGE_REQUEST = 1, STAGE_GROUP = 2, STAGE_FORK = 3, STAGE_C
 #define UID_FIRST 0x10000000u
 #define UID_BLOCK (SLOTS_COUNT_MAX * UIDS_PER_SLOT) /* uids of one spawner */
 #define UID_BLOCKS_COUNT 28                          /* up to 0x7fffffff */
-#define GUEST_UID 65533u /* pid 1 is not the user its commands run as, so that they cannot prlimit it */
+
+/* Pid 1 has the last uid and gid of its slot, and the slot's user namespace maps all but that one: no
+ * command can become the guest's user, whatever it may do with CAP_SETUID, and so none reaches pid 1
+ * through the rights that users have over their own processes (limits, scheduling, tracing). */
+#define UIDS_MAPPED (UIDS_PER_SLOT - 1)
+#define GUEST_UID UIDS_MAPPED
 
 #endif

@@ -39,7 +39,7 @@ int claim_uid_block(uint32_t *first_uid) {
 static int write_map(int proc, pid_t pid, const char *file, uint32_t first_uid) {
     char path[64], map[64];
     snprintf(path, sizeof path, "%d/%s", pid, file);
-    int length = snprintf(map, sizeof map, "0 %u %u", first_uid, UIDS_PER_SLOT);
+    int length = snprintf(map, sizeof map, "0 %u %u", first_uid, UIDS_MAPPED);
     int fd = openat(proc, path, O_WRONLY | O_CLOEXEC);
     if (fd < 0) return -1;
     ssize_t count = write(fd, map, (size_t)length);
