@@ -58,8 +58,8 @@ def test_one_task_that_misses_a_file_is_one_line(dsec: Any, make_task: Any, tmp_
     ("options", "said"),
     [
         (("--group-size", "0"), "group_size is 0, must be 1 to 1024"),
-        (("--temperature", "-1"), "temperature is -1.0, must be 0 to 10"),
-        (("--temperature", "nan"), "temperature is nan, must be 0 to 10"),
+        (("--temperature", "-1"), "temperature is -1.0, must be 0 (greedy) or 0.001 to 10"),
+        (("--temperature", "nan"), "temperature is nan, must be 0 (greedy) or 0.001 to 10"),
         (("--seed", "-1"), "seed is -1, must fit 64 bits without sign"),
         (("--turns-max", "0"), "limits must be 1 or more"),
     ],
