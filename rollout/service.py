@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from rollout.events import (
     Group,
     Job,
     JobCancelled,
+    JobEvent,
     JobSubmitted,
     RolloutFinished,
     RolloutOpened,
@@ -44,8 +45,11 @@ from rollout.journal import Journal
 from rollout.ledger import Ledger
 from rollout.runner import Rollout, Runner
 from rollout.sandboxes import Sandboxes
-from rollout.watchers import Watchers
+from rollout.watchers import Watch, Watchers
 from toolcall_dsl import Tokenizer
+
+_CANCELS_IN_FLIGHT_MAX = 256
+"""Rollouts of a cancelled job whose last events are written together."""
 
 
 class RolloutService:
@@ -65,6 +69,7 @@ class RolloutService:
         self._slots = asyncio.Semaphore(config.concurrency)
         self._running: dict[str, asyncio.Task[None]] = {}
         self._running_of_job: Counter[str] = Counter()
+        self._cancelling: set[str] = set()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._resources = AsyncExitStack()
         self._is_started = False
@@ -117,6 +122,9 @@ class RolloutService:
 
         Raises RequestError if the same request id asked for something else, or a bound is exceeded.
         """
+        await wal.settled(self._submit(job, tasks))  # a caller that goes away attaches again
+
+    async def _submit(self, job: Job, tasks: Iterable[Task]) -> None:
         async with self._admission:  # two submits of one id at once must not both find it new
             await self._admit(job, tasks)
 
@@ -145,20 +153,34 @@ class RolloutService:
         """End a job: running rollouts stop, unfinished ones finish as CANCELLED; returns how many did."""
         if request_id not in self.ledger.jobs:
             raise NotFoundError(f"no job {request_id!r} in {self.directory}")
+        return await wal.settled(self._cancel(request_id))  # a caller that goes away does not leave it half done
+
+    async def _cancel(self, request_id: str) -> int:
         async with self._admission:  # two cancels at once must not both find a rollout open
-            if request_id not in self.ledger.cancelled:
-                await self._record(JobCancelled(request_id))
-            members = [rollout_id for rollout_id, _, _ in self.ledger.members(request_id)]
-            await _cancel([task for member in members if (task := self._running.get(member)) is not None])
-            return await self._finish_cancelled(request_id)
+            self._cancelling.add(request_id)
+            try:
+                if request_id not in self.ledger.cancelled:
+                    await self._record(JobCancelled(request_id))
+                members = [rollout_id for rollout_id, _, _ in self.ledger.members(request_id)]
+                await _stop([task for member in members if (task := self._running.get(member)) is not None])
+                return await self._finish_cancelled(request_id)
+            finally:
+                self._cancelling.discard(request_id)
 
     async def _finish_cancelled(self, request_id: str) -> int:
-        """End what a cancelled job left open, then its watchers; how many rollouts that were."""
-        members = [rollout_id for rollout_id, _, _ in self.ledger.members(request_id)]
-        open_ones = [m for m in members if m in self.ledger.rollouts and not self.ledger.is_done(m)]
-        await asyncio.gather(*(self._record(RolloutFinished(m, FinishReason.CANCELLED)) for m in open_ones))
+        """End what a cancelled job left open or never began, then its watchers; how many rollouts that were."""
+        unfinished = [m for m in self.ledger.members(request_id) if not self.ledger.is_done(m[0])]
+        for start in range(0, len(unfinished), _CANCELS_IN_FLIGHT_MAX):
+            batch = unfinished[start : start + _CANCELS_IN_FLIGHT_MAX]
+            await asyncio.gather(*(self._finish_member(request_id, *member) for member in batch))
         self.watchers.close(request_id)
-        return len(open_ones)
+        return len(unfinished)
+
+    async def _finish_member(self, request_id: str, rollout_id: str, group: Group, index: int) -> None:
+        """A member that waited for its turn is opened first: a group is whole in the log, also when cancelled."""
+        if rollout_id not in self.ledger.rollouts:
+            await self._open(request_id, rollout_id, group, index)
+        await self._record(RolloutFinished(rollout_id, FinishReason.CANCELLED))
 
     async def wait(self, request_id: str) -> None:
         """Return when no rollout of the job runs any more (ended, or stopped by an infrastructure failure).
@@ -179,11 +201,15 @@ class RolloutService:
         """Wait until something stops the whole service (a poisoned log, a bug), and raise it."""
         await asyncio.shield(self._failed)
 
-    def watch(self, request_id: str) -> AsyncGenerator[Event, None]:
-        """Durable events of a job from now on, until none of its rollouts runs."""
+    def watch(self, request_id: str) -> Watch:
+        """Durable events of a job from now on, until none of its rollouts runs; close it, iterated or not.
+
+        NotFoundError; iterating raises ResourceExhaustedError if the watcher is too slow.
+        """
         if request_id not in self.ledger.jobs:
             raise NotFoundError(f"no job {request_id!r} in {self.directory}")
-        return self.watchers.watch(request_id, is_live=self._running_of_job[request_id] > 0)
+        is_ending = request_id in self._cancelling
+        return self.watchers.watch(request_id, is_live=is_ending or self._running_of_job[request_id] > 0)
 
     @property
     def running_count(self) -> int:
@@ -202,47 +228,56 @@ class RolloutService:
 
     async def _run(self, request_id: str, rollout_id: str, group: Group, index: int) -> None:
         async with self._slots:
-            task, job = self.ledger.tasks[group.task_digest], self.ledger.jobs[request_id]
             state = self.ledger.rollouts.get(rollout_id)
             if state is None:
-                prompt = context.prompt(task.instruction, self.tokenizer, job.thinking)
-                await self._record(
-                    RolloutOpened(
-                        rollout_id, request_id, group.group_id, index, prompt, self.tokenizer.digest, self.engine.info
-                    )
-                )
+                await self._open(request_id, rollout_id, group, index)
             elif state.opened.engine.weights_digest != self.engine.info.weights_digest:
                 raise JournalError(f"{rollout_id} was begun with other weights; resume it with the same checkpoint")
             else:
-                await self._record(RolloutResumed(rollout_id, state.attempt + 1, state.tokens_count))
-            await self.runner.run(Rollout(rollout_id, task))
+                await self._record(RolloutResumed(rollout_id, state.attempt + 1, state.tokens_count, self.engine.info))
+            await self.runner.run(Rollout(rollout_id, self.ledger.tasks[group.task_digest]))
+
+    async def _open(self, request_id: str, rollout_id: str, group: Group, index: int) -> None:
+        task, job = self.ledger.tasks[group.task_digest], self.ledger.jobs[request_id]
+        prompt = context.prompt(task.instruction, self.tokenizer, job.thinking)
+        digest, engine = self.tokenizer.digest, self.engine.info
+        await self._record(RolloutOpened(rollout_id, request_id, group.group_id, index, prompt, digest, engine))
 
     async def _record(self, event: Event) -> None:
         await wal.settled(self._append(event))
 
     async def _append(self, event: Event) -> None:
-        self.ledger.apply(event, await self.journal.append(event))
+        try:
+            lsn = await self.journal.append(event)
+        except (wal.StorageError, wal.PoisonedError) as error:
+            self._fail(error)
+            raise
+        self.ledger.apply(event, lsn)
         self._publish(event)
 
+    def _fail(self, error: BaseException) -> None:
+        if not self._failed.done():
+            self._failed.set_exception(error)
+
     def _publish(self, event: Event) -> None:
-        if not isinstance(event, TaskAdmitted | JobSubmitted | JobCancelled):
+        if not isinstance(event, JobEvent):
             self.watchers.publish(self.ledger.rollouts[rollout_of(event)].opened.request_id, event)
 
     def _ended(self, request_id: str, task: asyncio.Task[None]) -> None:
         self._running.pop(task.get_name(), None)
-        if not task.cancelled() and (error := task.exception()) is not None and not self._failed.done():
-            self._failed.set_exception(error)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
         self._running_of_job[request_id] -= 1
         if self._running_of_job[request_id] == 0 and request_id not in self.ledger.cancelled:
             self.watchers.close(request_id)
 
     async def _stop_rollouts(self) -> None:
-        await _cancel(list(self._running.values()))
+        await _stop(list(self._running.values()))
         if self._failed.done():
             self._failed.exception()
 
 
-async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+async def _stop(tasks: list[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,52 +1,93 @@
 """Who listens to a job: each watcher has a bounded queue of the job's durable events.
 
-A watcher that falls behind its bound is told so and dropped; it attaches again and reads the ledger.
+A watcher that falls behind its bound loses its queue at once and is told so when it reads on; it
+attaches again and reads the ledger.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from typing import Self
 
-from rollout.errors import RequestError
+from dsec.errors import ResourceExhaustedError
 from rollout.events import Event
 
 
+class Watch:
+    """One watcher's events, in order; `aclose` lets go of it, also if it was never iterated."""
+
+    def __init__(self, watchers: Watchers, request_id: str) -> None:
+        self._watchers = watchers
+        self._request_id = request_id
+        self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._is_behind = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        """The next event.  ResourceExhaustedError if events were lost since."""
+        event = None if self._is_behind else await self._queue.get()
+        if self._is_behind:
+            raise ResourceExhaustedError(
+                f"this watcher of {self._request_id!r} fell more than {self._watchers.events_count_max} events behind: "
+                "attach again with the same request"
+            )
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+    async def aclose(self) -> None:
+        """No event will be kept any more."""
+        self._watchers.drop(self._request_id, self)
+
+    def put(self, event: Event | None) -> None:
+        """Keep an event (None: the last one was before); beyond the bound, keep nothing any more."""
+        if event is not None and self._queue.qsize() >= self._watchers.events_count_max:
+            self._is_behind = True
+            self._queue = asyncio.Queue()
+            self._watchers.drop(self._request_id, self)
+        else:
+            self._queue.put_nowait(event)
+
+
 class Watchers:
-    """Request id -> the queues of those who watch it."""
+    """Request id -> those who watch it."""
 
     def __init__(self, events_count_max: int) -> None:
         """`events_count_max` bounds what is kept for one watcher."""
-        self._events_count_max = events_count_max
-        self._queues: dict[str, list[asyncio.Queue[Event | None]]] = defaultdict(list)
+        self.events_count_max = events_count_max
+        self._watches: dict[str, list[Watch]] = defaultdict(list)
+
+    @property
+    def count(self) -> int:
+        """Watches that are kept."""
+        return sum(map(len, self._watches.values()))
 
     def publish(self, request_id: str, event: Event) -> None:
         """Hand a durable event to everyone who watches the job."""
-        for queue in self._queues.get(request_id, ()):
-            if queue.qsize() <= self._events_count_max:
-                queue.put_nowait(event)
+        for watch in list(self._watches.get(request_id, ())):
+            watch.put(event)
 
     def close(self, request_id: str) -> None:
         """No more events will come: every watch of the job ends."""
-        for queue in self._queues.pop(request_id, ()):
-            queue.put_nowait(None)
+        for watch in self._watches.pop(request_id, ()):
+            watch.put(None)
 
-    def watch(self, request_id: str, *, is_live: bool) -> AsyncGenerator[Event, None]:
+    def watch(self, request_id: str, *, is_live: bool) -> Watch:
         """Events from now on; registered before this returns, so nothing is missed."""
-        queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        watch = Watch(self, request_id)
         if is_live:
-            self._queues[request_id].append(queue)
+            self._watches[request_id].append(watch)
         else:
-            queue.put_nowait(None)
-        return self._drain(request_id, queue)
+            watch.put(None)
+        return watch
 
-    async def _drain(self, request_id: str, queue: asyncio.Queue[Event | None]) -> AsyncGenerator[Event, None]:
-        try:
-            while (event := await queue.get()) is not None:
-                if queue.qsize() >= self._events_count_max:
-                    raise RequestError(f"watcher of {request_id!r} fell {queue.qsize()} events behind: attach again")
-                yield event
-        finally:
-            if queue in self._queues.get(request_id, ()):
-                self._queues[request_id].remove(queue)
+    def drop(self, request_id: str, watch: Watch) -> None:
+        """Forget a watch, if it is still known."""
+        known = self._watches.get(request_id, [])
+        if watch in known:
+            known.remove(watch)
+        if not known:
+            self._watches.pop(request_id, None)
