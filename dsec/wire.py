@@ -27,6 +27,8 @@ STATUS: dict[str, grpc.StatusCode] = {
     "SANDBOX_LOST": grpc.StatusCode.ABORTED,
     "SPAWN_FAILED": grpc.StatusCode.UNAVAILABLE,
     "DIVERGED": grpc.StatusCode.DATA_LOSS,
+    "BAD_MESSAGES": grpc.StatusCode.INVALID_ARGUMENT,
+    "BAD_TOKENIZER": grpc.StatusCode.FAILED_PRECONDITION,
     "ENGINE_ERROR": grpc.StatusCode.UNAVAILABLE,
     "VERIFIER_ERROR": grpc.StatusCode.FAILED_PRECONDITION,
     "JOURNAL": grpc.StatusCode.DATA_LOSS,

@@ -228,12 +228,12 @@ async def _serve(directory: Path, listen: str, config: RolloutConfig) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with make_service(directory, config) as service:
         await service.start()
-        server, port = await start_server(service, listen)
-        host = listen.rpartition(":")[0]
-        click.echo(f"dsec: serving {host}:{port}, log {directory}/wal, {service.running_count} rollouts taken up")
+        server = await start_server(service, listen)
+        where = f"{listen.rpartition(':')[0]}:{server.port}"
+        click.echo(f"dsec: serving {where}, log {directory}/wal, {service.running_count} rollouts taken up")
         stopped, broken = asyncio.create_task(stop.wait()), asyncio.create_task(service.failed())
         await asyncio.wait([stopped, broken], return_when=asyncio.FIRST_COMPLETED)
-        await server.stop(grace=1.0)
+        await server.stop()
         stopped.cancel()
         if broken.done():
             broken.result()

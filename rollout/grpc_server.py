@@ -10,7 +10,8 @@ import logging
 import math
 import re
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Any, NoReturn
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -28,10 +29,12 @@ from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.pb.v1 import rollout_pb2_grpc as pb_grpc
 from rollout.record import TrajectoryRecord, trajectory_record
 from rollout.service import RolloutService
+from toolcall_dsl import DslError
 from wal import WalError
 from wal.tokens import TokensAppended
 
 MESSAGE_BYTES_MAX = 128 << 20
+STOP_GRACE_S = 1.0
 _THINKING: dict[int, Thinking] = {pb.THINKING_UNSPECIFIED: "high", pb.NON_THINK: "none", pb.HIGH: "high", pb.MAX: "max"}
 _AGENT: dict[int, AgentKind] = {pb.AGENT_UNSPECIFIED: "model", pb.MODEL: "model", pb.ORACLE: "oracle", pb.NOP: "nop"}
 _log = logging.getLogger(__name__)
@@ -47,52 +50,43 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
 
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> AsyncIterator[pb.Update]:  # noqa: N802 - gRPC's name
         """Start or attach; see the proto."""
-        try:
-            job, tasks = job_of(request)
-            # A client that goes away meanwhile does not undo its request: it will attach again.
-            await asyncio.shield(self._service.submit(job, tasks))
+        async with _answering(context, "Submit"):
+            job, tasks = await asyncio.to_thread(job_of, request)
+            await self._service.submit(job, tasks)
             mask = frozenset(request.return_mask)
-            watch = self._service.watch(job.request_id)
-            for update in self._ended(job.request_id, mask):
-                yield update
-            async for event in watch:
-                if (message := self._update(event, mask)) is not None:
-                    yield message
-        except (RolloutError, DsecError, WalError) as error:
-            await _abort(context, error)
-        except Exception:
-            _log.exception("Submit failed")
-            await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has it")
+            async with aclosing(self._service.watch(job.request_id)) as events_from_now:
+                for rollout_id in self._ended(job.request_id):
+                    yield self._ended_message(rollout_id, mask)
+                async for event in events_from_now:
+                    if (message := self._update(event, mask)) is not None:
+                        yield message
 
     async def Get(self, request: pb.GetRequest, context: Context) -> pb.Trajectory:  # noqa: N802 - gRPC's name
         """One rollout."""
-        try:
+        async with _answering(context, "Get"):
             if request.rollout_id not in self._service.ledger.rollouts:
                 raise NotFoundError(f"no rollout {request.rollout_id!r}")
             return self._trajectory(request.rollout_id, frozenset(request.return_mask))
-        except RolloutError as error:
-            await _abort(context, error)
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelReply:  # noqa: N802 - gRPC's name
         """End a job."""
-        try:
+        async with _answering(context, "Cancel"):
             return pb.CancelReply(cancelled_count=await self._service.cancel(request.request_id))
-        except (RolloutError, DsecError, WalError) as error:
-            await _abort(context, error)
 
     def _trajectory(self, rollout_id: str, mask: frozenset[int]) -> pb.Trajectory:
         return trajectory_message(trajectory_record(self._service.ledger, rollout_id), mask)
 
-    def _ended(self, request_id: str, mask: frozenset[int]) -> list[pb.Update]:
-        """One message for each rollout of the job that has ended, or that the service failed, so far."""
-        ledger, updates = self._service.ledger, []
-        for rollout_id, _, _ in ledger.members(request_id):
-            state = ledger.rollouts.get(rollout_id)
-            if ledger.is_done(rollout_id):
-                updates.append(pb.Update(rollout_id=rollout_id, finished=self._trajectory(rollout_id, mask)))
-            elif state is not None and state.failure is not None:
-                updates.append(pb.Update(rollout_id=rollout_id, infra_failed=_failure_message(state.failure)))
-        return updates
+    def _ended(self, request_id: str) -> list[str]:
+        """Rollouts of the job that have ended, or that the service failed, so far."""
+        ledger = self._service.ledger
+        members = [rollout_id for rollout_id, _, _ in ledger.members(request_id) if rollout_id in ledger.rollouts]
+        return [m for m in members if ledger.is_done(m) or ledger.rollouts[m].failure is not None]
+
+    def _ended_message(self, rollout_id: str, mask: frozenset[int]) -> pb.Update:
+        failure = self._service.ledger.rollouts[rollout_id].failure
+        if failure is not None and not self._service.ledger.is_done(rollout_id):
+            return pb.Update(rollout_id=rollout_id, infra_failed=_failure_message(failure))
+        return pb.Update(rollout_id=rollout_id, finished=self._trajectory(rollout_id, mask))
 
     def _update(self, event: Event, mask: frozenset[int]) -> pb.Update | None:
         """The message for a durable event, or None if it is not streamed or was not asked for."""
@@ -231,8 +225,34 @@ _BIG_FIELDS: dict[int, Callable[[pb.Trajectory, TrajectoryRecord], None]] = {
 }
 
 
-async def start_server(service: RolloutService, address: str) -> tuple[grpc.aio.Server, int]:
-    """Serve an open service at `host:port` (port 0: any) with health and reflection; the bound port.
+@asynccontextmanager
+async def _answering(context: Context, call: str) -> AsyncIterator[None]:
+    """Turn what a call raises into its status; what is not an error of ours goes to the log, not to the client."""
+    try:
+        yield
+    except (RolloutError, DsecError, WalError, DslError) as error:
+        await context.abort(*status_of(error))
+    except Exception:
+        _log.exception("%s failed", call)
+        await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has it")
+
+
+class Server:
+    """A server that listens."""
+
+    def __init__(self, server: grpc.aio.Server, checks: health.aio.HealthServicer, port: int) -> None:  # type: ignore[name-defined]
+        self._server = server
+        self._checks = checks
+        self.port = port
+
+    async def stop(self) -> None:
+        """Say NOT_SERVING, take no more calls, give running ones a second; the log keeps what they watched."""
+        await self._checks.enter_graceful_shutdown()
+        await self._server.stop(STOP_GRACE_S)
+
+
+async def start_server(service: RolloutService, address: str) -> Server:
+    """Serve an open service at `host:port` (port 0: any) with health and reflection.
 
     RequestError if the address cannot be bound.
     """
@@ -259,10 +279,4 @@ async def start_server(service: RolloutService, address: str) -> tuple[grpc.aio.
     await server.start()
     for served in ("", name):
         await checks.set(served, health_pb2.HealthCheckResponse.SERVING)
-    return server, port
-
-
-async def _abort(context: Context, error: RolloutError | DsecError | WalError) -> NoReturn:
-    status, details = status_of(error)
-    await context.abort(status, details)
-    raise AssertionError("abort does not return")
+    return Server(server, checks, port)

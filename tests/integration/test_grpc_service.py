@@ -21,6 +21,7 @@ from rollout.bench.tasks import BUNDLED
 from rollout.errors import RolloutError
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
+from toolcall_dsl import DslError
 from wal import WalError
 
 EVERYTHING = (pb.TOKENS, pb.LOGPROBS, pb.TEXT)
@@ -181,7 +182,7 @@ def test_bad_requests_are_refused_with_the_reason_and_leave_nothing(serve: Any, 
         "a job needs at least one task": {"tasks": []},
         "task names must differ within a job: unclear": {"tasks": [good, good]},
         "group_size is 5000, must be 1 to 1024": {"group_size": 5000},
-        "temperature is -1.0, must be 0 to 10": {"sampling": pb.Sampling(temperature=-1)},
+        "temperature is -1.0, must be 0 (greedy) or 0.001 to 10": {"sampling": pb.Sampling(temperature=-1)},
         "top_p is 2.0": {"sampling": pb.Sampling(top_p=2)},
         "tool_timeout_s is -1.0, must be above 0": {"limits": pb.Limits(tool_timeout_s=-1)},
         "context_tokens_count_max is 9000000": {"limits": pb.Limits(context_tokens_count_max=9_000_000)},
@@ -290,6 +291,6 @@ def test_health_and_reflection_are_served(serve: Any) -> None:
 
 
 def test_every_error_has_a_status() -> None:
-    leaves = [leaf for root in (RolloutError, DsecError, WalError) for leaf in root.__subclasses__()]
+    leaves = [leaf for root in (RolloutError, DsecError, WalError, DslError) for leaf in root.__subclasses__()]
     assert len(leaves) > 15
     assert [leaf.__name__ for leaf in leaves if leaf.code not in STATUS] == []
