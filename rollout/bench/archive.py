@@ -22,6 +22,7 @@ TAR_ROOM_BYTES = 4096
 TAR_END_BYTES = 1 << 16
 FILE_BYTES_MAX = STDIN_BYTES_MAX - TAR_ROOM_BYTES - TAR_END_BYTES
 OUTPUT_KEPT_BYTES = 64 << 10
+_BLOCK_BYTES = 512
 _FLAG_OF_MAGIC = {b"\x1f\x8b": "-z", b"BZh": "-j", b"\xfd7zXZ": "-J"}
 
 
@@ -66,15 +67,23 @@ def setup_command(
     )
 
 
+def packed_bytes_min(files: Mapping[str, TaskFile]) -> int:
+    """The least that `pack` can come to, known without packing: a header and whole blocks for each file."""
+    return sum(_BLOCK_BYTES + -(-len(file.data) // _BLOCK_BYTES) * _BLOCK_BYTES for file in files.values())
+
+
 def make_folders(env: Mapping[str, str], *paths: str) -> Command:
     """The command that makes folders and their parents."""
     return setup_command(env, ("mkdir", "-p", "--", *paths))
 
 
-def upload(files: Mapping[str, TaskFile], target: str, env: Mapping[str, str]) -> tuple[Command, ...]:
-    """The commands that write `files` below the folder `target`, which must exist; none for no files."""
+def upload(files: Mapping[str, TaskFile], target: str, env: Mapping[str, str]) -> Iterator[Command]:
+    """The commands that write `files` below the folder `target`, which must exist; none for no files.
+
+    Each is packed when it is asked for, and takes at most STDIN_BYTES_MAX bytes of stdin.
+    """
     argv = ("tar", "-x", "--no-same-owner", "-C", target)
-    return tuple(setup_command(env, argv, stdin=pack(part)) for part in _parts(files))
+    return (setup_command(env, argv, stdin=pack(part)) for part in _parts(files))
 
 
 def unpack(archive: bytes, target: str, env: Mapping[str, str]) -> Command:

@@ -8,6 +8,7 @@ faithfully is an error with its line, never left out silently.
 Invariants:
 1. The same files give the same commands, byte for byte.
 2. Nothing here touches the host: archives are unpacked by the sandbox's own tar.
+3. What is built is bounded before it is built: a line can repeat a variable or a whole tree.
 
 See: docs/formats/task.md; Docker's Dockerfile reference for the meaning of each instruction.
 """
@@ -19,14 +20,24 @@ import json
 import posixpath
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 
+from dsec.edge.commands import ARG_BYTES_MAX, encode_command
+from dsec.errors import InvalidArgumentError
 from dsec.types import Command
-from rollout.bench.archive import TaskFile, make_folders, setup_command, unpack, upload
+from rollout.bench.archive import TaskFile, make_folders, packed_bytes_min, setup_command, unpack, upload
 from rollout.bench.packages import SANDBOX_PATH, Package, packages_of
 
+DOCKERFILE_BYTES_MAX = 128 << 10
+STEPS_COUNT_MAX = 200
+"""Instructions of a Dockerfile, and commands that they become."""
+VARIABLES_BYTES_MAX = 1 << 20
+SETUP_BYTES_MAX = 32 << 20
+"""Everything that the commands hold together: stdin, arguments and variables of each."""
+PATH_BYTES_MAX = 4095
 BASE_IMAGE = "debian"
 WORKDIR_DEFAULT = "/app"
 BASE_ENV = {
@@ -36,10 +47,11 @@ BASE_ENV = {
     "PYTHONDONTWRITEBYTECODE": "1",
     "PYTHONHASHSEED": "0",
 }
+_STRING_ROOM_BYTES = 16
 _ARCHIVE_ENDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _IGNORED = {"CMD", "ENTRYPOINT", "LABEL", "EXPOSE", "MAINTAINER"}
 _BASES = re.compile(r"(?:docker\.io/)?(?:library/)?(debian|buildpack-deps|python)(:[\w.-]+)?(@sha256:[0-9a-f]+)?")
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?:(:[-+])([^}]*))?\})")
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?:(:[-+])([^}$]*))?\})")
 
 
 class Image(msgspec.Struct, frozen=True):
@@ -66,10 +78,15 @@ def build(files: Mapping[str, TaskFile]) -> Image:
     builder = _Builder(files)
     if "Dockerfile" not in files:
         builder.set_workdir(WORKDIR_DEFAULT)
-        builder.commands += upload(files, WORKDIR_DEFAULT, builder.env)
+        builder.add_files(files, WORKDIR_DEFAULT)
         return builder.image()
-    for line, word, rest in _instructions(files["Dockerfile"].data.decode()):
+    text = files["Dockerfile"].data
+    if len(text) > DOCKERFILE_BYTES_MAX:
+        raise ValueError(f"{len(text)} bytes: at most {DOCKERFILE_BYTES_MAX}; put data into files and COPY them")
+    for count, (line, word, rest) in enumerate(_instructions(text.decode()), 1):
         try:
+            if count > STEPS_COUNT_MAX:
+                raise ValueError(f"more than {STEPS_COUNT_MAX} instructions: join some, or RUN a script")
             builder.apply(word, rest)
         except ValueError as why:
             raise ValueError(f"line {line}: {word}: {why}") from why
@@ -111,6 +128,8 @@ class _Builder:
         self.folders = {"/"}
         self.packages: list[Package] = []
         self.commands: list[Command] = []
+        self.setup_bytes = 0
+        self.room_bytes = ARG_BYTES_MAX
         self.handlers: dict[str, Callable[[str], None]] = {
             "FROM": self._from,
             "ARG": self._arg,
@@ -140,11 +159,37 @@ class _Builder:
             raise ValueError("its argument is missing")
         if not self.base and word not in ("FROM", "ARG"):
             raise ValueError("FROM must come first")
+        self.room_bytes = ARG_BYTES_MAX
         self.handlers[word](rest)
 
     def set_workdir(self, path: str) -> None:
         self.workdir = self._absolute(path)
         self._make(self.workdir)
+
+    def add(self, commands: Iterable[Command]) -> None:
+        """Append commands while they keep to STEPS_COUNT_MAX and SETUP_BYTES_MAX; ValueError at the first beyond."""
+        for command in commands:
+            if len(self.commands) == STEPS_COUNT_MAX:
+                raise ValueError(f"more than {STEPS_COUNT_MAX} commands: join some, or RUN a script")
+            try:
+                encode_command(command)
+            except InvalidArgumentError as why:
+                raise ValueError(str(why)) from why
+            self._check_room(command_bytes(command))
+            self.setup_bytes += command_bytes(command)
+            self.commands.append(command)
+
+    def add_files(self, files: Mapping[str, TaskFile], folder: str) -> None:
+        """Append the commands that upload files; their size is checked before they are packed."""
+        self._check_room(packed_bytes_min(files))
+        self.add(upload(files, folder, self.env))
+
+    def _check_room(self, needed_bytes: int) -> None:
+        if self.setup_bytes + needed_bytes > SETUP_BYTES_MAX:
+            raise ValueError(
+                f"the files, arguments and variables of all commands up to here are more than {SETUP_BYTES_MAX} bytes: "
+                "COPY each file once, and ADD large trees as a tar.gz"
+            )
 
     def _from(self, rest: str) -> None:
         words = [w for w in self._expand(rest).split() if not w.startswith("--platform=")]
@@ -158,6 +203,7 @@ class _Builder:
         for word in shlex.split(rest):
             name, _, value = word.partition("=")
             self.args[name] = self._expand(value)
+        check_variables({**self.args, **self.env})
 
     def _env(self, rest: str) -> None:
         if "\\$" in rest or ("'" in rest and "$" in rest):
@@ -170,6 +216,7 @@ class _Builder:
                 raise ValueError(f"{key!r}: write NAME=value")
             new[key] = self._expand(text)
         self.env.update(new)
+        check_variables({**self.args, **self.env})
 
     def _user(self, rest: str) -> None:
         if rest.partition(":")[0] not in ("root", "0"):
@@ -185,7 +232,7 @@ class _Builder:
         if installed is not None:
             self.packages += installed
             return
-        self.commands.append(setup_command({**self.args, **self.env}, argv, cwd=self.workdir))
+        self.add([setup_command({**self.args, **self.env}, argv, cwd=self.workdir)])
 
     def _copy(self, rest: str, *, extracts: bool) -> None:
         while rest.startswith("--"):
@@ -193,8 +240,8 @@ class _Builder:
             if not re.fullmatch(r"--chown=(root|0)(:(root|0))?|--link", option):
                 raise ValueError(f"the option {option} is not supported")
         words = [self._expand(w) for w in _json_array(rest) or shlex.split(rest)]
-        if len(words) < 2:
-            raise ValueError("write a source and a target")
+        if not 2 <= len(words) <= STEPS_COUNT_MAX:
+            raise ValueError(f"write 1 to {STEPS_COUNT_MAX - 1} sources and a target")
         *sources, target = words
         folder = self._absolute(target)
         found = [_select(self.files, source) for source in sources]
@@ -202,32 +249,64 @@ class _Builder:
         for source, (files, is_file) in zip(sources, found, strict=True):
             if extracts and is_file and source.endswith(_ARCHIVE_ENDS):
                 self._make(folder)
-                self.commands += [unpack(file.data, folder, self.env) for file in files.values()]
+                self.add(unpack(file.data, folder, self.env) for file in files.values())
             elif is_file and len(files) == 1 and not is_folder:
                 self._make(posixpath.dirname(folder))
                 renamed = {posixpath.basename(folder): file for file in files.values()}
-                self.commands += upload(renamed, posixpath.dirname(folder), self.env)
+                self.add_files(renamed, posixpath.dirname(folder))
             else:
                 self._make(folder)
-                self.commands += upload(files, folder, self.env)
+                self.add_files(files, folder)
 
     def _make(self, path: str) -> None:
         if path not in self.folders:
-            self.commands.append(make_folders(self.env, path))
+            self.add([make_folders(self.env, path)])
             self.folders.add(path)
 
     def _absolute(self, path: str) -> str:
-        joined = posixpath.normpath(posixpath.join(self.workdir, path))
-        return "/" + joined.lstrip("/")
+        joined = "/" + posixpath.normpath(posixpath.join(self.workdir, path)).lstrip("/")
+        if len(joined.encode()) > PATH_BYTES_MAX:
+            raise ValueError(f"{joined[:80]}...: a path has at most {PATH_BYTES_MAX} bytes")
+        return joined
 
     def _expand(self, text: str) -> str:
+        """`text` with its variables replaced; ValueError as soon as those of one instruction are too long."""
+        if "${" in _VARIABLE.sub(" ", text):
+            raise ValueError("a variable in braces is ${V}, ${V:-x} or ${V:+x}, with no $ in x")
+        known = ChainMap(self.env, self.args)
+
         def value(match: re.Match[str]) -> str:
-            found = {**self.args, **self.env}.get(match[1] or match[2], "")
+            found = known.get(match[1] or match[2], "")
             if match[3] == ":-":
-                return found or match[4]
-            return (match[4] if found else "") if match[3] == ":+" else found
+                found = found or match[4]
+            elif match[3] == ":+":
+                found = match[4] if found else ""
+            self.room_bytes -= len(found.encode())
+            if self.room_bytes < 0:
+                raise ValueError(f"its variables come to more than {ARG_BYTES_MAX} bytes")
+            return found
 
         return _VARIABLE.sub(value, text)
+
+
+def check_variables(variables: Mapping[str, str]) -> None:
+    """ValueError if variables are more than a program can be started with."""
+    for name, value in variables.items():
+        if len(f"{name}={value}".encode()) > ARG_BYTES_MAX:
+            raise ValueError(f"{name} is longer than {ARG_BYTES_MAX} bytes, the most that one variable can hold")
+    total = sum(_string_bytes(name) + _string_bytes(value) for name, value in variables.items())
+    if total > VARIABLES_BYTES_MAX:
+        raise ValueError(f"the variables need {total} bytes together, more than {VARIABLES_BYTES_MAX}")
+
+
+def command_bytes(command: Command) -> int:
+    """Bytes that a command holds, and that logging it takes, rounded up."""
+    strings = (*command.argv, *command.env, *command.env.values(), command.cwd)
+    return len(command.stdin) + sum(map(_string_bytes, strings))
+
+
+def _string_bytes(text: str) -> int:
+    return len(text.encode()) + _STRING_ROOM_BYTES
 
 
 def _json_array(text: str) -> tuple[str, ...] | None:

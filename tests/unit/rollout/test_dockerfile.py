@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tracemalloc
 
 import pytest
 
+from dsec.edge.commands import encode_command
 from dsec.types import STDIN_BYTES_MAX, Command
 from rollout.bench.archive import TaskFile, pack, upload
-from rollout.bench.dockerfile import BASE_ENV, Image, build
+from rollout.bench.dockerfile import (
+    BASE_ENV,
+    DOCKERFILE_BYTES_MAX,
+    SETUP_BYTES_MAX,
+    STEPS_COUNT_MAX,
+    Image,
+    build,
+    command_bytes,
+)
 from rollout.bench.packages import Package
 
 
@@ -135,6 +145,8 @@ def test_instructions_that_change_nothing_here_are_accepted() -> None:
         ("FROM debian\nRUN <<EOF\nx\nEOF\n", "here-document is not supported"),
         ("FROM debian\nRUN apt-get install -y git && git init\n", "line 2: RUN: a RUN that installs packages"),
         ("FROM debian\nENV A='$B'\n", "a quoted \\$"),
+        ("FROM debian\nENV A=${B:-$C}\n", "line 2: ENV: a variable in braces is"),
+        (f"FROM debian\nENV A={'${B:-' * 20_000}\n", "line 2: ENV: a variable in braces is"),
         ("FROM debian\nENV 1A=2\n", "write NAME=value"),
         (f"FROM debian\nRUN {'[' * 50_000}\n", "line 2: RUN: the array is nested too deeply"),
         (f"FROM debian\nCOPY {'[' * 50_000}\n", "line 2: COPY: the array is nested too deeply"),
@@ -155,6 +167,56 @@ def test_files_that_would_change_the_build_are_refused(name: str) -> None:
 
 def test_a_tree_larger_than_one_command_takes_is_split_over_several() -> None:
     third = TaskFile(bytes(STDIN_BYTES_MAX // 3))
-    commands = upload({str(i): third for i in range(4)}, "/x", {})
+    commands = list(upload({str(i): third for i in range(4)}, "/x", {}))
     assert len(commands) == 2
     assert all(len(command.stdin) <= STDIN_BYTES_MAX for command in commands)
+
+
+@pytest.mark.parametrize(
+    ("dockerfile", "says"),
+    [
+        ("ENV A=xxxxxxxx\n" + "ENV A=$A$A$A$A$A$A$A$A\n" * 11, r"line 7: ENV: its variables come to more than 131071"),
+        ("ARG A=xxxxxxxx\n" + "ARG A=$A$A$A$A$A$A$A$A\n" * 11, r"line 7: ARG: its variables come to more than 131071"),
+        (f"ENV A={'x' * 100}\nWORKDIR /{'$A' * 100}\n", "line 3: WORKDIR: /x*...: a path has at most 4095 bytes"),
+        (f"ENV A={'x' * 60_000}\nENV B=$A$A\nENV C=$B$A\n", "line 4: ENV: its variables come to more than 131071"),
+        ("".join(f"ENV A{i}={'x' * 100}\n" for i in range(100)) + "RUN a\0b\n", r"line 102: RUN: .* zero byte"),
+        ('RUN ["\\ud800"]\n', "line 2: RUN: .*can(no|')t be? ?encode"),
+        ("RUN x\n" * STEPS_COUNT_MAX, f"line {STEPS_COUNT_MAX + 1}: RUN: more than {STEPS_COUNT_MAX} instructions"),
+        ("WORKDIR /a/b/c\nRUN x\n" * 99 + f"COPY {'a.txt ' * 150}/x/\n", "line 200: COPY: more than 200 commands"),
+        (f"COPY {'a.txt ' * STEPS_COUNT_MAX}/x/\n", "line 2: COPY: write 1 to 199 sources and a target"),
+        ("#" * DOCKERFILE_BYTES_MAX, f"bytes: at most {DOCKERFILE_BYTES_MAX}; put data into files"),
+    ],
+    ids=range(10),
+)
+def test_a_small_dockerfile_that_grows_without_bound_is_refused_with_its_line(dockerfile: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        image(dockerfile, a_dot_txt=b"1")
+
+
+def test_variables_that_no_program_can_be_started_with_are_refused() -> None:
+    lines = f"ENV A={'x' * 60_000}\n" + "".join(f"ENV B{i}=$A$A\n" for i in range(9))
+    with pytest.raises(ValueError, match="line 11: ENV: the variables need 1140585 bytes together, more than 1048576"):
+        image(lines)
+
+
+def test_a_tree_copied_again_and_again_is_refused_before_it_is_packed() -> None:
+    tree = {f"f{i}": bytes(1 << 20) for i in range(9)}
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"line 5: COPY: the files, .* more than 33554432 bytes: COPY each file once"):
+        image("".join(f"COPY . /a{i}\n" for i in range(100)), **tree)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 2 * SETUP_BYTES_MAX
+
+
+def test_a_tree_of_tiny_files_counts_by_what_its_archive_holds() -> None:
+    """A file of one byte takes a header and a block; a bound that added up contents would let this through."""
+    tree = {f"f{i}": b"x" for i in range(9_000)}
+    with pytest.raises(ValueError, match="line 5: COPY: the files"):
+        image("".join(f"COPY . /a{i}\n" for i in range(5)), **tree)
+
+
+def test_what_is_built_keeps_to_the_bounds_that_the_sandbox_and_the_log_have() -> None:
+    built = image(f"ENV A={'x' * 100_000}\n" + "RUN true\n" * 150 + "COPY . /x\n", f=bytes(8 << 20))
+    assert sum(map(command_bytes, built.commands)) <= SETUP_BYTES_MAX
+    assert all(encode_command(command) for command in built.commands)
