@@ -8,6 +8,7 @@ file, the rule and the way out, and those of all tasks of a root come together.
 Invariants:
 1. Equal files give an equal `Task`, digest included, on every machine.
 2. No symlink is followed and no name leaves the task's folder.
+3. A task that loads fits one record of the log, and each of its commands one command of the sandbox.
 
 See: docs/formats/task.md.
 """
@@ -23,14 +24,17 @@ from pathlib import Path
 import msgspec
 
 from dsec.types import Command, SandboxSpec
-from rollout.bench.archive import FILE_BYTES_MAX, TaskFile, make_folders
-from rollout.bench.dockerfile import Image, build
+from rollout.bench.archive import TaskFile, make_folders
+from rollout.bench.dockerfile import PATH_BYTES_MAX, Image, build, check_variables
 from rollout.bench.packages import missing_packages
 from rollout.bench.task_toml import EnvironmentTable, TaskToml, parse_task_toml
 from rollout.errors import TaskError
 
 FILES_COUNT_MAX = 10_000
-TASK_BYTES_MAX = 64 << 20
+TASK_BYTES_MAX = 24 << 20
+"""Names and contents of all files.  With SETUP_BYTES_MAX and the variables it stays below a record's 64 MiB, and
+below a command's STDIN_BYTES_MAX, so that a file need not be split."""
+TOML_BYTES_MAX = 256 << 10
 NAME_BYTES_MAX = 512
 INSTRUCTION_BYTES_MAX = 64 << 10
 ERRORS_SHOWN_MAX = 20
@@ -143,7 +147,8 @@ def _make_task(name: str, where: str, files: Mapping[str, TaskFile]) -> Task:
     problems = list(_problems(name, files))
     toml, image = TaskToml(), build({})
     try:
-        toml = parse_task_toml(files["task.toml"].data) if "task.toml" in files else toml
+        if "task.toml" in files and len(files["task.toml"].data) <= TOML_BYTES_MAX:
+            toml = parse_task_toml(files["task.toml"].data)
     except ValueError as why:
         problems.append(f"task.toml: {why}")
     try:
@@ -152,15 +157,17 @@ def _make_task(name: str, where: str, files: Mapping[str, TaskFile]) -> Task:
         problems.append("environment/Dockerfile: not UTF-8: save it as UTF-8")
     except ValueError as why:
         problems.append(f"environment/Dockerfile: {why}")
-    _raise_all([f"{where}: {problem}" for problem in problems])
     table = toml.environment
+    env = {**image.env, **table.env}
+    problems += _bad_environment(table.workdir or image.workdir, env, toml)
+    _raise_all([f"{where}: {problem}" for problem in problems])
     return Task(
         name=name,
         digest=digest_files(files),
         instruction=files["instruction.md"].data.decode().rstrip("\n"),
         workdir=table.workdir or image.workdir,
         image=image,
-        env={**image.env, **table.env},
+        env=env,
         verifier_env=toml.verifier.env,
         solution_env=toml.solution.env,
         verifier_timeout_s=toml.verifier.timeout_sec,
@@ -219,16 +226,25 @@ def _bad_names(files: Mapping[str, TaskFile]) -> Iterator[str]:
             yield f"{name}: lies below a name that is a file"
 
 
+def _bad_environment(workdir: str, env: Mapping[str, str], toml: TaskToml) -> Iterator[str]:
+    if len(workdir.encode()) > PATH_BYTES_MAX:
+        yield f"task.toml: environment.workdir: a path has at most {PATH_BYTES_MAX} bytes"
+    for name, more in (("verifier", toml.verifier.env), ("solution", toml.solution.env)):
+        try:
+            check_variables({**env, **more})
+        except ValueError as why:
+            yield f"task.toml: environment.env and {name}.env: {why}"
+
+
 def _bad_sizes(files: Mapping[str, TaskFile]) -> Iterator[str]:
     if len(files) > FILES_COUNT_MAX:
         yield f"{len(files)} files: at most {FILES_COUNT_MAX}; pack them into a tar.gz and ADD it"
-    total = sum(len(file.data) for file in files.values())
+    total = sum(len(name.encode(errors="replace")) + len(file.data) for name, file in files.items())
     if total > TASK_BYTES_MAX:
-        yield f"{total} bytes of files: at most {TASK_BYTES_MAX}"
-    for name, file in files.items():
-        limit = INSTRUCTION_BYTES_MAX if name == "instruction.md" else FILE_BYTES_MAX
-        if len(file.data) > limit:
-            yield f"{name}: {len(file.data)} bytes: at most {limit}"
+        yield f"{total} bytes of files: at most {TASK_BYTES_MAX}; large trees belong into a compressed archive"
+    for name, limit in (("instruction.md", INSTRUCTION_BYTES_MAX), ("task.toml", TOML_BYTES_MAX)):
+        if name in files and len(files[name].data) > limit:
+            yield f"{name}: {len(files[name].data)} bytes: at most {limit}"
 
 
 def _read_folder(folder: Path) -> dict[str, TaskFile]:
@@ -240,7 +256,7 @@ def _read_folder(folder: Path) -> dict[str, TaskFile]:
         try:
             with path.open("rb") as file:
                 status = os.fstat(file.fileno())
-                total += status.st_size
+                total += status.st_size + len(os.fsencode(name))
                 if len(files) >= FILES_COUNT_MAX or total > TASK_BYTES_MAX:
                     raise TaskError(f"{folder}: over {FILES_COUNT_MAX} files or {TASK_BYTES_MAX} bytes at {name}")
                 files[name] = TaskFile(file.read(), bool(status.st_mode & 0o100))

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+import wal
+from dsec.edge.commands import encode_command
+from rollout import journal
 from rollout.bench.archive import TaskFile
 from rollout.bench.packages import Package, missing_packages, packages_of
 from rollout.bench.tasks import (
     FILES_COUNT_MAX,
     TASK_BYTES_MAX,
+    TOML_BYTES_MAX,
     Task,
     check_packages,
     load_task,
@@ -20,6 +24,9 @@ from rollout.bench.tasks import (
     task_from_files,
 )
 from rollout.errors import TaskError
+from rollout.events import TaskAdmitted
+from rollout.rewards.tests import solution_commands, verify_commands
+from wal.testing import FaultyStorage
 
 FILES = {
     "task.toml": b'schema_version = "1.4"\n',
@@ -154,9 +161,53 @@ def test_a_task_name_that_is_no_plain_name_is_refused(name: str) -> None:
 def test_too_many_and_too_large_files_are_refused() -> None:
     with pytest.raises(TaskError, match="pack them into a tar"):
         task_from_files("t", {**FILES, **{f"tests/{i}": b"" for i in range(FILES_COUNT_MAX)}})
-    half = bytes(TASK_BYTES_MAX // 3)
+    third = bytes(TASK_BYTES_MAX // 3)
     with pytest.raises(TaskError, match="bytes of files: at most"):
-        task_from_files("t", {**FILES, **{f"tests/{i}": half for i in range(4)}})
+        task_from_files("t", {**FILES, **{f"tests/{i}": third for i in range(3)}})
+    with pytest.raises(TaskError, match=r"task\.toml: 262145 bytes: at most 262144"):
+        task_from_files("t", {**FILES, "task.toml": b"\n" * (TOML_BYTES_MAX + 1)})
+
+
+@pytest.mark.parametrize(
+    ("toml", "says"),
+    [
+        (f"[environment]\nworkdir = '/{'x' * 5000}'\n", "workdir: a path has at most 4095 bytes"),
+        (f"[verifier.env]\nA = '{'x' * 140_000}'\n", "verifier.env: A is longer than 131071 bytes"),
+        (f"[solution.env]\nA = '{'x' * 140_000}'\n", "solution.env: A is longer than 131071 bytes"),
+    ],
+)
+def test_what_no_command_could_be_started_with_is_refused_when_the_task_loads(toml: str, says: str) -> None:
+    with pytest.raises(TaskError) as why:
+        with_toml(toml)
+    assert says in str(why.value)
+
+
+def largest_task() -> Task:
+    """A task at its bounds: one file copied until the setup is full, and all the rest of the room as tests."""
+    variables = "".join(f"ENV V{i}={'x' * 12_000}\n" for i in range(8))
+    packages = "RUN apt-get install " + " ".join(f"p{i}" for i in range(4_000)) + "\n"
+    copies = "".join(f"COPY big /{i}/\n" for i in range(31))
+    docker = f"FROM debian\n{copies}{packages}{variables}RUN true\n".encode()
+    named = {f"tests/{i:04}-{'n' * 490}": b"" for i in range(9_000)}
+    room = TASK_BYTES_MAX - sum(len(n) + len(d) for n, d in named.items()) - 70_000 - len(docker)
+    big = 1 << 20
+    files = {**FILES, "environment/Dockerfile": docker, "environment/big": bytes(big), **named}
+    env = "\n".join(f"A{i} = '{'y' * 50_000}'" for i in range(5))
+    files["task.toml"] = f"[verifier.env]\n{env}\n".encode()
+    files["tests/rest"] = bytes(room - big - 300_000)
+    return task_from_files("t", files)
+
+
+def test_a_task_at_its_bounds_is_one_record_of_the_log_and_commands_that_the_sandbox_takes() -> None:
+    task = largest_task()
+    kind, payload = journal.encode(TaskAdmitted(task))
+    log = wal.Log.open(Path("/log"), storage=FaultyStorage())
+    log.append(kind, payload)
+    log.close()
+    assert len(payload) > 54 << 20, "near the bound, or this shows nothing"
+    named = [c for _, c in (*verify_commands(task, "x"), *solution_commands(task))]
+    for command in (*setup_commands(task), *named):
+        assert encode_command(command)
 
 
 def test_a_folder_larger_than_the_bound_is_refused_before_it_is_read(tmp_path: Path) -> None:
