@@ -98,6 +98,15 @@ def test_a_setting_in_the_environment_that_is_no_good_is_named(dsec: Any, make_t
     refused(ran, "environment variable DSEC_EDGE_SANDBOXES_COUNT_MAX is 'many'", "valid integer")
 
 
+def test_a_bound_below_the_concurrency_is_named(dsec: Any, make_task: Any, tmp_path: Path) -> None:
+    task, options = make_task(tmp_path / "task"), ("--out", tmp_path / "run", "--concurrency", 20)
+    ran = dsec("run", task, *options, env={"DSEC_EDGE_SANDBOXES_COUNT_MAX": "19"})
+    refused(ran, "20 rollouts at once need as many sandboxes, and DSEC_EDGE_SANDBOXES_COUNT_MAX allows 19")
+    ran = dsec("-c", 'ulimit -n 64; exec "$@"', "-", dsec.path, "run", task, *options, command="bash")
+    refused(ran, "20 rollouts at once need 416 open files, and this process may have 64: raise the hard limit")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_tasks_folder_that_holds_no_task_is_refused(dsec: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")

@@ -89,6 +89,31 @@ def test_one_seed_gives_the_same_tokens_at_every_concurrency(
     assert [r["logprobs"] for r in alone.values()] == [r["logprobs"] for r in together.values()]
 
 
+def test_every_rollout_that_runs_at_once_can_have_a_sandbox(dsec: Any, tmp_path: Path) -> None:
+    """Also beyond the number of sandboxes and of open files that is usual by default."""
+    program = """if True:
+        import asyncio, sys
+        from pathlib import Path
+        from dsec.types import Command, SandboxSpec
+        from rollout.config import RolloutConfig
+        from rollout.main import make_service
+
+        async def main():
+            substrate = make_service(Path(sys.argv[1]), RolloutConfig(concurrency=300)).substrate
+            await substrate.open()
+            try:
+                sandboxes = await asyncio.gather(*(substrate.create(SandboxSpec()) for _ in range(300)))
+                command = Command(argv=("/bin/sh", "-c", "cat; sleep 1"), stdin=b"hello")
+                results = await asyncio.gather(*(sandbox.exec(command) for sandbox in sandboxes))
+                print(sum(result.stdout.data == b"hello" for result in results))
+            finally:
+                await substrate.close()
+
+        asyncio.run(main())"""
+    limited = ("-c", 'ulimit -Sn 512; exec "$@"', "-", sys.executable, "-c", program, tmp_path)
+    assert dsec.done(*limited, command="bash").out == "300\n"
+
+
 def test_members_of_a_group_differ(dsec: Any, finished: Path) -> None:
     records = dsec.show(finished)
     first, second = (records[f"unclear.{index}"] for index in (0, 1))
