@@ -29,6 +29,7 @@ STATUS: dict[str, grpc.StatusCode] = {
     "DIVERGED": grpc.StatusCode.DATA_LOSS,
     "BAD_MESSAGES": grpc.StatusCode.INVALID_ARGUMENT,
     "BAD_TOKENIZER": grpc.StatusCode.FAILED_PRECONDITION,
+    "RESULTS_UNWRITABLE": grpc.StatusCode.UNAVAILABLE,
     "ENGINE_ERROR": grpc.StatusCode.UNAVAILABLE,
     "VERIFIER_ERROR": grpc.StatusCode.FAILED_PRECONDITION,
     "JOURNAL": grpc.StatusCode.DATA_LOSS,

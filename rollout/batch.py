@@ -21,7 +21,7 @@ import wal
 from rollout.bench.tasks import Task, check_packages, load_task
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
-from rollout.errors import RequestError
+from rollout.errors import RequestError, ResultsError
 from rollout.events import Job, RolloutFinished
 from rollout.jobs import load_bundled, make_job
 from rollout.main import make_service
@@ -126,17 +126,23 @@ def _ask(batch: Batch) -> tuple[Job, Sequence[Task]]:
 
 
 def write_results(directory: Path, service: RolloutService, summary: Summary) -> None:
-    """Derive `trajectories.arrow` and `summary.json` from the ledger; each appears whole or not at all."""
+    """Derive `trajectories.arrow` and `summary.json` from the ledger; each appears whole or not at all.
+
+    ResultsError if the disk does not take them; nothing half written is left.
+    """
     records = (trajectory_record(service.ledger, rollout_id) for rollout_id in sorted(service.ledger.rollouts))
     from rollout.export import arrow  # loads pyarrow, which a run does not need before its end
 
+    scratch = directory / f".{SUMMARY}.{os.getpid()}"
     try:
         arrow.write(directory / TRAJECTORIES, records)
-        scratch = directory / f".{SUMMARY}.{os.getpid()}"
-        scratch.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=1) + b"\n")
-        scratch.replace(directory / SUMMARY)
+        try:
+            scratch.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=1) + b"\n")
+            scratch.replace(directory / SUMMARY)
+        finally:
+            scratch.unlink(missing_ok=True)
     except OSError as error:
-        raise RequestError(
+        raise ResultsError(
             f"cannot write results to {directory}: {error.strerror or error}; the log is whole, run again with --resume"
         ) from error
 

@@ -43,6 +43,14 @@ class NotFoundError(RolloutError):
     fault = "caller"
 
 
+class ResultsError(RolloutError):
+    """Results could not be written; they are derived, and the log that they come from is whole."""
+
+    code = "RESULTS_UNWRITABLE"
+    retryable = True
+    fault = "storage"
+
+
 class EngineError(RolloutError):
     """The engine failed or closed while a request ran; logged tokens are kept."""
 

@@ -99,14 +99,30 @@ def test_a_full_disk_stops_the_run_and_with_more_space_it_goes_on_as_if_nothing_
     }
 
 
-def test_results_that_do_not_fit_on_the_disk_are_told_and_the_log_is_whole(
-    dsec: Any, make_task: Any, tmp_path: Path
+def test_results_that_do_not_fit_on_the_disk_are_told_and_leave_nothing_half_written(
+    dsec: Any, finished: Path, tmp_path: Path
 ) -> None:
-    task, run = make_task(tmp_path / "task"), tmp_path / "run"
-    (run / "summary.json").mkdir(parents=True)
-    ran = dsec("run", task, "--agent", "oracle", "--out", run)
-    assert ran.code == 2
-    assert ran.err.startswith(f"dsec: cannot write results to {run}: ")
-    assert "the log is whole, run again with --resume" in ran.err
-    (run / "summary.json").rmdir()
-    assert dsec.done("run", "--resume", "--out", run, "--json").json()["solved"] == 1
+    """`room` kB are left on the disk: first the Arrow file does not fit, then the summary."""
+    place = tmp_path / "place"
+    place.mkdir()
+    arrow_pages = -(-(finished / "trajectories.arrow").stat().st_size // 4096)
+    for room in (0, 4 * arrow_pages):
+        ran = apart(
+            dsec,
+            f"""mount -t tmpfs -o size=20m none {place}
+            cp -r {finished} {place}/run && rm {place}/run/summary.json {place}/run/trajectories.arrow
+            head -c {room}k /dev/zero > {place}/room
+            cat /dev/zero > {place}/rest 2> {tmp_path}/no-space
+            rm {place}/room
+            $DSEC run --resume --out {place}/run; echo code $?
+            ls -A {place}/run
+            rm {place}/rest
+            $DSEC run --resume --out {place}/run --json > {tmp_path}/summary.json; echo code $?""",
+        )
+        there = ["trajectories.arrow", "wal"] if room else ["wal"]
+        assert ran.out.split("\n") == ["code 3", *there, "code 0", ""], ran.err
+        (line,) = ran.err.splitlines()
+        assert line.startswith(f"dsec: cannot write results to {place}/run: ")
+        assert "No space left on device" in line
+        assert line.endswith("the log is whole, run again with --resume")
+        assert type(ran)(0, (tmp_path / "summary.json").read_text(), "").json()["finished"] == 8
