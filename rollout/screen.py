@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +23,7 @@ from rollout.service import RolloutService
 from rollout.summary import SOLVED_REWARD, Summary, TaskRow
 
 _RATE_WINDOW_S = 3.0
+_BAR_WIDTH = 60
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -38,7 +40,7 @@ class LiveTable:
         self._seen: deque[tuple[float, int]] = deque()
 
     def render(self, service: RolloutService, elapsed_s: float) -> RenderableType:
-        """One table: tasks, rollouts, turns, tokens and tokens/s, sandboxes alive, solved."""
+        """One table: tasks, rollouts, turns, tokens and tokens/s, sandboxes alive, solved; a bar of what is done."""
         summary = summarise_quickly(service.ledger)
         tokens = summary["tokens"]
         now = time.monotonic()
@@ -60,7 +62,8 @@ class LiveTable:
             f"[green]{summary['solved']}[/]",
             f"[red]{summary['failed']}[/]" if summary["failed"] else "0",
         )
-        return table
+        bar = ProgressBar(total=summary["rollouts"], completed=summary["done"], width=_BAR_WIDTH)
+        return Group(table, bar)
 
 
 def summarise_quickly(ledger: Ledger) -> dict[str, int]:
