@@ -71,7 +71,8 @@ class RolloutServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """End a job: running rollouts stop and finish as CANCELLED.
+        """End a job: every rollout of it that has not ended, also one that has not begun, finishes as CANCELLED.
+        Carried out to its end even if the caller goes away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
