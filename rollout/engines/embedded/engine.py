@@ -23,6 +23,8 @@ from rollout.engines.embedded.binding import BATCH_TOKENS_MAX, STOPS_MAX, Model,
 from rollout.engines.embedded.checkpoint import load_checkpoint
 from rollout.errors import EngineError, RequestError
 
+TEMPERATURE_MIN = 1e-3
+"""Below it the last bits of the logits decide, and nothing is left of a draw: 0 says that exactly."""
 CLOSED = "the engine is closed; open it before sampling"
 
 
@@ -166,6 +168,8 @@ class EmbeddedEngine:
             raise RequestError("tokens_count_max must be at least 1")
         if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
             raise RequestError("temperature must be finite and not negative")
+        if 0 < sampling.temperature < TEMPERATURE_MIN:
+            raise RequestError(f"temperature is {sampling.temperature:g}: use 0 for greedy, or at least 0.001")
         if not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
             raise RequestError("top_p must be above 0 and at most 1, top_k not negative")
         if len(request.stop_ids) > STOPS_MAX or not all(0 <= id_ < info.vocab_count for id_ in request.stop_ids):

@@ -4,7 +4,12 @@
  * under the key `seed` at the counter (position, stream_key): the draw at a position is the same
  * whether or not the tokens before it were drawn by this process. The draw inverts the cumulative
  * distribution; after a cut, over tokens by falling probability (equal ones by id).
+ *
+ * Logits count as finite: an infinite one as the largest of its sign, a NaN as the smallest. So the
+ * token and its logprob are defined, and the logprob is finite, for all bits that can come in.
  */
+#include <float.h>
+
 #include "model.h"
 #include "simd.h"
 
@@ -23,18 +28,30 @@ static double uniform(uint64_t seed, uint64_t stream_key, uint32_t position) {
     return ((double)(x[0] >> 5) * 67108864.0 + (double)(x[1] >> 6)) / 9007199254740992.0;
 }
 
+static float bounded(float logit) {
+    float above = logit > -FLT_MAX ? logit : -FLT_MAX; /* not fmaxf: false for a NaN */
+    return above < FLT_MAX ? above : FLT_MAX;
+}
+
 static int argmax(const float *logits, int count) {
     int best = 0;
     for (int i = 1; i < count; i++)
-        if (logits[i] > logits[best]) best = i;
+        if (bounded(logits[i]) > bounded(logits[best])) best = i;
     return best;
+}
+
+/* 1 / temperature as a float that is neither 0 nor infinite: 0 times a distance beyond all floats is a NaN. */
+static float inverse(double temperature) {
+    double scale = temperature > 0.0 ? 1.0 / temperature : 1.0;
+    return (float)(scale < (double)FLT_MIN ? (double)FLT_MIN : scale > (double)FLT_MAX ? (double)FLT_MAX : scale);
 }
 
 /* weights[i] = e^((logits[i] - top) / temperature), 0 where that is below e^-87; returns their sum. */
 static double exponentiate(const float *logits, float top, float scale, int count, float *weights) {
     double total = 0.0;
     for (int i = 0; i < count; i += 8) {
-        f8 x = (f8_load(logits + i) - top) * scale;
+        f8 logit = f8_min(f8_max(f8_load(logits + i), f8_splat(-FLT_MAX)), f8_splat(FLT_MAX));
+        f8 x = (logit - top) * scale;
         f8 weight = f8_select(x < f8_splat(-87.0f), f8_splat(0.0f), f8_exp(x));
         f8_store(weights + i, weight);
         total += (double)f8_sum(weight);
@@ -97,8 +114,8 @@ static int cut(v4_model *model, const v4_sampling *sampling, double *total, int3
 uint32_t v4_sample(v4_model *model, const float *logits, const v4_sampling *sampling, uint32_t position,
                    float *logprob) {
     int count = model->config.vocab_count, best = argmax(logits, count);
-    float *weights = model->scratch.weights, top = logits[best];
-    float scale = sampling->temperature > 0.0 ? (float)(1.0 / sampling->temperature) : 1.0f;
+    float *weights = model->scratch.weights, top = bounded(logits[best]);
+    float scale = inverse(sampling->temperature);
     double total = exponentiate(logits, top, scale, count, weights), sum = 0.0;
     if (sampling->temperature <= 0.0) {
         *logprob = (float)-v4_log(total);
@@ -113,6 +130,6 @@ uint32_t v4_sample(v4_model *model, const float *logits, const v4_sampling *samp
         drawn = id;
         if ((sum += (double)weights[id]) > target) break;
     }
-    *logprob = (float)((double)((logits[drawn] - top) * scale) - v4_log(total));
+    *logprob = (float)((double)((bounded(logits[drawn]) - top) * scale) - v4_log(total));
     return (uint32_t)drawn;
 }

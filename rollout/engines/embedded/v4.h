@@ -38,7 +38,7 @@ typedef struct {
 } v4_config;
 
 /* The tensor table of v4_create: V4_T_COUNT globals, then V4_L_COUNT a layer; NULL where a layer
- * has no such tensor.  bf16, row-major, except the int64 routing table.  names.py holds the names. */
+ * has no such tensor.  bf16, row-major, except the int64 routing table.  checkpoint.py holds the names. */
 enum { V4_T_EMBED, V4_T_HEAD, V4_T_NORM, V4_T_MIX, V4_T_MIX_BASE, V4_T_MIX_SCALE, V4_T_COUNT };
 enum {
     V4_L_ATTN_MIX, V4_L_ATTN_BASE, V4_L_ATTN_SCALE, V4_L_FFN_MIX, V4_L_FFN_BASE, V4_L_FFN_SCALE,
@@ -97,7 +97,7 @@ V4_API int32_t v4_state_unpack(const v4_model *model, v4_state *state, const voi
 V4_API void v4_step(v4_model *model, const v4_chunk *chunks, int32_t chunks_count);
 
 /* Draw the token at `position` of a context. Returns its id; *logprob is that of the distribution
- * it was drawn from (greedy: of the softmax at temperature 1). */
+ * it was drawn from (greedy: of the softmax at temperature 1), and finite whatever the arguments. */
 V4_API uint32_t v4_sample(v4_model *model, const float *logits, const v4_sampling *sampling, uint32_t position,
                           float *logprob);
 

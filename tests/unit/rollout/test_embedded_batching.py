@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from rollout.engine import SampleRequest, Sampling
@@ -184,6 +185,19 @@ async def test_a_lagging_consumer_gets_its_tokens_merged() -> None:
 def test_limits_out_of_bounds_are_refused(limits: Limits) -> None:
     with pytest.raises(RequestError, match="must be"):
         EmbeddedEngine(limits=limits)
+
+
+async def test_a_temperature_that_is_neither_greedy_nor_usable_is_refused() -> None:
+    engine = EmbeddedEngine()
+    await engine.open()
+    asked = job((0, 5)).request
+    for temperature in (5e-324, 1e-39, 9.9e-4):
+        request = msgspec.structs.replace(asked, sampling=Sampling(temperature=temperature))
+        with pytest.raises(RequestError, match=r"use 0 for greedy, or at least 0\.001"):
+            await anext(engine.sample(request))
+    lowest = msgspec.structs.replace(asked, sampling=Sampling(temperature=0.001))
+    assert [chunk async for chunk in engine.sample(lowest)]
+    await engine.close()
 
 
 async def test_an_engine_that_is_not_open_says_so() -> None:

@@ -3,6 +3,8 @@
  * The window wraps, entries of both kinds appear, the indexer has to choose, sampling cuts. Built
  * with sanitizers and with other instructions, the digest must stay the same.
  */
+#include <float.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -83,6 +85,26 @@ static void decode(v4_model *model, v4_state **states, const uint8_t *packed, si
     absorb(logprobs, sizeof logprobs);
 }
 
+/* Numbers that no check of a caller would let through, in logits and in how to sample. */
+static void sample_extremes(v4_model *model) {
+    static const double odd[] = {(double)NAN, (double)INFINITY, -(double)INFINITY, 5e-324, 1e-39, 1e39, 1e308, -1.0, 0.5};
+    enum { ODD = sizeof odd / sizeof *odd };
+    float logits[VOCAB], logprob = NAN;
+    for (int shift = 0; shift < ODD; shift++) {
+        for (int i = 0; i < VOCAB; i++) {
+            double value = odd[(i * (1 + shift / 3) + shift) % ODD];
+            logits[i] = fabs(value) < 1e38 || !isfinite(value) ? (float)value : FLT_MAX;
+        }
+        for (int how = 0; how < ODD * ODD; how++) {
+            v4_sampling sampling = {.seed = 3, .temperature = odd[how % ODD], .top_p = odd[how / ODD], .top_k = how % 7 - 2};
+            uint32_t id = v4_sample(model, logits, &sampling, (uint32_t)how, &logprob);
+            expect(id < VOCAB && isfinite(logprob), "any floats give a token and a finite logprob");
+            absorb(&id, sizeof id);
+            absorb(&logprob, sizeof logprob);
+        }
+    }
+}
+
 int main(void) {
     static float logits[TOKENS][VOCAB];
     v4_model *model = random_model();
@@ -101,6 +123,7 @@ int main(void) {
     expect(v4_state_unpack(model, states[1], packed, bytes - 1) == -1, "a short state is refused");
     decode(model, states, packed, bytes);
     free(packed);
+    sample_extremes(model);
     for (int s = 0; s < 3; s++) v4_state_destroy(states[s]);
     v4_destroy(model);
     printf("%016llx\n", (unsigned long long)digest);

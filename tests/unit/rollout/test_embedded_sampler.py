@@ -129,6 +129,32 @@ def test_the_noise_is_philox_as_published(model: Model) -> None:
         assert drawn.token_id == int(u * count)
 
 
+ODD = (math.nan, math.inf, -math.inf, 0.0, -0.0, 5e-324, 1e-46, 1e-39, 1e-6, 1.0, 1e30, 1e39, 1e308, -1.0)
+SPREADS = {
+    "far": (3.4e38, -3.4e38, 0.0),
+    "infinite": (math.inf, -math.inf, 1.0),
+    "not numbers": (math.nan, 2.0, 1.0),
+    "only NaN": (math.nan,),
+    "only -inf": (-math.inf,),
+    "only inf": (math.inf,),
+    "subnormal": (1e-45, -1e-45),
+}
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_every_logprob_is_finite_whatever_floats_come_in(model: Model, spread: str) -> None:
+    count = model.dimensions.vocab_count
+    logits = [SPREADS[spread][i % len(SPREADS[spread])] for i in range(count)]
+    for temperature in ODD:
+        for top_p, top_k in ((1.0, 0), (math.nan, 0), (5e-324, 7), (-1.0, 0), (math.inf, 3), (0.9, -5), (0.9, 9)):
+            sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
+            for position in range(3):
+                drawn = model.sample(logits, sampling, 3, position)
+                assert 0 <= drawn.token_id < count
+                assert math.isfinite(drawn.logprob), sampling
+                assert drawn.logprob <= 0
+
+
 def test_a_tiny_temperature_and_far_logits_stay_finite(model: Model) -> None:
     logits = [-3e38] * model.dimensions.vocab_count
     logits[7] = 3e38
