@@ -36,11 +36,15 @@ _DRAW_INTERVAL_S = 0.25
 
 @dataclass(frozen=True)
 class Batch:
-    """What to run: a directory, the job and its tasks for a new run, and whether an old one may go on."""
+    """What to run: a directory, the job and its tasks for a new run, and whether an old one may go on.
+
+    `check_logged` gets the job of a run that goes on, and raises if the caller asked for another.
+    """
 
     directory: Path
     make_job: Callable[[Sequence[Task]], Job]
     load_tasks: Callable[[], Sequence[Task]]
+    check_logged: Callable[[Job], None]
     resume: bool
     config: RolloutConfig
 
@@ -71,7 +75,9 @@ async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None])
     began = time.monotonic()
     asked = None if is_begun else _ask(batch)
     async with make_service(batch.directory, batch.config) as service:
-        if REQUEST_ID not in service.ledger.jobs:
+        if (logged := service.ledger.jobs.get(REQUEST_ID)) is not None:
+            batch.check_logged(logged)
+        else:
             await service.submit(*(asked or _ask(batch)))
         await service.start()
         waiting = asyncio.create_task(service.wait(REQUEST_ID))

@@ -12,13 +12,14 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
 import click
 import msgspec
+from click.core import ParameterSource
 from pydantic import ValidationError
 from rich.console import Console
 from rich.live import Live
@@ -44,6 +45,16 @@ from rollout.screen import LiveTable, print_summary, render_overview, render_tra
 from rollout.service import RolloutService
 from toolcall_dsl import DslError
 from wal import CorruptError, PoisonedError, WalError
+
+_LOGGED_OPTIONS: dict[str, Callable[[Job], object]] = {
+    "agent": lambda job: job.agent,
+    "group_size": lambda job: job.groups[0].size,
+    "seed": lambda job: job.sampling.seed,
+    "temperature": lambda job: job.sampling.temperature,
+    "thinking": lambda job: job.thinking,
+    "turns_max": lambda job: job.limits.turns_count_max,
+}
+"""Options that a run keeps for its whole life, and where its job has them."""
 
 Failure = (RolloutError, DsecError, WalError, DslError)
 _SETTING_PREFIX = {kind.__name__: str(kind.model_config["env_prefix"]) for kind in (RolloutConfig, SubstrateConfig)}
@@ -153,6 +164,7 @@ def run(
         directory=directory,
         make_job=job_for,
         load_tasks=lambda: load_bundled() if tasks_dir is None else load_tasks(tasks_dir),
+        check_logged=lambda job: check_same(click.get_current_context(), directory, job),
         resume=resume,
         config=RolloutConfig(concurrency=concurrency),
     )
@@ -173,6 +185,25 @@ def run(
         click.echo(f"stopped by {outcome.stopped_by.name}; finish with: dsec run --resume --out {directory}", err=True)
         sys.exit(128 + outcome.stopped_by)
     sys.exit(1 if outcome.summary.infra_failures else 0)
+
+
+def check_same(ctx: click.Context, directory: Path, job: Job) -> None:
+    """RequestError if the command line names a value that differs from the run's own; what it leaves out passes."""
+    way_out = f"to finish {directory} leave it out; for another run choose another --out"
+    for name, logged_of in _LOGGED_OPTIONS.items():
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            given, logged, option = ctx.params[name], logged_of(job), "--" + name.replace("_", "-")
+            if given != logged:
+                raise RequestError(f"{option} {given}: {directory} was begun with {option} {logged}; {way_out}")
+    folder: Path | None = ctx.params["tasks_dir"]
+    if folder is not None:
+        given_tasks = {task.name: task.digest for task in load_tasks(folder)}
+        logged_tasks = {group.task: group.task_digest for group in job.groups}
+        if names := sorted({name for name, _ in given_tasks.items() ^ logged_tasks.items()}):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise RequestError(
+                f"TASKS_DIR {folder}: {directory} was begun with other tasks (different: {names[0]}{more}); {way_out}"
+            )
 
 
 @main.command(epilog=SHOW_EXAMPLE)

@@ -159,6 +159,40 @@ def test_resuming_a_finished_run_changes_nothing(dsec: Any, finished: Path, tmp_
     assert dsec.show(run) == shown
 
 
+def test_a_resume_that_asks_for_another_run_is_refused(
+    dsec: Any, make_task: Any, tasks: Path, finished: Path, tmp_path: Path
+) -> None:
+    before, resume = digest(finished / "wal"), ("run", "--resume", "--out", finished)
+    for option, given, logged in (
+        ("--seed", 5, 3),
+        ("--seed", 0, 3),  # the default, but asked for
+        ("--group-size", 3, 2),
+        ("--temperature", 0.5, 1.0),
+        ("--turns-max", 7, 6),
+        ("--agent", "oracle", "model"),
+        ("--thinking", "max", "high"),
+    ):
+        ran = dsec(*resume, option, given)
+        assert (ran.code, ran.out) == (2, "")
+        assert ran.err == (
+            f"dsec: {option} {given}: {finished} was begun with {option} {logged}; "
+            f"to finish {finished} leave it out; for another run choose another --out\n"
+        )
+    shutil.copytree(tasks, tmp_path / "tasks")
+    (tmp_path / "tasks/sort-5-000/instruction.md").write_text("Something else.")
+    make_task(tmp_path / "tasks/new")
+    ran = dsec(*resume, tmp_path / "tasks")
+    assert (ran.code, ran.out) == (2, "")
+    assert f"{finished} was begun with other tasks (different: new and 1 more); to finish" in ran.err
+    assert digest(finished / "wal") == before
+
+
+def test_a_resume_may_say_again_what_was_asked_for(dsec: Any, tasks: Path, finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    again = dsec.done("run", tasks, "--resume", "--out", run, *SAME_RUN, "--concurrency", 7, "--json")
+    assert again.json()["finished"] == 8
+
+
 def test_a_directory_that_holds_a_run_is_not_run_into_again(dsec: Any, tasks: Path, finished: Path) -> None:
     before = digest(finished / "wal")
     ran = dsec("run", tasks, "--out", finished)
