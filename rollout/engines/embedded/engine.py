@@ -84,6 +84,7 @@ class EmbeddedEngine:
         self._posted: list[Callable[[Batch], None]] = []
         self._work = threading.Condition()
         self._closing = False
+        self._failure: BaseException | None = None
         self._mailboxes: dict[Job, _Mailbox] = {}
 
     @property
@@ -99,7 +100,7 @@ class EmbeddedEngine:
             raise EngineError("the engine is already open")
         self._loop = asyncio.get_running_loop()
         batch = await asyncio.to_thread(self._load)
-        self._closing = False
+        self._closing, self._failure = False, None
         self._thread = threading.Thread(target=self._run, args=(batch,), name="embedded-engine", daemon=True)
         self._thread.start()
 
@@ -119,11 +120,12 @@ class EmbeddedEngine:
         """Stream the continuation; closing the iterator early stops it between two turns.
 
         RequestError for a request that can never run; EngineError when the engine is closed, its
-        queue is full, or it closes while the request runs.
+        queue is full, it closes while the request runs, or its thread failed (then it names the
+        failure, also to later callers, until the engine is closed).
         """
         self._check(request)
         if self._thread is None or self._closing:
-            raise EngineError(CLOSED)
+            raise self._end(CLOSED)
         if len(self._mailboxes) >= self._limits.running_max + self._limits.queue_max:
             raise EngineError(f"the engine's queue is full ({len(self._mailboxes)} requests); try again later")
         job, mailbox = Job(request), _Mailbox()
@@ -152,7 +154,7 @@ class EmbeddedEngine:
             self._closing = True
             self._work.notify()
         await asyncio.to_thread(thread.join)
-        self._thread = None
+        self._thread = self._failure = None
         self._info = None
 
     def _check(self, request: SampleRequest) -> None:
@@ -184,17 +186,29 @@ class EmbeddedEngine:
     def _run(self, batch: Batch) -> None:
         """The stepping thread.  However it ends, every waiting consumer is told."""
         try:
-            while self._obey(batch):
-                outcomes = batch.turn()
-                if outcomes:
-                    self._call_loop(self._deliver, outcomes)
+            try:
+                while self._obey(batch):
+                    outcomes = batch.turn()
+                    if outcomes:
+                        self._call_loop(self._deliver, outcomes)
+            finally:
+                batch.close()
+                batch.model.close()
+        except BaseException as error:  # nobody is above a thread: the callers are told, now and later
+            self._failure = error
         finally:
             with self._work:
                 self._closing = True
                 self._posted.clear()
-            batch.close()
-            batch.model.close()
             self._call_loop(self._fail_all)
+
+    def _end(self, otherwise: str) -> EngineError:
+        """Why nothing can be sampled: the thread's failure, or else `otherwise`."""
+        if self._failure is None:
+            return EngineError(otherwise)
+        error = EngineError(f"the engine's thread failed: {self._failure!r}; close the engine and open it again")
+        error.__cause__ = self._failure
+        return error
 
     def _obey(self, batch: Batch) -> bool:
         """Carry out what the loop posted; wait for something to do.  False when closing."""
@@ -223,4 +237,4 @@ class EmbeddedEngine:
 
     def _fail_all(self) -> None:
         for mailbox in self._mailboxes.values():
-            mailbox.fail(EngineError("the engine closed while the request ran; its logged tokens are kept"))
+            mailbox.fail(self._end("the engine closed while the request ran; its logged tokens are kept"))

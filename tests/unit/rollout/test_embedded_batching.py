@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from rollout.engine import SampleRequest, Sampling
-from rollout.engines.embedded.batching import Batch, Job, Limits
+from rollout.engines.embedded.batching import Batch, Job, Limits, Outcome
 from rollout.engines.embedded.binding import Chunk, Model
 from rollout.engines.embedded.checkpoint import load_checkpoint
 from rollout.engines.embedded.engine import EmbeddedEngine
@@ -197,6 +197,34 @@ async def test_a_temperature_that_is_neither_greedy_nor_usable_is_refused() -> N
             await anext(engine.sample(request))
     lowest = msgspec.structs.replace(asked, sampling=Sampling(temperature=0.001))
     assert [chunk async for chunk in engine.sample(lowest)]
+    await engine.close()
+
+
+class FailingBatch(Batch):
+    def turn(self) -> list[Outcome]:
+        raise ArithmeticError("a bug in the third layer")
+
+
+class FailingEngine(EmbeddedEngine):
+    fails = True
+
+    def _load(self) -> Batch:
+        batch = super()._load()
+        return FailingBatch(batch.model, batch.limits, FORK_ID) if self.fails else batch
+
+
+async def test_the_failure_of_the_thread_is_what_every_caller_sees_until_the_engine_is_opened_again() -> None:
+    engine = FailingEngine()
+    await engine.open()
+    request = job((0, 5)).request
+    for _ in range(3):
+        with pytest.raises(EngineError, match=r"thread failed: ArithmeticError\('a bug in the third layer'\)") as why:
+            await anext(engine.sample(request))
+        assert isinstance(why.value.__cause__, ArithmeticError)
+    await engine.close()
+    engine.fails = False
+    await engine.open()
+    assert [chunk async for chunk in engine.sample(request)]
     await engine.close()
 
 
