@@ -101,14 +101,15 @@ class _Stream(ctypes.Structure):
 
 
 @functools.cache
-def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
-    """The compiled engine.  EngineError says how to build it when it is missing."""
+def load_library(path: Path = LIBRARY, cpuinfo: Path = Path("/proc/cpuinfo")) -> ctypes.CDLL:
+    """The compiled engine.  EngineError if it is not built, or if this processor cannot run it."""
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise EngineError(
             f"{path}: the decode engine is not built ({error}); run: python setup.py build_ext"
         ) from error
+    _check_processor(library, path, cpuinfo)
     pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int32
     for name, result, arguments in (
         ("v4_build", ctypes.c_char_p, ()),
@@ -128,6 +129,22 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
+
+
+def _check_processor(library: ctypes.CDLL, path: Path, cpuinfo: Path) -> None:
+    """Without this a processor that lacks an instruction ends the whole process with SIGILL."""
+    wanted = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, "v4_processor_flags"))).decode().split()
+    try:
+        text = cpuinfo.read_text()
+    except OSError:  # no Linux, or no /proc: the build's own machine, most likely
+        return
+    lines = [line.partition(":")[2].split() for line in text.splitlines() if line.startswith("flags")]
+    missing = [flag for flag in wanted if lines and flag not in lines[0]]
+    if missing:
+        raise EngineError(
+            f"{path}: was built for x86-64-v3 and this processor lacks {', '.join(missing)}: run on one of 2015 or "
+            "later (a virtual machine may hide what its host has: give it the host's processor type)"
+        )
 
 
 def build_digest() -> str:

@@ -9,6 +9,12 @@
 #define V4_BUILD "unnamed"
 #endif
 
+#ifdef V4_X86
+const char v4_processor_flags[] = "avx avx2 fma bmi1 bmi2 f16c movbe abm"; /* -march=x86-64-v3 */
+#else
+const char v4_processor_flags[] = "";
+#endif
+
 const char *v4_build(void) { return V4_BUILD; }
 
 static float *floats_of(v4_model *model, const uint16_t *source, int count) {

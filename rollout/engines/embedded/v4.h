@@ -77,6 +77,9 @@ typedef struct {
     uint32_t stop_ids[V4_STOPS_MAX];
 } v4_stream;
 
+/* Flags of /proc/cpuinfo that the processor must have, or "". Data, so that it can be read before
+ * any of our code runs; nothing of ours runs when the library is loaded. */
+V4_API extern const char v4_processor_flags[];
 V4_API const char *v4_build(void);
 
 /* NULL when memory is short. The tensors may go away afterwards. */

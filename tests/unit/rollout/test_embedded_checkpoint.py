@@ -1,6 +1,7 @@
 """A checkpoint folder that cannot be run is refused with the file and the rule."""
 
 import json
+import platform
 import shutil
 import struct
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rollout.engines.embedded.binding import LIBRARY, load_library
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT, load_checkpoint
 from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.errors import EngineError
@@ -110,3 +112,23 @@ async def test_an_engine_with_a_broken_checkpoint_fails_to_open_and_stays_closed
     with pytest.raises(EngineError, match="no such file"):
         await engine.open()
     await engine.close()
+
+
+CPUINFO = "processor\t: 0\nvendor_id\t: Any\nvmx flags\t: avx2 fma\nflags\t\t: {}\n\n"
+X86_64_V3 = "fpu sse2 avx avx2 fma bmi1 bmi2 f16c movbe abm"
+
+
+def test_a_processor_that_lacks_the_instructions_of_the_build_is_told_before_any_of_them_runs(tmp_path: Path) -> None:
+    """The library says what it needs: nothing on machines where it was built without."""
+    old, new, other = (tmp_path / name for name in ("old", "new", "other"))
+    old.write_text(CPUINFO.format("fpu sse2 avx bmi1 bmi2 f16c movbe abm avx2_not fma4"))
+    new.write_text(CPUINFO.format(X86_64_V3))
+    other.write_text("processor\t: 0\nFeatures\t: fp asimd\n")
+    assert load_library(LIBRARY, new)
+    assert load_library(LIBRARY, other)
+    assert load_library(LIBRARY, tmp_path / "nowhere")
+    if platform.machine() == "x86_64":
+        with pytest.raises(EngineError, match="this processor lacks avx2, fma: run on one of 2015 or later"):
+            load_library(LIBRARY, old)
+    else:
+        assert load_library(LIBRARY, old)
