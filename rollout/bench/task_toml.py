@@ -12,7 +12,7 @@ from __future__ import annotations
 import tomllib
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, ValidationInfo, field_validator
 
 TIMEOUT_S_DEFAULT = 600.0
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -80,6 +80,13 @@ class EnvironmentTable(_Table):
     env: Env = {}
     workdir: Annotated[str, StringConstraints(pattern=r"^/[^\x00]*$")] | None = None
     network_mode: str | None = None
+    memory: object = None
+    storage: object = None
+
+    @field_validator("memory", "storage")
+    @classmethod
+    def _has_the_newer_spelling(cls, size: object, field: ValidationInfo) -> None:
+        raise ValueError(f"this spelling is not read any more: write {field.field_name}_mb, a number of MiB")
 
     @field_validator("docker_image")
     @classmethod

@@ -40,6 +40,8 @@ INSTRUCTION_BYTES_MAX = 64 << 10
 ERRORS_SHOWN_MAX = 20
 LOG_FOLDERS = ("/logs/agent", "/logs/verifier", "/logs/artifacts")
 BUNDLED = Path(__file__).parent / "bundled"
+CACHE_FOLDER = "__pycache__"
+"""What Python leaves beside sources that it ran is no part of a task."""
 _PARTS = ("task.toml", "instruction.md", "environment", "tests", "solution")
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _WAY_OUT = "a task is a folder with task.toml, instruction.md, environment/Dockerfile and tests/test.sh"
@@ -143,7 +145,8 @@ def _raise_all(errors: list[str]) -> None:
         raise TaskError("\n".join(shown))
 
 
-def _make_task(name: str, where: str, files: Mapping[str, TaskFile]) -> Task:
+def _make_task(name: str, where: str, found: Mapping[str, TaskFile]) -> Task:
+    files = {path: file for path, file in found.items() if CACHE_FOLDER not in path.split("/")}
     problems = list(_problems(name, files))
     toml, image = TaskToml(), build({})
     try:
@@ -267,7 +270,7 @@ def _read_folder(folder: Path) -> dict[str, TaskFile]:
 
 def _walk(folder: Path, top: Path) -> Iterator[Path]:
     for entry in sorted(folder.iterdir()):
-        if folder == top and entry.name not in _PARTS:
+        if (folder == top and entry.name not in _PARTS) or entry.name == CACHE_FOLDER:
             continue
         if entry.is_symlink():
             raise TaskError(f"{top}: {entry.relative_to(top)}: is a symlink: put the file itself there")

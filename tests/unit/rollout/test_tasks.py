@@ -317,3 +317,18 @@ def test_a_file_sent_inline_is_executable_by_its_name_or_its_first_line() -> Non
     task = task_from_files("t", {**FILES, "tests/tool": b"#!/usr/bin/python3\n", "tests/data": b"x"})
     assert [task.tests[n].is_executable for n in ("test.sh", "tool", "data")] == [True, True, False]
     assert task.tests["data"] == TaskFile(b"x", is_executable=False)
+
+
+def test_what_python_leaves_beside_its_sources_is_no_part_of_the_task(tmp_path: Path) -> None:
+    folder = write(tmp_path / "t", FILES)
+    before = load_task(folder)
+    write(folder, {"tests/__pycache__/a.cpython-311.pyc": b"\0", "environment/files/__pycache__/b.pyc": b"\0"})
+    assert load_task(folder) == before
+    assert task_from_files("t", {**FILES, "tests/__pycache__/a.pyc": b"\0"}) == task_from_files("t", FILES)
+
+
+def test_limits_in_the_older_spelling_are_refused_with_the_newer_one() -> None:
+    with pytest.raises(TaskError, match="memory_mb"):
+        with_toml('[environment]\nmemory = "2G"\n')
+    with pytest.raises(TaskError, match="storage_mb"):
+        with_toml('[environment]\nstorage = "10G"\n')
