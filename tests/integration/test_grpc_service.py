@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,9 +32,10 @@ EVERYTHING = (pb.TOKENS, pb.LOGPROBS, pb.TEXT)
 class Server:
     """A `dsec serve` process over `directory`, and a channel to it."""
 
-    def __init__(self, dsec: Any, directory: Path) -> None:
+    def __init__(self, dsec: Any, directory: Path, **options: Any) -> None:
         self.dsec = dsec
-        self.process: subprocess.Popen[str] = dsec.start("serve", "--out", directory, "--listen", "127.0.0.1:0")
+        command = ("serve", "--out", directory, "--listen", "127.0.0.1:0")
+        self.process: subprocess.Popen[str] = dsec.start(*command, **options)
         assert self.process.stdout is not None
         said = self.process.stdout.readline()
         assert said.startswith("dsec: serving 127.0.0.1:"), self.process.communicate()
@@ -40,6 +43,11 @@ class Server:
         self.taken_up = int(said.split(", ")[2].split()[0])
         self.channel = grpc.insecure_channel(self.address)
         self.rollouts = RolloutServiceStub(self.channel)  # type: ignore[no-untyped-call]
+        self.health = health_pb2_grpc.HealthStub(self.channel)
+
+    def is_serving(self) -> bool:
+        reply = self.health.Check(health_pb2.HealthCheckRequest(), timeout=20)
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
     def submit(self, request: pb.SubmitRequest) -> list[pb.Update]:
         return list(self.rollouts.Submit(request, timeout=60))
@@ -56,12 +64,12 @@ class Server:
 
 
 @pytest.fixture
-def serve(dsec: Any, tmp_path: Path) -> Iterator[Callable[[], Server]]:
+def serve(dsec: Any, tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Starts servers over one directory, one after another; stops what still runs."""
     started: list[Server] = []
 
-    def start() -> Server:
-        started.append(Server(dsec, tmp_path / "server"))
+    def start(**options: Any) -> Server:
+        started.append(Server(dsec, tmp_path / "server", **options))
         return started[-1]
 
     yield start
@@ -280,14 +288,70 @@ def test_many_submits_at_once_are_all_served(serve: Any, tasks: Path) -> None:
 
 def test_health_and_reflection_are_served(serve: Any) -> None:
     server = serve()
-    health = health_pb2_grpc.HealthStub(server.channel)
     for name in ("", "rollout.pb.v1.RolloutService"):
-        status = health.Check(health_pb2.HealthCheckRequest(service=name)).status
+        status = server.health.Check(health_pb2.HealthCheckRequest(service=name)).status
         assert status == health_pb2.HealthCheckResponse.SERVING
     stub = reflection_pb2_grpc.ServerReflectionStub(server.channel)
     (reply,) = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
     names = {service.name for service in reply.list_services_response.service}
     assert {"rollout.pb.v1.RolloutService", "grpc.health.v1.Health"} <= names
+
+
+def test_noise_on_the_port_and_idle_connections_do_not_disturb_the_service(serve: Any, tasks: Path) -> None:
+    server = serve()
+    host, port = server.address.split(":")
+    with contextlib.ExitStack() as open_ones:
+        for number in range(100):
+            idle = open_ones.enter_context(socket.create_connection((host, int(port)), timeout=20))
+            if number % 2:
+                idle.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[: number // 2])
+        for noise in (b"\0" * 1000, b"GET / HTTP/1.1\r\n\r\n", bytes(range(256)) * 64, b"\xff"):
+            with socket.create_connection((host, int(port)), timeout=20) as noisy, contextlib.suppress(ConnectionError):
+                noisy.sendall(noise)
+                noisy.shutdown(socket.SHUT_WR)
+                while noisy.recv(4096):
+                    pass
+        assert server.is_serving()
+        small = group(tasks, tasks=[folder_of(tasks / "copy-5-000")], agent=pb.ORACLE)
+        assert {record.reward for record in finished_of(server.submit(small)).values()} == {1}
+
+
+def test_the_service_answers_while_a_request_is_checked(serve: Any, tasks: Path, tmp_path: Path) -> None:
+    """The check asks dpkg about what a task installs: here, one that answers when the test says so."""
+    asked, answer = tmp_path / "asked", tmp_path / "answer"
+    os.mkfifo(asked)
+    os.mkfifo(answer)
+    (tmp_path / "bin").mkdir()
+    slow = tmp_path / "bin/dpkg-query"
+    slow.write_text(f"#!/bin/sh\necho > {asked}; cat {answer}\n")
+    slow.chmod(0o755)
+    server = serve(env={"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
+    task = folder_of(tasks / "copy-5-000")
+    task.files["environment/Dockerfile"] += b"RUN apt-get update && apt-get install -y dsec-no-such-package\n"
+    with ThreadPoolExecutor() as pool:
+        submitted = pool.submit(server.submit, group(tasks, tasks=[task]))
+        assert asked.read_text() == "\n"
+        try:
+            assert server.is_serving()
+        finally:
+            answer.write_text("")
+        with refused(grpc.StatusCode.INVALID_ARGUMENT, "needs dsec-no-such-package on this host"):
+            submitted.result()
+
+
+def test_a_signal_is_told_to_health_checks_before_the_server_stops(serve: Any, tasks: Path) -> None:
+    server = serve()
+    seen = server.health.Watch(health_pb2.HealthCheckRequest())
+    assert next(seen).status == health_pb2.HealthCheckResponse.SERVING
+    stream = server.rollouts.Submit(group(tasks, limits=pb.Limits(turns_count_max=1000)), timeout=60)
+    assert next(stream).HasField("opened")
+    server.process.terminate()
+    assert next(seen).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stream)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE  # which says: try again
+    server.stop()
+    assert serve().taken_up > 0
 
 
 def test_every_error_has_a_status() -> None:
