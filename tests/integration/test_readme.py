@@ -1,0 +1,60 @@
+"""Every block of the README runs as it stands, in a folder where `.venv` is the installed one."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+SHELL = [text for language, text in BLOCKS if not language and text.startswith((".venv/bin/", "make "))]
+PYTHON = [text for language, text in BLOCKS if language == "python"]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """What a user sees after `make`: the commands in `.venv/bin`, and no run yet."""
+    (tmp_path / ".venv").symlink_to(Path(sys.prefix))
+    return tmp_path
+
+
+def test_every_block_is_a_picture_or_is_run_here() -> None:
+    pictures = [text for _, text in BLOCKS if text not in SHELL + PYTHON]
+    assert all("──" in text for text in pictures)
+    assert (len(SHELL), len(PYTHON)) == (2, 1)
+
+
+def test_every_make_line_names_a_target() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", README, re.MULTILINE))
+    assert {"run", "test"} <= {one or other for one, other in named} <= targets
+
+
+@pytest.mark.parametrize("block", [text for text in SHELL if not text.startswith("make ")], ids=["kill it"])
+def test_a_run_that_is_killed_as_the_readme_says_is_finished_as_it_says(dsec: Any, place: Path, block: str) -> None:
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))  # on a big machine it would end before the kill
+    ran = dsec("-c", cores, "bash", "-c", block, command="taskset", cwd=place)
+    assert ran.code == 0, ran.out + ran.err
+    assert re.fullmatch(r"(bash: .*Killed.*\n)?", ran.err)  # the shell's word for it
+    assert ran.out.count("64 of 64 rollouts (100.0%)") == 1  # the killed run said nothing, the resume finished it
+    (counted,) = re.findall(r"(\d+) resumes, .* (\d+) tokens regenerated, (\d+) commands run twice", ran.out)
+    assert int(counted[0]) > 0
+    assert counted[1:] == ("0", "0")
+    assert "bug-1-000" in ran.out
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=["ten lines"])
+def test_the_program_of_the_readme_prints_a_reward_for_each_rollout(dsec: Any, place: Path, block: str) -> None:
+    (place / "program.py").write_text(block)
+    ran = dsec.done("program.py", command=sys.executable, cwd=place)
+    tasks = re.findall(r'"([a-z]+-\d+-\d+)"', block)
+    lines = sorted(line.split() for line in ran.out.splitlines())
+    assert [name for name, _, _ in lines] == sorted(f"{task}.{index}" for task in tasks for index in range(4))
+    assert {reward for _, reward, _ in lines} <= {"0.0", "1.0"}
+    assert all(int(count) > 0 for _, _, count in lines)
