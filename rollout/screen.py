@@ -62,7 +62,8 @@ class LiveTable:
             f"[green]{summary['solved']}[/]",
             f"[red]{summary['failed']}[/]" if summary["failed"] else "0",
         )
-        bar = ProgressBar(total=summary["rollouts"], completed=summary["done"], width=_BAR_WIDTH)
+        done, total = summary["done"], summary["rollouts"]
+        bar = ProgressBar(total, done, width=_BAR_WIDTH, complete_style="green", finished_style="green")
         return Group(table, bar)
 
 
