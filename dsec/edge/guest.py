@@ -18,6 +18,7 @@ from dsec.edge.native_wire import (
     EXEC_KILL_OTHERS,
     EXEC_MERGE_STDERR,
     INLINE_BODY_BYTES_MAX,
+    MalformedMessageError,
     MessageReader,
     MessageType,
     Stage,
@@ -101,21 +102,28 @@ class Guest:
         self._packets.close()
         self._fail_all()
 
-    def _on_packet(self, data: bytes, fds: list[int]) -> None:
+    def _on_packet(self, data: bytes, _fds: list[int]) -> None:
         reader = MessageReader(data)
         kind = reader.u32()
+        if kind in (MessageType.READY, MessageType.FAILED) and not self._ready.done():
+            self._settle_ready(kind, reader)
+        elif kind in (MessageType.EXITED, MessageType.REFUSED):
+            self._settle_answer(reader.u32(), _answer(kind, reader))
+        else:
+            raise MalformedMessageError(f"a guest sent a message of type {kind}")
+
+    def _settle_ready(self, kind: int, reader: MessageReader) -> None:
         if kind == MessageType.READY:
             self._ready.set_result(None)
-        elif kind == MessageType.FAILED:
-            reader.u32()
-            self._ready.set_exception(SpawnError(step_error(reader)))
-            self._ready.exception()
-        else:
-            waiting = self._answers.get(reader.u32())
-            first, second = reader.u32(), reader.u32()
-            if waiting is not None and not waiting.done():
-                ended = kind == MessageType.EXITED
-                waiting.set_result(Exited(first, second) if ended else Refused(Stage(first), second))
+            return
+        reader.u32()
+        self._ready.set_exception(SpawnError(step_error(reader)))
+        self._ready.exception()
+
+    def _settle_answer(self, exec_id: int, answer: Exited | Refused) -> None:
+        waiting = self._answers.get(exec_id)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(answer)
 
     def _on_close(self) -> None:
         self._fail_all()
@@ -129,3 +137,12 @@ class Guest:
             if not waiting.done():
                 waiting.set_exception(SandboxLostError("the sandbox ended while the command ran"))
                 waiting.exception()
+
+
+def _answer(kind: int, reader: MessageReader) -> Exited | Refused:
+    first = reader.u32()
+    if kind == MessageType.EXITED:
+        return Exited(first, reader.u32())
+    if first not in set(Stage):
+        raise MalformedMessageError(f"a guest refused a command at stage {first}")
+    return Refused(Stage(first), reader.errno())

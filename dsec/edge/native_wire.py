@@ -1,7 +1,7 @@
 """Messages to and from the C side, as `dsec/native/protocol.h` lays them out.
 
 Only layout lives here: no socket, no policy.  Both ends run on one little-endian machine and are
-built together, so a message that does not parse is a bug and raises `struct.error` or `ValueError`.
+built together, so a message that does not parse (MalformedMessageError) means that the other end is broken.
 
 See: dsec/native/protocol.h.
 """
@@ -18,9 +18,14 @@ import msgspec
 NO_SLOT = 0xFFFFFFFF
 PACKET_BYTES_MAX = 65536
 INLINE_BODY_BYTES_MAX = 32768
+ERRNO_MAX = 4095
 
 EXEC_HAS_STDIN, EXEC_MERGE_STDERR, EXEC_BODY_IN_FD, EXEC_KILL_OTHERS = 1, 2, 4, 8
 EXIT_TIMED_OUT, EXIT_OOM_KILLED = 1, 2
+
+
+class MalformedMessageError(ValueError):
+    """A message that the other end, in its right mind, would not send."""
 
 
 class MessageType(IntEnum):
@@ -48,6 +53,9 @@ class Stage(IntEnum):
     FORK = 3
     CWD = 4
     EXEC = 5
+    ALONE = 6
+    CROWDED = 7
+    COMMANDS = 8
 
 
 class Operation(IntEnum):
@@ -127,14 +135,23 @@ class MessageReader:
 
     def u32(self) -> int:
         """The next number."""
+        if self._offset + 4 > len(self._data):
+            raise MalformedMessageError("a number runs past the end of its message")
         (value,) = struct.unpack_from("<I", self._data, self._offset)
         self._offset += 4
         return int(value)
+
+    def errno(self) -> int:
+        """The next number, which the kernel gave as an error."""
+        value = self.u32()
+        if value > ERRNO_MAX:
+            raise MalformedMessageError(f"{value} is no error number")
+        return value
 
     def string(self) -> str:
         """The next string."""
         length = self.u32()
         start, self._offset = self._offset, self._offset + length + 1
         if self._offset > len(self._data):
-            raise ValueError("a string runs past the end of its message")
+            raise MalformedMessageError("a string runs past the end of its message")
         return os.fsdecode(self._data[start : start + length])

@@ -7,13 +7,15 @@ what is sent and hands each packet to one callback.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
 
-from dsec.edge.native_wire import PACKET_BYTES_MAX
+from dsec.edge.native_wire import PACKET_BYTES_MAX, MalformedMessageError
 
 _PACKETS_PER_TURN = 16
+log = logging.getLogger(__name__)
 
 
 def make_memory_file(name: str, data: bytes) -> int:
@@ -25,7 +27,11 @@ def make_memory_file(name: str, data: bytes) -> int:
 
 
 class PacketSocket:
-    """Owns `connection`.  `on_packet(data, fds)` owns the fds it is given; `on_close()` is called once, at EOF."""
+    """Owns `connection`.  `on_close()` is called once, at EOF or after a packet that made no sense.
+
+    `on_packet(data, fds)` owns the fds that it removes from the list; the others are closed after it.
+    It raises MalformedMessageError for a packet that it cannot read: then the connection is closed.
+    """
 
     def __init__(
         self,
@@ -87,13 +93,23 @@ class PacketSocket:
                 return
             except OSError:
                 data, fds = b"", []
-            if not data:
-                for fd in fds:
-                    os.close(fd)
-                self.close()
-                self._on_close()
+            is_well = bool(data) and self._deliver(data, fds)
+            for fd in fds:
+                os.close(fd)
+            if not is_well:
+                if self._is_open:
+                    self.close()
+                    self._on_close()
                 return
+
+    def _deliver(self, data: bytes, fds: list[int]) -> bool:
+        """Whether the packet could be read."""
+        try:
             self._on_packet(data, fds)
+        except MalformedMessageError:
+            log.exception("a sandbox connection is closed")
+            return False
+        return True
 
     def close(self) -> None:
         """Close our end; safe to call twice.  `on_close` is not called."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from dsec.edge.native_wire import (
     NO_SLOT,
     CgroupPlan,
+    MalformedMessageError,
     MessageReader,
     MessageType,
     encode_create,
@@ -31,7 +32,7 @@ from dsec.types import SandboxSpec
 
 def step_error(reader: MessageReader) -> str:
     """Step and error text of a FAILED message, whose type and slot were read."""
-    step, number = reader.string(), reader.u32()
+    step, number = reader.string(), reader.errno()
     return f"{step}: {os.strerror(number)} (errno {number})"
 
 
@@ -137,21 +138,20 @@ class Spawner:
 
     def _on_packet(self, data: bytes, fds: list[int]) -> None:
         reader = MessageReader(data)
-        kind = reader.u32()
-        slot = reader.u32()
-        if kind == MessageType.INITED:
+        kind, slot = reader.u32(), reader.u32()
+        if kind == MessageType.INITED and not self._inited.done():
             self._inited.set_result(None)
-        elif kind == MessageType.CREATED:
-            self._settle_created(slot, (socket.socket(fileno=fds[0]), reader.u32()))
-        elif kind == MessageType.GONE:
+        elif kind == MessageType.CREATED and slot in self._created and fds:
+            pid = reader.u32()
+            self._created.pop(slot).set_result((socket.socket(fileno=fds.pop(0)), pid))
+        elif kind == MessageType.GONE and slot in self._gone and not self._gone[slot].done():
             self._gone[slot].set_result(None)
-        elif slot == NO_SLOT:
+        elif kind == MessageType.FAILED and slot == NO_SLOT and not self._inited.done():
             self._inited.set_exception(HostUnfitError(f"the spawner cannot start: {step_error(reader)}"))
-        else:
+        elif kind == MessageType.FAILED and slot in self._created:
             self._created.pop(slot).set_exception(SpawnError(step_error(reader)))
-
-    def _settle_created(self, slot: int, made: tuple[socket.socket, int]) -> None:
-        self._created.pop(slot).set_result(made)
+        else:
+            raise MalformedMessageError(f"the spawner sent a message of type {kind} for slot {slot}")
 
     def _on_close(self) -> None:
         self._fail_all("the spawner died")
