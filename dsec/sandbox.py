@@ -26,7 +26,9 @@ class Sandbox(Protocol):
 
         Ends when the command's own process ends, even if a child still holds its pipes, or when
         `timeout_s` has passed (the command's whole tree is killed then).  Cancelling the awaiting
-        task kills the command.  Raises InvalidArgumentError (nothing ran) or SandboxLostError.
+        task kills the command.  A sandbox full of its own processes answers with exit code 126.
+        Raises InvalidArgumentError (nothing ran), ResourceExhaustedError (nothing ran; the host lacks
+        something) or SandboxLostError (also when the sandbox can start no command any more).
         """
         ...
 

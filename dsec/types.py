@@ -49,7 +49,7 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     STDIN_BYTES_MAX bytes) is followed by end of file.  With `merge_stderr` stderr goes to
     stdout in order, and `ExecResult.stderr` stays empty.  `output_bytes_max` bounds each stream.
     With `kill_others` every other process of the sandbox, background ones included, is killed and
-    gone before the command starts.
+    gone before the command starts; where one cannot be ended, the sandbox is lost and nothing runs.
     """
 
     argv: tuple[str, ...]
@@ -66,9 +66,12 @@ class ExecResult(msgspec.Struct, frozen=True, kw_only=True):
     """What came of a command.
 
     `exit_code` is 0..255; death by signal n is 128 + n; a program that cannot be found is 127,
-    one that cannot be executed 126 (POSIX sh, 2.8.2).  With `timed_out` the whole process tree
-    of the command was killed and `exit_code` is 137.  `oom_killed`: the memory cgroup killed a
-    process while the command ran.
+    one that cannot be executed 126 (POSIX sh, 2.8.2), with a line on stderr that says why.  126 is
+    also the answer where the sandbox's processes leave no room for another (`pids_count_max`):
+    what the commands of a sandbox bring about is a result, never a failure of the service.
+
+    With `timed_out` the whole process tree of the command was killed and `exit_code` is 137.
+    `oom_killed`: the memory cgroup killed a process while the command ran.
     """
 
     exit_code: int

@@ -64,6 +64,15 @@ async def a_file_that_is_not_a_program_is_126(substrate: Substrate) -> None:
 
 
 @check()
+async def a_program_that_is_being_written_is_126(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        await line(sandbox, "cp /bin/true /tmp/busy; sleep 300 3>> /tmp/busy > /dev/null 2>&1 & true")
+        await line(sandbox, "until pgrep -x sleep > /dev/null; do :; done")
+        result = await sandbox.exec(Command(argv=("/tmp/busy",), env=ENV))
+        require(result.exit_code == 126 and b"Text file busy" in result.stderr.data, result)
+
+
+@check()
 async def a_missing_directory_is_refused_by_name(substrate: Substrate) -> None:
     async with fresh(substrate) as sandbox:
         try:
@@ -155,7 +164,7 @@ async def cancelling_kills_the_whole_tree(substrate: Substrate) -> None:
 async def a_background_child_that_holds_the_pipe_does_not_delay_the_end(substrate: Substrate) -> None:
     async with fresh(substrate) as sandbox:
         started = time.monotonic()
-        result = await shell(sandbox, "sleep 300 & echo hi")
+        result = await shell(sandbox, "sleep 300 & until pgrep -x sleep > /dev/null; do :; done; echo hi")
         require(result.stdout.data == b"hi\n" and time.monotonic() - started < 4, result)
         require(await line(sandbox, "pgrep -c sleep") == "1", "the background child is gone")
 
@@ -228,6 +237,7 @@ CHECKS: tuple[Check, ...] = (
     death_by_a_signal_is_128_plus_its_number,
     a_missing_program_is_127_and_says_so,
     a_file_that_is_not_a_program_is_126,
+    a_program_that_is_being_written_is_126,
     a_missing_directory_is_refused_by_name,
     arguments_pass_no_shell,
     a_megabyte_of_arguments_arrives,

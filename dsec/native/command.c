@@ -20,6 +20,8 @@
 #include "guest.h"
 #include "seccomp.h"
 
+#define CLONE_ATTEMPTS_MAX 16
+
 static struct refusal *shared;
 
 void open_launchpad(void) {
@@ -60,12 +62,12 @@ static void execute(const struct exec_body *body) {
     errno = error;
 }
 
-/* The shell's answers: 127 not found, 126 found but not executable, with a line on stderr. */
+/* The shell's answers: 127 not found, 126 found but not executable, with a line on stderr.  What a
+ * command can bring about (a busy file, a full memory) is such an answer; refused is what the caller
+ * asked for (E2BIG) and what the host lacks. */
 static _Noreturn void report_unexecuted(const char *name) {
     int missing = errno == ENOENT || errno == ENOTDIR;
-    if (!missing && errno != EACCES && errno != ENOEXEC && errno != EISDIR && errno != EPERM && errno != ELOOP &&
-        errno != ENAMETOOLONG)
-        refuse(STAGE_EXEC);
+    if (errno == E2BIG || errno == ENFILE || errno == EIO) refuse(STAGE_EXEC);
     char line[512];
     int length = snprintf(line, sizeof line, "exec: %.400s: %s\n", name, strerror(errno));
     if (write(2, line, (size_t)length) < 0) _exit(missing ? 127 : 126);
@@ -92,19 +94,32 @@ static _Noreturn void run(const struct launch *what) {
     report_unexecuted(what->body->argv[0]);
 }
 
-pid_t launch(const struct launch *what, struct refusal *refusal) {
-    *shared = (struct refusal){0, 0};
+/* EAGAIN has two causes: the sandbox's own limit, which is the commands' doing, or a limit of the
+ * host.  A fork bomb dies and grows, so its count can have fallen when we look: then try again. */
+static pid_t clone_command(const struct launch *what, struct refusal *refusal) {
     struct clone_args args = {
         .flags = CLONE_INTO_CGROUP | CLONE_VFORK,
         .exit_signal = SIGCHLD,
         .cgroup = (uint64_t)what->group->directory,
     };
-    pid_t pid = guest_clone3(&args, sizeof args);
-    if (pid == 0) run(what);
-    if (pid < 0) {
+    for (int attempt = 0; attempt < CLONE_ATTEMPTS_MAX; attempt++) {
+        pid_t pid = guest_clone3(&args, sizeof args);
+        if (pid >= 0) return pid;
         *refusal = (struct refusal){STAGE_FORK, errno};
-        return -1;
+        if (refusal->error != EAGAIN) return -1;
+        if (is_crowded()) {
+            refusal->stage = STAGE_CROWDED;
+            return -1;
+        }
     }
+    return -1;
+}
+
+pid_t launch(const struct launch *what, struct refusal *refusal) {
+    *shared = (struct refusal){0, 0};
+    pid_t pid = clone_command(what, refusal);
+    if (pid == 0) run(what);
+    if (pid < 0) return -1;
     *refusal = *shared;
     if (refusal->stage == 0) return pid;
     waitpid(pid, NULL, 0);

@@ -8,6 +8,7 @@
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -90,4 +91,20 @@ void kill_group(struct exec_group *group) {
         /* the group was removed with the sandbox: nothing left to kill */
     }
     close(fd);
+}
+
+/* -1: no such file (the limit lies in a v1 hierarchy, which does not refuse a clone), or "max" */
+static long read_count(const char *file) {
+    char text[32] = "", *end = text;
+    int fd = openat(parent, file, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return -1;
+    ssize_t length = read(fd, text, sizeof text - 1);
+    close(fd);
+    long count = strtol(text, &end, 10);
+    return length <= 0 || end == text ? -1 : count;
+}
+
+int is_crowded(void) {
+    long limit = read_count("pids.max");
+    return limit >= 0 && read_count("pids.current") >= limit;
 }

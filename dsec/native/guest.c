@@ -26,7 +26,8 @@
 #include "guest.h"
 #include "sandbox.h"
 
-/* A killed tree that the kernel cannot end within this (a stuck file system) is answered anyway. */
+/* A killed tree that the kernel cannot end within this (a stuck file system) is answered anyway; a
+ * command that must be alone is then refused. */
 #define DYING_MS_MAX 5000
 #define DYING_POLL_MS 10
 
@@ -99,11 +100,16 @@ static int reap(void) {
     return pid == 0;
 }
 
-/* As pid 1, kill(-1) reaches every other process of the namespace, and all of them become our children. */
-static void kill_others(void) {
+/* As pid 1, kill(-1) reaches every other process of the namespace, and all of them become our
+ * children.  0, or -1 if one of them is still there after DYING_MS_MAX. */
+static int kill_others(void) {
     uint64_t deadline = now_ms() + DYING_MS_MAX;
     kill(-1, SIGKILL);
-    while (reap() && now_ms() < deadline) nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    while (reap()) {
+        if (now_ms() >= deadline) return -1;
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    }
+    return 0;
 }
 
 /* Deadlines and dying trees; returns how long poll may sleep. */
@@ -153,10 +159,10 @@ static uint8_t *read_body(int fd, size_t *length) {
 static void start(uint32_t id, uint32_t flags, struct reader *in, const struct command_fds *fds) {
     struct exec_body body;
     struct command *command = NULL;
-    if (flags & EXEC_KILL_OTHERS) kill_others();
+    if ((flags & EXEC_KILL_OTHERS) && kill_others() < 0) return reply(MSG_REFUSED, id, STAGE_ALONE, EBUSY);
     for (int i = 0; i < EXECS_COUNT_MAX && !command; i++)
         if (commands[i].state == COMMAND_NONE) command = &commands[i];
-    if (!command) return reply(MSG_REFUSED, id, STAGE_FORK, EAGAIN);
+    if (!command) return reply(MSG_REFUSED, id, STAGE_COMMANDS, EAGAIN);
     if (parse_exec_body(in, &body) < 0) return reply(MSG_REFUSED, id, STAGE_REQUEST, EBADMSG);
     *command = (struct command){.id = id, .oom_kills_before = count_oom_kills()};
     if (acquire_group(&command->group) < 0) {

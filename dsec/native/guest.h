@@ -17,6 +17,7 @@ int acquire_group(struct exec_group *out);    /* an empty group; 0, or -1 with e
 void release_group(struct exec_group *group); /* kept for the next command if empty, else left */
 int is_populated(const struct exec_group *group);
 void kill_group(struct exec_group *group);
+int is_crowded(void); /* whether the commands have as many processes as the sandbox may have */
 
 /* -- command.c: runs in the guest; the fds are the command's, closed by the caller */
 struct command_fds {

@@ -62,12 +62,22 @@ enum message_type {
 
 enum cgroup_operation { OP_MKDIR = 1, OP_WRITE = 2, OP_WRITE_IF_PRESENT = 3, OP_CHOWN = 4 };
 
-/* EXEC_KILL_OTHERS: every other process of the sandbox is killed and reaped before the command starts */
+/* EXEC_KILL_OTHERS: every other process of the sandbox is killed and reaped before the command starts,
+ * or the command is refused */
 enum exec_flag { EXEC_HAS_STDIN = 1, EXEC_MERGE_STDERR = 2, EXEC_BODY_IN_FD = 4, EXEC_KILL_OTHERS = 8 };
 
 enum exit_flag { EXIT_TIMED_OUT = 1, EXIT_OOM_KILLED = 2 };
 
-enum refusal_stage { STAGE_REQUEST = 1, STAGE_GROUP = 2, STAGE_FORK = 3, STAGE_CWD = 4, STAGE_EXEC = 5 };
+enum refusal_stage {
+    STAGE_REQUEST = 1,  /* the message, or a descriptor of it */
+    STAGE_GROUP = 2,    /* the command's cgroup */
+    STAGE_FORK = 3,     /* a limit of the host */
+    STAGE_CWD = 4,      /* the directory to run in */
+    STAGE_EXEC = 5,     /* execve, where neither 126 nor 127 says it */
+    STAGE_ALONE = 6,    /* EXEC_KILL_OTHERS, but another process lives on */
+    STAGE_CROWDED = 7,  /* the sandbox's own limit of processes is reached */
+    STAGE_COMMANDS = 8, /* EXECS_COUNT_MAX commands run */
+};
 
 #define NO_SLOT 0xffffffffu
 

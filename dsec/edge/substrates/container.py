@@ -19,7 +19,7 @@ import contextlib
 import heapq
 import os
 import time
-from errno import E2BIG, ENAMETOOLONG
+from errno import E2BIG
 from pathlib import Path
 
 from dsec.edge.capture import READ_BYTES_MAX, OutputBuffer, PipeReader, PipeWriter
@@ -39,6 +39,9 @@ from dsec.errors import (
     SpawnError,
 )
 from dsec.types import Command, ExecResult, Output, SandboxId, SandboxSpec
+
+CROWDED_MESSAGE = b"cannot start: Resource temporarily unavailable (too many processes in this sandbox)\n"
+_LOST_STAGES = (Stage.REQUEST, Stage.GROUP, Stage.ALONE)
 
 
 class ContainerSandbox:
@@ -93,7 +96,9 @@ class ContainerSandbox:
                 pipes.close_theirs()
             answer = await self._answer(guest, exec_id, command.timeout_s)
             if isinstance(answer, Refused):
-                raise _refusal(answer, command)
+                if answer.stage == Stage.CROWDED:
+                    return _crowded(command, time.monotonic() - started)
+                raise self._refusal(answer, command)
             stdout, stderr = pipes.finish()
         finally:
             pipes.close()
@@ -114,6 +119,19 @@ class ContainerSandbox:
         except TimeoutError as error:
             self._start_destroying()
             raise SandboxLostError(f"the guest of sandbox {self._id} stopped answering") from error
+
+    def _refusal(self, answer: Refused, command: Command) -> DsecError:
+        """Whose fault it was that the command did not start; a sandbox that cannot start commands is destroyed."""
+        text = os.strerror(answer.errno)
+        if answer.stage == Stage.CWD:
+            return InvalidArgumentError(f"cwd {command.cwd!r}: {text}")
+        if answer.stage == Stage.EXEC and answer.errno == E2BIG:
+            return InvalidArgumentError(f"argv and env: {text}")
+        what = f"the command could not be started ({answer.stage.name.lower()}): {text}"
+        if answer.stage in _LOST_STAGES:
+            self._start_destroying()
+            return SandboxLostError(f"sandbox {self._id} no longer works: {what}")
+        return ResourceExhaustedError(what)
 
     async def destroy(self) -> None:
         """See `dsec.sandbox.Sandbox.destroy`."""
@@ -288,10 +306,10 @@ def _exit_code(wait_status: int) -> int:
     return 128 - code if code < 0 else code
 
 
-def _refusal(answer: Refused, command: Command) -> DsecError:
-    text = os.strerror(answer.errno)
-    if answer.stage == Stage.CWD:
-        return InvalidArgumentError(f"cwd {command.cwd!r}: {text}")
-    if answer.stage == Stage.EXEC and answer.errno in (E2BIG, ENAMETOOLONG):
-        return InvalidArgumentError(f"argv and env: {text}")
-    return ResourceExhaustedError(f"the command could not be started ({answer.stage.name.lower()}): {text}")
+def _crowded(command: Command, duration_s: float) -> ExecResult:
+    """What a shell would say of a program that it cannot fork for."""
+    message = OutputBuffer(command.output_bytes_max)
+    message.add(memoryview(CROWDED_MESSAGE))
+    said = message.output()
+    stdout, stderr = (said, Output()) if command.merge_stderr else (Output(), said)
+    return ExecResult(exit_code=126, stdout=stdout, stderr=stderr, duration_s=duration_s)

@@ -22,6 +22,28 @@ def test_no_damaged_command_makes_the_parser_read_out_of_bounds(tmp_path: Path) 
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_refused_clone_is_the_commands_doing_only_where_their_own_limit_is_reached(tmp_path: Path) -> None:
+    program = tmp_path / "crowded"
+    sources = [Path(__file__).parent / "native/crowded.c", NATIVE / "command.c", NATIVE / "groups.c"]
+    subprocess.run([*SANITIZE, "-o", str(program), *map(str, sources)], check=True)
+    cases: dict[tuple[str, ...], str] = {
+        ("64\n", "64\n"): "crowded 1",
+        ("64\n", "65\n"): "crowded 1",
+        ("0\n", "0\n"): "crowded 1",
+        ("64\n", "63\n"): "host 16",
+        ("max\n", "9999\n"): "host 16",
+        ("", ""): "host 16",
+        (): "host 16",
+    }
+    for number, (files, expected) in enumerate(cases.items()):
+        group = tmp_path / str(number)
+        group.mkdir()
+        for name, text in zip(("pids.max", "pids.current"), files, strict=False):
+            (group / name).write_text(text)
+        done = subprocess.run([str(program), str(group)], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout.strip()) == (0, expected), (files, done.stderr)
+
+
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The spawner and guest with sanitizers; a wrapper sets what the empty environment cannot."""
