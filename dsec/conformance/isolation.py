@@ -188,6 +188,25 @@ async def the_root_has_nothing_above_or_beneath(substrate: Substrate) -> None:
 
 
 @check()
+async def what_programs_do_not_need_of_the_host_reads_as_empty(substrate: Substrate) -> None:
+    files = (
+        "cmdline keys key-users modules interrupts kallsyms buddyinfo cgroups config.gz diskstats locks mdstat mtrr "
+        "partitions schedstat softirqs swaps vmstat zoneinfo sys/kernel/random/boot_id"
+    )
+    async with fresh(substrate) as sandbox:
+        told = (
+            f'cd /proc; for f in {files}; do test -n "$(head -c1 $f 2>/dev/null | tr "\\0" 0)" && echo $f; done; true'
+        )
+        require(await line(sandbox, told) == "", await line(sandbox, told))
+        require(await line(sandbox, "cd /proc; find bus fs irq pressure scsi -mindepth 1 2>/dev/null; true") == "")
+        require(
+            (await shell(sandbox, "touch /proc/fs/x /proc/bus/x /proc/irq/x")).exit_code != 0, "a mask can be written"
+        )
+        needed = "ps aux >/dev/null && uptime >/dev/null && free >/dev/null && nproc >/dev/null && top -bn1 >/dev/null"
+        await line(sandbox, needed)
+
+
+@check()
 async def the_homes_and_temporary_folders_start_empty(substrate: Substrate) -> None:
     async with fresh(substrate) as sandbox:
         require(
@@ -233,6 +252,7 @@ CHECKS: tuple[Check, ...] = (
     the_network_is_only_localhost,
     mounts_and_devices_cannot_be_made,
     the_root_has_nothing_above_or_beneath,
+    what_programs_do_not_need_of_the_host_reads_as_empty,
     the_homes_and_temporary_folders_start_empty,
     programs_changed_by_one_sandbox_stay_whole_in_another,
     sandboxes_share_no_processes_sockets_or_memory,

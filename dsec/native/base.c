@@ -3,6 +3,7 @@
  *   /base/usr    the host's /usr, read only, without what is mounted below it
  *   /base/proc   the host's /proc, to write uid maps and to open namespaces
  *   /lower, /work, /root   empty mount points that each sandbox uses in its own copy
+ *   /empty       what hides a directory of /proc
  *
  * The skeleton (etc, root, home, tmp ...) that Python sent stays in memory, and each sandbox unpacks
  * it onto its own disk: a hundred small files cost less than an overlay, and the kernel need not
@@ -81,7 +82,7 @@ int unpack_skeleton(const char *directory) {
     if ((expression) < 0) return name
 
 static const char *fill_base(void) {
-    static const char *const directories[] = {"lower", "work", "root", "base"};
+    static const char *const directories[] = {"lower", "work", "root", "base", "empty"};
     STEP("chdir to the staging directory", chdir(STAGING));
     for (size_t i = 0; i < sizeof directories / sizeof *directories; i++)
         STEP("mkdir in the spawner's root", mkdir(directories[i], 0755));
@@ -101,7 +102,7 @@ const char *build_base(int skeleton_fd) {
     STEP("unshare the mount namespace", unshare(CLONE_NEWNS));
     STEP("make mounts private", mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL));
     STEP("mount the spawner's root",
-         mount("dsec", STAGING, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=755,size=64k"));
+         mount("none", STAGING, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=755,size=64k"));
     const char *step = fill_base();
     if (step) return step;
     STEP("pivot_root", syscall(SYS_pivot_root, ".", "."));

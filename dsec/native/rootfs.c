@@ -84,10 +84,22 @@ static void make_devices(uint32_t uid) {
     MUST("mount /dev/shm", mount("/work/shm", "shm", NULL, MS_BIND, NULL));
 }
 
-/* What is readable by all in /proc and tells of the host; the rest is root's, and root inside is not. */
+/* Files of /proc that all may read and that tell of the host or of the moment: they read as empty.
+ * What ordinary programs need stays (meminfo, cpuinfo, stat, uptime, loadavg, version), and what only
+ * root may read needs no mask, since root inside is not. */
+static const char *const hidden_files[] = {
+    "cmdline", "kcore", "keys", "key-users", "timer_list", "modules", "interrupts", "sysrq-trigger", "kallsyms",
+    "buddyinfo", "cgroups", "config.gz", "diskstats", "locks", "mdstat", "mtrr", "partitions", "schedstat",
+    "softirqs", "swaps", "vmstat", "zoneinfo", "sys/kernel/random/boot_id"};
+static const char *const hidden_directories[] = {"bus", "fs", "irq", "pressure", "scsi"};
+
+/* One bind each, where the kernel has such a file. */
+static void hide(const char *mask, const char *const names[], size_t count) {
+    for (size_t i = 0; i < count; i++)
+        if (mount(mask, names[i], NULL, MS_BIND, NULL) < 0 && errno != ENOENT) fail("hide in /proc");
+}
+
 static void mount_proc(void) {
-    static const char *const hidden[] = {"cmdline", "kcore",     "keys",       "key-users", "timer_list",
-                                         "modules", "interrupts", "sysrq-trigger", "kallsyms"};
     MUST("mount /proc", mount("proc", "/root/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL));
     MUST("chdir /proc", chdir("/root/proc"));
     int ports = open("sys/net/ipv4/ip_unprivileged_port_start", O_WRONLY | O_CLOEXEC);
@@ -95,8 +107,8 @@ static void mount_proc(void) {
         if (write(ports, "0", 1) < 0) fail("open the low ports");
         close(ports);
     }
-    for (size_t i = 0; i < sizeof hidden / sizeof *hidden; i++)
-        if (mount("/root/dev/null", hidden[i], NULL, MS_BIND, NULL) < 0 && errno != ENOENT) fail("hide in /proc");
+    hide("/root/dev/null", hidden_files, sizeof hidden_files / sizeof *hidden_files);
+    hide("/empty", hidden_directories, sizeof hidden_directories / sizeof *hidden_directories);
 }
 
 /* MS_MOVE and chroot instead of pivot_root, which looks at every process of the host.  What lies
