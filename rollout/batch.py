@@ -51,16 +51,31 @@ class Batch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The figures, and the signal that stopped the run early, if one did."""
+    """The figures, whether there was anything to do, and the signal that stopped the run early, if one did."""
 
     summary: Summary
+    has_worked: bool
     stopped_by: signal.Signals | None
 
 
 def holds_run(directory: Path) -> bool:
-    """True if there is a log with at least one record."""
+    """True if there is a log with at least one record.
+
+    RequestError if the place is taken by something else: results whose log is gone, or other files.
+    """
     log = directory / "wal"
-    return log.is_dir() and next(iter(wal.read(log)), None) is not None
+    if log.is_dir() and next(iter(wal.read(log)), None) is not None:
+        return True
+    if (directory / SUMMARY).exists():
+        raise RequestError(f"{directory} holds results but no log: move them away, or choose another --out")
+    if log.is_dir() and any(not is_log_file(path.name) for path in log.iterdir()):
+        raise RequestError(f"{log} holds files that are not a log's: choose another --out")
+    return False
+
+
+def is_log_file(name: str) -> bool:
+    """True for the names that `wal` makes."""
+    return name == "LOCK" or ".wal" in name
 
 
 async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None]) -> Outcome:
@@ -77,9 +92,12 @@ async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None])
     async with make_service(batch.directory, batch.config) as service:
         if (logged := service.ledger.jobs.get(REQUEST_ID)) is not None:
             batch.check_logged(logged)
+        elif service.ledger.jobs:
+            raise RequestError(f"{batch.directory} holds the jobs of a server: resume them with dsec serve")
         else:
             await service.submit(*(asked or _ask(batch)))
         await service.start()
+        has_worked = service.running_count > 0
         waiting = asyncio.create_task(service.wait(REQUEST_ID))
         stopped = _stop_signal(waiting)
         with suppress(asyncio.CancelledError):
@@ -88,9 +106,11 @@ async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None])
                 await asyncio.wait([waiting], timeout=_DRAW_INTERVAL_S)
             await waiting
         draw(service, time.monotonic() - began)
-        summary = summarise(service.ledger, time.monotonic() - began)
+        if has_worked:
+            await service.note_work(REQUEST_ID, time.monotonic() - began)
+        summary = summarise(service.ledger)
     write_results(batch.directory, service, summary)
-    return Outcome(summary, stopped[0] if stopped else None)
+    return Outcome(summary, has_worked, stopped[0] if stopped else None)
 
 
 async def run_in_process(

@@ -7,8 +7,10 @@ Exit codes: 0 done; 1 done with infrastructure failures, or a corrupt log; 2 bad
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -31,17 +33,17 @@ from dsec.edge.config import SubstrateConfig
 from dsec.errors import DsecError
 from rollout import journal
 from rollout.batch import REQUEST_ID, Batch, run_batch
-from rollout.bench.tasks import Task, load_tasks
+from rollout.bench.tasks import Task
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
 from rollout.errors import RequestError, RolloutError
 from rollout.events import AgentKind, Job, Limits, Thinking
 from rollout.grpc_server import start_server
-from rollout.jobs import load_bundled, make_job
+from rollout.jobs import load_any, make_job
 from rollout.ledger import Ledger
 from rollout.main import load_tokenizer, make_service
 from rollout.record import trajectory_record
-from rollout.screen import LiveTable, print_summary, render_overview, render_trajectory, visible
+from rollout.screen import LiveTable, make_console, print_summary, render_overview, render_trajectory, visible
 from rollout.service import RolloutService
 from toolcall_dsl import DslError
 from wal import CorruptError, PoisonedError, WalError
@@ -79,6 +81,9 @@ class DsecGroup(click.Group):
         """Run a command; see the module docstring for the exit codes."""
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # the reader had enough (`| head`)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
         except Failure as error:
             fail(error)
         except ValidationError as error:
@@ -108,6 +113,8 @@ def fail_setting(error: ValidationError) -> NoReturn:
 @click.version_option(package_name="dsec")
 def main() -> None:
     """Agentic sandbox rollouts for DeepSeek-V4: durable, preemptible, exact."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a narrow locale shows text escaped, never a traceback
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
 
@@ -119,11 +126,17 @@ def main() -> None:
     is_flag=True,
     help="Finish the run that --out holds, with its own tasks and options (or start it, if it holds none).",
 )
-@click.option("--agent", type=click.Choice(["model", "oracle", "nop"]), default="model", show_default=True)
-@click.option("--group-size", type=int, default=1, show_default=True, help="Rollouts of each task.")
+@click.option(
+    "--agent",
+    type=click.Choice(["model", "oracle", "nop"]),
+    default="model",
+    show_default=True,
+    help="oracle runs the task's own solution, nop does nothing: a sound task gives them 1 and 0.",
+)
+@click.option("--group-size", type=int, default=1, show_default=True, help="Rollouts of each task, 1 to 1024.")
 @click.option("--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Rollouts at once.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling; the same seed, the same tokens.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy; else 0.001 to 10.")
 @click.option("--thinking", type=click.Choice(["none", "high", "max"]), default="high", show_default=True)
 @click.option("--turns-max", type=int, default=16, show_default=True, help="Model turns of one rollout.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object, nothing else.")
@@ -140,13 +153,17 @@ def run(
     turns_max: int,
     as_json: bool,
 ) -> None:
-    """Roll the model out on tasks in sandboxes; TASKS_DIR is a task folder, a folder of them, or the bundled set.
+    """Roll the model out on tasks, each in a sandbox.
+
+    TASKS_DIR is a task folder, a folder of them, or the name of a bundled task; without it all bundled tasks run.
 
     A task is a folder in Harbor's format (docs/formats/task.md).  Results lie in the run directory:
     summary.json, trajectories.arrow, and the log in wal/.
     """
     if resume and out is None:
         raise RequestError("--resume needs --out: which run shall be finished?")
+    if out == Path():
+        raise RequestError("--out names no directory of its own (an unset variable?): say for example --out runs/first")
     directory = out or Path("runs") / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
 
     def job_for(tasks: Sequence[Task]) -> Job:
@@ -163,7 +180,7 @@ def run(
     batch = Batch(
         directory=directory,
         make_job=job_for,
-        load_tasks=lambda: load_bundled() if tasks_dir is None else load_tasks(tasks_dir),
+        load_tasks=lambda: load_any(tasks_dir),
         check_logged=lambda job: check_same(click.get_current_context(), directory, job),
         resume=resume,
         config=RolloutConfig(concurrency=concurrency),
@@ -173,16 +190,21 @@ def run(
     with Live(console=console, auto_refresh=False, transient=True) as live:
 
         def draw(service: RolloutService, elapsed_s: float) -> None:
-            if not as_json and console.is_terminal:
+            if as_json:
+                return
+            if console.is_terminal:
                 live.update(table.render(service, elapsed_s), refresh=True)
+            elif (line := table.line(service, elapsed_s)) is not None:
+                click.echo(line, err=True)
 
         outcome = asyncio.run(run_batch(batch, draw))
     if as_json:
         click.echo(msgspec.json.encode(outcome.summary))
     else:
-        print_summary(Console(), outcome.summary, directory, _program())
+        print_summary(make_console(), outcome.summary, directory, _program(), has_worked=outcome.has_worked)
     if outcome.stopped_by is not None:
-        click.echo(f"stopped by {outcome.stopped_by.name}; finish with: dsec run --resume --out {directory}", err=True)
+        again = f"{_program()} {shlex.join(['run', '--resume', '--out', str(directory)])}"
+        click.echo(f"stopped by {outcome.stopped_by.name}; finish with: {again}", err=True)
         sys.exit(128 + outcome.stopped_by)
     sys.exit(1 if outcome.summary.infra_failures else 0)
 
@@ -197,7 +219,7 @@ def check_same(ctx: click.Context, directory: Path, job: Job) -> None:
                 raise RequestError(f"{option} {given}: {directory} was begun with {option} {logged}; {way_out}")
     folder: Path | None = ctx.params["tasks_dir"]
     if folder is not None:
-        given_tasks = {task.name: task.digest for task in load_tasks(folder)}
+        given_tasks = {task.name: task.digest for task in load_any(folder)}
         logged_tasks = {group.task: group.task_digest for group in job.groups}
         if names := sorted({name for name, _ in given_tasks.items() ^ logged_tasks.items()}):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -219,10 +241,10 @@ def show(directory: Path, rollout: str | None, as_json: bool) -> None:
         for record in records:
             click.echo(msgspec.json.encode(record))
     elif rollout is None:
-        Console().print(render_overview(records))
-        click.echo(f"one of them, turn by turn: dsec show {directory} ROLLOUT")
+        make_console().print(render_overview(records))
+        click.echo(f"one of them, turn by turn: {_program()} show {shlex.quote(str(directory))} ROLLOUT")
     else:
-        Console().print(render_trajectory(records[0], ledger.tasks[records[0].task_digest].instruction))
+        make_console().print(render_trajectory(records[0], ledger.tasks[records[0].task_digest].instruction))
 
 
 @main.command("log", epilog="\b\nExample:\n  dsec log runs/first | head -20")
@@ -277,11 +299,11 @@ def _program() -> str:
     found = shutil.which("dsec")
     if found is not None and Path(found).resolve() == own.resolve():
         return "dsec"
-    return os.path.relpath(own) if own.is_relative_to(Path.cwd()) else str(own)
+    return shlex.quote(os.path.relpath(own) if own.is_relative_to(Path.cwd()) else str(own))
 
 
 def _log_of(directory: Path) -> Path:
-    log = directory / "wal"
+    log = directory if next(directory.glob("*.wal"), None) else directory / "wal"
     if not log.is_dir():
         raise RequestError(f"{directory} holds no run: there is no {log}")
     return log

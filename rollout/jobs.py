@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
-from rollout.bench.tasks import BUNDLED, Task, load_task
+from rollout.bench.tasks import BUNDLED, Task, load_task, load_tasks
 from rollout.engine import Sampling
 from rollout.errors import RequestError, TaskError
 from rollout.events import AgentKind, Group, Job, Limits, Thinking
@@ -22,6 +23,15 @@ def load_bundled(names: Sequence[str] = ()) -> list[Task]:
     if unknown := sorted(set(names) - set(there)):
         raise TaskError(f"no bundled task {', '.join(unknown[:5])}; there are {', '.join(there[:3])} ... {there[-1]}")
     return [load_task(BUNDLED / name) for name in names or there]
+
+
+def load_any(where: Path | None) -> list[Task]:
+    """The tasks that a person names: a folder of tasks, a task's folder, a bundled task, or (None) all bundled."""
+    if where is None:
+        return load_bundled()
+    if not where.exists() and (BUNDLED / where.name).is_dir() and str(where) == where.name:
+        return load_bundled([where.name])
+    return load_tasks(where)
 
 
 def make_job(

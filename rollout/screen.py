@@ -6,6 +6,8 @@ Text from a model or a sandbox is hostile: control characters are shown, never s
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -24,6 +26,8 @@ from rollout.summary import SOLVED_REWARD, Summary, TaskRow
 
 _RATE_WINDOW_S = 3.0
 _BAR_WIDTH = 60
+_FILE_WIDTH = 160
+LINE_INTERVAL_S = 30.0
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -32,12 +36,40 @@ def visible(text: str) -> str:
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
+def make_console() -> Console:
+    """The console on stdout; what is written to a pipe or a file is not squeezed into 80 columns."""
+    return Console() if sys.stdout.isatty() else Console(width=_FILE_WIDTH)
+
+
+def make_table(title: str, *columns: str, texts: tuple[str, ...]) -> Table:
+    """A table whose figures keep their place: where there is no room, `texts` are cut."""
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        if name in texts:
+            table.add_column(name, overflow="ellipsis", no_wrap=True, min_width=8)
+        else:
+            table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
+    return table
+
+
 class LiveTable:
     """Figures of a running service; keeps a few seconds of history for the token rate."""
 
     def __init__(self) -> None:
         """Nothing was seen yet."""
         self._seen: deque[tuple[float, int]] = deque()
+        self._next_line_s = LINE_INTERVAL_S
+
+    def line(self, service: RolloutService, elapsed_s: float) -> str | None:
+        """For a log file: one line every LINE_INTERVAL_S seconds, None in between."""
+        if elapsed_s < self._next_line_s:
+            return None
+        self._next_line_s = elapsed_s + LINE_INTERVAL_S
+        counts = summarise_quickly(service.ledger)
+        return (
+            f"dsec run: {elapsed_s:.0f} s, {counts['done']} of {counts['rollouts']} rollouts done, "
+            f"{counts['tokens']} tokens, {counts['solved']} solved, {counts['failed']} infrastructure failures"
+        )
 
     def render(self, service: RolloutService, elapsed_s: float) -> RenderableType:
         """One table: tasks, rollouts, turns, tokens and tokens/s, sandboxes alive, solved; a bar of what is done."""
@@ -49,12 +81,11 @@ class LiveTable:
             self._seen.popleft()
         (then, before), span = self._seen[0], max(now - self._seen[0][0], 1e-9)
         rate = (tokens - before) / span if now > then else 0.0
-        table = Table(title=f"dsec run  {elapsed_s:6.1f} s", title_justify="left")
-        for name in ("tasks", "rollouts done", "turns", "tokens", "tokens/s", "sandboxes", "solved", "infra failures"):
-            table.add_column(name, justify="right")
+        names = ("tasks", "done", "turns", "tokens", "tokens/s", "sandboxes", "solved", "failures")
+        table = make_table(f"dsec run  {elapsed_s:6.1f} s", *names, texts=())
         table.add_row(
             str(summary["tasks"]),
-            f"{summary['done']} / {summary['rollouts']}",
+            f"{summary['done']}/{summary['rollouts']}",
             str(summary["turns"]),
             str(tokens),
             f"{rate:.0f}",
@@ -82,40 +113,52 @@ def summarise_quickly(ledger: Ledger) -> dict[str, int]:
     }
 
 
-def print_summary(console: Console, summary: Summary, directory: Path, program: str) -> None:
+def print_summary(
+    console: Console, summary: Summary, directory: Path, program: str, *, has_worked: bool = True
+) -> None:
     """The end of a run: figures, what was not solved, where results lie, what to try next."""
-    share = f" ({summary.solved / summary.rollouts:.1%})" if summary.rollouts else ""
+    share = f" ({summary.solved / summary.finished:.1%})" if summary.finished else ""
     waited = summary.sampling_s + summary.tools_s + summary.log_s or 1.0
     table = Table.grid(padding=(0, 2))
-    table.add_row("solved", f"[bold green]{summary.solved}[/] of {summary.rollouts} rollouts{share}")
+    table.add_row("solved", f"[bold green]{summary.solved}[/] of {summary.finished} rollouts{share}")
+    if summary.finished < summary.rollouts:
+        table.add_row("unfinished", f"[yellow]{summary.rollouts - summary.finished}[/] of {summary.rollouts} rollouts")
+    means = [row.reward_mean for row in summary.per_task if row.reward_mean is not None]
+    table.add_row("reward", f"mean {sum(means) / len(means):.3g} over {len(means)} tasks" if means else "none yet")
     table.add_row("tokens", f"{summary.tokens} sampled in {summary.turns} turns, {summary.tool_calls} tool calls")
-    table.add_row("wall time", f"{summary.wall_s:.1f} s")
+    already = "" if has_worked else "   (it had ended already: nothing was run now)"
+    table.add_row("wall time", f"{summary.wall_s:.1f} s{already}")
     table.add_row(
         "waited for",
         f"sampling {summary.sampling_s / waited:.0%}, tools {summary.tools_s / waited:.0%}, "
         f"log {summary.log_s / waited:.0%}  (of {waited:.0f} rollout-seconds)",
     )
-    table.add_row(
-        "recovery",
-        f"{summary.resumes} resumes, {summary.tokens_replayed} tokens and {summary.commands_replayed} commands "
-        f"replayed, {summary.tokens_regenerated} tokens regenerated, {summary.commands_run_twice} commands run twice",
-    )
+    exact = f"{summary.tokens_regenerated} tokens regenerated, {summary.commands_run_twice} commands run twice"
+    table.add_row("exactness", exact)
+    if summary.resumes:
+        table.add_row(
+            "recovery",
+            f"{summary.resumes} rollouts resumed: {summary.tokens_replayed} context tokens fed again, "
+            f"{summary.commands_replayed} commands (set-up included) applied again and compared",
+        )
     if summary.infra_failures:
-        table.add_row("[red]infrastructure[/]", f"[red]{summary.infra_failures} rollouts failed through the service[/]")
+        failed = f"{summary.infra_failures} rollouts got no verdict, through no answer of the model; reward unset:"
+        table.add_row("[red]failures[/]", Text(failed, style="red"))
         for rollout_id, message in list(summary.infra_failure_messages.items())[:5]:
             table.add_row("", Text(visible(f"{rollout_id}: {message}")))
     table.add_row("results", Text(f"{directory}/summary.json, {directory}/trajectories.arrow, {directory}/wal/"))
     console.print(Panel(table, title="dsec run", title_align="left", expand=False))
     console.print(_tasks_table(summary.per_task))
-    example = next((row.task for row in summary.per_task if row.tokens), summary.per_task[0].task)
+    example = shlex.quote(next((row.task for row in summary.per_task if row.tokens), summary.per_task[0].task))
+    place = shlex.quote(str(directory))
     console.print(
         Text.assemble(
             ("try next\n", "bold"),
-            f"  {program} show {directory} {example}\n",
+            f"  {program} show {place} {example}\n",
             ("    look at a trajectory\n", "dim"),
-            f"  {program} run --resume --out {directory}\n",
+            f"  {program} run --resume --out {place}\n",
             ("    after a kill -9 at any moment: finish the run, nothing sampled or run twice\n", "dim"),
-            f"  {program} run path/to/task --out runs/mine\n",
+            f"  {program} run path/to/your/task --out runs/yours\n",
             ("    run a task of your own (a folder in Harbor's format)", "dim"),
         )
     )
@@ -123,10 +166,8 @@ def print_summary(console: Console, summary: Summary, directory: Path, program: 
 
 def _tasks_table(rows: list[TaskRow]) -> Table:
     """Tasks by family: the name without the numbers at its end."""
-    table = Table(title="by task family", title_justify="left")
-    for name in ("family", "solved", "rollouts", "tokens", "turns", "ended"):
-        is_text = name in ("family", "ended")
-        table.add_column(name, justify="left" if is_text else "right", no_wrap=name == "family")
+    columns = ("family", "solved", "of", "reward", "tokens", "turns", "ended")
+    table = make_table("by task family", *columns, texts=("family", "ended"))
     families: dict[str, list[TaskRow]] = {}
     for row in rows:
         families.setdefault(re.sub(r"(-\d+)+$", "", row.task), []).append(row)
@@ -135,10 +176,14 @@ def _tasks_table(rows: list[TaskRow]) -> Table:
         for row in members:
             for reason, count in row.finish_reasons.items():
                 ended[reason] = ended.get(reason, 0) + count
+        means = [row.reward_mean for row in members if row.reward_mean is not None]
+        if unfinished := sum(row.rollouts - row.finished for row in members):
+            ended["unfinished"] = unfinished
         table.add_row(
-            visible(family),
+            visible(family if len(members) > 1 else members[0].task),
             str(sum(row.solved for row in members)),
             str(sum(row.rollouts for row in members)),
+            f"{sum(means) / len(means):.2f}" if means else "-",
             str(sum(row.tokens for row in members)),
             str(sum(row.turns for row in members)),
             ", ".join(f"{reason} {count}" for reason, count in sorted(ended.items())),
@@ -148,10 +193,8 @@ def _tasks_table(rows: list[TaskRow]) -> Table:
 
 def render_overview(records: list[TrajectoryRecord]) -> Table:
     """One line for each rollout."""
-    table = Table(title="rollouts", title_justify="left")
-    for name in ("rollout", "reward", "ended", "turns", "calls", "tokens", "commands replayed"):
-        is_text = name in ("rollout", "ended")
-        table.add_column(name, justify="left" if is_text else "right", no_wrap=is_text)
+    columns = ("rollout", "reward", "ended", "turns", "calls", "tokens", "replayed")
+    table = make_table("rollouts", *columns, texts=("rollout", "ended"))
     for record in records:
         table.add_row(
             visible(record.rollout_id),
@@ -168,7 +211,7 @@ def render_overview(records: list[TrajectoryRecord]) -> Table:
 def render_trajectory(record: TrajectoryRecord, instruction: str) -> RenderableType:
     """A trajectory for reading: request, then thinking, calls and results turn by turn, then the reward."""
     parts: list[RenderableType] = [
-        Text.assemble(("rollout ", "bold"), visible(record.rollout_id), f"   task {visible(record.task)}"),
+        Text.assemble(("rollout ", "bold"), visible(record.rollout_id), f"   agent {record.agent}"),
         Panel(Text(visible(instruction)), title="request", title_align="left"),
     ]
     for number, turn in enumerate(record.turns):
@@ -187,6 +230,9 @@ def render_trajectory(record: TrajectoryRecord, instruction: str) -> RenderableT
         text.rstrip()
         title = f"turn {number}  {turn.finish_reason}  {turn.length} tokens"
         parts.append(Panel(text, title=title, title_align="left"))
+    for title, output in (("solution", record.solution_output), ("tests", record.verifier_output)):
+        if output:
+            parts.append(Panel(Text(visible(output)), title=title, title_align="left"))
     reward = "unset" if record.reward is None else f"{record.reward:g}"
     parts.append(Text.assemble(("reward ", "bold"), reward, f"   ended {_ending(record)}"))
     if record.infra_failure:

@@ -35,6 +35,7 @@ from rollout.events import (
     JobCancelled,
     JobEvent,
     JobSubmitted,
+    JobWorked,
     RolloutFinished,
     RolloutOpened,
     RolloutResumed,
@@ -196,6 +197,10 @@ class RolloutService:
                 everything.cancel()
         if self._failed.done():
             self._failed.result()
+
+    async def note_work(self, request_id: str, wall_s: float) -> None:
+        """Log how long this process worked on a job, before it stops."""
+        await self._record(JobWorked(request_id, wall_s))
 
     async def failed(self) -> None:
         """Wait until something stops the whole service (a poisoned log, a bug), and raise it."""

@@ -29,7 +29,10 @@ class TaskRow(msgspec.Struct, kw_only=True):
 
 
 class Summary(msgspec.Struct, kw_only=True):
-    """One run.  Counts are over all rollouts of all jobs of the log; `wall_s` is this process's."""
+    """One run.  Counts are over all rollouts of all jobs of the log.
+
+    `wall_s` adds up the processes that worked on it and stopped by themselves; a killed one could not say.
+    """
 
     tasks: int
     rollouts: int
@@ -53,7 +56,7 @@ class Summary(msgspec.Struct, kw_only=True):
     per_task: list[TaskRow]
 
 
-def summarise(ledger: Ledger, wall_s: float) -> Summary:
+def summarise(ledger: Ledger) -> Summary:
     """Count a ledger.  A rollout counts as solved with a reward of 1 or more."""
     rows: dict[str, TaskRow] = {}
     rewards: dict[str, list[float]] = {}
@@ -88,7 +91,7 @@ def summarise(ledger: Ledger, wall_s: float) -> Summary:
             for state in states
             if state.failure
         },
-        wall_s=wall_s,
+        wall_s=ledger.worked_s,
         sampling_s=sum(end.sampling_s for end in ends),
         tools_s=sum(end.tools_s for end in ends),
         log_s=sum(end.log_s for end in ends),

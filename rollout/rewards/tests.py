@@ -146,7 +146,8 @@ def ending(result: ExecResult) -> str:
     """Exit code and the last lines of the output, for a message."""
     lines = result.stdout.data.decode(errors="replace").splitlines()[-TAIL_LINES_MAX:]
     killed = ", killed for memory" if result.oom_killed else ""
-    return f"exit code {result.exit_code}{killed}, output ends:\n" + "\n".join(line[:300] for line in lines)
+    said = ", output ends:\n" + "\n".join(line[:300] for line in lines) if lines else ", no output"
+    return f"exit code {result.exit_code}{killed}{said}"
 
 
 def _bash(env: Mapping[str, str], script: str, *words: str, stdin: bytes = b"") -> Command:

@@ -159,7 +159,7 @@ async def test_members_of_a_cancelled_group_that_never_began_are_reported_too(
         last = await setting.rollouts.Get(pb.GetRequest(rollout_id="job/task.4", return_mask=[pb.TOKENS]))
         assert (last.finish_reason, last.HasField("reward"), last.tokens_sampled) == ("CANCELLED", False, 0)
         assert len(last.token_ids) > 0
-    (row,) = summarise(Ledger.read(tmp_path / "run/wal", TOKENIZER), 1.0).per_task
+    (row,) = summarise(Ledger.read(tmp_path / "run/wal", TOKENIZER)).per_task
     assert (row.rollouts, row.finished, row.finish_reasons, row.reward_mean) == (5, 5, {"CANCELLED": 5}, None)
 
 

@@ -98,7 +98,7 @@ async def test_from_every_prefix_of_its_log_a_run_ends_the_same_and_draws_no_log
         resumed, drawn = await run(directory, group_size=1)
         assert token_ids(resumed) == token_ids(whole), f"after {count} records"
         assert drawn == drawn_whole - logged, f"after {count} records"
-        summary = summarise(resumed, 0.0)
+        summary = summarise(resumed)
         assert (summary.solved, summary.infra_failures) == (2, 0)
         assert (summary.tokens_regenerated, summary.commands_run_twice) == (0, 0)
         shutil.rmtree(directory)
@@ -149,7 +149,7 @@ async def test_an_engine_failure_is_not_the_models_and_a_resume_finishes_the_rol
         assert trajectory_record(failed, state.opened.rollout_id).reward is None
     resumed, _ = await run(tmp_path / "failed")
     assert token_ids(resumed) == token_ids(whole)
-    assert summarise(resumed, 0.0).infra_failures == 0
+    assert summarise(resumed).infra_failures == 0
 
 
 async def test_a_verdict_or_a_set_up_that_failed_is_tried_again_by_a_resume(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ async def test_a_verdict_or_a_set_up_that_failed_is_tried_again_by_a_resume(tmp_
         assert {state.failure.code for state in failed.rollouts.values() if state.failure} == {code}
         mended, drawn = await run(tmp_path / name)
         assert {state.judged.reward for state in mended.rollouts.values() if state.judged} == {1.0}
-        assert summarise(mended, 0.0).infra_failures == 0
+        assert summarise(mended).infra_failures == 0
         assert (drawn == 0) == (name == "verdict")
 
 
@@ -182,4 +182,4 @@ async def test_what_one_rollout_cannot_log_is_its_own_failure_and_not_the_servic
     ended, _ = await run(tmp_path, NotANumberEngine(TOKENIZER, script))
     failed = {i: state.failure.code for i, state in ended.rollouts.items() if state.failure}
     assert failed == {"one.0": "WAL_RECORD_INVALID"}
-    assert summarise(ended, 0.0).solved == 3
+    assert summarise(ended).solved == 3

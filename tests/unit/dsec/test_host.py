@@ -1,5 +1,7 @@
 """What the host lacks is said by name, with the way out."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,24 @@ def test_this_host_is_fit() -> None:
 
 def test_every_finding_has_a_remedy() -> None:
     assert all(finding.remedy for finding in host.check_host())
+
+
+def test_a_processor_without_avx2_is_told_but_does_not_forbid_sandboxes(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu avx bmi1 bmi2 f16c abm movbe sse4_2\n")
+    program = (
+        "from dsec.edge.config import SubstrateConfig; from dsec.edge.linux import host\n"
+        "host.require_fit_host(SubstrateConfig())\n"
+        "print([(finding.name, finding.detail) for finding in host.check_host() if not finding.ok])"
+    )
+    script = 'mount --bind "$0" /proc/cpuinfo && exec "$@"'
+    command = ["unshare", "-m", "bash", "-c", script, str(cpuinfo), sys.executable, "-c", program]
+    for machine, expected in (("x86_64", [("cpu", "lacks avx2 fma")]), ("aarch64", [])):
+        told = subprocess.run(
+            [*command[:-1], f"import platform\nplatform.machine = lambda: {machine!r}\n{program}"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (told.returncode, told.stdout) == (0, f"{expected}\n"), told.stderr
 
 
 async def test_a_missing_binary_is_named_with_the_way_to_build_it(tmp_path: Path) -> None:
