@@ -1,4 +1,4 @@
-"""What this host must have for container sandboxes, each lack with its way out.
+"""What this host must have for container sandboxes, and for the decode engine, each lack with its way out.
 
 These are the checks that can be made without side effects, for `dsec doctor` and `open`; what only
 trying can tell (idmapped mounts of this file system, for one) is proved by `open` itself.
@@ -19,6 +19,7 @@ from dsec.edge.linux import cgroup
 from dsec.errors import HostUnfitError
 
 KERNEL_MIN = (5, 19)
+_ENGINE_FLAGS = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe")  # x86-64-v3, as /proc/cpuinfo has it
 _PROGRAMS = {"/usr/bin/python3": "python3", "/usr/bin/bash": "bash", "/usr/bin/tar": "tar", "/usr/bin/env": "coreutils"}
 
 
@@ -95,9 +96,28 @@ def _binary(config: SubstrateConfig) -> Finding:
     return Finding("dsec-sandbox", os.access(path, os.X_OK), str(path), remedy)
 
 
+def _cpu() -> Finding:
+    """The decode engine is compiled for x86-64-v3 there (setup.py), and for the plain processor elsewhere."""
+    machine = platform.machine()
+    if machine != "x86_64":
+        return Finding("cpu", True, machine, "none is needed: the decode engine is built for any such processor")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    lacking = [flag for flag in _ENGINE_FLAGS if flag not in flags]
+    detail = f"lacks {' '.join(lacking)}" if lacking else "x86-64-v3"
+    remedy = (
+        "the decode engine needs AVX2 and FMA: use another machine (a virtual one may hide what its host has), or take "
+        "-march=x86-64-v3 out of setup.py and build again, for a slower engine"
+    )
+    return Finding("cpu", not lacking, detail, remedy)
+
+
 def check_host(config: SubstrateConfig | None = None) -> list[Finding]:
-    """Every check, in the order in which one would mend them.  Changes nothing."""
-    config = config or SubstrateConfig()
+    """Every check, those of the sandboxes first, in the order in which one would mend them.  Changes nothing."""
+    return [*_check_substrate(config or SubstrateConfig()), _cpu()]
+
+
+def _check_substrate(config: SubstrateConfig) -> list[Finding]:
     simple: tuple[Callable[[], Finding], ...] = (_root, _kernel, _overlayfs, _user_namespaces)
     found = cgroup.detect()
     return [
@@ -111,8 +131,8 @@ def check_host(config: SubstrateConfig | None = None) -> list[Finding]:
 
 
 def require_fit_host(config: SubstrateConfig) -> None:
-    """HostUnfitError that lists every failed check with its remedy."""
-    lacking = [finding for finding in check_host(config) if not finding.ok]
+    """HostUnfitError that lists every failed check of the sandboxes with its remedy."""
+    lacking = [finding for finding in _check_substrate(config) if not finding.ok]
     if lacking:
         lines = [f"{finding.name}: {finding.detail}; {finding.remedy}" for finding in lacking]
         raise HostUnfitError("this host cannot run sandboxes:\n  " + "\n  ".join(lines))

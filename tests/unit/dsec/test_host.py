@@ -31,12 +31,10 @@ def test_a_processor_without_avx2_is_told_but_does_not_forbid_sandboxes(tmp_path
         "print([(finding.name, finding.detail) for finding in host.check_host() if not finding.ok])"
     )
     script = 'mount --bind "$0" /proc/cpuinfo && exec "$@"'
-    command = ["unshare", "-m", "bash", "-c", script, str(cpuinfo), sys.executable, "-c", program]
+    apart = ["unshare", "-m", "bash", "-c", script, str(cpuinfo), sys.executable, "-c"]
     for machine, expected in (("x86_64", [("cpu", "lacks avx2 fma")]), ("aarch64", [])):
-        told = subprocess.run(
-            [*command[:-1], f"import platform\nplatform.machine = lambda: {machine!r}\n{program}"],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        there = f"import platform\nplatform.machine = lambda: {machine!r}\n{program}"
+        told = subprocess.run([*apart, there], capture_output=True, text=True, check=False)
         assert (told.returncode, told.stdout) == (0, f"{expected}\n"), told.stderr
 
 
