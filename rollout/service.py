@@ -13,6 +13,7 @@ See: docs/architecture.md, "Service"; docs/formats/events.md.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
@@ -49,6 +50,7 @@ from rollout.sandboxes import Sandboxes
 from rollout.watchers import Watch, Watchers
 from toolcall_dsl import Tokenizer
 
+_log = logging.getLogger(__name__)
 _CANCELS_IN_FLIGHT_MAX = 256
 """Rollouts of a cancelled job whose last events are written together."""
 
@@ -89,7 +91,9 @@ class RolloutService:
             ) from error
         async with AsyncExitStack() as stack:
             log = wal.Log.open(self.directory / "wal")
-            self.recovery = log.recovery
+            if log.recovery.torn_bytes:
+                cut, kept = log.recovery.torn_bytes, log.recovery.quarantine
+                _log.warning("cut %d bytes of an unfinished write off the log, kept as %s", cut, kept)
             self.journal = Journal(wal.GroupCommit(log, wal.SyncPolicy.parse(self.config.log_sync)))
             stack.push_async_callback(self.journal.close)
             self.ledger = Ledger.read(self.directory / "wal", self.tokenizer)
