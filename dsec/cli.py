@@ -14,7 +14,9 @@ from dsec.edge.linux import cgroup
 from dsec.edge.linux.host import check_host
 
 
-@click.command(epilog="\b\nExample:\n  dsec doctor --json")
+@click.command(
+    short_help="What this host has for sandboxes, and what it lacks.", epilog="\b\nExample:\n  dsec doctor --json"
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON list of findings.")
 def doctor(as_json: bool) -> None:
     """Say what this host has for sandboxes, what is missing, and how to get it; exit 3 if it is unfit."""
@@ -30,7 +32,7 @@ def doctor(as_json: bool) -> None:
     sys.exit(0 if all(finding.ok for finding in findings) else 3)
 
 
-@click.command(epilog="\b\nExample:\n  dsec gc")
+@click.command(short_help="Remove what killed runs left on this host.", epilog="\b\nExample:\n  dsec gc")
 def gc() -> None:
     """Remove what killed runs left on this host (cgroups, and processes in them); living runs are left alone."""
     removed = cgroup.sweep(SubstrateConfig().cgroup_parent)

@@ -118,7 +118,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
 
-@main.command(epilog=RUN_EXAMPLE)
+@main.command(short_help="Roll the model out on tasks.", epilog=RUN_EXAMPLE)
 @click.argument("tasks_dir", required=False, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory  [default: runs/TIME]")
 @click.option(
@@ -228,7 +228,7 @@ def check_same(ctx: click.Context, directory: Path, job: Job) -> None:
             )
 
 
-@main.command(epilog=SHOW_EXAMPLE)
+@main.command(short_help="Print trajectories of a run.", epilog=SHOW_EXAMPLE)
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("rollout", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each rollout.")
@@ -247,7 +247,11 @@ def show(directory: Path, rollout: str | None, as_json: bool) -> None:
         make_console().print(render_trajectory(records[0], ledger.tasks[records[0].task_digest].instruction))
 
 
-@main.command("log", epilog="\b\nExample:\n  dsec log runs/first | head -20")
+@main.command(
+    "log",
+    short_help="Print the log of a run, record by record.",
+    epilog="\b\nExample:\n  dsec log runs/first | head -20",
+)
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each record.")
 @click.option("--verify", is_flag=True, help="Only check the log.")
@@ -262,7 +266,10 @@ def log_(directory: Path, as_json: bool, verify: bool, stats: bool) -> None:
     sys.exit(wal_cli.main([str(_log_of(directory)), *flags], decoders={**wal_cli.DECODERS, **ours}))
 
 
-@main.command(epilog="\b\nExample:\n  dsec serve --out runs/server --listen 127.0.0.1:7710")
+@main.command(
+    short_help="Serve rollouts over gRPC.",
+    epilog="\b\nExample:\n  dsec serve --out runs/server --listen 127.0.0.1:7710",
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/server"), show_default=True)
 @click.option("--listen", default="127.0.0.1:7710", show_default=True, help="HOST:PORT; port 0 takes a free one.")
 @click.option("--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Rollouts at once.")
