@@ -1,6 +1,6 @@
 """Errors of the rollout service: one root, few leaves, each saying whose fault it was.
 
-Policy reads the class (`code`, `retryable`, `fault`); people read the message, which names the
+The class says what policy needs (`code` and `fault`; `retryable` is for callers); people read the message, which names the
 thing that was wrong and the way out.  An infrastructure failure is always one of these and never
 a reward.
 
