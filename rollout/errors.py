@@ -1,8 +1,8 @@
 """Errors of the rollout service: one root, few leaves, each saying whose fault it was.
 
-The class says what policy needs (`code` and `fault`; `retryable` is for callers); people read the message, which names the
-thing that was wrong and the way out.  An infrastructure failure is always one of these and never
-a reward.
+The class says what policy needs (`code` and `fault`; `retryable` is for callers); people read the
+message, which names the thing that was wrong and the way out.  An infrastructure failure is always
+one of these and never a reward.
 
 See: docs/architecture.md, "Errors".
 """
