@@ -75,7 +75,7 @@ def holds_run(directory: Path) -> bool:
 
 def is_log_file(name: str) -> bool:
     """True for the names that `wal` makes."""
-    return name == "LOCK" or ".wal" in name
+    return ".wal" in name or name.endswith(".lock")
 
 
 async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None]) -> Outcome:

@@ -9,6 +9,7 @@ See: docs/formats/wal.md.
 from wal.errors import (
     ClosedError,
     CorruptError,
+    FencedError,
     FullError,
     LockedError,
     PoisonedError,
@@ -27,6 +28,7 @@ from wal.storage import OsStorage, Storage
 __all__ = [
     "ClosedError",
     "CorruptError",
+    "FencedError",
     "FullError",
     "GroupCommit",
     "GroupStats",

@@ -69,6 +69,23 @@ class LockedError(WalError):
         self.directory, self.holder = directory, holder
 
 
+class FencedError(WalError):
+    """A writer of a higher epoch took over, or somebody removed this writer's lock file.
+
+    Raised by an append that was not acknowledged: the log no longer belongs to this writer.
+    """
+
+    code = "WAL_FENCED"
+    fault = "peer"
+
+    def __init__(self, directory: Path, epoch: int, newest_epoch: int) -> None:
+        super().__init__(
+            f"log {directory} is no longer written by epoch {epoch} (the newest is {newest_epoch}): "
+            "nothing more may be appended; stop this writer, or take over with a new, higher epoch"
+        )
+        self.directory, self.epoch, self.newest_epoch = directory, epoch, newest_epoch
+
+
 class StorageError(WalError):
     """The operating system refused a call; `errno` and `path` say which.
 
@@ -118,6 +135,20 @@ class ClosedError(WalError):
         self.directory = directory
 
 
+class DroppedError(WalError):
+    """Records below the floor were asked for: retention dropped them, before or during the call."""
+
+    code = "WAL_DROPPED"
+    fault = "caller"
+
+    def __init__(self, directory: Path, lsn: int, floor_lsn: int) -> None:
+        super().__init__(
+            f"log {directory} was asked for records from lsn {lsn} on, and begins at lsn {floor_lsn}: retention "
+            f"dropped the earlier ones; begin at lsn {floor_lsn} or later, and pin it to keep it while you read"
+        )
+        self.directory, self.lsn, self.floor_lsn = directory, lsn, floor_lsn
+
+
 class RecordTooLargeError(WalError):
     """A payload above `record_bytes_max`; it was not appended and the log is as before."""
 
@@ -134,6 +165,22 @@ class RecordInvalidError(WalError):
 
     code = "WAL_RECORD_INVALID"
     fault = "caller"
+
+
+class StreamError(WalError):
+    """A token record that contradicts the records before it; everything before it was folded.
+
+    `lsn` is the record's (0 if it was refused before it was written), `request` the stream's id or "" if the record
+    names no known one, `why` one clause.
+    """
+
+    code = "WAL_STREAM"
+
+    def __init__(self, lsn: int, request: str, why: str) -> None:
+        where = f"the token record of lsn {lsn}" if lsn else "a token record"
+        whose = f" of request {request!r}" if request else ""
+        super().__init__(f"{where} contradicts the stream{whose}: {why}")
+        self.lsn, self.request, self.why = lsn, request, why
 
 
 def storage_error(path: Path, operation: str, error: OSError) -> StorageError:

@@ -23,7 +23,11 @@ from __future__ import annotations
 import re
 import struct
 from typing import NamedTuple
-from zlib import crc32
+
+from isal import isal_zlib
+
+crc32 = isal_zlib.crc32
+"""zlib's crc32 to the bit, four to twenty times as fast from 6 KB on (benchmarks/log_append.py)."""
 
 MAGIC = b"\x89WAL\r\n\x1a\n"
 FORMAT_VERSION = 1
@@ -41,6 +45,8 @@ FRAME = struct.Struct("<IIQIB3s")
 _FRAME_TAIL = struct.Struct("<IQIB3s")
 _PADDING = tuple(bytes(count) for count in range(ALIGNMENT_BYTES))
 _NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{8})\.wal")
+_LOCK_NAME = re.compile(r"([0-9a-f]{8})\.lock")
+EPOCH_MAX = (1 << 32) - 1
 
 
 class SegmentHeader(NamedTuple):
@@ -76,6 +82,17 @@ def parse_name(name: str) -> tuple[int, int] | None:
     """(first lsn, epoch) of a segment's file name, or None if this is not such a name."""
     match = _NAME.fullmatch(name)
     return (int(match[1], 16), int(match[2], 16)) if match else None
+
+
+def lock_name(epoch: int) -> str:
+    """The file name of the lock that a writer of this epoch holds."""
+    return f"{epoch:08x}.lock"
+
+
+def parse_lock_name(name: str) -> int | None:
+    """The epoch of a lock's file name, or None if this is not such a name."""
+    match = _LOCK_NAME.fullmatch(name)
+    return int(match[1], 16) if match else None
 
 
 def encode_header(header: SegmentHeader) -> bytes:

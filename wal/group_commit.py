@@ -1,13 +1,15 @@
 """Group commit: many asyncio callers, one write and one sync for all that wait.
 
-While a sync runs in a worker thread the loop goes on, and the records that arrive meanwhile form
-the next group; so the more callers, the larger the groups, and the cost of a sync is shared without
-any tuning.  Each caller learns when *its* record is durable, and nothing earlier.
+Records that arrive while a sync is under way form the next group; so the more callers, the larger
+the groups, and the cost of a sync is shared without any tuning.  Each caller learns when *its*
+record is durable, and nothing earlier.  Handing a sync to a thread and back costs about as much as a
+sync of a fast disk, so while syncs are that fast they run on the event loop, and in a worker thread
+as soon as one was slow (never on the loop under `interval`, whose callers do not mind waiting).
 
 Invariants:
 1. `append` returns only after a sync (under `os`: a write) that began after the record was in the file.
 2. Records get their lsns in the order in which they were admitted; what one task appends stays in order.
-3. One group is under way at a time, so only one thread touches the log.
+3. One group is under way at a time, so batches reach the log in order.
 
 See: docs/formats/wal.md, "Group commit".
 """
@@ -18,19 +20,17 @@ import asyncio
 import math
 import re
 import time
-from collections import deque
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
-from wal.errors import ClosedError, PoisonedError, StorageError, WalError
-from wal.format import frame_bytes
-from wal.log import Log
+from wal.errors import ClosedError, FencedError, PoisonedError, StorageError, WalError
+from wal.log import Batch, Log
 
 T = TypeVar("T")
 PENDING_BYTES_MAX = 64 << 20
-GROUP_BYTES_MAX = 8 << 20
+INLINE_S_MAX = 0.001
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class SyncPolicy:
 
 @dataclass
 class GroupStats:
-    """What was committed so far.  `sync_s`: seconds spent encoding, writing and syncing groups."""
+    """What was committed so far.  `sync_s`: seconds spent writing and syncing groups."""
 
     syncs_count: int = 0
     groups_count: int = 0
@@ -88,29 +88,32 @@ class GroupStats:
     sync_s: float = 0.0
 
 
-class _Waiter(NamedTuple):
-    kind: int
-    payload: bytes
-    done: asyncio.Future[int]
-
-
 class GroupCommit:
     """The asyncio front of a `Log`, which it owns from now on; use it from one event loop."""
 
     def __init__(
-        self, log: Log, policy: SyncPolicy | None = None, *, pending_bytes_max: int = PENDING_BYTES_MAX
+        self,
+        log: Log,
+        policy: SyncPolicy | None = None,
+        *,
+        pending_bytes_max: int = PENDING_BYTES_MAX,
+        inline_s_max: float = INLINE_S_MAX,
     ) -> None:
+        """Commits that lately took less than `inline_s_max` seconds run on the event loop itself."""
         self.log = log
         self.policy = policy or SyncPolicy.always()
         self.stats = GroupStats()
         self._pending_bytes_max = pending_bytes_max
-        self._pending: deque[_Waiter] = deque()
-        self._pending_bytes = 0
+        self._inline_s_max = 0.0 if self.policy.mode == "interval" else inline_s_max
+        self._waiters: list[asyncio.Future[None]] = []
         self._has_room = asyncio.Event()
         self._has_room.set()
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self._timer: asyncio.TimerHandle | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wal-sync")
-        self._committer: asyncio.Task[None] | None = None
         self._newest_group_s = -math.inf
+        self._pace_s = math.inf
         self._failure: WalError | None = None
         self._is_closing = False
 
@@ -118,38 +121,54 @@ class GroupCommit:
         """Append a record and return its lsn once THIS record is durable (`os`: written).
 
         Waits for room while `pending_bytes_max` bytes wait for their group (the bound is passed by
-        at most one record).  If the caller is cancelled, its record may still be in the log.  Raises
-        RecordInvalidError or RecordTooLargeError (nothing was appended), StorageError (this group
-        failed: whether the record is in the log is not known), PoisonedError (an earlier group
-        failed: this record was not appended), ClosedError.
+        at most one record; as much again may be in the group under way).  If the caller is cancelled,
+        its record may still be in the log.  Raises RecordInvalidError or RecordTooLargeError (nothing
+        was appended), StorageError (this group failed: whether the record is in the log is not known),
+        FencedError (another writer took over: it may keep the record or not), PoisonedError (an earlier
+        group failed: this record was not appended), ClosedError.
+        """
+        lsn, durable = await self.admit(kind, payload)
+        await durable
+        return lsn
+
+    async def admit(self, kind: int, payload: bytes) -> tuple[int, asyncio.Future[None]]:
+        """Give a record its place in the log's order; returns its lsn and a future that is done once it is durable.
+
+        For a caller whose next record builds on this one and need not wait for the sync.  Waits for room
+        only (then nothing is admitted yet, and a cancelled caller leaves nothing); raises what `append`
+        raises before the record is in the log.  The future carries what `append` raises after that.
         """
         self._check_open()
-        self.log.check(kind, payload)
-        while self._pending_bytes >= self._pending_bytes_max:
+        while self.log.staged_bytes >= self._pending_bytes_max:
             self._has_room.clear()
             await self._has_room.wait()
             self._check_open()
-        waiter = _Waiter(kind, payload, asyncio.get_running_loop().create_future())
-        self._pending.append(waiter)
-        self._pending_bytes += frame_bytes(len(payload))
-        if self._committer is None or self._committer.done():
-            self._committer = asyncio.create_task(self._commit_groups())
-        return await waiter.done
+        lsn = self.log.stage(kind, payload)
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+        self._waiters.append(done)
+        if self._is_idle.is_set():
+            self._is_idle.clear()
+            self._schedule(loop)
+        return lsn, done
 
     async def close(self) -> None:
         """Commit what is waiting, then close the log (with a sync, under every policy).
 
         Later appends get ClosedError.  Failures were raised to the callers of `append`; only a
-        failure of the last sync itself is raised here (StorageError).
+        failure of the last sync itself is raised here (StorageError, FencedError).
         """
         if self._is_closing:
             return
         self._is_closing = True
         self._has_room.set()
-        if self._committer is not None:
-            await self._committer
+        loop = asyncio.get_running_loop()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._begin(loop)
+        await self._is_idle.wait()
         try:
-            await asyncio.get_running_loop().run_in_executor(self._worker, self.log.close)
+            await loop.run_in_executor(self._worker, self.log.close)
         finally:
             self._worker.shutdown()
 
@@ -159,76 +178,87 @@ class GroupCommit:
         if self._is_closing:
             raise ClosedError(self.log.directory)
 
-    async def _commit_groups(self) -> None:
-        """Commit group after group until nobody waits."""
-        loop = asyncio.get_running_loop()
-        while self._pending:
-            # One turn of the loop: callers that the last group woke get into this one.
-            await asyncio.sleep(max(0.0, self._newest_group_s + self._interval_s() - loop.time()))
-            self._newest_group_s = loop.time()
-            group = self._take_group()
-            try:
-                first_lsn = await loop.run_in_executor(self._worker, self._write_group, group)
-            except WalError as error:
-                self._fail(group, error)
-                break
-            except BaseException:
-                self._fail(group, WalError("the commit of a group was interrupted"))
-                raise
-            for index, waiter in enumerate(group):
-                if not waiter.done.done():
-                    waiter.done.set_result(first_lsn + index)
-
-    def _interval_s(self) -> float:
-        return self.policy.interval_ms / 1000 if self.policy.mode == "interval" and not self._is_closing else 0.0
-
-    def _take_group(self) -> list[_Waiter]:
-        group: list[_Waiter] = []
-        group_bytes = 0
-        while self._pending and group_bytes < GROUP_BYTES_MAX:
-            waiter = self._pending.popleft()
-            group_bytes += frame_bytes(len(waiter.payload))
-            group.append(waiter)
-        self._pending_bytes -= group_bytes
-        self._has_room.set()
-        return group
-
-    def _write_group(self, group: list[_Waiter]) -> int:
-        """Runs in the worker thread: one write, one sync.  Returns the first lsn of the group."""
-        start_s = time.perf_counter()
-        first_lsn, syncs_before = self.log.next_lsn, self.log.syncs_count
-        for waiter in group:
-            self.log.append(waiter.kind, waiter.payload)
-        if self.policy.mode == "os":
-            self.log.flush()
+    def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin a group after one turn of the loop, so that callers that the last group woke get into it."""
+        is_spaced = self.policy.mode == "interval" and not self._is_closing
+        start_s = self._newest_group_s + self.policy.interval_ms / 1000
+        if is_spaced and start_s > loop.time():
+            self._timer = loop.call_at(start_s, self._begin, loop)
         else:
-            self.log.sync()
+            loop.call_soon(self._begin, loop)
+
+    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take everything that waits, and write it here or in the worker thread, whichever costs less."""
+        self._timer = None
+        self._newest_group_s = loop.time()
+        batch, waiters, self._waiters = self.log.take(), self._waiters, []
+        self._has_room.set()
+        if self._pace_s >= self._inline_s_max:
+            running = loop.run_in_executor(self._worker, self._commit, batch)
+            running.add_done_callback(lambda done: self._end(loop, waiters, done.exception()))
+            return
+        try:
+            self._commit(batch)
+        except WalError as error:
+            self._end(loop, waiters, error)
+        except BaseException as error:
+            self._end(loop, waiters, error)
+            raise
+        else:
+            self._end(loop, waiters, None)
+
+    def _commit(self, batch: Batch) -> None:
+        """One write, one sync; in the loop's or the worker's thread."""
+        start_s = time.perf_counter()
+        syncs_before = self.log.syncs_count
+        self.log.commit(batch, sync=self.policy.mode != "os")
+        spent_s = time.perf_counter() - start_s
+        # Up at once, down slowly: one slow sync sends the next ones to the worker thread.
+        known_s = spent_s if math.isinf(self._pace_s) else self._pace_s
+        self._pace_s = max(spent_s, known_s + (spent_s - known_s) / 8)
         stats = self.stats
-        stats.sync_s += time.perf_counter() - start_s
+        stats.sync_s += spent_s
         stats.syncs_count += self.log.syncs_count - syncs_before
         stats.groups_count += 1
-        stats.records_count += len(group)
-        stats.bytes_count += sum(frame_bytes(len(waiter.payload)) for waiter in group)
-        return first_lsn
+        stats.records_count += len(batch.frames)
+        stats.bytes_count += batch.size_bytes
 
-    def _fail(self, group: list[_Waiter], error: WalError) -> None:
+    def _end(
+        self, loop: asyncio.AbstractEventLoop, waiters: list[asyncio.Future[None]], error: BaseException | None
+    ) -> None:
+        """Wake the callers of a group, and begin the next if somebody waits."""
+        if error is not None:
+            interrupted = WalError("the commit of a group was interrupted")
+            self._fail(waiters, error if isinstance(error, WalError) else interrupted)
+            return
+        for done in waiters:
+            if not done.done():
+                done.set_result(None)
+        if self._waiters:
+            self._schedule(loop)
+        else:
+            self._is_idle.set()
+
+    def _fail(self, waiters: list[asyncio.Future[None]], error: WalError) -> None:
         """Tell everybody: the failed group with the error itself, the others that the log is poisoned."""
         self._failure = error
-        for waiter in group:
-            if not waiter.done.done():
+        for done in waiters:
+            if not done.done():
                 # One exception object a caller: a shared one would collect every caller's traceback.
-                waiter.done.set_exception(_own_copy(error))
-        for waiter in self._pending:
-            if not waiter.done.done():
-                waiter.done.set_exception(PoisonedError(self.log.directory, error))
-        self._pending.clear()
-        self._pending_bytes = 0
+                done.set_exception(_own_copy(error))
+        for done in self._waiters:
+            if not done.done():
+                done.set_exception(PoisonedError(self.log.directory, error))
+        self._waiters = []
         self._has_room.set()
+        self._is_idle.set()
 
 
 def _own_copy(error: WalError) -> WalError:
     if isinstance(error, StorageError):
         copy: WalError = type(error)(error.path, error.operation, error.errno)
+    elif isinstance(error, FencedError):
+        copy = FencedError(error.directory, error.epoch, error.newest_epoch)
     else:
         copy = WalError(str(error))
     copy.__cause__ = error

@@ -1,13 +1,15 @@
 """The log: one writer that appends records and makes them durable.
 
-Synchronous and single-threaded on purpose: the order of appends is the order of the log, and the
-caller decides when to pay for a sync (`wal.group_commit` does it for many asyncio callers).  The
-first failed write or sync poisons the log: what the file then holds is not known, and only a
-reopen, which reads it back, can say.
+The order of appends is the order of the log, and the caller decides when to pay for a sync.  An
+append has two halves that may run in different threads: `stage` gives a record its lsn and its bytes
+without touching the disk, `commit` writes a staged batch and syncs it (`wal.group_commit` uses
+them; everybody else calls `append` and `sync`).  The first failed write or sync poisons the log:
+what the file then holds is not known, and only a reopen, which reads it back, can say.
 
 Invariants:
-1. Records up to `durable_lsn` survive any crash of the process, the kernel or the machine.
-2. Lsns are dense from 1, across segments and reopens.
+1. Records up to `durable_lsn` survive any crash of the process, the kernel or the machine, and a
+   takeover by another writer.
+2. Lsns are dense from 1, across segments, reopens and writers.
 
 See: docs/formats/wal.md.
 """
@@ -23,7 +25,7 @@ from typing import NamedTuple, Self, TypeVar
 from wal import format as fmt
 from wal.errors import (
     ClosedError,
-    LockedError,
+    FencedError,
     PoisonedError,
     RecordInvalidError,
     RecordTooLargeError,
@@ -31,12 +33,12 @@ from wal.errors import (
     WalError,
     storage_error,
 )
+from wal.lock import check_fence, take_lock
 from wal.reader import Reader
 from wal.repair import cut_tear, remove_leftovers, settle_tail
 from wal.storage import Lock, OsStorage, Storage
 from wal.writer import SegmentWriter
 
-LOCK = "LOCK"
 BUFFER_BYTES_MAX = 1 << 20
 SEGMENT_BYTES_LIMIT = 1 << 36
 
@@ -52,8 +54,19 @@ class Recovery(NamedTuple):
     quarantine: Path | None
 
 
+class Batch(NamedTuple):
+    """Staged frames, in order; the first has `first_lsn`."""
+
+    first_lsn: int
+    frames: list[bytes]
+    size_bytes: int
+
+
 class Log:
-    """An open log directory.  Use `Log.open`; not thread-safe; a context manager that closes."""
+    """An open log directory.  Use `Log.open`; a context manager that closes.
+
+    Not thread-safe, but one thread may `stage` and `take` while another is in `commit`.
+    """
 
     def __init__(
         self,
@@ -71,9 +84,9 @@ class Log:
         self._storage, self._lock, self._writer, self._header = storage, lock, writer, header
         self._seed = header.seed
         self._next_lsn = recovery.next_lsn
-        self._durable_lsn = recovery.next_lsn - 1
-        self._buffer: list[bytes] = []
-        self._buffer_bytes = 0
+        self._written_lsn = self._durable_lsn = recovery.next_lsn - 1
+        self._staged: list[bytes] = []
+        self._staged_bytes = 0
         self._poison: WalError | None = None
         self._is_closed = False
         self.syncs_count = 0
@@ -84,6 +97,7 @@ class Log:
         cls,
         directory: Path,
         *,
+        epoch: int | None = None,
         segment_bytes_max: int = 64 << 20,
         record_bytes_max: int = 64 << 20,
         storage: Storage | None = None,
@@ -91,25 +105,35 @@ class Log:
         """Open for appending, creating the directory if missing; recovered when this returns.
 
         A torn tail is quarantined and cut, and every record found is made durable.  A segment is
-        closed before it would pass `segment_bytes_max` (a larger single record gets one of its
-        own).  Raises LockedError, CorruptError, VersionError, StorageError.
+        closed before it would pass `segment_bytes_max` (a larger single record gets one of its own).
+        `epoch` (0..2**32-1) is the caller's lease: a higher one than any before takes the log from a
+        writer that may still live, and that writer can acknowledge nothing more (docs: "One writer").
+        None goes on with the newest epoch.  Raises LockedError, FencedError, CorruptError,
+        VersionError, StorageError.
         """
         if not 0 < record_bytes_max <= fmt.PAYLOAD_BYTES_LIMIT:
             raise ValueError(f"record_bytes_max is {record_bytes_max}, must be in 1..{fmt.PAYLOAD_BYTES_LIMIT}")
         if not 0 < segment_bytes_max <= SEGMENT_BYTES_LIMIT:
             raise ValueError(f"segment_bytes_max is {segment_bytes_max}, must be in 1..{SEGMENT_BYTES_LIMIT}")
+        if epoch is not None and not 0 <= epoch <= fmt.EPOCH_MAX:
+            raise ValueError(f"epoch is {epoch}, must be in 0..{fmt.EPOCH_MAX}")
         directory, disk = Path(directory), storage or OsStorage()
         try:
             disk.make_directory(directory)
         except OSError as error:
             raise storage_error(directory, "create", error) from error
-        lock = _take_lock(disk, directory)
+        lock, epoch = take_lock(disk, directory, epoch)
         try:
-            header, writer, recovery = _recover(disk, directory)
+            header, writer, recovery = _recover(disk, directory, epoch)
         except BaseException:
             lock.close()
             raise
         return cls(directory, disk, lock, writer, header, recovery, (segment_bytes_max, record_bytes_max))
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of this writer."""
+        return self._header.epoch
 
     @property
     def next_lsn(self) -> int:
@@ -121,48 +145,66 @@ class Log:
         """The newest lsn that is durable; 0 if none."""
         return self._durable_lsn
 
-    def check(self, kind: int, payload: bytes) -> None:
-        """Raise what `append` would raise for this record: RecordInvalidError, RecordTooLargeError."""
-        if not 0 < kind <= fmt.KIND_MAX:
-            raise RecordInvalidError(f"a record's kind is 1..{fmt.KIND_MAX}, not {kind}")
-        if len(payload) > self.record_bytes_max:
-            raise RecordTooLargeError(len(payload), self.record_bytes_max)
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of frames that were staged and not yet taken."""
+        return self._staged_bytes
 
     def append(self, kind: int, payload: bytes) -> int:
         """Add a record (`kind` 1..255) and return its lsn.  NOT durable until `sync`.
 
         Raises RecordInvalidError or RecordTooLargeError (the log is as before), PoisonedError,
-        ClosedError, and StorageError when a full buffer or segment is written out, which poisons.
+        ClosedError, and StorageError or FencedError when a full buffer is written out, which poisons.
         """
-        self.check(kind, payload)
-        self._check_usable()
-        size = fmt.frame_bytes(len(payload))
-        filled = self._writer.size_bytes + self._buffer_bytes
-        if filled > fmt.HEADER_BYTES and filled + size > self.segment_bytes_max:
-            self._guard(self._roll)
-        lsn = self._next_lsn
-        self._buffer.append(fmt.encode_frame(self._seed, lsn, lsn - 1 - self._durable_lsn, kind, payload))
-        self._buffer_bytes += size
-        self._next_lsn = lsn + 1
-        if self._buffer_bytes > BUFFER_BYTES_MAX:
-            self._guard(self._flush)
+        lsn = self.stage(kind, payload)
+        if self._staged_bytes > BUFFER_BYTES_MAX:
+            self.flush()
         return lsn
 
     def flush(self) -> None:
         """Hand everything appended to the operating system: it survives a kill of this process.
 
-        Raises StorageError (and poisons), PoisonedError, ClosedError.
+        Raises StorageError or FencedError (and poisons), PoisonedError, ClosedError.
         """
-        self._check_usable()
-        self._guard(self._flush)
+        self.commit(self.take(), sync=False)
 
     def sync(self) -> None:
         """Everything appended so far is durable when this returns.
 
-        Raises StorageError (and poisons), PoisonedError, ClosedError.
+        Raises StorageError or FencedError (and poisons), PoisonedError, ClosedError.
+        """
+        self.commit(self.take(), sync=True)
+
+    def stage(self, kind: int, payload: bytes) -> int:
+        """Give a record its lsn and its place in the next batch, in memory only; returns the lsn.
+
+        Raises RecordInvalidError or RecordTooLargeError (the log is as before), PoisonedError, ClosedError.
+        """
+        if not 0 < kind <= fmt.KIND_MAX:
+            raise RecordInvalidError(f"a record's kind is 1..{fmt.KIND_MAX}, not {kind}")
+        if len(payload) > self.record_bytes_max:
+            raise RecordTooLargeError(len(payload), self.record_bytes_max)
+        self._check_usable()
+        lsn = self._next_lsn
+        frame = fmt.encode_frame(self._seed, lsn, lsn - 1 - self._durable_lsn, kind, payload)
+        self._staged.append(frame)
+        self._staged_bytes += len(frame)
+        self._next_lsn = lsn + 1
+        return lsn
+
+    def take(self) -> Batch:
+        """Everything staged since the last `take`; it must be committed before any later batch."""
+        batch = Batch(self._next_lsn - len(self._staged), self._staged, self._staged_bytes)
+        self._staged, self._staged_bytes = [], 0
+        return batch
+
+    def commit(self, batch: Batch, *, sync: bool) -> None:
+        """Write a batch; with `sync` it and everything before it is durable when this returns.
+
+        Raises StorageError or FencedError (and poisons), PoisonedError, ClosedError.
         """
         self._check_usable()
-        self._guard(self._sync)
+        self._guard(lambda: self._commit(batch, sync))
 
     def close(self) -> None:
         """Sync, release the lock, let go of the files; closing twice is fine.
@@ -173,7 +215,7 @@ class Log:
             return
         try:
             if self._poison is None:
-                self._guard(self._sync)
+                self._guard(self._finish)
         finally:
             self._is_closed = True
             self._writer.close()
@@ -187,27 +229,49 @@ class Log:
     ) -> None:
         self.close()
 
-    def _flush(self) -> None:
-        if self._buffer:
-            data = b"".join(self._buffer)
-            self._buffer.clear()
-            self._buffer_bytes = 0
-            self._writer.write(data)
-
-    def _sync(self) -> None:
-        if self._durable_lsn == self._next_lsn - 1:
+    def _commit(self, batch: Batch, sync: bool) -> None:
+        self._write(batch)
+        if sync and self._durable_lsn != self._written_lsn:
+            self._writer.sync()
+            self.syncs_count += 1
+        elif not batch.frames:
             return
-        self._flush()
-        self._writer.sync()
-        self.syncs_count += 1
-        self._durable_lsn = self._next_lsn - 1
+        check_fence(self._lock, self._storage, self.directory, self._header.epoch)
+        if sync:
+            self._durable_lsn = self._written_lsn
 
-    def _roll(self) -> None:
+    def _write(self, batch: Batch) -> None:
+        """Write the frames, into as many segments as they need."""
+        rest, lsn = batch.frames, batch.first_lsn
+        while rest:
+            room = self.segment_bytes_max - self._writer.size_bytes
+            count, size = len(rest), batch.size_bytes
+            if size > room:
+                count, size = 0, 0
+                while count < len(rest) and size + len(rest[count]) <= room:
+                    size += len(rest[count])
+                    count += 1
+                if not count and self._writer.size_bytes > fmt.HEADER_BYTES:
+                    self._roll(lsn)
+                    continue
+                count = max(count, 1)  # a record above the bound has a segment of its own
+            self._writer.write(b"".join(rest[:count]))
+            rest, lsn = rest[count:], lsn + count
+            self._written_lsn = lsn - 1
+
+    def _roll(self, first_lsn: int) -> None:
         """Seal the segment, synced whole (segments.py, invariant 1), and start the next."""
-        self._sync()
+        self._writer.seal()
         self._writer.close()
-        self._header = self._header._replace(first_lsn=self._next_lsn)
+        self.syncs_count += self._durable_lsn != self._written_lsn
+        check_fence(self._lock, self._storage, self.directory, self._header.epoch)
+        self._durable_lsn = self._written_lsn
+        self._header = self._header._replace(first_lsn=first_lsn)
         self._writer = SegmentWriter.create(self._storage, self.directory, self._header)
+
+    def _finish(self) -> None:
+        self._commit(self.take(), sync=True)
+        self._writer.seal()
 
     def _guard(self, action: Callable[[], T]) -> T:
         try:
@@ -215,7 +279,7 @@ class Log:
         except BaseException as error:
             # Also Ctrl-C in mid-write: appending on would leave a hole in the lsns.
             interrupted = WalError(f"a write was interrupted by {type(error).__name__}")
-            self._poison = error if isinstance(error, StorageError) else interrupted
+            self._poison = error if isinstance(error, StorageError | FencedError) else interrupted
             raise
 
     def _check_usable(self) -> None:
@@ -225,22 +289,8 @@ class Log:
             raise ClosedError(self.directory)
 
 
-def _take_lock(storage: Storage, directory: Path) -> Lock:
-    path = directory / LOCK
-    try:
-        return storage.lock(path)
-    except BlockingIOError as error:
-        try:
-            holder = storage.read(path).decode("ascii", "replace").strip()
-        except OSError:
-            holder = ""
-        raise LockedError(directory, holder) from error
-    except OSError as error:
-        raise storage_error(path, "lock", error) from error
-
-
-def _recover(storage: Storage, directory: Path) -> tuple[fmt.SegmentHeader, SegmentWriter, Recovery]:
-    """Read everything, cut a torn tail, make the rest durable, and open the newest segment."""
+def _recover(storage: Storage, directory: Path, epoch: int) -> tuple[fmt.SegmentHeader, SegmentWriter, Recovery]:
+    """Read everything, cut a torn tail, make the rest durable, and open the newest segment of this epoch."""
     remove_leftovers(storage, directory)
     reader = Reader(directory, storage=storage)
     for _ in reader:
@@ -250,10 +300,9 @@ def _recover(storage: Storage, directory: Path) -> tuple[fmt.SegmentHeader, Segm
     quarantine = cut_tear(storage, directory, tear) if tear else None
     torn_bytes = tear.size_bytes if tear else 0
     recovery = Recovery(reader.records_count, reader.next_lsn, torn_bytes, quarantine)
-    header = reader.header
-    if header is None or header.name != reader.segments[-1].name:
-        old = header or fmt.SegmentHeader(uuid.uuid4().bytes, 1, 0)
-        epoch = reader.segments[-1].epoch if reader.segments else old.epoch
-        header = old._replace(first_lsn=reader.next_lsn, epoch=epoch)
-        return header, SegmentWriter.create(storage, directory, header), recovery
-    return header, SegmentWriter.resume(storage, directory / header.name, reader.end_offset), recovery
+    newest = reader.header
+    if newest is not None and newest.name == reader.segments[-1].name and newest.epoch == epoch:
+        return newest, SegmentWriter.resume(storage, directory / newest.name, reader.end_offset), recovery
+    log_id = newest.log_id if newest else uuid.uuid4().bytes
+    header = fmt.SegmentHeader(log_id, reader.next_lsn, epoch)
+    return header, SegmentWriter.create(storage, directory, header), recovery

@@ -1,9 +1,9 @@
 """Reading a log from its files: records in order, and one of three outcomes.
 
 A reader takes no lock and changes nothing, so it may run beside a writer: what a write in progress
-has left of its last frame is a torn tail to it, like after a crash.  One segment is in memory at a
-time.  `END` and `TORN_TAIL` are outcomes; corruption is an error, raised after every good record
-before it was handed out.
+has left of its last frame is a torn tail to it, like after a crash.  Files are read in pieces, so
+memory is bounded by the largest record.  `END` and `TORN_TAIL` are outcomes; corruption is an
+error, raised after every good record before it was handed out.
 
 Invariants:
 1. A yielded record is exactly what was appended under its lsn, and lsns come without a gap.
@@ -14,15 +14,19 @@ See: docs/formats/wal.md, "A record is valid iff".
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-from zlib import crc32
 
 from wal import format as fmt
 from wal.errors import CorruptError, storage_error
+from wal.floor import read_error
 from wal.segments import Segment, Tear, check_header, find_segments, judge, torn_header
 from wal.storage import OsStorage, Storage
+
+READ_BYTES = 1 << 20
+"""Size of a piece; a record above it makes the buffer grow."""
 
 
 class Record(NamedTuple):
@@ -46,17 +50,21 @@ class Reader:
     """One pass over a log directory; iterate once, then look at `outcome`.
 
     Records of lsn <= `after_lsn` are skipped; segments that hold only such records are not read,
-    hence not checked.  Raises CorruptError, VersionError or StorageError while iterating.
+    hence not checked.  Raises CorruptError, VersionError or StorageError while iterating, and
+    DroppedError if retention drops the segment that is to be read next (pin it to prevent that).
     """
 
     def __init__(self, directory: Path, *, after_lsn: int = 0, storage: Storage | None = None) -> None:
         self._directory = Path(directory)
         self._storage: Storage = storage or OsStorage()
         self._after_lsn = after_lsn
+        self._buffer = bytearray(READ_BYTES)
         self.outcome: Outcome | None = None
         """None until the last record was handed out."""
         self.tear: Tear | None = None
         self.next_lsn = 1
+        self.durable_lsn = 0
+        """What the writer of the newest record knew to be durable when it wrote it; more may be."""
         self.records_count = 0
         """Records handed out."""
         self.segments: list[Segment] = []
@@ -64,63 +72,92 @@ class Reader:
         """Of the newest whole segment; None in an empty log."""
         self.end_offset = 0
         """Where the next frame belongs in the newest whole segment."""
-        self.group_offset = 0
-        """Where the newest write that may not have been synced starts in it."""
 
     def __iter__(self) -> Iterator[Record]:
         try:
             self.segments = find_segments(self._storage, self._directory)
         except OSError as error:
             raise storage_error(self._directory, "list", error) from error
-        last = len(self.segments) - 1
-        for index, segment in enumerate(self.segments):
-            if index < last and self.segments[index + 1].first_lsn <= self._after_lsn + 1:
-                self.next_lsn = self.segments[index + 1].first_lsn
+        if self.segments:
+            self.next_lsn = self.segments[0].first_lsn  # the floor
+        for segment, following in itertools.zip_longest(self.segments, self.segments[1:]):
+            if following is not None and following.first_lsn <= self._after_lsn + 1:
+                self.next_lsn = following.first_lsn
                 continue
-            yield from self._walk(segment, index == last)
+            try:
+                yield from self._walk(segment, following)
+            except OSError as error:
+                raise read_error(self._storage, self._directory, segment.name, error) from error
         self.outcome = Outcome.TORN_TAIL if self.tear else Outcome.END
 
-    def _walk(self, segment: Segment, is_newest: bool) -> Iterator[Record]:
-        path = self._directory / segment.name
-        try:
-            data = self._storage.read(path)
-        except OSError as error:
-            raise storage_error(path, "read", error) from error
+    def _walk(self, segment: Segment, following: Segment | None) -> Iterator[Record]:
         if segment.first_lsn != self.next_lsn:
             why = f"it starts at lsn {segment.first_lsn}, but the segment before it ends with lsn {self.next_lsn - 1}"
             raise CorruptError(self._directory, segment.name, 0, why)
-        if is_newest:
-            self.tear = torn_header(segment, data)
-            if self.tear:
-                self.next_lsn = segment.first_lsn
-                return
-        header = check_header(self._directory, segment, data, self.header.log_id if self.header else None)
-        self.header, self.next_lsn = header, header.first_lsn
-        yield from self._frames(segment, data, header.seed)
-        if self.end_offset < len(data):
-            self.tear = judge(self._directory, segment, data, self.end_offset, self.next_lsn, header.seed, is_newest)
+        path = self._directory / segment.name
+        filled = self._storage.read_into(path, 0, memoryview(self._buffer))
+        head = bytes(self._buffer[: min(filled, fmt.HEADER_BYTES)])
+        if following is None and (len(head) < fmt.HEADER_BYTES or (not head.strip(b"\0") and self._is_unused(path, 0))):
+            self.tear = torn_header(segment, head)
+            return
+        header = check_header(self._directory, segment, head, self.header.log_id if self.header else None)
+        self.header = header
+        taken_over = following is not None and following.epoch > segment.epoch
+        yield from self._frames(segment, header.seed, filled, following.first_lsn if following and taken_over else 0)
+        if taken_over and following and self.next_lsn == following.first_lsn:
+            return  # what lies behind was written by a fenced writer
+        if not self._is_unused(path, self.end_offset):
+            args = (self._storage.read(path), self.end_offset, self.next_lsn, header.seed, following is None)
+            self.tear = judge(self._directory, segment, *args)
 
-    def _frames(self, segment: Segment, data: bytes, seed: int) -> Iterator[Record]:
-        """Yield valid frames in lsn order; stops at the first that is not (this loop is the hot path)."""
-        view, size, name, after_lsn = memoryview(data), len(data), segment.name, self._after_lsn
-        unpack, mark = fmt.FRAME.unpack_from, fmt.MARK
-        offset, lsn = fmt.HEADER_BYTES, segment.first_lsn
-        self.end_offset = self.group_offset = offset
-        while offset + fmt.FRAME_BYTES <= size:
-            crc, length, found_lsn, lag, kind, found_mark = unpack(data, offset)
-            start = offset + fmt.FRAME_BYTES
-            end = start + length + (-length & 7)
-            if found_lsn != lsn or found_mark != mark or end > size or lag >= lsn or not kind:
+    def _frames(self, segment: Segment, seed: int, filled: int, end_lsn: int) -> Iterator[Record]:
+        """Yield valid frames in lsn order up to `end_lsn`; stops at the first that is not (this is the hot path)."""
+        name, after_lsn, crc32 = segment.name, self._after_lsn, fmt.crc32
+        unpack, mark, head_bytes = fmt.FRAME.unpack_from, fmt.MARK, fmt.FRAME_BYTES
+        buffer, base, start, lsn = self._buffer, 0, fmt.HEADER_BYTES, segment.first_lsn
+        view = memoryview(buffer)
+        self.end_offset = start
+        while lsn != end_lsn:
+            body = end = start + head_bytes
+            if body <= filled:
+                crc, length, found_lsn, lag, kind, found_mark = unpack(buffer, start)
+                if found_lsn != lsn or found_mark != mark or lag >= lsn or not kind:
+                    return
+                end += length + (-length & 7)
+            if end > filled:
+                rest = filled - start
+                filled = self._refill(segment, base, start, filled)
+                if filled == rest:
+                    return
+                base, start, buffer = base + start, 0, self._buffer
+                view = memoryview(buffer)
+                continue
+            if crc32(view[start + 4 : end], seed) != crc:
                 return
-            if crc32(view[offset + 4 : end], seed) != crc:
-                return
-            if not lag:
-                self.group_offset = offset
-            self.next_lsn, self.end_offset = lsn + 1, end
+            self.next_lsn, self.end_offset, self.durable_lsn = lsn + 1, base + end, lsn - 1 - lag
             if lsn > after_lsn:
                 self.records_count += 1
-                yield Record(lsn, kind, data[start : start + length], name, offset)
-            offset, lsn = end, lsn + 1
+                yield Record(lsn, kind, bytes(view[body : body + length]), name, base + start)
+            start, lsn = end, lsn + 1
+
+    def _is_unused(self, path: Path, offset: int) -> bool:
+        """True if only zeros follow: space that was reserved and never written (or nothing at all)."""
+        piece = bytearray(READ_BYTES)
+        while count := self._storage.read_into(path, offset, memoryview(piece)):
+            if bytes(piece[:count]).strip(b"\0"):
+                return False
+            offset += count
+        return True
+
+    def _refill(self, segment: Segment, base: int, start: int, filled: int) -> int:
+        """Move what is left to the front and read on behind it; returns how much is in the buffer then."""
+        rest = filled - start
+        if rest == len(self._buffer):  # one record fills it
+            self._buffer = self._buffer + bytearray(rest)
+        else:
+            self._buffer[:rest] = self._buffer[start:filled]
+        room = memoryview(self._buffer)[rest:]
+        return rest + self._storage.read_into(self._directory / segment.name, base + start + rest, room)
 
 
 def read(directory: Path, *, after_lsn: int = 0) -> Iterator[Record]:

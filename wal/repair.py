@@ -13,7 +13,7 @@ from pathlib import Path
 
 from wal.errors import storage_error
 from wal.reader import Reader
-from wal.segments import Tear
+from wal.segments import Tear, offset_after
 from wal.storage import Storage
 from wal.writer import TEMPORARY_SUFFIX, create_file, write_all
 
@@ -39,7 +39,7 @@ def cut_tear(storage: Storage, directory: Path, tear: Tear) -> Path | None:
     path = directory / tear.segment
     copy = None
     try:
-        torn = storage.read(path)[tear.offset :]
+        torn = storage.read(path)[tear.offset : tear.offset + tear.size_bytes]
         if torn:
             copy = _quarantine(storage, directory, tear, torn)
         if tear.offset == 0:
@@ -58,7 +58,7 @@ def cut_tear(storage: Storage, directory: Path, tear: Tear) -> Path | None:
 
 
 def settle_tail(storage: Storage, directory: Path, reader: Reader) -> None:
-    """Make durable what was read of the newest write.  StorageError.
+    """Make durable what was read and not known to be.  StorageError.
 
     The records may be in the page cache only: the writer died before its sync, or its sync failed,
     and then the kernel counts those pages as clean and another sync would do nothing.  Writing the
@@ -68,19 +68,11 @@ def settle_tail(storage: Storage, directory: Path, reader: Reader) -> None:
         return
     path = directory / reader.header.name
     try:
-        tail = storage.read(path)[reader.group_offset : reader.end_offset]
-        file = storage.open(path)
+        data = storage.read(path)
+        start = offset_after(data, reader.header.first_lsn, reader.durable_lsn)
+        file = storage.open(path, start)
         try:
-            at = reader.group_offset
-
-            def rewrite(data: bytes) -> int:
-                nonlocal at
-                taken = file.rewrite(at, data)
-                at += taken
-                return taken
-
-            if tail:
-                write_all(rewrite, tail)
+            write_all(file.write, data[start : reader.end_offset])
             file.sync()
         finally:
             file.close()

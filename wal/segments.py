@@ -7,18 +7,19 @@ may the bytes be dropped; everything else was durable once, and its damage is an
 Invariants:
 1. Only the newest segment can have a torn tail: a segment is synced whole before the next is named.
 2. A tail is dropped only if no valid frame behind it proves that something in it was acknowledged.
+3. What a writer of a lower epoch writes after a takeover is not part of the log.
 
 See: docs/formats/wal.md, "Recovery".
 """
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import NamedTuple
 
 from wal import format as fmt
 from wal.errors import CorruptError, VersionError
+from wal.floor import FIRST_LSN, floor_name, floor_of
 from wal.storage import Storage
 
 SECTOR_BYTES = 512
@@ -33,7 +34,7 @@ class Segment(NamedTuple):
 
 
 class Tear(NamedTuple):
-    """Bytes at the end of the newest segment that no acknowledged record needs."""
+    """Bytes at the end of the newest segment that no acknowledged record needs; space never written is not counted."""
 
     segment: str
     offset: int
@@ -42,24 +43,48 @@ class Tear(NamedTuple):
 
 
 def find_segments(storage: Storage, directory: Path) -> list[Segment]:
-    """The segments in log order.
+    """The segments in log order, those below the floor and those that a takeover superseded left out.
 
-    Raises CorruptError if the first ones are missing or two start at the same lsn.  Other files
-    (LOCK, quarantine, leftovers of an interrupted creation) are not the log's content.
+    Raises CorruptError if the first ones are missing: a log begins at its floor, lsn 1 if it has
+    none.  Other files (locks, pins, quarantine, leftovers of an interrupted creation) are not the
+    log's content.  A retention pass beside the call may change the directory under the listing, so
+    missing segments are believed only when a second listing shows the same.
     """
-    found = []
-    for name in storage.names(directory):
-        parsed = fmt.parse_name(name)
-        if parsed is not None:
-            found.append(Segment(name, *parsed))
+    names = storage.names(directory)
+    while True:
+        try:
+            return _in_force(_from_floor(directory, names))
+        except CorruptError:
+            before, names = names, storage.names(directory)
+            if names == before:
+                raise
+
+
+def _from_floor(directory: Path, names: list[str]) -> list[Segment]:
+    """Every segment file from the floor on, by first lsn and epoch.  CorruptError if none starts at the floor."""
+    floor = floor_of(names)
+    parsed = [(name, fmt.parse_name(name)) for name in names]
+    found = [Segment(name, *fields) for name, fields in parsed if fields and fields[0] >= floor]
     found.sort(key=lambda segment: (segment.first_lsn, segment.epoch))
-    if found and found[0].first_lsn != 1:
-        why = f"it is the first segment but starts at lsn {found[0].first_lsn}: earlier segments are missing"
+    if found and found[0].first_lsn != floor:
+        begins = f" and the floor is {floor}" if floor > FIRST_LSN else ""
+        why = f"it is the first segment but starts at lsn {found[0].first_lsn}{begins}: earlier segments are missing"
         raise CorruptError(directory, found[0].name, 0, why)
-    for before, after in itertools.pairwise(found):
-        if before.first_lsn == after.first_lsn:
-            raise CorruptError(directory, after.name, 0, f"{before.name} starts at the same lsn")
+    if not found and floor > FIRST_LSN:
+        why = "it says where the log begins, and no segment starts there or later: segments are missing"
+        raise CorruptError(directory, floor_name(floor), 0, why)
     return found
+
+
+def _in_force(found: list[Segment]) -> list[Segment]:
+    """Without what a fenced writer left: where a higher epoch starts, every lower one is over."""
+    kept: list[Segment] = []
+    for segment in found:
+        if kept and kept[-1].first_lsn == segment.first_lsn:
+            kept.pop()
+        if not kept or kept[-1].epoch <= segment.epoch:
+            kept.append(segment)
+    return kept
 
 
 def check_header(directory: Path, segment: Segment, data: bytes, log_id: bytes | None) -> fmt.SegmentHeader:
@@ -76,13 +101,19 @@ def check_header(directory: Path, segment: Segment, data: bytes, log_id: bytes |
     return header
 
 
-def torn_header(segment: Segment, data: bytes) -> Tear | None:
-    """The tear if the newest segment holds no whole header and nothing behind it, else None."""
-    if len(data) < fmt.HEADER_BYTES:
-        return Tear(segment.name, 0, len(data), f"the file ends after {len(data)} bytes of its header")
-    if not data.strip(b"\0"):
-        return Tear(segment.name, 0, len(data), "the file is filled with zeros")
-    return None
+def torn_header(segment: Segment, head: bytes) -> Tear:
+    """The tear of a newest segment that holds no whole header, or zeros only."""
+    if len(head) < fmt.HEADER_BYTES:
+        return Tear(segment.name, 0, len(head), f"the file ends after {len(head)} bytes of its header")
+    return Tear(segment.name, 0, 0, "the file is filled with zeros")
+
+
+def offset_after(data: bytes, first_lsn: int, lsn: int) -> int:
+    """Where the frame behind that of `lsn` starts in a segment whose frames up to there are valid."""
+    offset = fmt.HEADER_BYTES
+    for _ in range(lsn - first_lsn + 1):
+        offset += fmt.frame_bytes(fmt.FRAME.unpack_from(data, offset)[1])
+    return offset
 
 
 def judge(directory: Path, segment: Segment, data: bytes, offset: int, lsn: int, seed: int, is_newest: bool) -> Tear:
@@ -96,7 +127,8 @@ def judge(directory: Path, segment: Segment, data: bytes, offset: int, lsn: int,
     here = fmt.decode_frame(data, offset, seed)
     if here is not None:
         raise CorruptError(directory, segment.name, offset, why)
-    tear = Tear(segment.name, offset, len(data) - offset, why)
+    used = -(-len(data.rstrip(b"\0")) // fmt.ALIGNMENT_BYTES) * fmt.ALIGNMENT_BYTES
+    tear = Tear(segment.name, offset, min(used, len(data)) - offset, why)
     next_offset, next_lsn, durable_lsn = frames_behind(data, offset, lsn, seed)
     if next_offset is None:
         return tear
@@ -113,8 +145,6 @@ def judge(directory: Path, segment: Segment, data: bytes, offset: int, lsn: int,
 def defect(data: bytes, offset: int, lsn: int, seed: int) -> str:
     """Why there is no valid frame of `lsn` at `offset`, in words."""
     left = len(data) - offset
-    if not data[offset:].strip(b"\0"):
-        return f"the last {left} bytes are zeros where lsn {lsn} should start"
     if left < fmt.FRAME_BYTES:
         return f"{left} bytes are left where the {fmt.FRAME_BYTES} bytes of lsn {lsn}'s frame header should be"
     frame = fmt.decode_frame(data, offset, seed)

@@ -9,21 +9,22 @@ See: docs/formats/wal.md, "What the log asks of a disk".
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class File(Protocol):
-    """An open file that grows at its end."""
+    """An open file with a position, where the next write goes."""
 
     def write(self, data: bytes) -> int:
-        """Append; returns how many bytes were taken, which may be fewer than given."""
+        """Write and move on; returns how many bytes were taken, which may be fewer than given."""
         ...
 
-    def rewrite(self, offset: int, data: bytes) -> int:
-        """Write in place; may be short."""
+    def allocate(self, size_bytes: int) -> None:
+        """Grow the file to this size with zeros, on space that is reserved now (posix_fallocate)."""
         ...
 
     def sync(self) -> None:
@@ -31,7 +32,7 @@ class File(Protocol):
         ...
 
     def truncate(self, size_bytes: int) -> None:
-        """Cut the file."""
+        """Cut the file; the position stays."""
         ...
 
     def close(self) -> None:
@@ -40,11 +41,22 @@ class File(Protocol):
 
 
 class Lock(Protocol):
-    """A held directory lock."""
+    """A held lock file."""
+
+    def is_current(self) -> bool:
+        """True until the file was removed: who removes it takes the lock's right away."""
+        ...
 
     def close(self) -> None:
         """Release it."""
         ...
+
+
+class FileStat(NamedTuple):
+    """`modified_s`: seconds since the epoch."""
+
+    size_bytes: int
+    modified_s: float
 
 
 class Storage(Protocol):
@@ -62,12 +74,20 @@ class Storage(Protocol):
         """The whole file."""
         ...
 
+    def read_into(self, path: Path, offset: int, buffer: memoryview) -> int:
+        """Fill the buffer from `offset` on; returns the bytes read, fewer only at the file's end."""
+        ...
+
+    def stat(self, path: Path) -> FileStat:
+        """Size of a file and when it was last written."""
+        ...
+
     def create(self, path: Path) -> File:
         """A new or emptied file."""
         ...
 
-    def open(self, path: Path) -> File:
-        """An existing file, at its end."""
+    def open(self, path: Path, position: int | None = None) -> File:
+        """An existing file at a position, by default its end."""
         ...
 
     def rename(self, source: Path, target: Path) -> None:
@@ -82,25 +102,25 @@ class Storage(Protocol):
         """Names created, renamed or removed in it are durable when this returns."""
         ...
 
-    def lock(self, path: Path) -> Lock:
-        """Take the exclusive lock on this file (created if missing).  BlockingIOError if held."""
+    def lock(self, path: Path, *, wait: bool = False) -> Lock:
+        """Take the exclusive lock on this file (created if missing).  BlockingIOError if held, unless told to wait."""
         ...
 
 
 class OsFile:
     """A file descriptor."""
 
-    def __init__(self, path: Path, flags: int) -> None:
+    def __init__(self, path: Path, flags: int, position: int | None = None) -> None:
         self._fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
-        os.lseek(self._fd, 0, os.SEEK_END)
+        os.lseek(self._fd, position or 0, os.SEEK_END if position is None else os.SEEK_SET)
 
     def write(self, data: bytes) -> int:
         """See File."""
         return os.write(self._fd, data)
 
-    def rewrite(self, offset: int, data: bytes) -> int:
+    def allocate(self, size_bytes: int) -> None:
         """See File."""
-        return os.pwrite(self._fd, data, offset)
+        os.posix_fallocate(self._fd, 0, size_bytes)
 
     def sync(self) -> None:
         """See File."""
@@ -109,7 +129,6 @@ class OsFile:
     def truncate(self, size_bytes: int) -> None:
         """See File."""
         os.ftruncate(self._fd, size_bytes)
-        os.lseek(self._fd, size_bytes, os.SEEK_SET)
 
     def close(self) -> None:
         """See File; closing twice is fine."""
@@ -136,13 +155,30 @@ class OsStorage:
         """See Storage."""
         return path.read_bytes()
 
+    def read_into(self, path: Path, offset: int, buffer: memoryview) -> int:
+        """See Storage.  Asks the kernel to fetch as much again behind it, for the next call."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            filled = 0
+            while filled < len(buffer) and (taken := os.preadv(fd, [buffer[filled:]], offset + filled)):
+                filled += taken
+            os.posix_fadvise(fd, offset + filled, len(buffer), os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(fd)
+        return filled
+
+    def stat(self, path: Path) -> FileStat:
+        """See Storage."""
+        found = os.stat(path)
+        return FileStat(found.st_size, found.st_mtime)
+
     def create(self, path: Path) -> File:
         """See Storage."""
         return OsFile(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
-    def open(self, path: Path) -> File:
-        """See Storage.  Not O_APPEND: Linux's pwrite would then ignore its offset."""
-        return OsFile(path, os.O_WRONLY)
+    def open(self, path: Path, position: int | None = None) -> File:
+        """See Storage."""
+        return OsFile(path, os.O_WRONLY, position)
 
     def rename(self, source: Path, target: Path) -> None:
         """See Storage."""
@@ -160,21 +196,25 @@ class OsStorage:
         finally:
             os.close(fd)
 
-    def lock(self, path: Path) -> Lock:
+    def lock(self, path: Path, *, wait: bool = False) -> Lock:
         """See Storage.  flock: freed by the kernel however the holder ends; the file holds its pid."""
-        return _OsLock(path)
+        return _OsLock(path, 0 if wait else fcntl.LOCK_NB)
 
 
 class _OsLock:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, flags: int) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
-        except OSError:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | flags)
+        except BaseException:
             os.close(self._fd)
             raise
+        with contextlib.suppress(OSError):  # a note for people: a full disk must not stop what frees it
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def is_current(self) -> bool:
+        return os.fstat(self._fd).st_nlink > 0
 
     def close(self) -> None:
         os.close(self._fd)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from wal.storage import File, Lock
+from wal.storage import File, FileStat, Lock
 
 Fault = Literal["crash", "short", "ENOSPC", "EIO"]
 Landing = Literal["written", "synced", "mixed"]
@@ -37,6 +37,7 @@ class _Inode:
     written: bytearray = field(default_factory=bytearray)
     synced: bytearray = field(default_factory=bytearray)
     dirty: set[int] = field(default_factory=set)
+    modified_s: float = 0.0
 
     def touch(self, start: int, end: int) -> None:
         self.dirty.update(range(start // SECTOR_BYTES, (end + SECTOR_BYTES - 1) // SECTOR_BYTES))
@@ -61,6 +62,8 @@ class FaultyStorage:
     def __init__(self, faults: Mapping[int, Fault] | None = None) -> None:
         self.faults = dict(faults or {})
         self.calls: list[str] = []
+        self.now_s = 0.0
+        """The clock that files are stamped with when they are written."""
         self._is_down = False
         self._written_names: dict[Path, _Inode] = {}
         self._synced_names: dict[Path, _Inode] = {}
@@ -71,6 +74,7 @@ class FaultyStorage:
         """The disk as the next process would find it after a crash now; this instance is not changed."""
         draw = random.Random(seed)  # noqa: S311  # a test's dice, not a secret
         after = FaultyStorage()
+        after.now_s = self.now_s
         after._directories = set(self._directories)
         names = dict(self._written_names if landing == "written" else self._synced_names)
         if landing == "mixed":
@@ -81,7 +85,9 @@ class FaultyStorage:
                     names[path] = source[path]
         for path, inode in names.items():
             content = _landed(inode, landing, draw)
-            after._written_names[path] = after._synced_names[path] = _Inode(bytearray(content), bytearray(content))
+            after._written_names[path] = after._synced_names[path] = _Inode(
+                bytearray(content), bytearray(content), modified_s=inode.modified_s
+            )
         return after
 
     def make_directory(self, path: Path) -> None:
@@ -101,16 +107,29 @@ class FaultyStorage:
         self._check_up()
         return bytes(self._inode(path).written)
 
+    def stat(self, path: Path) -> FileStat:
+        """See Storage."""
+        self._check_up()
+        inode = self._inode(path)
+        return FileStat(len(inode.written), inode.modified_s)
+
     def create(self, path: Path) -> File:
         """See Storage."""
         self.act("create")
-        self._written_names[path] = _Inode()
+        self._written_names[path] = _Inode(modified_s=self.now_s)
         return _MemoryFile(self, self._written_names[path])
 
-    def open(self, path: Path) -> File:
+    def read_into(self, path: Path, offset: int, buffer: memoryview) -> int:
+        """See Storage."""
+        piece = self.read(path)[offset : offset + len(buffer)]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def open(self, path: Path, position: int | None = None) -> File:
         """See Storage."""
         self._check_up()
-        return _MemoryFile(self, self._inode(path))
+        inode = self._inode(path)
+        return _MemoryFile(self, inode, len(inode.written) if position is None else position)
 
     def rename(self, source: Path, target: Path) -> None:
         """See Storage."""
@@ -121,6 +140,7 @@ class FaultyStorage:
         """See Storage."""
         self.act("remove")
         del self._written_names[path]
+        self._locked.discard(path)
 
     def sync_directory(self, path: Path) -> None:
         """See Storage."""
@@ -129,13 +149,23 @@ class FaultyStorage:
             del self._synced_names[name]
         self._synced_names |= {name: inode for name, inode in self._written_names.items() if name.parent == path}
 
-    def lock(self, path: Path) -> Lock:
-        """See Storage."""
+    def lock(self, path: Path, *, wait: bool = False) -> Lock:
+        """See Storage; never waits, as there may be one thread only."""
         self._check_up()
         if path in self._locked:
             raise BlockingIOError(errno.EAGAIN, "locked", str(path))
         self._locked.add(path)
-        return _MemoryLock(self._locked, path)
+        inode = self._written_names.setdefault(path, _Inode())
+        return _MemoryLock(self, path, inode)
+
+    def unlock(self, path: Path, inode: _Inode) -> None:
+        """Free the lock that lies on this file, unless the file is another one by now."""
+        if self.holds(path, inode):
+            self._locked.discard(path)
+
+    def holds(self, path: Path, inode: _Inode) -> bool:
+        """Whether the path still leads to this file."""
+        return self._written_names.get(path) is inode
 
     def act(self, call: str) -> None:
         """Count a changing call that happens whole or not at all, and meet its fault."""
@@ -168,14 +198,26 @@ class FaultyStorage:
 
 
 class _MemoryFile:
-    def __init__(self, storage: FaultyStorage, inode: _Inode) -> None:
-        self._storage, self._inode = storage, inode
+    def __init__(self, storage: FaultyStorage, inode: _Inode, position: int = 0) -> None:
+        self._storage, self._inode, self._position = storage, inode, position
 
     def write(self, data: bytes) -> int:
-        return self._put("write", len(self._inode.written), data)
+        """Any fault in a write leaves half of its bytes in the written image."""
+        fault = self._storage.count("write")
+        piece = data[: (len(data) + 1) // 2] if fault else data
+        start, end = self._position, self._position + len(piece)
+        self._inode.written[start:end] = piece
+        self._inode.touch(start, end)
+        self._inode.modified_s = self._storage.now_s
+        self._position = end
+        self._storage.meet(fault, "write")
+        return len(piece)
 
-    def rewrite(self, offset: int, data: bytes) -> int:
-        return self._put("rewrite", offset, data)
+    def allocate(self, size_bytes: int) -> None:
+        self._storage.act("allocate")
+        start = len(self._inode.written)
+        self._inode.written.extend(bytes(max(0, size_bytes - start)))
+        self._inode.touch(start, max(start, size_bytes))
 
     def sync(self) -> None:
         inode = self._inode
@@ -195,22 +237,16 @@ class _MemoryFile:
     def close(self) -> None:
         """Nothing to let go of."""
 
-    def _put(self, call: str, offset: int, data: bytes) -> int:
-        """Any fault in a write leaves half of its bytes in the written image."""
-        fault = self._storage.count(call)
-        piece = data[: (len(data) + 1) // 2] if fault else data
-        self._inode.written[offset : offset + len(piece)] = piece
-        self._inode.touch(offset, offset + len(piece))
-        self._storage.meet(fault, call)
-        return len(piece)
-
 
 class _MemoryLock:
-    def __init__(self, locked: set[Path], path: Path) -> None:
-        self._locked, self._path = locked, path
+    def __init__(self, storage: FaultyStorage, path: Path, inode: _Inode) -> None:
+        self._storage, self._path, self._inode = storage, path, inode
+
+    def is_current(self) -> bool:
+        return self._storage.holds(self._path, self._inode)
 
     def close(self) -> None:
-        self._locked.discard(self._path)
+        self._storage.unlock(self._path, self._inode)
 
 
 def _landed(inode: _Inode, landing: Landing, draw: random.Random) -> bytes:

@@ -89,7 +89,7 @@ def test_damage_gives_a_prefix_or_an_error_never_another_record(
     path = DIRECTORY / "0000000000000001-00000000.wal"
     size = len(disk.read(path))
     for offset, byte in damage:
-        disk.open(path).rewrite(offset % size, bytes([byte]))
+        disk.open(path, offset % size).write(bytes([byte]))
     found = []
     with contextlib.suppress(CorruptError):
         found.extend(record.payload for record in Reader(DIRECTORY, storage=disk))

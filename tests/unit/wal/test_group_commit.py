@@ -88,11 +88,11 @@ def test_under_policy_os_nothing_is_synced_until_close() -> None:
         commit = GroupCommit(Log.open(DIRECTORY, storage=disk), SyncPolicy.os())
         calls = len(disk.calls)
         await commit.append(1, b"a")
-        assert disk.calls[calls:] == ["write"]
+        assert disk.calls[calls:] == ["allocate", "write"]
         assert commit.stats.syncs_count == 0
         assert lsns_by_payload(disk) == {b"a": 1}
         await commit.close()
-        assert disk.calls[calls:] == ["write", "sync"]
+        assert disk.calls[calls:] == ["allocate", "write", "sync", "truncate", "sync"]
 
     asyncio.run(run())
 

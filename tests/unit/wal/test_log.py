@@ -153,7 +153,7 @@ def test_records_of_a_failed_sync_that_a_reopen_still_reads_are_made_durable_aga
     disk = FaultyStorage()
     log = Log.open(DIRECTORY, storage=disk)
     log.append(1, b"a")
-    disk.faults[len(disk.calls) + 2] = "EIO"
+    disk.faults[len(disk.calls) + 3] = "EIO"
     with pytest.raises(StorageError):
         log.sync()
     log.close()
@@ -161,7 +161,7 @@ def test_records_of_a_failed_sync_that_a_reopen_still_reads_are_made_durable_aga
     disk = FaultyStorage()
     log = Log.open(DIRECTORY, storage=disk)
     log.append(1, b"a")
-    disk.faults[len(disk.calls) + 2] = "EIO"
+    disk.faults[len(disk.calls) + 3] = "EIO"
     with pytest.raises(StorageError):
         log.sync()
     log.close()

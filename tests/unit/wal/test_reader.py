@@ -1,5 +1,6 @@
 """Three outcomes: end, torn tail, corruption.  One test a row of the recovery decision table."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -99,9 +100,23 @@ def test_a_last_frame_that_fails_its_checksum_is_a_torn_tail() -> None:
     assert_torn(segment(frame(1), damaged(frame(2))), good=[1], why="fails its checksum")
 
 
-@pytest.mark.parametrize("zeros", [1, 24, 4096])
-def test_a_tail_of_zeros_is_a_torn_tail(zeros: int) -> None:
-    assert_torn(segment(frame(1), bytes(zeros)), good=[1], why=f"last {zeros} bytes are zeros")
+@pytest.mark.parametrize("zeros", [1, 24, 4096, 3 << 20])
+def test_zeros_behind_the_last_frame_are_space_that_was_reserved_and_the_log_ended_there(zeros: int) -> None:
+    files = segment(frame(1), bytes(zeros))
+    lsns, reader = walk(files)
+    assert (lsns, reader.outcome, reader.tear) == ([1], Outcome.END, None)
+    disk = disk_of(files)
+    with Log.open(DIRECTORY, storage=disk) as log:
+        assert log.recovery == (1, 2, 0, None)
+        assert log.append(1, b"next") == 2
+    assert len(disk.read(DIRECTORY / HEADER.name)) == 48 + 32 + 32
+
+
+def test_a_torn_frame_in_reserved_space_is_counted_without_the_space() -> None:
+    lsns, reader = walk(segment(frame(1), frame(2, b"x" * 100)[:60], bytes(5000)))
+    assert (lsns, reader.outcome) == ([1], Outcome.TORN_TAIL)
+    assert reader.tear is not None
+    assert reader.tear.size_bytes == 64
 
 
 def test_garbage_behind_the_last_frame_is_a_torn_tail() -> None:
@@ -114,8 +129,17 @@ def test_a_newest_segment_cut_inside_its_header_is_a_torn_tail(kept: int) -> Non
     assert_torn(segment(frame(1), frame(2)), (second[0], second[1][:kept]), good=[1, 2], why="header")
 
 
-def test_a_newest_segment_of_zeros_is_a_torn_tail() -> None:
-    assert_torn((HEADER.name, bytes(4096)), good=[], why="filled with zeros")
+def test_a_newest_segment_of_zeros_is_a_torn_tail_without_content() -> None:
+    files = (HEADER.name, bytes(4096))
+    _, reader = walk(files)
+    assert reader.outcome is Outcome.TORN_TAIL
+    assert reader.tear == (HEADER.name, 0, 0, "the file is filled with zeros")
+    with Log.open(DIRECTORY, storage=disk_of(files)) as log:
+        assert log.recovery == (0, 1, 0, None)
+
+
+def test_a_newest_segment_with_a_header_of_zeros_in_front_of_frames_is_corruption() -> None:
+    assert_corrupt((HEADER.name, bytes(48) + frame(1)), good=[], offset=0, why="header fails its checksum")
 
 
 def test_frames_behind_a_sector_that_never_reached_the_disk_are_a_torn_tail() -> None:
@@ -156,7 +180,17 @@ def test_a_bad_last_frame_of_an_older_segment_is_corruption() -> None:
 
 def test_bytes_behind_the_last_frame_of_an_older_segment_are_corruption() -> None:
     second = segment(frame(2), header=HEADER._replace(first_lsn=2))
-    assert_corrupt(segment(frame(1), bytes(8)), second, good=[1], offset=80, why="newer segments follow")
+    assert_corrupt(segment(frame(1), b"12345678"), second, good=[1], offset=80, why="newer segments follow")
+
+
+def test_zeros_behind_the_last_frame_of_an_older_segment_are_reserved_space() -> None:
+    second = segment(frame(2), header=HEADER._replace(first_lsn=2))
+    assert walk(segment(frame(1), bytes(5000)), second)[0] == [1, 2]
+
+
+def test_frames_of_zeros_in_an_older_segment_show_as_a_gap() -> None:
+    third = segment(frame(3), header=HEADER._replace(first_lsn=3))
+    assert_corrupt(segment(frame(1), bytes(32)), third, good=[1], offset=0, why="before it ends with lsn 1")
 
 
 def test_a_missing_middle_segment_is_corruption() -> None:
@@ -173,8 +207,26 @@ def test_a_missing_first_segment_is_corruption() -> None:
     assert_corrupt(segment(frame(3), header=HEADER._replace(first_lsn=3)), good=[], offset=0, why="starts at lsn 3")
 
 
-def test_two_segments_of_the_same_lsn_are_corruption() -> None:
-    assert_corrupt(segment(), segment(header=HEADER._replace(epoch=1)), good=[], offset=0, why="the same lsn")
+def epoch_1(*frames: bytes, first_lsn: int) -> tuple[str, bytes]:
+    return segment(*frames, header=HEADER._replace(first_lsn=first_lsn, epoch=1))
+
+
+def test_where_a_higher_epoch_starts_the_frames_of_the_lower_one_are_over() -> None:
+    fenced = segment(frame(1), frame(2), frame(3, b"never acknowledged"), b"garbage")
+    lsns, reader = walk(fenced, epoch_1(frame(3), first_lsn=3))
+    assert (lsns, reader.outcome) == ([1, 2, 3], Outcome.END)
+    assert [segment.epoch for segment in reader.segments] == [0, 1]
+
+
+def test_a_segment_that_a_fenced_writer_starts_is_not_part_of_the_log() -> None:
+    stale = segment(frame(3), header=HEADER._replace(first_lsn=3))
+    assert walk(segment(frame(1)), stale, epoch_1(frame(2), frame(3), frame(4), first_lsn=2))[0] == [1, 2, 3, 4]
+    assert walk(segment(), epoch_1(frame(1), first_lsn=1))[0] == [1]
+
+
+def test_a_frame_missing_before_a_takeover_is_corruption() -> None:
+    files = segment(frame(1), damaged(frame(2))), epoch_1(frame(3), first_lsn=3)
+    assert_corrupt(*files, good=[1], offset=80, why="newer segments follow")
 
 
 def test_a_renamed_segment_is_corruption() -> None:
@@ -220,3 +272,33 @@ def test_the_writer_keeps_a_bounded_number_of_quarantined_tails() -> None:
     kept = disk.names(DIRECTORY / "quarantine")
     assert len(kept) == 64
     assert kept[-1].startswith("00000070-")
+
+
+def test_a_record_larger_than_a_piece_of_the_reader_is_read_whole() -> None:
+    payloads = [b"a" * 700_000, b"b" * 5_000_000, b"c" * 700_000]
+    disk = FaultyStorage()
+    with Log.open(DIRECTORY, storage=disk) as log:
+        for payload in payloads:
+            log.append(1, payload)
+    assert [record.payload for record in Reader(DIRECTORY, storage=disk)] == payloads
+
+
+def test_a_length_that_claims_gigabytes_costs_no_memory_beyond_the_file() -> None:
+    huge = bytearray(frame(2))
+    huge[4:8] = b"\xff\xff\xff\xff"
+    assert_torn(segment(frame(1), bytes(huge)), good=[1], why="needs 4294967")
+
+
+class UnreadableStorage(FaultyStorage):
+    """Lists its files and fails to read any."""
+
+    def read_into(self, path: Path, offset: int, buffer: memoryview) -> int:
+        raise OSError(errno.EIO, "bad sector", str(path))
+
+
+def test_a_file_that_cannot_be_read_is_named() -> None:
+    disk = UnreadableStorage()
+    disk.make_directory(DIRECTORY)
+    disk.create(DIRECTORY / HEADER.name)
+    with pytest.raises(StorageError, match=rf"cannot read /log/{HEADER.name}"):
+        list(Reader(DIRECTORY, storage=disk))

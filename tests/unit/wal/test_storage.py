@@ -31,14 +31,53 @@ def test_a_file_grows_at_its_end_and_is_cut_and_mended(disk: Storage, directory:
     file.close()
     file = disk.open(path)
     assert file.write(b" world!") == 7
-    assert file.rewrite(0, b"J") == 1
     file.truncate(11)
     file.sync()
-    assert file.write(b"?") == 1
     file.close()
-    assert disk.read(path) == b"Jello world?"
+    file = disk.open(path, 0)
+    assert file.write(b"J") == 1
+    assert file.write(b"u") == 1
+    file.close()
+    file.close()
+    assert disk.read(path) == b"Jullo world"
     disk.create(path).close()
     assert disk.read(path) == b""
+
+
+def test_space_can_be_reserved_ahead_of_the_writes(disk: Storage, directory: Path) -> None:
+    file = disk.create(directory / "file")
+    file.allocate(10)
+    file.write(b"abc")
+    file.allocate(5)
+    assert disk.read(directory / "file") == b"abc" + bytes(7)
+    file.close()
+
+
+def test_a_file_is_read_in_pieces(disk: Storage, directory: Path) -> None:
+    path = directory / "file"
+    file = disk.create(path)
+    file.write(b"0123456789")
+    file.close()
+    piece = bytearray(4)
+    assert disk.read_into(path, 3, memoryview(piece)) == 4
+    assert piece == b"3456"
+    assert disk.read_into(path, 8, memoryview(piece)) == 2
+    assert piece == b"8956"
+    assert disk.read_into(path, 10, memoryview(piece)) == 0
+
+
+def test_a_lock_tells_when_its_file_was_removed(disk: Storage, directory: Path) -> None:
+    path = directory / "1.lock"
+    lock = disk.lock(path)
+    assert lock.is_current()
+    disk.remove(path)
+    assert not lock.is_current()
+    other = disk.lock(path)
+    assert not lock.is_current()
+    lock.close()
+    with pytest.raises(BlockingIOError):
+        disk.lock(path)
+    other.close()
 
 
 def test_names_are_sorted_and_follow_rename_and_remove(disk: Storage, directory: Path) -> None:
@@ -57,11 +96,11 @@ def test_missing_files_and_directories_are_named(disk: Storage, directory: Path)
 
 
 def test_a_lock_is_exclusive_until_released(disk: Storage, directory: Path) -> None:
-    lock = disk.lock(directory / "LOCK")
+    lock = disk.lock(directory / "0.lock")
     with pytest.raises(BlockingIOError):
-        disk.lock(directory / "LOCK")
+        disk.lock(directory / "0.lock")
     lock.close()
-    disk.lock(directory / "LOCK").close()
+    disk.lock(directory / "0.lock").close()
 
 
 def test_a_log_creates_its_directory_with_parents(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""Who may write: one lock file an epoch, and the removal of a lower one as the fence.
+
+A writer holds flock on `<epoch>.lock`.  Within an epoch that keeps a second writer out.  A higher epoch
+does not ask: it takes its own lock, removes the lower ones, and only then reads the log.  The
+fenced writer may be paused, cut off, or on another host of the same file system, so it cannot be told;
+instead it looks, after each sync and before it acknowledges, whether its lock file still has a name.
+
+Invariants:
+1. What a writer acknowledged is in what its successor reads: the one writes, then looks at its
+   lock; the other removes the lock, then reads.  Whatever the interleaving, one of them sees the other.
+2. Epochs of a directory never go down.
+
+See: docs/formats/wal.md, "One writer".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from wal import format as fmt
+from wal.errors import FencedError, LockedError, storage_error
+from wal.storage import Lock, Storage
+
+
+def take_lock(storage: Storage, directory: Path, epoch: int | None) -> tuple[Lock, int]:
+    """Take the directory for writing; the lock and its epoch (None: the highest seen here so far, 0 in a new log).
+
+    Raises LockedError (a writer of the same epoch lives), FencedError (a higher epoch was here), StorageError.
+    """
+    newest = _newest_epoch(storage, directory)
+    mine = newest if epoch is None else epoch
+    if mine < newest:
+        raise FencedError(directory, mine, newest)
+    lock = _lock(storage, directory, mine)
+    try:
+        newest = _newest_epoch(storage, directory)
+        if mine < newest or not lock.is_current():
+            raise FencedError(directory, mine, newest)
+        _remove_lower(storage, directory, mine)
+    except BaseException:
+        lock.close()
+        raise
+    return lock, mine
+
+
+def check_fence(lock: Lock, storage: Storage, directory: Path, epoch: int) -> None:
+    """FencedError if another writer took over."""
+    if not lock.is_current():
+        raise FencedError(directory, epoch, _newest_epoch(storage, directory))
+
+
+def _newest_epoch(storage: Storage, directory: Path) -> int:
+    newest = 0
+    try:
+        names = storage.names(directory)
+    except OSError as error:
+        raise storage_error(directory, "list", error) from error
+    for name in names:
+        segment, lock_epoch = fmt.parse_name(name), fmt.parse_lock_name(name)
+        newest = max(newest, segment[1] if segment else 0, lock_epoch or 0)
+    return newest
+
+
+def _lock(storage: Storage, directory: Path, epoch: int) -> Lock:
+    path = directory / fmt.lock_name(epoch)
+    try:
+        return storage.lock(path)
+    except BlockingIOError as error:
+        try:
+            holder = storage.read(path).decode("ascii", "replace").strip()
+        except OSError:
+            holder = ""
+        raise LockedError(directory, holder) from error
+    except OSError as error:
+        raise storage_error(path, "lock", error) from error
+
+
+def _remove_lower(storage: Storage, directory: Path, epoch: int) -> None:
+    for name in storage.names(directory):
+        lower = fmt.parse_lock_name(name)
+        if lower is not None and lower < epoch:
+            try:
+                storage.remove(directory / name)
+            except OSError as error:
+                raise storage_error(directory / name, "remove", error) from error
