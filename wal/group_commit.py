@@ -20,7 +20,7 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -98,8 +98,10 @@ class GroupCommit:
         *,
         pending_bytes_max: int = PENDING_BYTES_MAX,
         inline_s_max: float = INLINE_S_MAX,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Commits that lately took less than `inline_s_max` seconds run on the event loop itself."""
+        """Commits that lately took less than `inline_s_max` seconds by `clock` run on the event loop itself."""
+        self._clock = clock
         self.log = log
         self.policy = policy or SyncPolicy.always()
         self.stats = GroupStats()
@@ -209,10 +211,10 @@ class GroupCommit:
 
     def _commit(self, batch: Batch) -> None:
         """One write, one sync; in the loop's or the worker's thread."""
-        start_s = time.perf_counter()
+        start_s = self._clock()
         syncs_before = self.log.syncs_count
         self.log.commit(batch, sync=self.policy.mode != "os")
-        spent_s = time.perf_counter() - start_s
+        spent_s = self._clock() - start_s
         # Up at once, down slowly: one slow sync sends the next ones to the worker thread.
         known_s = spent_s if math.isinf(self._pace_s) else self._pace_s
         self._pace_s = max(spent_s, known_s + (spent_s - known_s) / 8)

@@ -51,14 +51,17 @@ def check_fence(lock: Lock, storage: Storage, directory: Path, epoch: int) -> No
 
 def _newest_epoch(storage: Storage, directory: Path) -> int:
     newest = 0
-    try:
-        names = storage.names(directory)
-    except OSError as error:
-        raise storage_error(directory, "list", error) from error
-    for name in names:
+    for name in _names(storage, directory):
         segment, lock_epoch = fmt.parse_name(name), fmt.parse_lock_name(name)
         newest = max(newest, segment[1] if segment else 0, lock_epoch or 0)
     return newest
+
+
+def _names(storage: Storage, directory: Path) -> list[str]:
+    try:
+        return storage.names(directory)
+    except OSError as error:
+        raise storage_error(directory, "list", error) from error
 
 
 def _lock(storage: Storage, directory: Path, epoch: int) -> Lock:
@@ -76,7 +79,7 @@ def _lock(storage: Storage, directory: Path, epoch: int) -> Lock:
 
 
 def _remove_lower(storage: Storage, directory: Path, epoch: int) -> None:
-    for name in storage.names(directory):
+    for name in _names(storage, directory):
         lower = fmt.parse_lock_name(name)
         if lower is not None and lower < epoch:
             try:

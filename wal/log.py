@@ -236,7 +236,7 @@ class Log:
             self.syncs_count += 1
         elif not batch.frames:
             return
-        check_fence(self._lock, self._storage, self.directory, self._header.epoch)
+        self._check_fence()
         if sync:
             self._durable_lsn = self._written_lsn
 
@@ -264,7 +264,7 @@ class Log:
         self._writer.seal()
         self._writer.close()
         self.syncs_count += self._durable_lsn != self._written_lsn
-        check_fence(self._lock, self._storage, self.directory, self._header.epoch)
+        self._check_fence()
         self._durable_lsn = self._written_lsn
         self._header = self._header._replace(first_lsn=first_lsn)
         self._writer = SegmentWriter.create(self._storage, self.directory, self._header)
@@ -276,10 +276,21 @@ class Log:
     def _guard(self, action: Callable[[], T]) -> T:
         try:
             return action()
+        except StorageError as error:
+            self._poison = error
+            self._check_fence()  # the new writer cleans up, and then files are missing here
+            raise
         except BaseException as error:
             # Also Ctrl-C in mid-write: appending on would leave a hole in the lsns.
             interrupted = WalError(f"a write was interrupted by {type(error).__name__}")
-            self._poison = error if isinstance(error, StorageError | FencedError) else interrupted
+            self._poison = self._poison or interrupted
+            raise
+
+    def _check_fence(self) -> None:
+        try:
+            check_fence(self._lock, self._storage, self.directory, self._header.epoch)
+        except FencedError as error:
+            self._poison = error
             raise
 
     def _check_usable(self) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from wal.retention import HOLD, Hold, LogRecord
 from wal.storage import File, FileStat, Lock
 
 Fault = Literal["crash", "short", "ENOSPC", "EIO"]
@@ -134,11 +135,13 @@ class FaultyStorage:
     def rename(self, source: Path, target: Path) -> None:
         """See Storage."""
         self.act("rename")
-        self._written_names[target] = self._written_names.pop(source)
+        self._written_names[target] = self._inode(source)
+        del self._written_names[source]
 
     def remove(self, path: Path) -> None:
         """See Storage."""
         self.act("remove")
+        self._inode(path)
         del self._written_names[path]
         self._locked.discard(path)
 
@@ -195,6 +198,32 @@ class FaultyStorage:
             return self._written_names[path]
         except KeyError:
             raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from None
+
+
+class TextRequests:
+    """Requests for a `wal.retention.Retention`, told by records of text.
+
+    `open A`, `use A B ...`, `release A B ...` name requests; `hold` must stay for good; anything else
+    belongs to nobody.  A request is live from its `open` to its `release`.
+    """
+
+    def __init__(self) -> None:
+        self.live: set[str] = set()
+
+    def requests_of(self, record: LogRecord) -> list[str] | Hold:
+        """See wal.retention.Requests."""
+        verb, *names = record.payload.decode().split() or [""]
+        if verb == "open":
+            self.live.update(names)
+        elif verb == "release":
+            self.live.difference_update(names)
+        elif verb == "hold":
+            return HOLD
+        return names if verb in ("open", "use", "release") else []
+
+    def is_released(self, request: str) -> bool:
+        """See wal.retention.Requests."""
+        return request not in self.live
 
 
 class _MemoryFile:
