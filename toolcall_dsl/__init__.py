@@ -7,17 +7,21 @@ this project, and `tokenizers` behind one module.
 See: docs/formats/toolcall_dsl.md.
 """
 
-from toolcall_dsl.dialect import V4, Dialect
-from toolcall_dsl.encode import encode, encode_results, encode_text
-from toolcall_dsl.errors import DslError, MessageError, TokenizerError
+from toolcall_dsl.dialect import DIALECTS, V4, V4_0731, V4_1, Dialect
+from toolcall_dsl.encode import encode, encode_appended, encode_results, encode_text
+from toolcall_dsl.errors import AppendError, DslError, MessageError, TokenizerError
 from toolcall_dsl.messages import Message
 from toolcall_dsl.parser import RULES, parse, parse_text, scanner_for
 from toolcall_dsl.tokenizer import Tokenizer
 from toolcall_dsl.types import ParsedTurn, ParseError, ParseStatus, Policy, Segment, Span, SpanKind, ToolCall
 
 __all__ = [
+    "DIALECTS",
     "RULES",
     "V4",
+    "V4_0731",
+    "V4_1",
+    "AppendError",
     "Dialect",
     "DslError",
     "Message",
@@ -33,6 +37,7 @@ __all__ = [
     "TokenizerError",
     "ToolCall",
     "encode",
+    "encode_appended",
     "encode_results",
     "encode_text",
     "parse",

@@ -1,7 +1,7 @@
-"""Errors of the language package: one root, two leaves.
+"""Errors of the language package: one root, few leaves.
 
-Only a caller can make this package raise: a conversation that has no encoding, or a tokenizer
-file that cannot serve.  What a model sampled never raises; it comes back as a
+Only a caller can make this package raise: a conversation that has no encoding, a tokenizer file
+that cannot serve, a tool whose schema is none, a parser used out of order.  What a model sampled never raises; it comes back as a
 `toolcall_dsl.types.ParseError` value.
 
 See: docs/formats/toolcall_dsl.md.
@@ -26,7 +26,34 @@ class MessageError(DslError):
     code = "BAD_MESSAGES"
 
 
+class AppendError(DslError):
+    """New messages that would rewrite what is already encoded.
+
+    `index` is the first message of the prefix that would be rewritten (-1: a system turn that no
+    message wrote), `reason` a stable name out of docs/formats/toolcall_dsl.md, "The append-only law".
+    """
+
+    code = "NOT_APPENDABLE"
+
+    def __init__(self, message: str, *, index: int, reason: str) -> None:
+        super().__init__(message)
+        self.index = index
+        self.reason = reason
+
+
 class TokenizerError(DslError):
     """A tokenizer file that cannot be used, or that lacks a needed control token; names the file and the thing."""
 
     code = "BAD_TOKENIZER"
+
+
+class FeedError(DslError):
+    """A parser used out of order: fed after its end, or with ids where it was made for text; names what to do."""
+
+    code = "BAD_FEED"
+
+
+class SchemaError(DslError):
+    """A tool whose declaration or JSON Schema cannot be used; names the tool and what is wrong."""
+
+    code = "BAD_SCHEMA"

@@ -66,9 +66,14 @@ class UnitMap:
         return data.decode("utf-8", errors="replace")
 
 
+def valid_text(text: str) -> str:
+    """Text that has a UTF-8 form: lone surrogates become U+FFFD."""
+    return _LONE_SURROGATE.sub("�", text)
+
+
 def plain_units(text: str) -> str:
     """Units of text in which nothing is a control token; lone surrogates become U+FFFD."""
-    return _LONE_SURROGATE.sub("�", text).encode().decode("latin-1")
+    return valid_text(text).encode().decode("latin-1")
 
 
 class Tokenizer:
@@ -110,7 +115,7 @@ class Tokenizer:
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of text in which nothing is a control token; lone surrogates become U+FFFD."""
-        ids = self._plain.encode(_LONE_SURROGATE.sub("�", text), add_special_tokens=False).ids
+        ids = self._plain.encode(valid_text(text), add_special_tokens=False).ids
         if not self._control_id_set.isdisjoint(ids):
             raise TokenizerError(f"{self._source}: plain text was encoded to a control token")
         return ids

@@ -29,6 +29,10 @@ class SpanKind(StrEnum):
     FORCED = "FORCED"
 
 
+TRAINABLE = frozenset({SpanKind.SAMPLED_THINK, SpanKind.SAMPLED_CALL, SpanKind.SAMPLED_TEXT})
+"""The kinds of tokens that a model sampled, or that stand for what it should have sampled."""
+
+
 class Span(NamedTuple):
     """A run of tokens of one kind: `start` and `length` are token indices into one id sequence."""
 
@@ -43,6 +47,11 @@ class Segment:
 
     token_ids: tuple[int, ...]
     kind: SpanKind
+
+    @property
+    def trainable(self) -> bool:
+        """Whether a loss may count these tokens: a model's own, and nothing else."""
+        return self.kind in TRAINABLE
 
 
 class ParseStatus(StrEnum):
