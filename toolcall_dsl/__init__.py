@@ -9,11 +9,29 @@ See: docs/formats/toolcall_dsl.md.
 
 from toolcall_dsl.dialect import DIALECTS, V4, V4_0731, V4_1, Dialect
 from toolcall_dsl.encode import encode, encode_appended, encode_results, encode_text
-from toolcall_dsl.errors import AppendError, DslError, MessageError, TokenizerError
+from toolcall_dsl.errors import AppendError, DslError, FeedError, MessageError, SchemaError, TokenizerError
 from toolcall_dsl.messages import Message
-from toolcall_dsl.parser import RULES, parse, parse_text, scanner_for
+from toolcall_dsl.parser import parse, parse_text, turn_of
+from toolcall_dsl.rules import RULES
+from toolcall_dsl.stream import StreamParser
 from toolcall_dsl.tokenizer import Tokenizer
-from toolcall_dsl.types import ParsedTurn, ParseError, ParseStatus, Policy, Segment, Span, SpanKind, ToolCall
+from toolcall_dsl.types import (
+    ArgumentsText,
+    CallFinished,
+    CallStarted,
+    ContentText,
+    ParsedTurn,
+    ParseError,
+    ParseStatus,
+    Policy,
+    ReasoningText,
+    Segment,
+    Span,
+    SpanKind,
+    ToolCall,
+    TurnEvent,
+    TurnFailed,
+)
 
 __all__ = [
     "DIALECTS",
@@ -22,25 +40,35 @@ __all__ = [
     "V4_0731",
     "V4_1",
     "AppendError",
+    "ArgumentsText",
+    "CallFinished",
+    "CallStarted",
+    "ContentText",
     "Dialect",
     "DslError",
+    "FeedError",
     "Message",
     "MessageError",
     "ParseError",
     "ParseStatus",
     "ParsedTurn",
     "Policy",
+    "ReasoningText",
+    "SchemaError",
     "Segment",
     "Span",
     "SpanKind",
+    "StreamParser",
     "Tokenizer",
     "TokenizerError",
     "ToolCall",
+    "TurnEvent",
+    "TurnFailed",
     "encode",
     "encode_appended",
     "encode_results",
     "encode_text",
     "parse",
     "parse_text",
-    "scanner_for",
+    "turn_of",
 ]

@@ -1,8 +1,8 @@
 """Errors of the language package: one root, few leaves.
 
 Only a caller can make this package raise: a conversation that has no encoding, a tokenizer file
-that cannot serve, a tool whose schema is none, a parser used out of order.  What a model sampled never raises; it comes back as a
-`toolcall_dsl.types.ParseError` value.
+that cannot serve, a tool whose schema is none, a parser used out of order.  What a model sampled
+never raises; it comes back as a `toolcall_dsl.types.ParseError` value.
 
 See: docs/formats/toolcall_dsl.md.
 """

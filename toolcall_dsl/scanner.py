@@ -6,7 +6,8 @@ state decides may depend on units that came, never on how they were split, so fe
 whole, token by token or unit by unit gives the same events once neighbouring chunks are joined.
 
 Invariants:
-1. Every decision needs a bounded look-ahead (`HEADER_UNITS_MAX`), so the undecided suffix is bounded.
+1. Every decision needs a bounded look-ahead, and text before what is undecided is handed out: when
+   `next_event` gives None, at most `UNDECIDED_UNITS_MAX` units are held.
 2. After `Fault` nothing more comes; a scanner never raises on input.
 
 See: docs/formats/toolcall_dsl.md, "Parsing"; `toolcall_dsl.tokenizer` for what a unit is.
@@ -27,8 +28,10 @@ from toolcall_dsl.tokenizer import UnitMap
 HEADER_UNITS_MAX = 1024
 """Longest tag header, name and attributes, in bytes: without a bound, a header whose end never comes eats the turn."""
 
+UNDECIDED_UNITS_MAX = HEADER_UNITS_MAX + 8
+"""Most units that a scanner holds while it waits for more: a header, and what may lead into its control token."""
+
 HEADER_STOP = re.compile("[\n\ue000-\uf8ff]")
-CONTROL_UNIT = re.compile("[\ue000-\uf8ff]")
 _LEAD = re.compile(r"(?:\n{1,2}<?|</?)\Z")
 _LEAD_UNITS_MAX = 3
 
@@ -117,7 +120,7 @@ class Marks:
         self.think_open = unit_map.find(dialect.think_open)
         self.think_close = unit_map.find(dialect.think_close)
         self.dsml = unit_map.find(dialect.dsml)
-        self.controls = frozenset(map(unit_map.find, dialect.control_tokens))
+        self.control = re.compile("[" + "".join(map(unit_map.find, dialect.control_tokens)) + "]")
         self.block, self.invoke, self.parameter = dialect.block_name, dialect.invoke_name, dialect.parameter_name
         self.names = (self.block, self.invoke, self.parameter)
         self.blocks = (self.block, *dialect.block_aliases)
@@ -167,6 +170,11 @@ class Scanner(ABC):
         return self._events.popleft() if self._events else None
 
     @property
+    def decided_count(self) -> int:
+        """Units of the turn that are decided; no later event starts before this offset."""
+        return self._base + self._at
+
+    @property
     def undecided_count(self) -> int:
         """Units that are held back because more input must decide what they are."""
         return len(self._units) - self._at
@@ -182,11 +190,8 @@ class Scanner(ABC):
 
     def _next_control(self, start: int) -> int | None:
         """Where the next control token that means something to this dialect stands."""
-        controls = self._marks.controls
-        for match in CONTROL_UNIT.finditer(self._units, start):
-            if match.group() in controls:
-                return match.start()
-        return None
+        match = self._marks.control.search(self._units, start)
+        return match.start() if match is not None else None
 
     def _emit_decided(self, place: Place) -> None:
         """Hand out all text but a suffix that could be the beginning of a tag."""

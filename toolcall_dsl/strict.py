@@ -58,10 +58,10 @@ class StrictScanner(Scanner):
             self._emit(Place.REASONING, at)
             return self._fault("missing-think-close", at)
         opens = self._block_opens(at)
+        start = at if opens is False else at - 3
+        self._emit(Place.REASONING, start)
         if opens is None:
             return False
-        start = at - 3 if opens else at
-        self._emit(Place.REASONING, start)
         return self._fault("call-inside-reasoning" if opens else "control-token-in-text", start)
 
     def _content(self) -> bool:
@@ -75,12 +75,11 @@ class StrictScanner(Scanner):
             self._state = self._after_eos
             return True
         opens = self._block_opens(at)
+        self._emit(Place.CONTENT, at if opens is False else at - 3)
         if opens is None:
             return False
         if not opens:
-            self._emit(Place.CONTENT, at)
             return self._fault("control-token-in-text", at)
-        self._emit(Place.CONTENT, at - 3)
         self._events.append(BlockOpened(self._offset(self._at)))
         self._at += 2 + len(self._tool_block)
         self._state = self._block

@@ -58,21 +58,23 @@ class TolerantScanner(Scanner):
 
     def __init__(self, marks: Marks, *, thinking: bool) -> None:
         super().__init__(marks, thinking=thinking)
-        blocks = "|".join(marks.blocks)
+        blocks = "|".join(map(re.escape, marks.blocks))
+        invoke, parameter = re.escape(marks.invoke), re.escape(marks.parameter)
         self._openers = (
             (_Role.BLOCK, re.compile(f"(?P<name>{blocks})>")),
-            (_Role.INVOKE, re.compile(f'{marks.invoke} name="(?P<name>[^\n]*?)">')),
+            (_Role.INVOKE, re.compile(f'{invoke} name="(?P<name>[^\n]*?)">')),
             (
                 _Role.PARAMETER,
-                re.compile(f'{marks.parameter} name="(?P<name>[^\n]*?)"(?: string="(?P<flag>[^"\n]*)")?>'),
+                re.compile(f'{parameter} name="(?P<name>[^\n]*?)"(?: string="(?P<flag>[^"\n]*)")?>'),
             ),
         )
         self._closers = (
             (_Role.BLOCK_END, re.compile(f"(?:{blocks})(?P<mark>>|(?=\n))")),
-            (_Role.INVOKE_END, re.compile(f"{marks.invoke}(?P<mark>>|(?=\n))")),
-            (_Role.PARAMETER_END, re.compile(f"{marks.parameter}(?P<mark>>|(?=\n))")),
+            (_Role.INVOKE_END, re.compile(f"{invoke}(?P<mark>>|(?=\n))")),
+            (_Role.PARAMETER_END, re.compile(f"{parameter}(?P<mark>>|(?=\n))")),
         )
         self._body_is_recovered = False
+        self._has_stray_tag = False
 
     def _reasoning(self) -> bool:
         return self._prose(Place.REASONING)
@@ -93,6 +95,7 @@ class TolerantScanner(Scanner):
                 return self._think_tag(place, at)
             tag = self._tag(at)
             if tag is None:
+                self._emit(place, self._lead_start(at))
                 return False
             opens_call = tag.role is _Role.BLOCK or (tag.role is _Role.INVOKE and place is Place.CONTENT)
             if tag is not _TEXT and opens_call:
@@ -110,9 +113,7 @@ class TolerantScanner(Scanner):
         return True
 
     def _open_calls(self, place: Place, tag: _Tag) -> bool:
-        start = tag.start
-        if self._units[max(self._at, start - 2) : start] == "\n\n":
-            start -= 2
+        start = self._lead_start(tag.start + 1)
         self._emit(place, start)
         if place is Place.REASONING:
             self._events.append(ReasoningClosed(self._offset(start), implied=True))
@@ -154,6 +155,7 @@ class TolerantScanner(Scanner):
             self._close_invoke(recovered=not tag.exact)
             self._at = tag.end
         elif tag.role is _Role.PARAMETER_END:
+            self._has_stray_tag = True
             self._at = tag.end
         else:
             self._close_invoke(recovered=True)
@@ -170,7 +172,8 @@ class TolerantScanner(Scanner):
         return True
 
     def _close_invoke(self, *, recovered: bool) -> None:
-        self._events.append(InvokeClosed(recovered))
+        self._events.append(InvokeClosed(recovered or self._has_stray_tag))
+        self._has_stray_tag = False
         self._state = self._between
 
     def _next_tag(self, place: Place | None = None) -> _Tag | None:
@@ -184,6 +187,7 @@ class TolerantScanner(Scanner):
                 return None
             tag = self._tag(at)
             if tag is None:
+                self._pass_text(place, at - 1 - (self._units[at - 2 : at] == "</"))
                 return None
             if tag is not _TEXT:
                 self._pass_text(place, tag.start)
@@ -195,6 +199,11 @@ class TolerantScanner(Scanner):
         if self._finished:
             self._end()
         return None
+
+    def _lead_start(self, at: int) -> int:
+        """Where an opening tag starts whose control token stands at `at`, its blank line included."""
+        blank = self._units[max(self._at, at - 3) : at] == "\n\n<"
+        return at - 3 if blank else at - 1
 
     def _pass_text(self, place: Place | None, end: int) -> None:
         if place is None:

@@ -55,10 +55,15 @@ class Segment:
 
 
 class ParseStatus(StrEnum):
-    """How a call was read: `ok` as the format says, `recovered` by one of the tolerant repairs."""
+    """How a call was read.
+
+    `ok` as the format says; `recovered` by one of the tolerant repairs; `converted` when, however
+    it was read, `toolcall_dsl.schema` then converted a value to what the tool's schema wants.
+    """
 
     OK = "ok"
     RECOVERED = "recovered"
+    CONVERTED = "converted"
 
 
 @dataclass(frozen=True)
@@ -75,14 +80,64 @@ class ParseError:
     """Where and why a turn broke the format.
 
     `rule` is a stable name out of docs/formats/toolcall_dsl.md; `offset` counts characters of
-    the decoded turn; `excerpt` is at most 80 characters around it; `message` is one sentence
-    that a model can act on.
+    the decoded turn from 0, `line` and `column` count lines and characters in a line from 1;
+    `excerpt` is at most 80 characters around it; `message` is one sentence that a model can act on.
     """
 
     rule: str
     offset: int
+    line: int
+    column: int
     excerpt: str
     message: str
+
+
+@dataclass(frozen=True)
+class ReasoningText:
+    """Some more reasoning."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ContentText:
+    """Some more content."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class CallStarted:
+    """Call `index` (from 0, in wire order) names its tool.  Nothing to run yet."""
+
+    index: int
+    name: str
+
+
+@dataclass(frozen=True)
+class ArgumentsText:
+    """Some more of the JSON text of a call's arguments; joined, the texts of a finished call are one JSON object."""
+
+    index: int
+    json_text: str
+
+
+@dataclass(frozen=True)
+class CallFinished:
+    """Call `index` is complete and may run.  Comes for such calls only, in order of `index`."""
+
+    index: int
+    call: ToolCall
+
+
+@dataclass(frozen=True)
+class TurnFailed:
+    """The turn broke the format; the last event.  A call that started and did not finish never will."""
+
+    error: ParseError
+
+
+TurnEvent = ReasoningText | ContentText | CallStarted | ArgumentsText | CallFinished | TurnFailed
 
 
 @dataclass(frozen=True)

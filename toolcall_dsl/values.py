@@ -14,26 +14,29 @@ import re
 from collections.abc import Mapping
 from typing import NoReturn
 
+JSON_DEPTH_MAX = 128
+"""Deepest nesting of lists and objects in a value: a bound that no reader's stack depends on."""
+
+WRAPPERS = frozenset({"arguments", "input"})
+"""Names under which models wrap all arguments into one parameter."""
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_WRAPPERS = frozenset({"arguments", "input"})
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
 
 
 class BadJsonError(ValueError):
     """A value that is no JSON, or holds what no JSON writer can give back."""
 
 
-def unwrapped(arguments: dict[str, object], known: frozenset[str] | None) -> dict[str, object]:
-    """Arguments out of one spurious wrapper parameter, else `arguments` itself.
+def unwrapped(wrapped: object, known: frozenset[str]) -> dict[str, object] | None:
+    """The arguments inside a wrapper parameter's value, None unless all their names are `known` to the tool."""
+    inner = json_value_or_none(wrapped) if isinstance(wrapped, str) else wrapped
+    return inner if isinstance(inner, dict) and inner.keys() <= known else None
 
-    Only if the tool's parameter names are `known`, the wrapper is none of them, and all inner names are.
-    """
-    wrapper = next(iter(arguments), "")
-    if known is None or len(arguments) != 1 or wrapper not in _WRAPPERS or wrapper in known:
-        return arguments
-    inner = arguments[wrapper]
-    if isinstance(inner, str):
-        inner = json_value_or_none(inner)
-    return inner if isinstance(inner, dict) and inner.keys() <= known else arguments
+
+def json_string_inside(text: str) -> str:
+    """What stands between the quotes of `text` as a JSON string; texts joined and then escaped read the same."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def properties_of(tool: Mapping[str, object]) -> tuple[str, frozenset[str]]:
@@ -54,14 +57,27 @@ def json_value_or_none(text: str) -> object:
 
 
 def json_value(text: str) -> object:
-    """One JSON value, without the extensions of Python's reader (NaN, Infinity, lone surrogates).  BadJsonError."""
+    """One JSON value, without the extensions of Python's reader (NaN, Infinity, lone surrogates).  BadJsonError.
+
+    `text` itself holds no lone surrogates.  Nesting is at most `JSON_DEPTH_MAX`.
+    """
+    if text.count("[") + text.count("{") > JSON_DEPTH_MAX and _depth(text) > JSON_DEPTH_MAX:
+        raise BadJsonError(f"nested deeper than {JSON_DEPTH_MAX}")
     try:
         value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
-        if _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
-            raise BadJsonError("a lone surrogate is no character")
     except (ValueError, RecursionError) as error:
         raise BadJsonError(str(error)) from error
+    if "\\u" in text and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        raise BadJsonError("a lone surrogate is no character")
     return value
+
+
+def _depth(text: str) -> int:
+    deepest = depth = 0
+    for match in _STRING_OR_BRACKET.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _refuse_constant(name: str) -> NoReturn:
