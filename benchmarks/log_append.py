@@ -1,8 +1,13 @@
-"""What a durable append costs: group commit against a plain write + fdatasync a record.
+"""What a durable append costs: group commit beside SQLite, a plain loop, and the limits of disk and event loop.
 
 All contenders take turns within each round of one run, on files in the same directory, so that a
-noisy neighbour hits all of them; figures are medians over rounds.  The raw baseline writes the bytes
-of a whole group at once and syncs once: the limit that group commit can reach.
+noisy neighbour hits all of them; figures are medians over rounds.
+
+- `plain`: write + fdatasync for each record.
+- `raw`: the bytes of a whole group in one write + fdatasync: the disk's limit.
+- `wake`: as many tasks that only wait for a shared wake-up, no log: the event loop's own cost.
+- `sqlite`: the same tasks; each wake-up is one transaction of all their records (WAL mode,
+  synchronous=FULL), on the event loop: the best group commit that can be built over it by hand.
 
 See: docs/formats/wal.md, "Costs".
 """
@@ -13,30 +18,33 @@ import argparse
 import asyncio
 import json
 import os
+import sqlite3
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from wal import GroupCommit, Log, Record, read
+from wal import GroupCommit, Log, read
 
-AWAITERS = (1, 64, 1024)
-SIZES = (64, 1024, 16384)
+CASES = ((1, 64), (1, 6144), (64, 64), (64, 1024), (64, 16384), (1024, 64))
+"""(awaiters, payload bytes); 6 KiB is one engine step of 512 requests."""
 TURNS = 24
 KIND = 2
+RECOVERIES = ((20_000, 256), (4_000, 12_000))
+"""(records, payload bytes) that are read back."""
 
 
-def plain(directory: Path, records_count: int, size_bytes: int, group: int = 1) -> float:
-    """Seconds for `records_count` records, `group` of them in each write + fdatasync."""
-    payload = os.urandom(size_bytes * group)
+def plain(directory: Path, turns: int, size_bytes: int) -> float:
+    """Seconds for `turns` times a write + fdatasync."""
+    payload = os.urandom(size_bytes)
     fd = os.open(directory / "plain", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         start_s = time.perf_counter()
-        for _ in range(max(1, records_count // group)):
+        for _ in range(turns):
             os.write(fd, payload)
             os.fdatasync(fd)
         return time.perf_counter() - start_s
@@ -44,119 +52,198 @@ def plain(directory: Path, records_count: int, size_bytes: int, group: int = 1) 
         os.close(fd)
 
 
-def grouped(directory: Path, records_count: int, size_bytes: int, awaiters: int) -> float:
-    """Seconds for `awaiters` tasks that append one record after the other through one GroupCommit."""
-    payload = os.urandom(size_bytes)
+async def _callers(append: Callable[[int, bytes], Awaitable[object]], turns: int, awaiters: int, size: int) -> float:
+    payload = os.urandom(size)
 
-    async def caller(commit: GroupCommit) -> None:
-        for _ in range(records_count // awaiters):
-            await commit.append(KIND, payload)
+    async def caller() -> None:
+        for _ in range(turns):
+            await append(KIND, payload)
+
+    start_s = time.perf_counter()
+    await asyncio.gather(*(caller() for _ in range(awaiters)))
+    return time.perf_counter() - start_s
+
+
+def grouped(directory: Path, turns: int, awaiters: int, size_bytes: int) -> float:
+    """Seconds for `awaiters` tasks that append one record after the other through one GroupCommit."""
 
     async def run() -> float:
         commit = GroupCommit(Log.open(Path(tempfile.mkdtemp(dir=directory))))
-        start_s = time.perf_counter()
-        await asyncio.gather(*(caller(commit) for _ in range(awaiters)))
-        spent_s = time.perf_counter() - start_s
+        await commit.append(KIND, b"the first commit learns the disk's pace")
+        spent_s = await _callers(commit.append, turns, awaiters, size_bytes)
         await commit.close()
         return spent_s
 
     return asyncio.run(run())
 
 
-def recovery(directory: Path, records_count: int, size_bytes: int) -> tuple[float, float]:
-    """(seconds to read all records of a log back, seconds to read its files), both from the page cache."""
+class Wake:
+    """Tasks that wait for a shared wake-up; `commit` gets what they appended, just before."""
+
+    def __init__(self, commit: Callable[[list[tuple[int, bytes]]], None]) -> None:
+        self._commit = commit
+        self._rows: list[tuple[int, bytes]] = []
+        self._waiting: list[asyncio.Future[None]] = []
+
+    async def append(self, kind: int, payload: bytes) -> None:
+        """Wait for the group that this record falls into."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        self._rows.append((kind, payload))
+        self._waiting.append(done)
+        if len(self._waiting) == 1:
+            loop.call_soon(self._wake)
+        await done
+
+    def _wake(self) -> None:
+        rows, waiting, self._rows, self._waiting = self._rows, self._waiting, [], []
+        self._commit(rows)
+        for done in waiting:
+            done.set_result(None)
+
+
+def woken(turns: int, awaiters: int, size_bytes: int) -> float:
+    """Seconds for the same tasks when there is nothing to do but to wake them."""
+    return asyncio.run(_callers(Wake(lambda rows: None).append, turns, awaiters, size_bytes))
+
+
+def sqlite(directory: Path, turns: int, awaiters: int, size_bytes: int) -> float:
+    """Seconds for the same tasks when each group is one transaction of SQLite."""
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        base = sqlite3.connect(Path(folder) / "log.sqlite", isolation_level=None)
+        base.execute("PRAGMA journal_mode=WAL")
+        base.execute("PRAGMA synchronous=FULL")
+        base.execute("CREATE TABLE log (lsn INTEGER PRIMARY KEY, kind INTEGER, payload BLOB)")
+
+        def commit(rows: list[tuple[int, bytes]]) -> None:
+            base.execute("BEGIN")
+            base.executemany("INSERT INTO log (kind, payload) VALUES (?, ?)", rows)
+            base.execute("COMMIT")
+
+        spent_s = asyncio.run(_callers(Wake(commit).append, turns, awaiters, size_bytes))
+        base.close()
+        return spent_s
+
+
+def measure(directory: Path, rounds: int) -> dict[tuple[int, int], dict[str, float]]:
+    """Median seconds of one group (a record of each awaiter) by contender; round 0 only warms up."""
+    taken: dict[tuple[int, int], dict[str, list[float]]] = {case: {} for case in CASES}
+    for index in range(rounds + 1):
+        for awaiters, size in CASES:
+            spent_s = {
+                "plain": plain(directory, TURNS, size) * awaiters,
+                "sqlite": sqlite(directory, TURNS, awaiters, size),
+                "raw": plain(directory, TURNS, (size + 24) * awaiters),
+                "wake": woken(TURNS, awaiters, size),
+                "group": grouped(directory, TURNS, awaiters, size),
+            }
+            for name, value in spent_s.items() if index else ():
+                taken[awaiters, size].setdefault(name, []).append(value / TURNS)
+    return {
+        case: {name: statistics.median(values) for name, values in columns.items()} for case, columns in taken.items()
+    }
+
+
+def _timed(action: Callable[[], object]) -> float:
+    start_s = time.perf_counter()
+    action()
+    return time.perf_counter() - start_s
+
+
+def recovery(directory: Path, records_count: int, size_bytes: int, rounds: int) -> dict[str, float]:
+    """MB/s of reading a log's records, and of reading its files in pieces; from the page cache and the disk."""
     folder = Path(tempfile.mkdtemp(dir=directory))
     with Log.open(folder) as log:
         for _ in range(records_count):
             log.append(KIND, os.urandom(size_bytes))
-    start_s = time.perf_counter()
-    for path in folder.glob("*.wal"):
-        path.read_bytes()
-    raw_s = time.perf_counter() - start_s
-    start_s = time.perf_counter()
-    newest: Record | None = None
-    for record in read(folder):
-        newest = record
-    if newest is None or newest.lsn != records_count:
-        raise SystemExit("the log lost records: this measurement is worth nothing")
-    return time.perf_counter() - start_s, raw_s
+    paths = sorted(folder.glob("*.wal"))
+    total_mb = sum(path.stat().st_size for path in paths) / 1e6
+    piece = bytearray(1 << 20)
 
+    def forget() -> None:
+        for path in paths:
+            fd = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
 
-def measure(directory: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds per record of every contender, one entry a round; round 0 only warms up."""
-    cases: dict[str, tuple[int, Callable[[int], float]]] = {}
-    for size in SIZES:
-        cases[f"plain_{size}B"] = (TURNS, lambda count, size=size: plain(directory, count, size))  # type: ignore[misc]
-        for awaiters in AWAITERS if size == SIZES[0] else (64,):
-            count = TURNS * awaiters
-            key = f"{awaiters}x{size}B"
+    def read_files() -> None:
+        for path in paths:
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(piece):
+                    pass
 
-            def run_raw(count: int, size: int = size, group: int = awaiters) -> float:
-                return plain(directory, count, size + 24, group)
+    def read_records() -> None:
+        if sum(1 for _ in read(folder)) != records_count:
+            raise SystemExit("the log lost records: this measurement is worth nothing")
 
-            def run_grouped(count: int, size: int = size, awaiters: int = awaiters) -> float:
-                return grouped(directory, count, size, awaiters)
-
-            cases[f"raw_{key}"] = (count, run_raw)
-            cases[f"group_{key}"] = (count, run_grouped)
-    taken: dict[str, list[float]] = {name: [] for name in cases}
-    for index in range(rounds + 1):
-        for name, (count, run) in cases.items():
-            spent_s = run(count) / count
-            if index:
-                taken[name].append(spent_s)
-    return taken
+    taken: dict[str, list[float]] = {name: [] for name in ("files_warm", "log_warm", "files_cold", "log_cold")}
+    for _ in range(rounds + 1):
+        for name, values in taken.items():
+            if name.endswith("cold"):
+                forget()
+            values.append(_timed(read_files if name.startswith("files") else read_records))
+    return {name: total_mb / statistics.median(values[1:]) for name, values in taken.items()}
 
 
 def report(directory: Path, rounds: int) -> dict[str, dict[str, object]]:
-    """The JSON object: figures (ours), baselines, ratios (ours by baseline; `limit_ratio` of 1 is the disk's)."""
-    median_s = {name: statistics.median(values) for name, values in measure(directory, rounds).items()}
+    """The JSON object: figures (ours), baselines, ratios (ours by baseline)."""
     figures: dict[str, object] = {}
     baselines: dict[str, object] = {}
     ratios: dict[str, object] = {}
-    for name, value_s in median_s.items():
-        contender, _, case = name.partition("_")
-        row = {"records_per_s": round(1 / value_s, 1), "us_per_append": round(value_s * 1e6, 1)}
-        if contender != "group":
-            baselines[name] = row
-            continue
-        size = case.partition("x")[2]
-        figures[case] = row
+    for (awaiters, size), group_s in measure(directory, rounds).items():
+        case = f"{awaiters}x{size}B"
+        for name, value in group_s.items():
+            row = {
+                "records_per_s": round(awaiters / value),
+                "mb_per_s": round(awaiters * size / value / 1e6, 2),
+                "us_per_append": round(value / awaiters * 1e6, 1),
+            }
+            (figures if name == "group" else baselines)[case if name == "group" else f"{name}_{case}"] = row
+        ours = group_s["group"]
         ratios[case] = {
-            "times_as_fast_as_plain": round(median_s[f"plain_{size}"] / value_s, 2),
-            "limit_ratio": round(value_s / median_s[f"raw_{case}"], 2),
+            "times_as_fast_as_plain": round(group_s["plain"] / ours, 2),
+            "times_as_fast_as_sqlite": round(group_s["sqlite"] / ours, 2),
+            "time_over_raw": round(ours / group_s["raw"], 2),
+            "time_over_raw_and_wake": round(ours / (group_s["raw"] + group_s["wake"]), 2),
         }
-    pairs = [recovery(directory, 20_000, 256) for _ in range(rounds)]
-    read_s, raw_s = (statistics.median(column) for column in zip(*pairs, strict=True))
-    figures["recovery_256B"] = {"records_per_s": round(20_000 / read_s), "mb_per_s": round(20_000 * 280 / read_s / 1e6)}
-    baselines["read_bytes_256B"] = {"mb_per_s": round(20_000 * 280 / raw_s / 1e6)}
-    ratios["recovery_256B"] = {"share_of_file_read_speed": round(raw_s / read_s, 3)}
+    for records_count, size in RECOVERIES:
+        case = f"recovery_{size}B"
+        told = recovery(directory, records_count, size, rounds)
+        figures[case] = {name: round(value) for name, value in told.items() if name.startswith("log")}
+        baselines[case] = {name: round(value) for name, value in told.items() if name.startswith("files")}
+        ratios[case] = {
+            f"share_of_sequential_read_{heat}": round(told[f"log_{heat}"] / told[f"files_{heat}"], 3)
+            for heat in ("warm", "cold")
+        }
     return {"figures": figures, "baselines": baselines, "ratios": ratios}
 
 
-def table(told: dict[str, dict[str, object]]) -> Table:
+def tables(told: dict[str, dict[str, object]]) -> list[Table]:
     """For people."""
-    shown = Table(title="durable appends (callers x payload)", caption="limit ratio 1.0: as fast as the disk syncs")
-    for column in ("case", "records/s", "us an append", "x plain loop", "x raw limit"):
-        shown.add_column(column, justify="right")
+    appends = Table(title="durable appends (awaiters x payload)", caption="raw: the disk's limit for the same groups")
+    for column in ("case", "records/s", "MB/s", "us", "x plain", "x SQLite", "/ raw", "/ raw+wake"):
+        appends.add_column(column, justify="right")
+    reads = Table(title="recovery", caption="share of a sequential read of the same files")
+    for column in ("case", "MB/s cached", "share", "MB/s from disk", "share"):
+        reads.add_column(column, justify="right")
     for case, row in told["figures"].items():
         ratio = told["ratios"][case]
-        if isinstance(row, dict) and isinstance(ratio, dict) and "us_per_append" in row:
-            values = (row["records_per_s"], row["us_per_append"], ratio["times_as_fast_as_plain"], ratio["limit_ratio"])
-            shown.add_row(case, *map(str, values))
-    for name, row in told["baselines"].items():
-        if isinstance(row, dict) and name.startswith("plain"):
-            shown.add_row(name, str(row["records_per_s"]), str(row["us_per_append"]), "1.0", "")
-    return shown
+        if isinstance(row, dict) and isinstance(ratio, dict):
+            shares = list(ratio.values())
+            if "us_per_append" in row:
+                appends.add_row(case, *map(str, (*row.values(), *shares)))
+            else:
+                reads.add_row(case, *map(str, (row["log_warm"], shares[0], row["log_cold"], shares[1])))
+    return [appends, reads]
 
 
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(
-        description="Durable appends a second: group commit against a plain write + fdatasync loop.",
+        description="Durable appends: group commit beside SQLite, a plain write + fdatasync loop and the disk's limit.",
         epilog="example: python benchmarks/log_append.py --quick --json > log_append.json",
     )
-    parser.add_argument("--quick", action="store_true", help="9 rounds instead of 31 (under a minute)")
+    parser.add_argument("--quick", action="store_true", help="9 rounds instead of 31 (about a minute)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: figures, baselines, ratios")
     parser.add_argument("--dir", type=Path, help="measure on this disk (default: the temporary directory's)")
     options = parser.parse_args()
@@ -166,8 +253,8 @@ def main() -> None:
         print(json.dumps(told))
         return
     console = Console()
-    console.print(table(told))
-    console.print("recovery:", told["figures"]["recovery_256B"], told["ratios"]["recovery_256B"])
+    for table in tables(told):
+        console.print(table)
 
 
 if __name__ == "__main__":

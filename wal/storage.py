@@ -24,7 +24,7 @@ class File(Protocol):
         ...
 
     def allocate(self, size_bytes: int) -> None:
-        """Grow the file to this size with zeros, on space that is reserved now (posix_fallocate)."""
+        """Grow the file to this size with zeros that are really written; the position stays."""
         ...
 
     def sync(self) -> None:
@@ -119,8 +119,9 @@ class OsFile:
         return os.write(self._fd, data)
 
     def allocate(self, size_bytes: int) -> None:
-        """See File."""
-        os.posix_fallocate(self._fd, 0, size_bytes)
+        """See File.  Not posix_fallocate: the first write to a block of its would change metadata again."""
+        while (end := os.fstat(self._fd).st_size) < size_bytes:
+            os.pwrite(self._fd, bytes(size_bytes - end), end)
 
     def sync(self) -> None:
         """See File."""
