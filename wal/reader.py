@@ -112,33 +112,36 @@ class Reader:
 
     def _frames(self, segment: Segment, seed: int, filled: int, end_lsn: int) -> Iterator[Record]:
         """Yield valid frames in lsn order up to `end_lsn`; stops at the first that is not (this is the hot path)."""
-        name, after_lsn, crc32 = segment.name, self._after_lsn, fmt.crc32
+        name, after_lsn, crc32, new = segment.name, self._after_lsn, fmt.crc32, tuple.__new__
         unpack, mark, head_bytes = fmt.FRAME.unpack_from, fmt.MARK, fmt.FRAME_BYTES
-        buffer, base, start, lsn = self._buffer, 0, fmt.HEADER_BYTES, segment.first_lsn
+        buffer, base, start, lsn, lag = self._buffer, 0, fmt.HEADER_BYTES, segment.first_lsn, 0
         view = memoryview(buffer)
-        self.end_offset = start
-        while lsn != end_lsn:
-            body = end = start + head_bytes
-            if body <= filled:
-                crc, length, found_lsn, lag, kind, found_mark = unpack(buffer, start)
-                if found_lsn != lsn or found_mark != mark or lag >= lsn or not kind:
+        try:
+            while lsn != end_lsn:
+                body = end = start + head_bytes
+                if body <= filled:
+                    crc, length, found_lsn, found_lag, kind, found_mark = unpack(buffer, start)
+                    if found_lsn != lsn or found_mark != mark or found_lag >= lsn or not kind:
+                        return
+                    end += length + (-length & 7)
+                if end > filled:
+                    rest = filled - start
+                    filled = self._refill(segment, base, start, filled)
+                    base, start, buffer = base + start, 0, self._buffer
+                    view = memoryview(buffer)
+                    if filled == rest:
+                        return
+                    continue
+                if crc32(view[start + 4 : end], seed) != crc:
                     return
-                end += length + (-length & 7)
-            if end > filled:
-                rest = filled - start
-                filled = self._refill(segment, base, start, filled)
-                if filled == rest:
-                    return
-                base, start, buffer = base + start, 0, self._buffer
-                view = memoryview(buffer)
-                continue
-            if crc32(view[start + 4 : end], seed) != crc:
-                return
-            self.next_lsn, self.end_offset, self.durable_lsn = lsn + 1, base + end, lsn - 1 - lag
-            if lsn > after_lsn:
-                self.records_count += 1
-                yield Record(lsn, kind, bytes(view[body : body + length]), name, base + start)
-            start, lsn = end, lsn + 1
+                at, start, lag, lsn = base + start, end, found_lag, lsn + 1
+                if found_lsn > after_lsn:
+                    yield new(Record, (found_lsn, kind, view[body : body + length].tobytes(), name, at))
+        finally:
+            self.next_lsn, self.end_offset = lsn, base + start
+            if lsn > segment.first_lsn:
+                self.durable_lsn = lsn - 2 - lag
+            self.records_count += max(0, lsn - max(segment.first_lsn, after_lsn + 1))
 
     def _is_unused(self, path: Path, offset: int) -> bool:
         """True if only zeros follow: space that was reserved and never written (or nothing at all)."""
