@@ -58,7 +58,7 @@ def decode(kind: int, payload: bytes) -> Event | TrajectoryRecord:
     """The value of a record.  JournalError if the kind is unknown or the payload does not fit its schema."""
     try:
         if kind == tokens.TOKENS:
-            return tokens.decode(payload)
+            return _chunk(payload)
         if kind == KIND:
             return _decoder.decode(payload)
         if kind == trajectory.KIND:
@@ -66,6 +66,14 @@ def decode(kind: int, payload: bytes) -> Event | TrajectoryRecord:
     except (msgspec.MsgspecError, wal.WalError, ValueError) as error:
         raise JournalError(f"a record of kind {kind} does not fit its schema: {error}") from error
     raise JournalError(f"record kind {kind} is not known to this version")
+
+
+def _chunk(payload: bytes) -> TokensAppended:
+    """Rollouts log tokens request by request; the other records of kind 1 belong to other writers."""
+    record = tokens.decode(payload)
+    if not isinstance(record, TokensAppended):
+        raise JournalError(f"a rollout's log holds no {type(record).__name__}")
+    return record
 
 
 def replay(directory: Path) -> Iterator[tuple[wal.Record, Event | TrajectoryRecord]]:

@@ -11,6 +11,7 @@ See: docs/formats/wal.md, "Looking at a log".
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from wal import tokens
-from wal.errors import RecordInvalidError, WalError
+from wal.errors import RecordInvalidError, StreamError, WalError
+from wal.fold import TokenFold
 from wal.format import frame_bytes, parse_name
 from wal.reader import Reader, Record
 
@@ -41,14 +43,14 @@ class Statistics:
         self.tokens_count = 0
         self.token_bytes = 0
 
-    def add(self, record: Record, value: object) -> None:
-        """Count one record and what it decoded to."""
+    def add(self, record: Record, value: object, requests: set[str]) -> None:
+        """Count one record, what it decoded to and whose it is."""
         size = frame_bytes(len(record.payload))
         self.records[record.kind] += 1
         self.bytes[record.kind] += size
         self.segments.add(record.segment)
         if record.kind == tokens.TOKENS and isinstance(value, dict) and "token_ids" in value:
-            self.requests.add(value["request"])
+            self.requests |= requests
             self.tokens_count += len(value["token_ids"])
             self.token_bytes += size
 
@@ -93,12 +95,14 @@ def _run(argv: Sequence[str] | None, decoders: Decoders) -> int:
         return 2
     reader, statistics = Reader(directory), Statistics()
     is_quiet = options.verify or options.stats
+    fold = TokenFold(keeps_columns=False)
     try:
         for record in reader:
             value = _decode(record, decoders) if options.stats or options.request or not is_quiet else None
-            if options.request and not (isinstance(value, dict) and value.get("request") == options.request):
+            requests = _requests(record, value, fold) if options.stats or options.request else set()
+            if options.request and options.request not in requests:
                 continue
-            statistics.add(record, value)
+            statistics.add(record, value, requests)
             if not is_quiet:
                 print(_line(record, value, options.json))
     except WalError as error:
@@ -153,6 +157,14 @@ def _decode(record: Record, decoders: Decoders) -> object:
         return {"undecodable": str(error)}
 
 
+def _requests(record: Record, value: object, fold: TokenFold) -> set[str]:
+    """Whose record it is: as its own content says, or as the token records before it say of its slots."""
+    named = {str(value["request"])} if isinstance(value, dict) and "request" in value else set()
+    with contextlib.suppress(RecordInvalidError, StreamError):
+        named.update(stream.request for stream in fold.add(record))
+    return named
+
+
 def _line(record: Record, value: object, as_json: bool) -> str:
     size = len(record.payload)
     if as_json:
@@ -179,7 +191,7 @@ def _preview(payload: bytes) -> str:
 
 
 def _short(value: object) -> str:
-    if isinstance(value, dict) and "token_ids" in value:
+    if isinstance(value, dict) and "token_ids" in value and "request" in value:
         ids, logprobs = value["token_ids"], value["logprobs"]
         pairs = " ".join(f"{i}({p:.3f})" for i, p in zip(ids[:8], logprobs[:8], strict=True))
         more = f" ... {len(ids)} tokens" if len(ids) > 8 else ""

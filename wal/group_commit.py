@@ -129,22 +129,26 @@ class GroupCommit:
         FencedError (another writer took over: it may keep the record or not), PoisonedError (an earlier
         group failed: this record was not appended), ClosedError.
         """
-        lsn, durable = await self.admit(kind, payload)
+        await self.room()
+        lsn, durable = self.admit(kind, payload)
         await durable
         return lsn
 
-    async def admit(self, kind: int, payload: bytes) -> tuple[int, asyncio.Future[None]]:
-        """Give a record its place in the log's order; returns its lsn and a future that is done once it is durable.
-
-        For a caller whose next record builds on this one and need not wait for the sync.  Waits for room
-        only (then nothing is admitted yet, and a cancelled caller leaves nothing); raises what `append`
-        raises before the record is in the log.  The future carries what `append` raises after that.
-        """
+    async def room(self) -> None:
+        """Wait while the bytes that wait for their group are at their bound.  PoisonedError, ClosedError."""
         self._check_open()
         while self.log.staged_bytes >= self._pending_bytes_max:
             self._has_room.clear()
             await self._has_room.wait()
             self._check_open()
+
+    def admit(self, kind: int, payload: bytes) -> tuple[int, asyncio.Future[None]]:
+        """Give a record its place in the log's order now; returns its lsn and a future, done once it is durable.
+
+        For a caller whose next record builds on this one and need not wait for the sync; it awaits `room`
+        first.  Raises what `append` raises before the record is in the log, the future the rest.
+        """
+        self._check_open()
         lsn = self.log.stage(kind, payload)
         loop = asyncio.get_running_loop()
         done = loop.create_future()

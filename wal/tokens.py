@@ -1,121 +1,144 @@
 """Sampled tokens as records: the schema of kind 1.
 
-Binary columns, because a token costs 8 bytes here and twenty and more as text, and there is one
-record for every chunk that an engine returns.  Logprobs are stored as f32, the precision in which
-engines compute them; decoding gives exactly the stored f32 as Python floats.
+Binary columns, because a token costs 8 bytes here and twenty and more as text.  The first byte of a
+payload is its type: a chunk of one request (1) or a step of all requests (3), and what happens to a
+request around them.  Logprobs are stored as f32, the precision in which engines compute them;
+decoding gives exactly the stored f32 as Python floats.  `wal.fold` makes streams of these records,
+`wal.token_log` writes them.
 
-     0  1  schema version (1)
-     1  1  zero
-     2  2  size r of the request id, 1 .. 65535
-     4  4  tokens count k, >= 1
-     8  8  start: index of the first token in the request's stream
-    16  8  policy version
-    24  r  request id, UTF-8, then zeros up to a multiple of 4
-     .. 4k token ids, u32
-     .. 4k logprobs, f32, finite
+Invariants:
+1. `decode(encode(record)) == record`, logprobs as f32 and columns as tuples.
+2. `encode(decode(payload)) == payload`: a record has one form.
 
-See: docs/formats/wal.md, "Kind 1: tokens".
+See: docs/formats/wal_tokens.md.
 """
 
 from __future__ import annotations
 
-import math
-import struct
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias, get_args
 
 from wal.errors import RecordInvalidError
+from wal.token_columns import invalid
+from wal.token_records import (
+    KV_BROKEN,
+    REQUEST_CLOSED,
+    REQUEST_OPENED,
+    REQUESTS_ACKNOWLEDGED,
+    ROUTES_RECORDED,
+    STEP_APPENDED,
+    TOKENS_APPENDED,
+    Cause,
+    KvBroken,
+    RequestClosed,
+    RequestOpened,
+    RequestsAcknowledged,
+    TokensAppended,
+    Who,
+    decode_acknowledged,
+    decode_closed,
+    decode_kv_broken,
+    decode_opened,
+    decode_tokens,
+    encode_acknowledged,
+    encode_closed,
+    encode_kv_broken,
+    encode_opened,
+    encode_tokens,
+)
+from wal.token_routes import RoutesRecorded, decode_routes, encode_routes
+from wal.token_steps import StepAppended, decode_step, encode_step
+
+__all__ = [
+    "TOKENS",
+    "Cause",
+    "KvBroken",
+    "RecordInvalidError",
+    "RequestClosed",
+    "RequestOpened",
+    "RequestsAcknowledged",
+    "RoutesRecorded",
+    "StepAppended",
+    "TokenRecord",
+    "TokensAppended",
+    "Who",
+    "as_json",
+    "decode",
+    "encode",
+]
 
 TOKENS = 1
-SCHEMA_VERSION = 1
-REQUEST_BYTES_MAX = (1 << 16) - 1
-U32_MAX = (1 << 32) - 1
-U64_MAX = (1 << 64) - 1
+"""The record kind of everything here."""
 
-_HEAD = struct.Struct("<BBHIQQ")
+TokenRecord: TypeAlias = (
+    TokensAppended | RequestOpened | StepAppended | RequestClosed | RoutesRecorded | KvBroken | RequestsAcknowledged
+)
+_ENCODERS: dict[type, Callable[[Any], bytes]] = {
+    TokensAppended: encode_tokens,
+    RequestOpened: encode_opened,
+    StepAppended: encode_step,
+    RequestClosed: encode_closed,
+    RoutesRecorded: encode_routes,
+    KvBroken: encode_kv_broken,
+    RequestsAcknowledged: encode_acknowledged,
+}
+_DECODERS: dict[int, Callable[[bytes], TokenRecord]] = {
+    TOKENS_APPENDED: decode_tokens,
+    REQUEST_OPENED: decode_opened,
+    STEP_APPENDED: decode_step,
+    REQUEST_CLOSED: decode_closed,
+    ROUTES_RECORDED: decode_routes,
+    KV_BROKEN: decode_kv_broken,
+    REQUESTS_ACKNOWLEDGED: decode_acknowledged,
+}
 
 
-@dataclass(frozen=True, slots=True)
-class TokensAppended:
-    """`token_ids` were sampled for `request`, the first of them at index `start` of its stream.
-
-    `logprobs` has one entry a token, under the processed distribution; `policy_version` is the
-    version of the weights that sampled them.  `decode` gives the logprobs as f32 holds them.
-    """
-
-    request: str
-    start: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    policy_version: int
-
-
-def encode(record: TokensAppended) -> bytes:
+def encode(record: TokenRecord) -> bytes:
     """The payload of a kind 1 record.  RecordInvalidError names the field that breaks its rule."""
-    try:
-        request = record.request.encode()
-    except UnicodeEncodeError as error:
-        raise _invalid("request", "must be encodable as UTF-8") from error
-    count = len(record.token_ids)
-    if not 0 < len(request) <= REQUEST_BYTES_MAX:
-        raise _invalid("request", f"must have 1..{REQUEST_BYTES_MAX} bytes of UTF-8, has {len(request)}")
-    if not 0 < count <= U32_MAX:
-        raise _invalid("token_ids", "must hold at least one token")
-    if len(record.logprobs) != count:
-        raise _invalid("logprobs", f"must be as many as the {count} token_ids, are {len(record.logprobs)}")
-    for field, value in (("start", record.start), ("policy_version", record.policy_version)):
-        if not 0 <= value <= U64_MAX:
-            raise _invalid(field, f"must be in 0..2**64-1, is {value}")
-    if not all(map(math.isfinite, record.logprobs)):
-        raise _invalid("logprobs", "must be finite")
-    head = _HEAD.pack(SCHEMA_VERSION, 0, len(request), count, record.start, record.policy_version)
-    try:
-        ids = struct.pack(f"<{count}I", *record.token_ids)
-    except struct.error as error:
-        raise _invalid("token_ids", "must be integers in 0..2**32-1") from error
-    try:
-        logprobs = struct.pack(f"<{count}f", *record.logprobs)
-    except (OverflowError, struct.error) as error:
-        raise _invalid("logprobs", "must fit f32") from error
-    return b"".join((head, request, bytes(-len(request) & 3), ids, logprobs))
+    encoder = _ENCODERS.get(type(record))
+    if encoder is None:
+        known = ", ".join(type_.__name__ for type_ in get_args(TokenRecord))
+        raise invalid("record", f"is a {type(record).__name__}, not one of {known}")
+    return encoder(record)
 
 
-def decode(payload: bytes) -> TokensAppended:
+def decode(payload: bytes) -> TokenRecord:
     """The record in a kind 1 payload.  RecordInvalidError if it is not one of this schema."""
-    if len(payload) < _HEAD.size:
-        raise _invalid("payload", f"has {len(payload)} bytes, fewer than the {_HEAD.size} of its head")
-    version, zero, request_bytes, count, start, policy_version = _HEAD.unpack_from(payload)
-    if version != SCHEMA_VERSION or zero:
-        raise _invalid("schema version", f"is {version}, this program reads {SCHEMA_VERSION}")
-    request_end = _HEAD.size + request_bytes
-    ids_at = request_end + (-request_bytes & 3)
-    if not request_bytes or not count or len(payload) != ids_at + 8 * count:
-        need = ids_at + 8 * count
-        raise _invalid("payload", f"has {len(payload)} bytes where its head tells {need} ({count} tokens)")
-    if any(payload[request_end:ids_at]):
-        raise _invalid("padding", "must be zeros")
-    try:
-        request = payload[_HEAD.size : request_end].decode()
-    except UnicodeDecodeError as error:
-        raise _invalid("request", "must be UTF-8") from error
-    ids = struct.unpack_from(f"<{count}I", payload, ids_at)
-    logprobs = struct.unpack_from(f"<{count}f", payload, ids_at + 4 * count)
-    if not all(map(math.isfinite, logprobs)):
-        raise _invalid("logprobs", "must be finite")
-    return TokensAppended(request, start, ids, logprobs, policy_version)
+    if not payload:
+        raise invalid("payload", "is empty")
+    decoder = _DECODERS.get(payload[0])
+    if decoder is None:
+        raise invalid("type", f"is {payload[0]}, this program reads {min(_DECODERS)} to {max(_DECODERS)}")
+    return decoder(payload)
 
 
 def as_json(payload: bytes) -> dict[str, Any]:
     """A kind 1 payload as a JSON-able object, for printing.  RecordInvalidError as `decode`."""
     record = decode(payload)
-    return {
-        "request": record.request,
-        "start": record.start,
-        "token_ids": list(record.token_ids),
-        "logprobs": list(record.logprobs),
-        "policy_version": record.policy_version,
-    }
-
-
-def _invalid(field: str, rule: str) -> RecordInvalidError:
-    return RecordInvalidError(f"tokens record: {field} {rule}")
+    match record:
+        case TokensAppended():
+            name = "tokens"
+        case RequestOpened():
+            name = "opened"
+        case StepAppended():
+            name = "step"
+        case RequestClosed():
+            name = "closed"
+        case RoutesRecorded():
+            name = "routes"
+        case KvBroken():
+            name = "kv_broken"
+        case _:
+            name = "acknowledged"
+    shown: dict[str, Any] = {"type": name}
+    for field in record.__slots__:
+        value = getattr(record, field)
+        if field == "who":
+            shown["request" if isinstance(value, str) else "slot"] = value
+        elif isinstance(value, bytes):
+            shown[field] = value.hex()
+        elif isinstance(value, tuple):
+            shown[field] = [list(part) if isinstance(part, tuple) else part for part in value]
+        else:
+            shown[field] = value
+    return shown

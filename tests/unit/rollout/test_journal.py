@@ -66,7 +66,8 @@ def test_a_trajectory_record_comes_back_as_it_was(record: SandboxCreated) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "payload"), [(2, b"\xff"), (2, b"\x80"), (3, b"\x81\xa4type\xa1x"), (1, b""), (9, b"")]
+    ("kind", "payload"),
+    [(2, b"\xff"), (2, b"\x80"), (3, b"\x81\xa4type\xa1x"), (1, b""), (1, b"\x02\0\1\0\0\0\0\0r"), (9, b"")],
 )
 def test_a_record_of_another_schema_is_a_typed_error(kind: int, payload: bytes) -> None:
     with pytest.raises(JournalError):

@@ -52,7 +52,14 @@ def test_json_lines_hold_everything(log_directory: Path, capsys: pytest.CaptureF
         "offset": 48 + 2 * 72,
         "kind": 1,
         "size": 44,
-        "record": {"request": "r1", "start": 2, "token_ids": [5, 6], "logprobs": [-0.5, -1.0], "policy_version": 3},
+        "record": {
+            "type": "tokens",
+            "request": "r1",
+            "start": 2,
+            "token_ids": [5, 6],
+            "logprobs": [-0.5, -1.0],
+            "policy_version": 3,
+        },
     }
     assert lines[3]["preview"] == "plain text"
 
@@ -151,3 +158,22 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
         printer.stdout.close()
         assert printer.stderr.read() == ""
         assert printer.wait(30) == 0
+
+
+def test_a_step_belongs_to_the_requests_that_its_slots_stand_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Log.open(tmp_path) as log:
+        for request, slot in (("a", 0), ("b", 1)):
+            log.append(1, tokens.encode(tokens.RequestOpened(request, slot)))
+        log.append(1, tokens.encode(tokens.StepAppended(0, [(2, 3)], [0, 1], [5, 6], [-0.5, -1.0])))
+        log.append(1, tokens.encode(tokens.RequestClosed(0, "stop")))
+        log.append(1, tokens.encode(tokens.StepAppended(1, [(1, 3)], [1], [7], [-0.5])))
+        log.append(1, tokens.encode(tokens.StepAppended(9, [(1, 3)], [9], [7], [-0.5])))
+    assert main([str(tmp_path), "--request", "a", "--json"]) == 0
+    assert [json.loads(line)["lsn"] for line in capsys.readouterr().out.splitlines()] == [1, 3, 4]
+    assert main([str(tmp_path), "--stats", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["tokens"]
+    assert (told["requests"], told["tokens"]) == (2, 4)
+    assert main([str(tmp_path)]) == 0
+    assert '{"type": "step", "base": 0' in capsys.readouterr().out
