@@ -68,14 +68,9 @@ def holds_run(directory: Path) -> bool:
         return True
     if (directory / SUMMARY).exists():
         raise RequestError(f"{directory} holds results but no log: move them away, or choose another --out")
-    if log.is_dir() and any(not is_log_file(path.name) for path in log.iterdir()):
+    if log.is_dir() and any(not wal.is_log_file(path.name) for path in log.iterdir()):
         raise RequestError(f"{log} holds files that are not a log's: choose another --out")
     return False
-
-
-def is_log_file(name: str) -> bool:
-    """True for the names that `wal` makes."""
-    return ".wal" in name or name.endswith(".lock")
 
 
 async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None]) -> Outcome:

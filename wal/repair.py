@@ -13,11 +13,10 @@ from pathlib import Path
 
 from wal.errors import storage_error
 from wal.reader import Reader
-from wal.segments import Tear, offset_after
+from wal.segments import QUARANTINE, Tear, offset_after
 from wal.storage import Storage
 from wal.writer import TEMPORARY_SUFFIX, create_file, write_all
 
-QUARANTINE = "quarantine"
 QUARANTINE_FILES_MAX = 64
 
 

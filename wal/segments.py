@@ -23,6 +23,8 @@ from wal.floor import FIRST_LSN, floor_name, floor_of
 from wal.storage import Storage
 
 SECTOR_BYTES = 512
+QUARANTINE = "quarantine"
+"""The folder of a log directory where repairs keep what they cut off."""
 
 
 class Segment(NamedTuple):
@@ -40,6 +42,11 @@ class Tear(NamedTuple):
     offset: int
     size_bytes: int
     why: str
+
+
+def is_log_file(name: str) -> bool:
+    """True for the names that a log makes in its directory."""
+    return name == QUARANTINE or name.endswith((".wal", ".lock", ".floor", ".pin", ".tmp"))
 
 
 def find_segments(storage: Storage, directory: Path) -> list[Segment]:
