@@ -90,8 +90,8 @@ def main(argv: Sequence[str] | None = None, *, stdin: BinaryIO | None = None, st
         print(f"toolcall_dsl: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # The reader of our output has seen enough (`| head`); stdout must not complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output has seen enough (`| head`); it must not complain again when it is closed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sink.fileno())
     return 0
 
 
