@@ -1,4 +1,4 @@
-"""A write-ahead log: ordered, checksummed, durable records in segment files; standard library only.
+"""A write-ahead log: ordered, checksummed, durable records in segment files.
 
 `Log` appends, `GroupCommit` lets many asyncio callers share a sync, `read` gives the records back.
 What a record means is up to its kind: `wal.tokens` defines kind 1, other packages define theirs.
@@ -16,13 +16,14 @@ from wal.errors import (
     RecordInvalidError,
     RecordTooLargeError,
     StorageError,
+    StreamError,
     VersionError,
     WalError,
 )
 from wal.group_commit import GroupCommit, GroupStats, SyncPolicy, settled
 from wal.log import Log, Recovery
 from wal.reader import Outcome, Reader, Record, read
-from wal.segments import Tear
+from wal.segments import Tear, is_log_file
 from wal.storage import OsStorage, Storage
 
 __all__ = [
@@ -44,10 +45,12 @@ __all__ = [
     "Recovery",
     "Storage",
     "StorageError",
+    "StreamError",
     "SyncPolicy",
     "Tear",
     "VersionError",
     "WalError",
+    "is_log_file",
     "read",
     "settled",
 ]
