@@ -193,6 +193,137 @@ def test_a_dropped_developer_of_the_context_costs_no_later_message() -> None:
     assert text == "<｜User｜>now<｜Assistant｜><think>"
 
 
+def test_reasoning_has_two_names() -> None:
+    def text(**fields: Any) -> str:
+        message = {"role": "assistant", "content": "a", **fields}
+        return encode_text([{"role": "user", "content": "q"}, message], thinking=True)
+
+    assert text(reasoning="r") == text(reasoning_content="r")
+    assert text(reasoning_content="r", reasoning="other") == text(reasoning_content="r")
+    assert text(reasoning_content=None, reasoning="r") == text(reasoning_content="r")
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "latest_reminder"])
+def test_content_may_be_a_list_of_texts(role: str) -> None:
+    def text(content: object) -> str:
+        return encode_text([{"role": role, "content": content}], thinking=False)
+
+    assert text([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]) == text("a\n\nb")
+
+
+def test_an_empty_list_is_an_empty_message() -> None:
+    assert encode_text([{"role": "user", "content": []}], thinking=False) == encode_text(
+        [{"role": "user", "content": ""}], thinking=False
+    )
+
+
+@pytest.mark.parametrize("given", ["tools", "response_format"])
+def test_what_the_request_declares_belongs_to_the_first_system_message(
+    given: str, tools: list[dict[str, object]]
+) -> None:
+    declared: dict[str, Any] = {given: tools if given == "tools" else {"type": "json"}}
+    user, system = {"role": "user", "content": "q"}, {"role": "system", "content": "s"}
+    later = {"role": "system", "content": "later"}
+    for before, after in (
+        ([system, user, later], [{**system, **declared}, user, later]),
+        ([user, later], [user, {**later, **declared}]),
+        ([user], [{"role": "system", **declared}, user]),
+        ([], [{"role": "system", **declared}]),
+    ):
+        assert encode_text(before, thinking=True, **declared) == encode_text(after, thinking=True)
+    assert encode_text([user], thinking=True, tools=[], response_format={}) == encode_text([user], thinking=True)
+
+
+def test_the_tools_of_a_request_keep_reasoning_and_stand_in_the_context(tools: list[dict[str, object]]) -> None:
+    talk = [
+        {"role": "user", "content": "q1"},
+        {"role": "assistant", "content": "a", "reasoning_content": "r"},
+        {"role": "user", "content": "q2"},
+    ]
+    assert "r</think>a" in encode_text(talk, thinking=True, tools=tools)
+    assert encode_text(talk[2:], thinking=True, tools=tools, context=talk[:2]) == "<｜User｜>q2<｜Assistant｜><think>"
+
+
+@pytest.mark.parametrize("given", ["tools", "response_format"])
+def test_what_request_and_system_message_both_declare_is_refused(given: str, tools: list[dict[str, object]]) -> None:
+    declared: dict[str, Any] = {given: tools if given == "tools" else {"type": "json"}}
+    with pytest.raises(MessageError, match=f"request: {given} are declared here and by the first system message"):
+        encode_text([{"role": "system", "content": "", **declared}], thinking=True, **declared)
+
+
+def test_request_and_system_message_may_declare_different_things(tools: list[dict[str, object]]) -> None:
+    whole = {"role": "system", "content": "", "tools": tools, "response_format": {"type": "json"}}
+    for name in ("tools", "response_format"):
+        rest = {key: value for key, value in whole.items() if key != name}
+        assert encode_text([rest], thinking=True, **{name: whole[name]}) == encode_text([whole], thinking=True)
+
+
+def test_tools_on_a_user_message_are_ignored(tools: list[dict[str, object]]) -> None:
+    talk = [
+        {"role": "user", "content": "q1", "tools": tools},
+        {"role": "assistant", "content": "a", "reasoning_content": "r"},
+        {"role": "user", "content": "q2"},
+    ]
+    assert encode_text(talk, thinking=True) == (
+        "<｜begin▁of▁sentence｜><｜User｜>q1<｜Assistant｜></think>a<｜end▁of▁sentence｜>"
+        "<｜User｜>q2<｜Assistant｜><think>"
+    )
+
+
+def test_tools_on_a_developer_message_keep_all_reasoning() -> None:
+    messages, expected = official_fixture(3)
+    assert [message["role"] for message in messages if message.get("tools")] == ["developer"]
+    assert all(message["reasoning_content"] in expected for message in messages if message.get("reasoning_content"))
+
+
+def test_an_address_is_marked_where_a_read_url_task_asks_about_it(tokenizer: Tokenizer) -> None:
+    mark = tokenizer.control("<｜extracted_url｜>")
+    content = "a<｜extracted_url｜>b<｜extracted_url｜>https://x"
+
+    def ids(*messages: dict[str, Any]) -> list[int]:
+        encoded = ids_of(encode(messages, tokenizer, thinking=False))
+        assert tokenizer.decode(encoded) == encode_text(messages, thinking=False)
+        return encoded
+
+    asked = ids({"role": "user", "content": content, "task": "read_url"})
+    assert asked.count(mark) == 1
+    assert tokenizer.decode(asked[asked.index(mark) :]) == "<｜extracted_url｜>https://x<｜read_url｜>"
+    assert ids({"role": "user", "content": "no address", "task": "read_url"}).count(mark) == 0
+    assert ids({"role": "user", "content": content, "task": "query"}).count(mark) == 0
+    assert ids({"role": "user", "content": content}).count(mark) == 0
+    result = {"role": "tool", "content": content}
+    assert ids({"role": "user", "content": "", "task": "read_url"}, result).count(mark) == 0
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_supervised_turns_are_sampled_and_masked_ones_forced(
+    thinking: bool, tokenizer: Tokenizer, tools: list[dict[str, object]]
+) -> None:
+    talk = agent_talk(tools)
+    talk[5]["mask"] = 1
+    segments = encode(talk, tokenizer, thinking=thinking, train_on_assistant=True)
+    trained = [(segment.kind, tokenizer.decode(segment.token_ids)) for segment in segments if segment.trainable]
+    thoughts = [("SAMPLED_THINK", "Look.</think>"), ("SAMPLED_THINK", "rm</think>")] if thinking else []
+    assert [each for each in trained if each[0] == "SAMPLED_THINK"] == thoughts
+    assert [each for each in trained if each[0] == "SAMPLED_TEXT"] == [
+        ("SAMPLED_TEXT", "Now.\n\n")  # one token holds the full stop and the blank line: its first byte decides
+    ]
+    blocks = [text for kind, text in trained if kind == "SAMPLED_CALL"]
+    assert [text[: text.index("tool_calls")] for text in blocks] == ["\n\n<｜DSML｜", "<｜DSML｜"]
+    assert all(text.endswith("</｜DSML｜tool_calls><｜end▁of▁sentence｜>") for text in blocks)
+    (forced,) = [segment for segment in segments if segment.kind is SpanKind.FORCED]
+    assert (
+        tokenizer.decode(forced.token_ids) == ("Three.</think>" * thinking) + "There are 3 lines.<｜end▁of▁sentence｜>"
+    )
+    assert ids_of(segments) == ids_of(encode(talk, tokenizer, thinking=thinking))
+
+
+def test_a_prefill_ends_without_an_end_token(tokenizer: Tokenizer) -> None:
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "I will", "wo_eos": True}]
+    segments = encode(talk, tokenizer, thinking=False, train_on_assistant=True)
+    assert (segments[-1].kind, tokenizer.decode(segments[-1].token_ids)) == (SpanKind.SAMPLED_TEXT, "I will")
+
+
 @pytest.mark.parametrize("arguments", ["not json", "[1, 2]", '"text"', "3", "[" * 100_000])
 def test_arguments_that_are_no_object_become_one_parameter(arguments: str) -> None:
     call = {"function": {"name": "bash", "arguments": arguments}}
@@ -215,6 +346,24 @@ def test_arguments_may_be_an_object() -> None:
         ({"content": "x"}, "messages[0]: unknown role None"),
         ({"role": ["user"], "content": "x"}, "messages[0]: unknown role"),
         ({"role": "user", "content": 3}, "messages[0]: content must be a string, not int"),
+        ({"role": "direct_search_results", "content": "x"}, "messages[0]: unknown role 'direct_search_results'"),
+        ({"role": "x" * 10_000}, "unknown role 'xxxxxxxxxxxx...xxxxxxxxxxxxx'"),
+        (["user"], "messages[0]: a message must be an object, not list"),
+        ({"role": "user", "content": {"type": "text"}}, "content must be a string, not dict"),
+        ({"role": "user", "content": [{"type": "audio"}]}, "a part of type 'audio' has no encoding here"),
+        ({"role": "user", "content": [{"type": "text", "text": 3}]}, "messages[0]: text must be a string"),
+        (
+            {"role": "system", "content": [{"type": "image_url"}]},
+            "type 'image_url' has no encoding here, only text has",
+        ),
+        ({"role": "assistant", "content": ["x"]}, "messages[0]: each part of content must be an object"),
+        ({"role": "assistant", "content": "", "reasoning": 3}, "messages[0]: reasoning must be a string, not int"),
+        ({"role": "system", "tools": [{"function": {1, 2}}]}, "messages[0]: a tool is not JSON: Object of type set"),
+        ({"role": "system", "response_format": {"a": b"x"}}, "messages[0]: response_format is not JSON"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": b"x"}}}]},
+            "messages[0].tool_calls[0]: argument 'a' is not JSON",
+        ),
         ({"role": "user", "content": "x", "task": "dance"}, "messages[0]: unknown task 'dance'"),
         ({"role": "developer", "content": ""}, "messages[0]: a developer message needs content"),
         ({"role": "system", "content": "", "tools": "bash"}, "messages[0]: tools must be a list"),
@@ -226,7 +375,7 @@ def test_arguments_may_be_an_object() -> None:
         ({"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}, "arguments must be a JSON string"),
     ],
 )
-def test_a_message_that_cannot_be_encoded_is_named(message: dict[str, Any], complaint: str) -> None:
+def test_a_message_that_cannot_be_encoded_is_named(message: Any, complaint: str) -> None:
     with pytest.raises(MessageError) as caught:
         encode_text([message], thinking=False)
     assert complaint in str(caught.value)
@@ -234,7 +383,7 @@ def test_a_message_that_cannot_be_encoded_is_named(message: dict[str, Any], comp
 
 def test_an_unknown_effort_is_refused() -> None:
     with pytest.raises(MessageError, match="reasoning_effort: 'low' is none of high, max"):
-        encode_text([{"role": "user", "content": "x"}], thinking=True, reasoning_effort="low")  # type: ignore[arg-type]
+        encode_text([{"role": "user", "content": "x"}], thinking=True, reasoning_effort="low")
 
 
 def test_no_results_at_all_are_refused(tokenizer: Tokenizer) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -216,3 +217,13 @@ def test_a_reader_that_has_seen_enough_is_no_error(capsys: pytest.CaptureFixture
     with os.fdopen(write_end, "wb") as stdout:
         assert main(["encode"], stdin=io.BytesIO(json.dumps(REQUEST).encode()), stdout=stdout) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_the_exit_code_is_that_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["toolcall_dsl", "encode", "--dialect", "v9"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("toolcall_dsl", run_name="__main__")
+    assert stop.value.code == 2
+    assert "'v9'" in capsys.readouterr().err
