@@ -224,6 +224,6 @@ def test_the_exit_code_is_that_of_the_process(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["toolcall_dsl", "encode", "--dialect", "v9"])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_module("toolcall_dsl", run_name="__main__")
+        runpy.run_path(main.__code__.co_filename, run_name="__main__")
     assert stop.value.code == 2
     assert "'v9'" in capsys.readouterr().err
