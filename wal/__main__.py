@@ -3,7 +3,8 @@
 Kinds that have a decoder are shown decoded, others by size and a short preview; other packages call
 `main` with decoders for their kinds.  Reading takes no lock and changes nothing, so it works beside
 a running writer and on a damaged log.  Exit codes: 0 the log was read to its end (a torn tail is
-told on stderr), 1 it is corrupt or cannot be read, 2 bad usage.
+told on stderr), 1 it is corrupt or cannot be read, or `--verify` found a record that is not what its
+schema says, 2 bad usage.
 
 See: docs/formats/wal.md, "Looking at a log".
 """
@@ -11,60 +12,24 @@ See: docs/formats/wal.md, "Looking at a log".
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from wal import tokens
-from wal.errors import RecordInvalidError, StreamError, WalError
-from wal.fold import TokenFold
-from wal.format import frame_bytes, parse_name
-from wal.reader import Reader, Record
+from wal.errors import WalError
+from wal.format import parse_name
+from wal.reader import Reader
+from wal.summary import Decoders, Seen, Summary
 
-Decoders = Mapping[int, Callable[[bytes], object]]
 DECODERS: Decoders = {tokens.TOKENS: tokens.as_json}
 PREVIEW_BYTES = 32
 TEXT_CHARS_MAX = 160
-
-
-class Statistics:
-    """Counts over the records that were read."""
-
-    def __init__(self) -> None:
-        self.records: Counter[int] = Counter()
-        self.bytes: Counter[int] = Counter()
-        self.segments: set[str] = set()
-        self.requests: set[str] = set()
-        self.tokens_count = 0
-        self.token_bytes = 0
-
-    def add(self, record: Record, value: object, requests: set[str]) -> None:
-        """Count one record, what it decoded to and whose it is."""
-        size = frame_bytes(len(record.payload))
-        self.records[record.kind] += 1
-        self.bytes[record.kind] += size
-        self.segments.add(record.segment)
-        if record.kind == tokens.TOKENS and isinstance(value, dict) and "token_ids" in value:
-            self.requests |= requests
-            self.tokens_count += len(value["token_ids"])
-            self.token_bytes += size
-
-    def as_json(self) -> dict[str, Any]:
-        """The counts; `bytes` are frames with header and padding."""
-        kinds = {str(k): {"records": self.records[k], "bytes": self.bytes[k]} for k in sorted(self.records)}
-        per_token = round(self.token_bytes / self.tokens_count, 2) if self.tokens_count else None
-        return {
-            "records": self.records.total(),
-            "bytes": self.bytes.total(),
-            "segments": len(self.segments),
-            "kinds": kinds,
-            "tokens": {"requests": len(self.requests), "tokens": self.tokens_count, "bytes_per_token": per_token},
-        }
+TOKENS_SHOWN_MAX = 8
+ROWS_SHOWN_MAX = 4
 
 
 def main(argv: Sequence[str] | None = None, decoders: Decoders = DECODERS) -> int:
@@ -93,30 +58,32 @@ def _run(argv: Sequence[str] | None, decoders: Decoders) -> int:
     if problem:
         print(f"wal: {problem}", file=sys.stderr)
         return 2
-    reader, statistics = Reader(directory), Statistics()
-    is_quiet = options.verify or options.stats
-    fold = TokenFold(keeps_columns=False)
+    reader, summary = Reader(directory), Summary(decoders)
     try:
         for record in reader:
-            value = _decode(record, decoders) if options.stats or options.request or not is_quiet else None
-            requests = _requests(record, value, fold) if options.stats or options.request else set()
-            if options.request and options.request not in requests:
+            seen = summary.look(record)
+            if options.request and not seen.belongs_to(options.request):
                 continue
-            statistics.add(record, value, requests)
-            if not is_quiet:
-                print(_line(record, value, options.json))
+            summary.count(seen)
+            if not options.verify and not options.stats:
+                print(_line(seen, options))
     except WalError as error:
-        sys.stdout.flush()
-        print(f"wal: {error}", file=sys.stderr)
+        _note(str(error))
         return 1
-    if is_quiet:
-        _print_summary(reader, statistics, options)
+    if options.verify or options.stats:
+        _print_summary(reader, summary, options)
     if reader.tear:
         tear = reader.tear
-        sys.stdout.flush()
-        note = f"torn tail in {tear.segment} at offset {tear.offset}: {tear.why}; {tear.size_bytes} bytes"
-        print(f"wal: note: {note} of a write that was not finished; the next writer cuts them", file=sys.stderr)
-    return 0
+        told = f"torn tail in {tear.segment} at offset {tear.offset}: {tear.why}; {tear.size_bytes} bytes"
+        _note(f"note: {told} of a write that was not finished; the next writer cuts them")
+    if summary.problem:
+        _note(f"note: {summary.problem}; {summary.problems_count} such records")
+    return 1 if options.verify and summary.problem else 0
+
+
+def _note(text: str) -> None:
+    sys.stdout.flush()
+    print(f"wal: {text}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("directory", metavar="DIR", type=Path, help="the log directory")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--verify", action="store_true", help="check every record, print only the verdict")
-    parser.add_argument("--stats", action="store_true", help="print only counts by kind")
+    parser.add_argument("--stats", action="store_true", help="print only what there is of what")
     parser.add_argument("--request", metavar="ID", help="only records of this request")
     return parser
 
@@ -146,28 +113,10 @@ def _unusable(directory: Path) -> str | None:
     return f"{directory} holds no log (no segment file such as 0000000000000001-00000000.wal)"
 
 
-def _decode(record: Record, decoders: Decoders) -> object:
-    """What the kind's decoder makes of the payload; None if the kind has none."""
-    decoder = decoders.get(record.kind)
-    if decoder is None:
-        return None
-    try:
-        return decoder(record.payload)
-    except (RecordInvalidError, ValueError) as error:
-        return {"undecodable": str(error)}
-
-
-def _requests(record: Record, value: object, fold: TokenFold) -> set[str]:
-    """Whose record it is: as its own content says, or as the token records before it say of its slots."""
-    named = {str(value["request"])} if isinstance(value, dict) and "request" in value else set()
-    with contextlib.suppress(RecordInvalidError, StreamError):
-        named.update(stream.request for stream in fold.add(record))
-    return named
-
-
-def _line(record: Record, value: object, as_json: bool) -> str:
+def _line(seen: Seen, options: argparse.Namespace) -> str:
+    record, value = seen.record, seen.value
     size = len(record.payload)
-    if as_json:
+    if options.json:
         shown: dict[str, object] = {
             "lsn": record.lsn,
             "segment": record.segment,
@@ -175,9 +124,11 @@ def _line(record: Record, value: object, as_json: bool) -> str:
             "kind": record.kind,
             "size": size,
         }
+        if seen.streams:
+            shown["requests"] = [stream.request for stream in seen.streams]
         shown |= {"preview": _preview(record.payload)} if value is None else {"record": value}
         return json.dumps(shown, ensure_ascii=True)
-    text = _preview(record.payload) if value is None else _short(value)
+    text = _preview(record.payload) if value is None else _short(seen, options.request)
     return f"{record.lsn:>8}  {record.segment}  @{record.offset:<10} kind {record.kind:<3} {size:>7} B  {text}"
 
 
@@ -190,32 +141,54 @@ def _preview(payload: bytes) -> str:
     return head.hex(" ", -4) + more
 
 
-def _short(value: object) -> str:
-    if isinstance(value, dict) and "token_ids" in value and "request" in value:
-        ids, logprobs = value["token_ids"], value["logprobs"]
-        pairs = " ".join(f"{i}({p:.3f})" for i, p in zip(ids[:8], logprobs[:8], strict=True))
-        more = f" ... {len(ids)} tokens" if len(ids) > 8 else ""
-        return f"{value['request']} [{value['start']}] v{value['policy_version']}: {pairs}{more}"
+def _short(seen: Seen, request: str | None) -> str:
+    value = seen.value
+    if isinstance(value, dict) and "token_ids" in value and seen.streams:
+        return _sampled(seen, value, request)
     text = json.dumps(value, ensure_ascii=True)
     return text if len(text) <= TEXT_CHARS_MAX else text[:TEXT_CHARS_MAX] + "..."
 
 
-def _print_summary(reader: Reader, statistics: Statistics, options: argparse.Namespace) -> None:
-    outcome = reader.outcome.value if reader.outcome else ""
-    summary: dict[str, Any] = {"outcome": outcome, "next_lsn": reader.next_lsn, "records": reader.records_count}
-    summary |= {"torn_bytes": reader.tear.size_bytes if reader.tear else 0}
+def _sampled(seen: Seen, value: dict[str, Any], request: str | None) -> str:
+    """Tokens of a chunk or a step as `request [index of the first] vVERSION: id(logprob) ...`, a few of each."""
+    counts = value.get("counts") or [1] * len(seen.streams)
+    versions = [version for rows, version in value.get("version_runs", ()) for _ in range(rows)]
+    if "request" in value:
+        counts, versions = [len(value["token_ids"])], [value["policy_version"]]
+    rows, at = [], 0
+    for stream, count, version in zip(seen.streams, counts, versions, strict=True):
+        if request in (None, stream.request):
+            pairs = zip(value["token_ids"][at : at + count], value["logprobs"][at : at + count], strict=True)
+            told = " ".join(f"{i}({p:.3f})" for i, p in list(pairs)[:TOKENS_SHOWN_MAX])
+            more = f" ... {count} tokens" if count > TOKENS_SHOWN_MAX else ""
+            name = json.dumps(stream.request)[1:-1]
+            rows.append(f"{name} [{stream.length - count}] v{version}: {told}{more}")
+        at += count
+    more = f"  ... {len(rows)} requests" if len(rows) > ROWS_SHOWN_MAX else ""
+    return "  ".join(rows[:ROWS_SHOWN_MAX]) + more
+
+
+def _print_summary(reader: Reader, summary: Summary, options: argparse.Namespace) -> None:
+    told = summary.outcome(reader)
     if options.stats:
-        summary |= statistics.as_json()
+        told |= summary.counts(reader, options.directory)
     if options.json:
-        print(json.dumps(summary))
+        print(json.dumps(told))
         return
-    segments = len(reader.segments)
-    print(f"ok: {reader.records_count} records in {segments} segments, next lsn {reader.next_lsn}, ended by: {outcome}")
-    for kind, counts in summary.get("kinds", {}).items():
+    verdict = "bad" if summary.problem else "ok"
+    segments = f"{len(reader.segments)} segments, next lsn {reader.next_lsn}"
+    print(f"{verdict}: {reader.records_count} records in {segments}, ended by: {told['outcome']}")
+    if not options.stats:
+        return
+    pins = ", ".join(f"{pin['name']} at {pin['lsn']}" for pin in told["pins"]) or "none"
+    print(f"begins at lsn {told['floor_lsn']}, epochs {', '.join(map(str, told['epochs']))}, pins: {pins}")
+    for kind, counts in told["kinds"].items():
         print(f"kind {kind:>3}: {counts['records']} records, {counts['bytes']} bytes")
-    if summary.get("tokens", {}).get("tokens"):
-        told = summary["tokens"]
-        print(f"tokens: {told['tokens']} of {told['requests']} requests, {told['bytes_per_token']} bytes a token")
+    of = told["tokens"]
+    if of["requests"]:
+        statuses = ", ".join(f"{of[status]} {status}" for status in ("open", "closed", "acknowledged"))
+        per_token = f", {of['bytes_per_token']} bytes a token" if of["tokens"] else ""
+        print(f"tokens: {of['tokens']} of {of['requests']} requests ({statuses}){per_token}")
 
 
 if __name__ == "__main__":

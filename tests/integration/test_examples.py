@@ -10,7 +10,16 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"run_in_process.py", "submit_group.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"log_tokens.py", "run_in_process.py", "submit_group.py"}
+
+
+def test_the_log_example_goes_on_where_it_stopped(dsec: Any, tmp_path: Path) -> None:
+    for count in (5, 10):
+        ran = dsec.done(EXAMPLES / "log_tokens.py", tmp_path / "log", command=sys.executable)
+        *durable, haiku, limerick = ran.out.splitlines()
+        assert len(durable) == 5
+        assert haiku.startswith(f"haiku {list(range(count))} ")
+        assert limerick.startswith(f"limerick {list(range(count))} ")
 
 
 def test_the_in_process_example_prints_rewards_and_goes_on_where_it_stood(dsec: Any, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`python -m wal`: what it prints and how it exits."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from wal import Log, tokens
 from wal.__main__ import main
+from wal.pins import pin
 
 
 @pytest.fixture
@@ -52,6 +54,7 @@ def test_json_lines_hold_everything(log_directory: Path, capsys: pytest.CaptureF
         "offset": 48 + 2 * 72,
         "kind": 1,
         "size": 44,
+        "requests": ["r1"],
         "record": {
             "type": "tokens",
             "request": "r1",
@@ -74,9 +77,13 @@ def test_statistics_count_kinds_and_tokens(log_directory: Path, capsys: pytest.C
     told = json.loads(capsys.readouterr().out)
     assert (told["records"], told["segments"], told["outcome"]) == (5, 1, "end")
     assert told["kinds"]["1"] == {"records": 3, "bytes": 216}
-    assert told["tokens"] == {"requests": 2, "tokens": 6, "bytes_per_token": 36.0}
+    statuses = {"open": 2, "closed": 0, "acknowledged": 0}
+    assert told["tokens"] == {"requests": 2, **statuses, "tokens": 6, "bytes_per_token": 36.0}
+    assert (told["epochs"], told["floor_lsn"], told["pins"], told["problems"]) == ([0], 1, [], 0)
     assert main([str(log_directory), "--stats"]) == 0
-    assert "tokens: 6 of 2 requests, 36.0 bytes a token" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "begins at lsn 1, epochs 0, pins: none" in shown
+    assert "tokens: 6 of 2 requests (2 open, 0 closed, 0 acknowledged), 36.0 bytes a token" in shown
 
 
 def test_verify_prints_the_verdict_only(log_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +181,61 @@ def test_a_step_belongs_to_the_requests_that_its_slots_stand_for(
     assert [json.loads(line)["lsn"] for line in capsys.readouterr().out.splitlines()] == [1, 3, 4]
     assert main([str(tmp_path), "--stats", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["tokens"]
-    assert (told["requests"], told["tokens"]) == (2, 4)
+    assert (told["requests"], told["open"], told["closed"], told["tokens"]) == (2, 1, 1, 3)
     assert main([str(tmp_path)]) == 0
-    assert '{"type": "step", "base": 0' in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].endswith("a [0] v3: 5(-0.500)  b [0] v3: 6(-1.000)")
+    assert lines[4].endswith("b [1] v3: 7(-0.500)")
+    assert main([str(tmp_path), "--request", "b"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith(" B  b [0] v3: 6(-1.000)")
+
+
+def test_a_stream_that_contradicts_itself_is_told_and_fails_the_verification(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Log.open(tmp_path) as log:
+        for start in (0, 2, 7, 9):
+            log.append(1, tokens.encode(tokens.TokensAppended("r", start, (5, 6), (-0.5, -1.0), 3)))
+        log.append(1, b"no record of tokens")
+    assert main([str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 5
+    assert "wal: note: lsn 3 (0000000000000001-00000000.wal at 192): " in said.err
+    assert said.err.endswith("3 such records\n")
+    assert main([str(tmp_path), "--verify"]) == 1
+    assert capsys.readouterr().out.startswith("bad: 5 records")
+    assert main([str(tmp_path), "--verify", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["problems"] == 3
+
+
+def test_steps_of_many_requests_are_shown_in_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slots = list(range(6))
+    with Log.open(tmp_path) as log:
+        for slot in slots:
+            log.append(1, tokens.encode(tokens.RequestOpened(f"r\n{slot}", slot)))
+        step = tokens.StepAppended(0, [(5, 3), (1, 4)], slots, list(range(16)), [-0.5] * 16, [1, 1, 1, 1, 1, 11])
+        log.append(1, tokens.encode(step))
+    assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("r\\n3 [0] v3: 3(-0.500)  ... 6 requests")
+    assert main([str(tmp_path), "--request", "r\n5"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("12(-0.500) ... 11 tokens")
+
+
+def test_floor_pins_and_epochs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for epoch in (1, 2):
+        with Log.open(tmp_path, epoch=epoch) as log:
+            log.append(2, b"x")
+    pin(tmp_path, "backup", 2)
+    assert main([str(tmp_path), "--stats"]) == 0
+    assert "begins at lsn 1, epochs 1, 2, pins: backup at 2" in capsys.readouterr().out
+
+
+def test_a_log_that_cannot_be_listed_is_exit_two(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert main([str(tmp_path)]) == 2
+    assert "Permission denied" in capsys.readouterr().err
