@@ -97,15 +97,14 @@ def remove_below_floor(storage: Storage, directory: Path) -> list[str]:
     return segments
 
 
-def read_error(storage: Storage, directory: Path, name: str, error: OSError) -> WalError:
-    """What it means that the segment `name` cannot be read: DroppedError if the floor has passed it meanwhile."""
-    parsed = fmt.parse_name(name)
-    if isinstance(error, FileNotFoundError) and parsed:
+def read_error(storage: Storage, path: Path, first_lsn: int, error: OSError) -> WalError:
+    """What it means that the segment at `path` cannot be read: DroppedError if the floor has passed it meanwhile."""
+    if isinstance(error, FileNotFoundError):
         with contextlib.suppress(OSError):
-            floor = floor_of(storage.names(directory))
-            if parsed[0] < floor:
-                return DroppedError(directory, parsed[0], floor)
-    return storage_error(directory / name, "read", error)
+            floor = floor_of(storage.names(path.parent))
+            if first_lsn < floor:
+                return DroppedError(path.parent, first_lsn, floor)
+    return storage_error(path, "read", error)
 
 
 def _floors(names: Iterable[str]) -> list[tuple[str, int]]:

@@ -87,7 +87,8 @@ class Reader:
             try:
                 yield from self._walk(segment, following)
             except OSError as error:
-                raise read_error(self._storage, self._directory, segment.name, error) from error
+                path = self._directory / segment.name
+                raise read_error(self._storage, path, segment.first_lsn, error) from error
         self.outcome = Outcome.TORN_TAIL if self.tear else Outcome.END
 
     def _walk(self, segment: Segment, following: Segment | None) -> Iterator[Record]:

@@ -17,70 +17,27 @@ See: docs/formats/wal_retention.md.
 
 from __future__ import annotations
 
-import enum
 import heapq
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 from wal.errors import storage_error
 from wal.floor import FIRST_LSN, raise_floor, remove_below_floor
 from wal.pins import RETENTION_LOCK, pins_of
+from wal.reader import Reader, Record
+from wal.requests import Hold, Requests
 from wal.segments import Segment, find_segments
 from wal.storage import FileStat, Lock, OsStorage, Storage
 
 HOLDERS_TOLD_MAX = 8
 NAME_CHARS_MAX = 64
 _log = logging.getLogger(__name__)
-
-
-class Hold(enum.Enum):
-    """The type of HOLD."""
-
-    HOLD = "hold"
-
-
-HOLD: Final = Hold.HOLD
-"""Answer of `requests_of` for a record that must never be dropped, nor anything behind it."""
-
-
-class LogRecord(Protocol):
-    """What a record is to retention; `wal.Record` is one."""
-
-    @property
-    def lsn(self) -> int:
-        """Its number."""
-        ...
-
-    @property
-    def kind(self) -> int:
-        """Its kind."""
-        ...
-
-    @property
-    def payload(self) -> bytes:
-        """Its content."""
-        ...
-
-
-class Requests(Protocol):
-    """What the caller knows of the requests in the log: usually the fold that it has anyway."""
-
-    def requests_of(self, record: LogRecord) -> Iterable[str] | Hold:
-        """The requests that a record belongs to, after it was folded in; called once a record, in log order.
-
-        Also those that it releases: a request's release is noticed at a record that names it.  A
-        record of no request is no reason to keep anything; HOLD keeps it and all behind it for good.
-        """
-        ...
-
-    def is_released(self, request: str) -> bool:
-        """True once it is closed and acknowledged, and for ever after; True if its beginning was dropped."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -158,10 +115,11 @@ class RetentionReport:
 class Retention:
     """The retention of one log; keep one, in the process that writes the log.
 
-    `add` every durable record, from the first that the log holds on: first those that a `Reader`
-    gives, then those appended.  `run_pass` now and then.  The two may run in different threads;
-    a pass blocks for a few syncs and unlinks, so an event loop hands it to a thread.  It
-    never touches the newest segment, so it needs nothing of the `Log` that writes beside it.
+    Tell it every durable record, from the first that the log holds on, and `run_pass` now and then.
+    Either `catch_up` before each pass, which reads the segments sealed since the last one, or `add`:
+    first what a `Reader` gives, then what was appended.  `add` and `run_pass` may run in different
+    threads; a pass blocks for a few syncs and unlinks, so an event loop hands it to a thread.
+    Nothing here touches the newest segment, so it needs nothing of the `Log` that writes beside it.
     """
 
     def __init__(
@@ -185,7 +143,7 @@ class Retention:
         self._hold_lsn: int | None = None
         self._warned: object = None
 
-    def add(self, record: LogRecord) -> None:
+    def add(self, record: Record) -> None:
         """Take note of the next record, which must be durable.
 
         Durable, because a release that a crash takes back must not have dropped anything.  Raises
@@ -208,6 +166,20 @@ class Retention:
                     self._held.pop(request, None)
                 else:
                     self._held.setdefault(request, record.lsn)
+
+    def catch_up(self) -> None:
+        """`add` the records of all sealed segments that were not added yet; they are durable.
+
+        What the newest segment says is learned once it is sealed.  Raises what `wal.read` and `add` do.
+        """
+        segments, _, _ = self._look()
+        end_lsn = segments[-1].first_lsn if segments else FIRST_LSN
+        if self._next_lsn >= end_lsn:
+            return
+        start_lsn = max(self._next_lsn, segments[0].first_lsn)
+        reader = Reader(self.directory, after_lsn=start_lsn - 1, storage=self._storage)
+        for record in itertools.islice(reader, end_lsn - start_lsn):
+            self.add(record)
 
     def run_pass(self) -> RetentionReport:
         """Drop what may go and the policy lets go; finish what an interrupted pass began.

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from wal.retention import HOLD, Hold, LogRecord
+from wal.reader import Record
+from wal.requests import HOLD, Hold
 from wal.storage import File, FileStat, Lock
 
 Fault = Literal["crash", "short", "ENOSPC", "EIO"]
@@ -210,8 +211,8 @@ class TextRequests:
     def __init__(self) -> None:
         self.live: set[str] = set()
 
-    def requests_of(self, record: LogRecord) -> list[str] | Hold:
-        """See wal.retention.Requests."""
+    def requests_of(self, record: Record) -> list[str] | Hold:
+        """See wal.requests.Requests."""
         verb, *names = record.payload.decode().split() or [""]
         if verb == "open":
             self.live.update(names)
@@ -222,7 +223,7 @@ class TextRequests:
         return names if verb in ("open", "use", "release") else []
 
     def is_released(self, request: str) -> bool:
-        """See wal.retention.Requests."""
+        """See wal.requests.Requests."""
         return request not in self.live
 
 

@@ -1,13 +1,14 @@
 """Where a log begins, and what it means that files before or behind that place are missing."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from wal import CorruptError
-from wal.floor import floor_of
+from wal import CorruptError, StorageError
+from wal.floor import floor_of, read_error
 from wal.testing import FaultyStorage
 
 DIRECTORY = Path("/log")
@@ -71,3 +72,31 @@ def test_a_listing_that_a_pass_overtook_is_made_again(owning: Callable[..., Any]
     owner.run_pass()
     disk.stale = owner.files(".wal")
     assert owner.lsns() == [3]
+
+
+class Unreadable(FaultyStorage):
+    """Reads fail with `failure`."""
+
+    failure: OSError | None = None
+
+    def read_into(self, path: Path, offset: int, buffer: memoryview) -> int:
+        if self.failure:
+            raise self.failure
+        return super().read_into(path, offset, buffer)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOENT])
+def test_a_segment_that_cannot_be_read_and_was_not_dropped_is_a_storage_error(
+    owning: Callable[..., Any], number: int
+) -> None:
+    disk = Unreadable()
+    owner = owning(disk=disk)
+    owner.write("note", "note")
+    disk.failure = OSError(number, "no")
+    with pytest.raises(StorageError, match=f"cannot read .*{errno.errorcode[number]}"):
+        owner.lsns()
+
+
+def test_a_segment_that_vanished_with_its_directory_is_a_storage_error() -> None:
+    error = read_error(FaultyStorage(), DIRECTORY / "0000000000000001-00000000.wal", 1, FileNotFoundError(2, "no"))
+    assert isinstance(error, StorageError)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from wal import Log, Reader, StorageError
+from wal import Log, Reader, Record, StorageError
 from wal.pins import pin
 from wal.retention import Holder, Retention, RetentionPolicy, RetentionReport
 from wal.storage import OsStorage
@@ -174,3 +174,33 @@ def test_on_a_real_disk_a_pass_drops_and_the_log_goes_on(tmp_path: Path) -> None
     assert [record.lsn for record in Reader(tmp_path)] == [3, 4]
     with Log.open(tmp_path) as log:
         assert log.recovery.next_lsn == 5
+
+
+def test_catching_up_reads_what_was_sealed_since_and_leaves_the_newest_segment(owning: Callable[..., Any]) -> None:
+    owner = owning()
+    late = Retention(DIRECTORY, TextRequests(), storage=owner.disk)
+    late.catch_up()
+    owner.write("open a", "use a", "release a", "note")
+    late.catch_up()
+    assert late.run_pass().floor_lsn == 4
+    late.catch_up()
+    owner.write("open b", "note", "note")
+    late.catch_up()
+    assert late.run_pass().holders == (Holder(5, "request", "b"),)
+    with pytest.raises(ValueError, match="needs lsn 7 next, was given 1"):
+        late.add(Record(1, 9, b"note", "", 0))
+
+
+def test_catching_up_with_a_log_that_has_no_segment_is_nothing() -> None:
+    disk = FaultyStorage()
+    disk.make_directory(DIRECTORY)
+    Retention(DIRECTORY, TextRequests(), storage=disk).catch_up()
+
+
+def test_catching_up_begins_at_the_floor(owning: Callable[..., Any]) -> None:
+    owner = owning()
+    owner.write("note", "note", "open a", "note")
+    owner.run_pass()
+    late = Retention(DIRECTORY, TextRequests(), storage=owner.disk)
+    late.catch_up()
+    assert late.run_pass().holders == (Holder(3, "request", "a"),)
