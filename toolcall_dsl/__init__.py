@@ -2,7 +2,7 @@
 
 `encode` turns messages into prompt tokens that know what they are; `parse` turns sampled tokens
 into reasoning, text and calls.  Pure: no I/O but reading a tokenizer file, nothing of the rest of
-this project, and `tokenizers` behind one module.
+this project, `tokenizers` and `jsonschema-rs` behind one module each.
 
 See: docs/formats/toolcall_dsl.md.
 """
@@ -13,6 +13,7 @@ from toolcall_dsl.errors import AppendError, DslError, FeedError, MessageError, 
 from toolcall_dsl.messages import Message
 from toolcall_dsl.parser import parse, parse_text, turn_of
 from toolcall_dsl.rules import RULES
+from toolcall_dsl.schema import CheckedCall, SchemaProblem, ToolChecker, check_call
 from toolcall_dsl.stream import StreamParser
 from toolcall_dsl.tokenizer import Tokenizer
 from toolcall_dsl.types import (
@@ -43,6 +44,7 @@ __all__ = [
     "ArgumentsText",
     "CallFinished",
     "CallStarted",
+    "CheckedCall",
     "ContentText",
     "Dialect",
     "DslError",
@@ -55,6 +57,7 @@ __all__ = [
     "Policy",
     "ReasoningText",
     "SchemaError",
+    "SchemaProblem",
     "Segment",
     "Span",
     "SpanKind",
@@ -62,8 +65,10 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "ToolCall",
+    "ToolChecker",
     "TurnEvent",
     "TurnFailed",
+    "check_call",
     "encode",
     "encode_appended",
     "encode_results",
