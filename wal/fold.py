@@ -199,13 +199,16 @@ class TokenFold:
     def _open_request(self, record: RequestOpened, lsn: int) -> Sequence[Stream]:
         request, slot = record.request, record.slot
         holder, stream = self._slots.get(slot), self._streams.get(request)
-        if holder is not None:
+        if holder is not None and slot not in self._untold:
             raise StreamError(lsn, request, f"slot {slot} is opened for it but stands for {holder.request!r}")
         self._check_open(stream, request, lsn)
         if stream is None:
             stream = self._streams[request] = Stream(request, slot, lsn, self._pending)
         elif stream.slot is not None:
             raise StreamError(lsn, request, f"it is opened as slot {slot} but is open as slot {stream.slot}")
+        if holder is not None:  # its request was closed by an id that this fold never saw
+            self._leave(holder)
+            self._free(slot)
         stream.slot = slot
         stream.touch(lsn)
         self._slots[slot] = stream
@@ -219,8 +222,7 @@ class TokenFold:
         self._leave(stream)
         stream.touch(lsn)
         if stream.slot is not None:
-            del self._slots[stream.slot]
-            self._untold.discard(stream.slot)
+            self._free(stream.slot)
         stream.slot, stream.status, stream.reason = None, "closed", record.reason
         return self._told([stream])
 
@@ -301,6 +303,13 @@ class TokenFold:
             stream.leave()
             self._members.discard(slot)
             self._run.vacate(slot)
+
+    def _free(self, slot: int) -> None:
+        """The slot stands for nobody; with the last untold one gone, lengths are known again."""
+        del self._slots[slot]
+        if slot in self._untold:
+            self._untold.remove(slot)
+            self._base = sum(self._slots[member].length for member in self._members)
 
     def _end_run(self) -> None:
         """No stream takes part in a run any more, and all columns are complete."""
