@@ -9,6 +9,7 @@ See: docs/formats/wal.md.
 from wal.errors import (
     ClosedError,
     CorruptError,
+    DroppedError,
     FencedError,
     FullError,
     LockedError,
@@ -29,6 +30,7 @@ from wal.storage import OsStorage, Storage
 __all__ = [
     "ClosedError",
     "CorruptError",
+    "DroppedError",
     "FencedError",
     "FullError",
     "GroupCommit",

@@ -1,6 +1,7 @@
 """Pins: who sets one can rely on it."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from wal import Log, Reader, StorageError
 from wal.errors import DroppedError
 from wal.pins import Pin, pin, pinned, pins_of, unpin
 from wal.retention import Holder, Retention
+from wal.storage import OsStorage
 from wal.testing import FaultyStorage, TextRequests
 
 DIRECTORY = Path("/log")
@@ -115,3 +117,17 @@ def test_a_pass_does_not_wait_for_a_pin_that_is_being_set(owning: Callable[..., 
     assert (report.is_deferred, report.dropped, report.passed) == (True, (), ())
     lock.close()
     assert owner.run_pass().floor_lsn == 2
+
+
+def test_on_a_real_disk_a_pin_waits_for_the_pass_that_decides_and_sees_its_floor(tmp_path: Path) -> None:
+    with Log.open(tmp_path, segment_bytes_max=1) as log:
+        for _ in range(3):
+            log.append(9, b"note")
+    deciding = OsStorage().lock(tmp_path / "retention.lock")
+    with ThreadPoolExecutor(1) as pool:
+        pinning = pool.submit(pin, tmp_path, "late", 2)
+        (tmp_path / "0000000000000003.floor").touch()
+        deciding.close()
+        with pytest.raises(DroppedError, match="begins at lsn 3"):
+            pinning.result()
+    assert pins_of(OsStorage().names(tmp_path)) == []

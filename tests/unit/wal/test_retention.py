@@ -204,3 +204,38 @@ def test_catching_up_begins_at_the_floor(owning: Callable[..., Any]) -> None:
     late = Retention(DIRECTORY, TextRequests(), storage=owner.disk)
     late.catch_up()
     assert late.run_pass().holders == (Holder(3, "request", "a"),)
+
+
+def test_a_pass_of_a_writer_that_was_fenced_off_drops_nothing_that_its_successor_needs(
+    owning: Callable[..., Any],
+) -> None:
+    owner = owning()
+    owner.write("open a", "release a", "open b", "note")
+    with Log.open(DIRECTORY, epoch=1, storage=owner.disk, segment_bytes_max=1) as successor:
+        for text in ("release b", "open c", "note"):
+            successor.append(9, text.encode())
+        successor.sync()
+        assert owner.run_pass().holders == (Holder(3, "request", "b"), Holder(5, "unseen"))
+        assert owner.lsns() == [3, 4, 5, 6, 7]
+        takeover = Retention(DIRECTORY, TextRequests(), storage=owner.disk)
+        takeover.catch_up()
+        assert takeover.run_pass().holders == (Holder(6, "request", "c"),)
+        assert owner.run_pass().dropped == ()
+    assert owner.lsns() == [6, 7]
+
+
+def test_what_a_fenced_writer_left_behind_the_takeover_goes_with_the_segments_around_it(
+    owning: Callable[..., Any],
+) -> None:
+    owner = owning()
+    owner.write("note", "note")
+    with Log.open(DIRECTORY, epoch=1, storage=owner.disk, segment_bytes_max=1) as successor:
+        successor.append(9, b"note")
+        successor.append(9, b"note")
+        successor.append(9, b"note")
+        successor.sync()
+        owner.disk.create(DIRECTORY / "0000000000000004-00000000.wal").close()
+        takeover = Retention(DIRECTORY, TextRequests(), storage=owner.disk)
+        takeover.catch_up()
+        takeover.run_pass()
+    assert owner.files(".wal") == ["0000000000000005-00000001.wal"]
