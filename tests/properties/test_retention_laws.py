@@ -6,12 +6,16 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wal import Log, Outcome, Reader, Record
+from wal import Log, Outcome, Reader, Record, tokens
 from wal.errors import DroppedError
+from wal.fold import fold
 from wal.pins import Pin, pin, pins_of, unpin
+from wal.requests import TokenRequests
 from wal.retention import Retention, RetentionPolicy, RetentionReport
 from wal.segments import find_segments
 from wal.testing import FaultyStorage, TextRequests
+from wal.token_stream import Stream
+from wal.tokens import RequestClosed, RequestOpened, RequestsAcknowledged, StepAppended, TokensAppended
 
 DIRECTORY = Path("/log")
 NAMES = st.sampled_from("abcdef")
@@ -171,6 +175,114 @@ def test_bounds_keep_released_history_and_never_cost_what_may_not_go(
     assert bool(report.passed) == (report.log_bytes > keep_bytes_max and report.segments_count > 1)
     if report.dropped:
         assert report.log_bytes + sizes[report.dropped[-1]] > keep_bytes_max, "history within the bound stays"
+
+
+class Engine:
+    """Requests that join, are sampled in steps or chunks, end, and are acknowledged; a chunk request has no slot."""
+
+    def __init__(self) -> None:
+        self.disk = FaultyStorage()
+        self.log = Log.open(DIRECTORY, storage=self.disk, segment_bytes_max=400)
+        self.slots: dict[int, str] = {}
+        self.lengths: dict[str, int] = {}
+        self.running: list[str] = []
+        self.closed: list[str] = []
+
+    def append(self, record: tokens.TokenRecord) -> None:
+        self.log.append(tokens.TOKENS, tokens.encode(record))
+
+    def join(self, has_slot: bool) -> None:
+        request = f"r{len(self.lengths)}"
+        self.lengths[request] = 0
+        self.running.append(request)
+        if has_slot:
+            slot = next(slot for slot in range(9) if slot not in self.slots)
+            self.slots[slot] = request
+            self.append(RequestOpened(request, slot))
+        else:
+            self.append(TokensAppended(request, 0, (9,), (-1.0,), 1))
+            self.lengths[request] = 1
+
+    def step(self, counts: list[int]) -> None:
+        rows = list(zip(self.slots, counts, strict=False))
+        if not rows:
+            return
+        slots = tuple(slot for slot, _ in rows)
+        total = sum(count for _, count in rows)
+        base = sum(self.lengths[self.slots[slot]] for slot in slots)
+        self.append(StepAppended(base, ((len(rows), 1),), slots, (7,) * total, (-0.5,) * total, [c for _, c in rows]))
+        for slot, count in rows:
+            self.lengths[self.slots[slot]] += count
+
+    def extend(self, which: int) -> None:
+        loose = [name for name in self.running if name not in self.slots.values()]
+        if loose:
+            name = loose[which % len(loose)]
+            self.append(TokensAppended(name, self.lengths[name], (5, 6), (-1.0, -2.0), 2))
+            self.lengths[name] += 2
+
+    def end(self, which: int) -> None:
+        if self.running:
+            name = self.running.pop(which % len(self.running))
+            slot = next((slot for slot, held in self.slots.items() if held == name), None)
+            self.append(RequestClosed(name if slot is None else slot, "eos"))
+            self.slots = {held: other for held, other in self.slots.items() if other != name}
+            self.closed.append(name)
+
+    def acknowledge(self, count: int) -> None:
+        acknowledged, self.closed = self.closed[:count], self.closed[count:]
+        if acknowledged:
+            self.append(RequestsAcknowledged(tuple(acknowledged)))
+
+    def do(self, verb: str, number: int, counts: list[int]) -> None:
+        match verb:
+            case "join":
+                if len(self.slots) < 4:
+                    self.join(number % 3 > 0)
+            case "step":
+                self.step(counts)
+            case "extend":
+                self.extend(number)
+            case "end":
+                self.end(number)
+            case _:
+                self.acknowledge(number)
+
+
+ENGINE_STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["join", "step", "step", "extend", "end", "acknowledge"]),
+        st.integers(0, 5),
+        st.lists(st.integers(1, 2), min_size=4, max_size=4),
+    ),
+    max_size=80,
+)
+
+
+@given(ENGINE_STEPS)
+@settings(max_examples=150, deadline=None)
+def test_the_streams_of_live_requests_are_the_same_after_their_log_was_cut(
+    steps: list[tuple[str, int, list[int]]],
+) -> None:
+    engine = Engine()
+    for step in steps:
+        engine.do(*step)
+    engine.log.close()
+    whole = fold(Reader(DIRECTORY, storage=engine.disk))
+    retention = Retention(DIRECTORY, TokenRequests(), storage=engine.disk)
+    retention.catch_up()
+    retention.run_pass()
+    cut = fold(Reader(DIRECTORY, storage=engine.disk))
+    for request, stream in whole.items():
+        if stream.status != "acknowledged":
+            assert seen(cut[request]) == seen(stream)
+    again = Retention(DIRECTORY, TokenRequests(), storage=engine.disk)
+    again.catch_up()
+    assert again.run_pass().dropped == ()
+
+
+def seen(stream: Stream) -> tuple[object, ...]:
+    return stream.request, stream.status, list(stream.token_ids), list(stream.logprobs), stream.first_lsn
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40))
