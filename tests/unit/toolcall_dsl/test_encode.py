@@ -201,6 +201,7 @@ def test_reasoning_has_two_names() -> None:
     assert text(reasoning="r") == text(reasoning_content="r")
     assert text(reasoning_content="r", reasoning="other") == text(reasoning_content="r")
     assert text(reasoning_content=None, reasoning="r") == text(reasoning_content="r")
+    assert text(reasoning_content="", reasoning="r") == text(reasoning_content="")
 
 
 @pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "latest_reminder"])
