@@ -110,11 +110,6 @@ def rendered(tokenizer_file: Path) -> Callable[[Conversation], RenderedTokens]:
     return render
 
 
-@pytest.fixture(scope="session")
-def rendered_ids(rendered: Callable[[Conversation], RenderedTokens]) -> Callable[[Conversation], list[int]]:
-    return lambda talk: rendered(talk).token_ids
-
-
 class Conversation(NamedTuple):
     """What both encoders are asked for."""
 
@@ -150,21 +145,14 @@ def changed(talk: Conversation, change: Callable[[dict[str, Any]], object]) -> C
     return talk._replace(messages=messages)
 
 
-def with_arguments(talk: Conversation) -> Conversation:
+def with_whole_calls(talk: Conversation) -> Conversation:
     def change(each: dict[str, Any]) -> None:
-        for call in each.get("tool_calls", ()):
-            call.get("function", call).setdefault("arguments", "{}")
+        for place, call in enumerate(each.get("tool_calls", ())):
+            function = call.get("function", call)
+            function.setdefault("arguments", "{}")
+            each["tool_calls"][place] = {"id": call["id"], "function": function}
 
     return changed(talk, change)
-
-
-def with_functions(talk: Conversation) -> Conversation:
-    def change(each: dict[str, Any]) -> None:
-        each["tool_calls"] = [
-            call if "function" in call else {"id": call.get("id"), "function": call} for call in each["tool_calls"]
-        ]
-
-    return changed(talk, lambda each: change(each) if "tool_calls" in each else None)
 
 
 def with_images_as_text(talk: Conversation) -> Conversation:
@@ -203,11 +191,11 @@ DIFFERENCES: dict[str, Difference] = {
         with_images_as_text,
     ),
     "missing arguments are no arguments": Difference(
-        lambda talk: any("arguments" not in function for function in functions_of(talk)), with_arguments
+        lambda talk: any("arguments" not in function for function in functions_of(talk)), with_whole_calls
     ),
     "a call may lack its function object": Difference(
         lambda talk: any("function" not in call for each in talk.messages for call in each.get("tool_calls", ())),
-        with_functions,
+        with_whole_calls,
     ),
     "arguments that are JSON but no object are a crash": Difference(
         lambda talk: any(is_json_but_no_object(function.get("arguments")) for function in functions_of(talk)), None
@@ -324,7 +312,7 @@ def translated(talk: Conversation, names: list[str]) -> Conversation:
 
 def test_every_difference_on_random_conversations_has_a_name(
     full_tokenizer: Tokenizer,
-    rendered_ids: Callable[[Conversation], list[int]],
+    rendered: Callable[[Conversation], RenderedTokens],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     members: Counter[str] = Counter()
@@ -336,10 +324,10 @@ def test_every_difference_on_random_conversations_has_a_name(
             ours = ids_or_none(talk, full_tokenizer)
             if any(DIFFERENCES[name].translated is None for name in names):
                 with pytest.raises(AttributeError):
-                    rendered_ids(talk)
+                    rendered(talk).token_ids
                 members.update(names[-1:])
                 continue
-            theirs = rendered_ids(talk)
+            theirs = rendered(talk).token_ids
             same = translated(talk, names)
             assert ids_of(same, full_tokenizer) == theirs, talk
             assert encode_text(same.messages, **options_of(same)) == full_tokenizer.decode(theirs), talk
@@ -373,7 +361,7 @@ def test_what_a_loss_may_count_is_the_same(
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_spellings_in_data_are_the_same_text_and_control_tokens_there_only(
-    spelling: str, full_tokenizer: Tokenizer, rendered_ids: Callable[[Conversation], list[int]]
+    spelling: str, full_tokenizer: Tokenizer, rendered: Callable[[Conversation], RenderedTokens]
 ) -> None:
     for content in (f"x {spelling} y", spelling):
         messages = [
@@ -383,7 +371,7 @@ def test_spellings_in_data_are_the_same_text_and_control_tokens_there_only(
             {"role": "tool", "content": content},
         ]
         talk = Conversation(messages, [], thinking=True, drop_thinking=False, effort="low")
-        ours, theirs = ids_of(talk, full_tokenizer), rendered_ids(talk)
+        ours, theirs = ids_of(talk, full_tokenizer), rendered(talk).token_ids
         assert full_tokenizer.decode(ours) == full_tokenizer.decode(theirs)
         added = sum(token_id in full_tokenizer.control_ids for token_id in theirs) - sum(
             token_id in full_tokenizer.control_ids for token_id in ours
@@ -392,11 +380,11 @@ def test_spellings_in_data_are_the_same_text_and_control_tokens_there_only(
 
 
 def test_an_empty_response_format_is_written_there_only(
-    full_tokenizer: Tokenizer, rendered_ids: Callable[[Conversation], list[int]]
+    full_tokenizer: Tokenizer, rendered: Callable[[Conversation], RenderedTokens]
 ) -> None:
     messages = [{"role": "system", "content": "s", "response_format": {}}, {"role": "user", "content": "q"}]
     talk = Conversation(messages, [], thinking=False, drop_thinking=True, effort="low")
-    theirs = full_tokenizer.decode(rendered_ids(talk))
+    theirs = full_tokenizer.decode(rendered(talk).token_ids)
     assert theirs.replace(f"\n\n{V4_0731.response_format_head}{{}}", "") == full_tokenizer.decode(
         ids_of(talk, full_tokenizer)
     )
@@ -404,14 +392,14 @@ def test_an_empty_response_format_is_written_there_only(
 
 
 def test_what_has_no_encoding_here_is_made_into_text_there(
-    full_tokenizer: Tokenizer, rendered_ids: Callable[[Conversation], list[int]]
+    full_tokenizer: Tokenizer, rendered: Callable[[Conversation], RenderedTokens]
 ) -> None:
     for content, text in ((7, "7"), ([{"type": "audio"}], "[Unsupported audio]")):
         messages = [{"role": "user", "content": content}]
         talk = Conversation(messages, [], thinking=False, drop_thinking=True, effort="low")
         assert ids_or_none(talk, full_tokenizer) is None
-        assert f"<｜User｜>{text}<｜Assistant｜>" in full_tokenizer.decode(rendered_ids(talk))
+        assert f"<｜User｜>{text}<｜Assistant｜>" in full_tokenizer.decode(rendered(talk).token_ids)
     nothing = Conversation([], [], thinking=False, drop_thinking=True, effort="low")
     assert full_tokenizer.decode(ids_of(nothing, full_tokenizer)) == V4_0731.bos
     with pytest.raises(ValueError, match="No messages"):
-        rendered_ids(nothing)
+        rendered(nothing).token_ids
