@@ -54,24 +54,13 @@ SPELLINGS = [*V4_0731.control_tokens, "</｜DSML｜parameter>", "<｜fim▁hole�
 
 
 class Adapter:
-    """The full tokenizer in the shape that renderers asks for."""
-
-    name_or_path = "deepseek-v4"
-    unk_token_id = None
-    eos_token_id = 1
+    """The full tokenizer, as far as this renderer uses one."""
 
     def __init__(self, path: Path) -> None:
         self._inner = tokenizers.Tokenizer.from_file(str(path))
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         return list(self._inner.encode(text, add_special_tokens=add_special_tokens).ids)
-
-    def decode(self, ids: list[int], **_: Any) -> str:
-        return str(self._inner.decode(ids, skip_special_tokens=False))
-
-    def convert_tokens_to_ids(self, token: str) -> int | None:
-        found: int | None = self._inner.token_to_id(token)
-        return found
 
     def __call__(self, text: str, **_: Any) -> dict[str, Any]:
         encoding = self._inner.encode(text, add_special_tokens=False)
@@ -324,7 +313,7 @@ def test_every_difference_on_random_conversations_has_a_name(
             ours = ids_or_none(talk, full_tokenizer)
             if any(DIFFERENCES[name].translated is None for name in names):
                 with pytest.raises(AttributeError):
-                    rendered(talk).token_ids
+                    rendered(talk)
                 members.update(names[-1:])
                 continue
             theirs = rendered(talk).token_ids
@@ -402,4 +391,4 @@ def test_what_has_no_encoding_here_is_made_into_text_there(
     nothing = Conversation([], [], thinking=False, drop_thinking=True, effort="low")
     assert full_tokenizer.decode(ids_of(nothing, full_tokenizer)) == V4_0731.bos
     with pytest.raises(ValueError, match="No messages"):
-        rendered(nothing).token_ids
+        rendered(nothing)

@@ -1,4 +1,4 @@
-"""The dialects: each reproduces the vectors of its checkpoint, and differs from the others where its document says so."""
+"""The dialects: each reproduces the vectors of its checkpoint and differs from others where its document says so."""
 
 from __future__ import annotations
 
