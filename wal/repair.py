@@ -33,7 +33,8 @@ def remove_leftovers(storage: Storage, directory: Path) -> None:
 def cut_tear(storage: Storage, directory: Path, tear: Tear) -> Path | None:
     """Quarantine a copy of the torn bytes, then cut them off; both durable.  StorageError.
 
-    Returns where the copy lies; None if there was not a byte to keep.
+    A segment that is torn from its first byte stays, for the new one to be renamed over it: so there
+    is no moment without a newest segment.  Returns where the copy lies; None if there was not a byte to keep.
     """
     path = directory / tear.segment
     copy = None
@@ -41,9 +42,7 @@ def cut_tear(storage: Storage, directory: Path, tear: Tear) -> Path | None:
         torn = storage.read(path)[tear.offset : tear.offset + tear.size_bytes]
         if torn:
             copy = _quarantine(storage, directory, tear, torn)
-        if tear.offset == 0:
-            storage.remove(path)
-        else:
+        if tear.offset:
             file = storage.open(path)
             try:
                 file.truncate(tear.offset)
