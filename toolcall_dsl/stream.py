@@ -27,7 +27,6 @@ from toolcall_dsl.scanner import (
     BlockOpened,
     Chunk,
     Event,
-    Fault,
     InvokeClosed,
     InvokeOpened,
     Marks,
@@ -189,9 +188,9 @@ class StreamParser:
                 self._end_prose(cut_space=implied)
                 self._prose = ContentText
                 self._spans.border(end, SpanKind.SAMPLED_TEXT)
-            case Fault(rule, offset):
+            case _:
                 self._end_prose()
-                self._fail(rule, self._trail.mark(offset))
+                self._fail(event.rule, self._trail.mark(event.offset))
 
     def _take_text(self, chunk: Chunk) -> None:
         if self._prose is None:

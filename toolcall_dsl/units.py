@@ -93,9 +93,10 @@ class SpelledUnits:
         rest = text[at:]
         if not any(spelling != rest and spelling.startswith(rest) for spelling in self._spellings):
             return False
-        start = 0
-        for index, part in enumerate(self._unit_map.split(text)):
-            if start + len(part) > at:
-                return index % 2 == 0 or start == at
-            start += len(part)
-        return False
+        whole_end = 0
+        for part in self._unit_map.split(text)[1::2]:
+            start = text.index(part, whole_end)
+            whole_end = start + len(part)
+            if start < at < whole_end:
+                return False
+        return True

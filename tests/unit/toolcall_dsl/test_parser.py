@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from toolcall_dsl import (
+    DIALECTS,
     RULES,
     V4,
     ParsedTurn,
@@ -27,6 +28,7 @@ GOLDEN = Path(__file__).parents[2] / "golden/dsml/parse"
 STRICT = {case["id"]: case for case in json.loads((GOLDEN / "reference_strict.json").read_text())}
 TOLERANT = {case["id"]: case for case in json.loads((GOLDEN / "tolerant_expected.json").read_text())}
 OPEN = {case["id"]: case for case in map(json.loads, (GOLDEN / "open.jsonl").read_text().splitlines())}
+REPLAY = {case["id"]: case for case in json.loads((GOLDEN / "grammar_replay.json").read_text())}
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 EOS = "<｜end▁of▁sentence｜>"
 
@@ -116,6 +118,23 @@ def test_tolerant_reads_a_completion_without_its_end_token(name: str, tokenizer:
     expected = case["expect"]
     assert (turn.reasoning, turn.content) == (expected["reasoning"], expected["content"])
     assert calls_of(turn) == expected_calls(expected["calls"])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("end", ["", EOS])
+@pytest.mark.parametrize("name", REPLAY)
+def test_what_a_grammar_lets_a_model_write_is_read_in_its_dialect(name: str, end: str, policy: Policy) -> None:
+    case = REPLAY[name]
+    expected = case["expected"]
+    turn = parse_text(case["completion_text"] + end, thinking=True, policy=policy, dialect=DIALECTS[case["dialect"]])
+    assert (turn.reasoning, turn.content) == (expected["reasoning"], expected["content"])
+    if policy == "strict" and not end and not expected["tool_calls"]:
+        assert turn.error is not None
+        assert turn.error.rule == "missing-eos"
+    else:
+        assert turn.error is None
+        assert calls_of(turn) == expected_calls(expected["tool_calls"])
+        assert {call.status for call in turn.calls} <= {ParseStatus.OK}
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -252,10 +271,11 @@ def test_every_rule_has_a_sentence_without_holes() -> None:
             assert "{" not in error.message
 
 
-def test_offsets_count_characters_not_bytes() -> None:
-    error = parse_text(f"热海🧑<think>{EOS}", thinking=False).error
-    assert error is not None
-    assert error.offset == 3
+def test_places_count_characters_and_lines_not_bytes() -> None:
+    for text, place in (("热海🧑", (3, 1, 4)), ("热\n海", (3, 2, 2)), ("\n\n\n", (3, 4, 1)), ("", (0, 1, 1))):
+        error = parse_text(f"{text}<think>{EOS}", thinking=False).error
+        assert error is not None
+        assert (error.offset, error.line, error.column) == place
 
 
 def test_a_tolerant_turn_that_is_cut_off_keeps_the_calls_before_it() -> None:
@@ -355,19 +375,17 @@ def test_spans_cover_a_turn_exactly(text: str, thinking: bool, kinds: list[str],
     assert all(before.start + before.length == after.start for before, after in pairwise(spans))
 
 
+def test_a_place_behind_half_a_character_counts_its_replacement_sign(tokenizer: Tokenizer) -> None:
+    ids = [*tokenizer.encode_plain("ok\n🧑")[:-1], tokenizer.control(V4.think_open)]
+    error = parse(ids, tokenizer, thinking=False).error
+    assert error is not None
+    assert (error.offset, error.line, error.column) == (4, 2, 2)
+    assert error.excerpt == "ok\n\ufffd<think>"
+
+
 def test_half_a_character_at_the_end_of_a_cut_turn_is_shown_as_a_replacement_sign(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode_plain("ok 🧑")[:-1]
     turn = parse(ids, tokenizer, thinking=False)
     assert turn.content.startswith("ok \ufffd")
     assert turn.error is not None
     assert turn.error.rule == "missing-eos"
-
-
-def test_a_vocabulary_without_the_markers_reads_everything_as_text(tokenizer_file: Path, tmp_path: Path) -> None:
-    definition = json.loads(tokenizer_file.read_text())
-    definition["added_tokens"] = [entry for entry in definition["added_tokens"] if entry["special"]]
-    bare = tmp_path / "bare.json"
-    bare.write_text(json.dumps(definition))
-    tokenizer = Tokenizer.from_file(bare)
-    turn = parse(tokenizer.encode_plain(block(invoke("f"))), tokenizer, thinking=False, policy="tolerant")
-    assert (turn.content, turn.calls) == (block(invoke("f")), ())

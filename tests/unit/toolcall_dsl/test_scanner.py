@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from toolcall_dsl import DIALECTS, Dialect, Policy, Tokenizer
+from toolcall_dsl import DIALECTS, Dialect, Policy, Tokenizer, parse
 from toolcall_dsl.scanner import HEADER_UNITS_MAX, UNDECIDED_UNITS_MAX, Chunk, Event, Marks, Place, Scanner
 from toolcall_dsl.stream import scanner_for
 from toolcall_dsl.tokenizer import UnitMap
 
+CALL = '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>'
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
@@ -90,3 +93,13 @@ def test_text_before_an_undecided_tag_is_not_held(scanner: Scanner, unit_map: Un
 def test_the_control_tokens_of_the_default_dialect_are_all_in_the_shipped_vocabulary(tokenizer: Tokenizer) -> None:
     for spelling in DIALECTS["v4"].control_tokens:
         assert tokenizer.control(spelling) in tokenizer.control_ids
+
+
+def test_a_vocabulary_without_the_markers_reads_everything_as_text(tokenizer_file: Path, tmp_path: Path) -> None:
+    definition = json.loads(tokenizer_file.read_text())
+    definition["added_tokens"] = [entry for entry in definition["added_tokens"] if entry["special"]]
+    bare = tmp_path / "bare.json"
+    bare.write_text(json.dumps(definition))
+    tokenizer = Tokenizer.from_file(bare)
+    turn = parse(tokenizer.encode_plain(CALL), tokenizer, thinking=False, policy="tolerant")
+    assert (turn.content, turn.calls) == (CALL, ())

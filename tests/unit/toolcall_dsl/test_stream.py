@@ -12,6 +12,7 @@ from typing import Any, get_args
 import pytest
 
 from toolcall_dsl import (
+    DIALECTS,
     V4,
     ArgumentsText,
     CallFinished,
@@ -41,16 +42,19 @@ OPENED = '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n'
 CLOSED = "</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
 
 
-def vectors() -> Iterator[tuple[str, str, bool, Any]]:
-    """(id, text, thinking, tools) of every parse vector."""
+def vectors() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(id, text, options of its parser) of every parse vector."""
     for name in ("reference_strict.json", "tolerant_expected.json"):
         for case in json.loads((GOLDEN / name).read_text()):
-            yield case["id"], case["completion_text"], case["thinking_mode"] == "thinking", case.get("tools")
+            options = {"thinking": case["thinking_mode"] == "thinking", "tools": case.get("tools")}
+            yield case["id"], case["completion_text"], options
+    for case in json.loads((GOLDEN / "grammar_replay.json").read_text()):
+        yield case["id"], case["completion_text"] + EOS, {"thinking": True, "dialect": DIALECTS[case["dialect"]]}
     for case in map(json.loads, (GOLDEN / "open.jsonl").read_text().splitlines()):
-        yield case["id"], case["raw"], case["thinking"], None
+        yield case["id"], case["raw"], {"thinking": case["thinking"]}
 
 
-VECTORS = {name: (text, thinking, tools) for name, text, thinking, tools in vectors()}
+VECTORS = {name: (text, options) for name, text, options in vectors()}
 
 
 def parameter(name: str, value: str, flag: str = ' string="true"') -> str:
@@ -75,13 +79,13 @@ def assert_events_tell(events: Sequence[TurnEvent], turn: ParsedTurn) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", VECTORS)
 def test_every_two_way_split_of_a_text_gives_the_events_of_the_whole(name: str, policy: Policy) -> None:
-    text, thinking, tools = VECTORS[name]
+    text, options = VECTORS[name]
 
     def events(parts: Sequence[str]) -> list[TurnEvent]:
-        return joined(events_of(StreamParser(thinking=thinking, policy=policy, tools=tools), parts))
+        return joined(events_of(StreamParser(policy=policy, **options), parts))
 
     whole = events([text])
-    assert_events_tell(whole, parse_text(text, thinking=thinking, policy=policy, tools=tools))
+    assert_events_tell(whole, parse_text(text, policy=policy, **options))
     assert events(text) == whole
     for at in range(1, len(text)):
         assert events([text[:at], text[at:]]) == whole
@@ -92,11 +96,11 @@ def test_every_two_way_split_of_a_text_gives_the_events_of_the_whole(name: str, 
 def test_token_by_token_gives_the_events_and_spans_of_the_whole(
     name: str, policy: Policy, tokenizer: Tokenizer
 ) -> None:
-    text, thinking, tools = VECTORS[name]
+    text, options = VECTORS[name]
     for ids in (sampled_ids(text, tokenizer), tokenizer.encode_plain(text)):
-        turn = parse(ids, tokenizer, thinking=thinking, policy=policy, tools=tools)
+        turn = parse(ids, tokenizer, policy=policy, **options)
         for size in (1, 2, 3, 7):
-            parser = StreamParser(tokenizer, thinking=thinking, policy=policy, tools=tools)
+            parser = StreamParser(tokenizer, policy=policy, **options)
             events = events_of(parser, [ids[at : at + size] for at in range(0, len(ids), size)])
             assert_events_tell(events, turn)
             assert parser.spans() == turn.spans
