@@ -27,7 +27,7 @@ from wal.errors import RecordInvalidError, StreamError
 from wal.reader import Record
 from wal.token_columns import f32_array, invalid, is_finite, u32_array
 from wal.token_records import STEP_APPENDED
-from wal.token_steps import BASE, BASE_OFFSET, StepHead, StepLayout, decode_layout
+from wal.token_steps import BASE, BASE_OFFSET, HEAD_BYTES, StepHead, StepLayout, decode_layout
 from wal.token_stream import KvBreak, Pending, Run, Stream
 from wal.tokens import (
     KvBroken,
@@ -88,8 +88,19 @@ class TokenFold:
             self._first_lsn, self._is_partial = record.lsn, record.lsn > 1
         if record.kind != tokens.TOKENS:
             touched: Sequence[Stream] = ()
-        elif run is not None and run.matches(payload):
-            touched = self._repeat(run, payload, record.lsn)
+        elif (
+            run is not None
+            and len(payload) == run.size_bytes
+            and payload.startswith(run.front)
+            and payload.startswith(run.layout, HEAD_BYTES)
+        ):  # a step of the rows of the newest run: the hot path
+            base: int = BASE.unpack_from(payload, BASE_OFFSET)[0]
+            high = payload[run.logprobs_at + 3 :: 4]
+            if base != self._base or run.vacant or 0x7F in high or 0xFF in high:
+                self._fill(run, payload, base, record.lsn)
+            self._base = base + run.rows_count
+            self._pending.add(run, payload, record.lsn)
+            touched = run.streams if not self._is_partial else self._told(run.streams)
         else:
             try:
                 touched = self._add(payload, record.lsn)
@@ -118,24 +129,15 @@ class TokenFold:
         record = tokens.decode(payload)
         return _HANDLERS[type(record)](self, record, lsn)
 
-    def _repeat(self, run: Run, payload: bytes, lsn: int) -> Sequence[Stream]:
-        """A step of the rows of the newest run; the hot path."""
+    def _fill(self, run: Run, payload: bytes, base: int, lsn: int) -> None:
+        """Check the step of a run that is not plain; slots that changed hands get their new streams."""
         if not is_finite(payload, run.logprobs_at):
             raise invalid("logprobs", f"must be finite (lsn {lsn})")
-        base: int = BASE.unpack_from(payload, BASE_OFFSET)[0]
-        expected = self._base
-        if run.vacant:
-            rows = self._rows(run.vacant, lsn)
-            expected += sum(stream.length for stream in rows)
-            self._check_base(base, expected, lsn)
-            for slot, stream in zip(tuple(run.vacant), rows, strict=True):
-                stream.join(run.fill(slot, stream))
-                self._members.add(slot)
-        elif base != expected:
-            self._check_base(base, expected, lsn)
-        self._base = base + len(run.slots)
-        self._pending.add(run, payload, lsn)
-        return self._told(run.streams)
+        rows = self._rows(run.vacant, lsn)
+        self._check_base(base, self._base + sum(stream.length for stream in rows), lsn)
+        for slot, stream in zip(tuple(run.vacant), rows, strict=True):
+            stream.join(run.fill(slot, stream))
+            self._members.add(slot)
 
     def _step(self, payload: bytes, lsn: int) -> Sequence[Stream]:
         layout = decode_layout(payload)

@@ -136,11 +136,15 @@ class GroupCommit:
 
     async def room(self) -> None:
         """Wait while the bytes that wait for their group are at their bound.  PoisonedError, ClosedError."""
-        self._check_open()
-        while self.log.staged_bytes >= self._pending_bytes_max:
+        self.check_open()
+        while not self.has_room():
             self._has_room.clear()
             await self._has_room.wait()
-            self._check_open()
+            self.check_open()
+
+    def has_room(self) -> bool:
+        """Whether `room` would return at once."""
+        return self.log.staged_bytes < self._pending_bytes_max
 
     def admit(self, kind: int, payload: bytes) -> tuple[int, asyncio.Future[None]]:
         """Give a record its place in the log's order now; returns its lsn and a future, done once it is durable.
@@ -148,7 +152,7 @@ class GroupCommit:
         For a caller whose next record builds on this one and need not wait for the sync; it awaits `room`
         first.  Raises what `append` raises before the record is in the log, the future the rest.
         """
-        self._check_open()
+        self.check_open()
         lsn = self.log.stage(kind, payload)
         loop = asyncio.get_running_loop()
         done = loop.create_future()
@@ -178,7 +182,8 @@ class GroupCommit:
         finally:
             self._worker.shutdown()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """PoisonedError or ClosedError if nothing can be appended any more."""
         if self._failure is not None:
             raise PoisonedError(self.log.directory, self._failure)
         if self._is_closing:

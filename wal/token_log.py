@@ -1,10 +1,10 @@
 """The writer's side of token records: slots, engine steps, and what else happens to a request.
 
 A `TokenLog` folds what it writes, record by record in the order of the log, so its state is the state
-that a reader of the log will have, and one place holds the rules.  A record changes the state at the
-moment in which it gets its place in the log; the call returns when it is durable.  So an engine may
-start its next step while the one before is being synced, and only what leaves the house (a token to a
-client) waits for `append` to return.
+that a reader of the log will have, and one place holds the rules.  A call gives its record its place in
+the log at once and returns something to await until the record is durable.  So an engine may start its
+next step while the one before is being synced, needs no task for it, and only what leaves the house (a
+token to a client) waits.
 
 Invariants:
 1. Records reach the log in the order in which their calls began, and each fits the ones before it.
@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from typing import Any
 
 from wal import tokens
 from wal.errors import RecordTooLargeError
@@ -31,13 +32,28 @@ from wal.token_steps import StepHead, encode_with, step_head, version_runs_of
 from wal.tokens import Cause, KvBroken, RequestClosed, RequestOpened, RequestsAcknowledged, RoutesRecorded, Who
 
 
+class _Written:
+    """A record that has its place in the log; awaiting it waits until it is durable."""
+
+    __slots__ = ("_answer", "_durable")
+
+    def __init__(self, answer: int, durable: asyncio.Future[None]) -> None:
+        self._answer, self._durable = answer, durable
+
+    def __await__(self) -> Generator[Any, None, int]:
+        yield from self._durable.__await__()
+        return self._answer
+
+
 class TokenLog:
     """Writes kind 1 through a GroupCommit, which stays its owner's; use it from one event loop.
 
-    Every call returns the lsn of its record once that is durable under the commit's policy.  Each raises
-    StreamError (the record would contradict the log), RecordInvalidError or RecordTooLargeError, and then
-    nothing was written; and what `GroupCommit.append` raises when the log fails.  A call that is cancelled
-    before its record has its place leaves nothing; cancelled later, the record stays and counts.
+    Every call takes effect when it is made, in the order of the calls, and returns an awaitable: of the
+    record's lsn (`open`: the slot), once it is durable under the commit's policy.  While the log has no
+    room a call takes effect later, still in order, and what it would raise comes from its awaitable.  Each
+    raises StreamError (the record would contradict the log), RecordInvalidError or RecordTooLargeError,
+    and then nothing was written; and what `GroupCommit.append` raises when the log fails.  A call that is
+    cancelled while it has no place leaves nothing; cancelled later, its record stays and counts.
     """
 
     def __init__(self, commit: GroupCommit, fold: TokenFold | None = None) -> None:
@@ -47,81 +63,92 @@ class TokenLog:
         """
         self._commit = commit
         self._fold = fold or TokenFold(keeps_columns=False)
+        self._turn = asyncio.Lock()
+        self._queue: set[asyncio.Task[int]] = set()
+        self._rows: tuple[bytes, int | list[tuple[int, int]]] | None = None
+        self._head = StepHead(b"", b"", 0, 0)
         found, newest = commit.log.recovery.next_lsn - 1, commit.log.next_lsn - 1
         if not found <= self._fold.lsn <= newest:
             raise ValueError(f"the fold ends with lsn {self._fold.lsn}, the log was opened with {found}: fold it first")
-        self._turn = asyncio.Lock()
-        self._rows: tuple[bytes, int | list[tuple[int, int]]] | None = None
-        self._head = StepHead(b"", b"", 0, 0)
 
     @property
     def fold(self) -> TokenFold:
         """The state of the log as written so far; read it only."""
         return self._fold
 
-    async def open(self, request: str) -> int:
-        """Give a new request the lowest free slot; returns the SLOT once the record is durable."""
-        slot = 0
+    def open(self, request: str) -> Awaitable[int]:
+        """Give a new request the lowest free slot; the awaitable gives the SLOT."""
 
-        def payload() -> bytes:
-            nonlocal slot
+        def admit() -> _Written:
             slot = next(free for free in itertools.count() if free not in self._fold.slots)
-            return tokens.encode(RequestOpened(request, slot))
+            return self._admit(tokens.encode(RequestOpened(request, slot)), slot)
 
-        await self._write(payload)
-        return slot
+        return self._write(admit)
 
-    async def append(
+    def append(
         self,
         slots: Sequence[int],
         token_ids: Sequence[int],
         logprobs: Sequence[float],
         policy_version: int | Sequence[int],
         counts: Sequence[int] | None = None,
-    ) -> int:
+    ) -> Awaitable[int]:
         """One engine step: row i is the open request in `slots[i]`, which got `counts[i]` tokens (None: one each).
 
-        `token_ids` u32 and `logprobs` f32 hold the rows' tokens one row after the other, any sequence or buffer;
-        they are copied when the record gets its place, which is when this coroutine first runs unless the log has
-        no room.  `policy_version`: of the weights that sampled the step, one for all rows or one a row.
+        `token_ids` u32 and `logprobs` f32 hold the rows' tokens one row after the other, any sequence or buffer,
+        copied when the call takes effect; buffers of their type are cheapest.  `policy_version`: of the weights
+        that sampled the step, one for all rows or one a row.
         """
 
-        def payload() -> bytes:
+        def admit() -> _Written:
             head = self._step_head(slots, policy_version, counts)
-            return encode_with(head, self._fold.base_of(head, slots), token_ids, logprobs)
+            return self._admit(encode_with(head, self._fold.base_of(head, slots), token_ids, logprobs))
 
-        return await self._write(payload)
+        return self._write(admit)
 
-    async def close_request(self, who: Who, reason: str) -> int:
+    def close_request(self, who: Who, reason: str) -> Awaitable[int]:
         """No token follows for this slot or request id; its slot is free.  `reason`: at most 255 bytes of UTF-8."""
-        return await self._write_record(RequestClosed(who, reason))
+        return self._write_record(RequestClosed(who, reason))
 
-    async def acknowledge(self, requests: Sequence[str]) -> int:
+    def acknowledge(self, requests: Sequence[str]) -> Awaitable[int]:
         """The consumer has what it needs of these closed requests; retention may drop them."""
-        return await self._write_record(RequestsAcknowledged(tuple(requests)))
+        return self._write_record(RequestsAcknowledged(tuple(requests)))
 
-    async def record_routes(self, routes: RoutesRecorded) -> int:
+    def record_routes(self, routes: RoutesRecorded) -> Awaitable[int]:
         """The experts that tokens of a stream went through."""
-        return await self._write_record(routes)
+        return self._write_record(routes)
 
-    async def break_kv(self, who: Who, position: int, cause: Cause) -> int:
+    def break_kv(self, who: Who, position: int, cause: Cause) -> Awaitable[int]:
         """The KV cache of the tokens before index `position` was rebuilt, restored or kept."""
-        return await self._write_record(KvBroken(who, position, cause))
+        return self._write_record(KvBroken(who, position, cause))
 
-    async def _write_record(self, record: tokens.TokenRecord) -> int:
-        return await self._write(lambda: tokens.encode(record))
+    def _write_record(self, record: tokens.TokenRecord) -> Awaitable[int]:
+        return self._write(lambda: self._admit(tokens.encode(record)))
 
-    async def _write(self, payload_of: Callable[[], bytes]) -> int:
-        """Encode, fold and admit without a break between them, in the order of the calls; wait until durable."""
+    def _write(self, admit: Callable[[], _Written]) -> Awaitable[int]:
+        """Now if there is room and nobody waits for it, else behind those who wait."""
+        if not self._queue and self._commit.has_room():
+            return admit()
+        task = asyncio.ensure_future(self._write_in_turn(admit))
+        self._queue.add(task)
+        task.add_done_callback(self._queue.discard)
+        return task
+
+    async def _write_in_turn(self, admit: Callable[[], _Written]) -> int:
         async with self._turn:  # asyncio's lock is fair: first come, first served
             await self._commit.room()
-            payload, log = payload_of(), self._commit.log
-            if len(payload) > log.record_bytes_max:
-                raise RecordTooLargeError(len(payload), log.record_bytes_max)
-            self._fold.add(Record(log.next_lsn, tokens.TOKENS, payload, "", 0))
-            lsn, durable = self._commit.admit(tokens.TOKENS, payload)
-        await durable
-        return lsn
+            written = admit()
+        return await written
+
+    def _admit(self, payload: bytes, answer: int | None = None) -> _Written:
+        """Fold a record and give it its place; without a break since its content was decided."""
+        log = self._commit.log
+        if len(payload) > log.record_bytes_max:
+            raise RecordTooLargeError(len(payload), log.record_bytes_max)
+        self._commit.check_open()
+        self._fold.add(Record(log.next_lsn, tokens.TOKENS, payload, "", 0))
+        lsn, durable = self._commit.admit(tokens.TOKENS, payload)
+        return _Written(lsn if answer is None else answer, durable)
 
     def _step_head(
         self, slots: Sequence[int], policy_version: int | Sequence[int], counts: Sequence[int] | None

@@ -167,6 +167,7 @@ class Run:
         "layout",
         "logprobs_at",
         "payloads",
+        "rows_count",
         "size_bytes",
         "slots",
         "streams",
@@ -177,7 +178,7 @@ class Run:
     def __init__(self, payload: bytes, layout: StepLayout, streams: list[Stream], versions: Sequence[int]) -> None:
         self.front, self.layout = payload[:16], payload[HEAD_BYTES : layout.ids_at]
         self.size_bytes, self.ids_at, self.logprobs_at = len(payload), layout.ids_at, layout.logprobs_at
-        self.slots, self.versions = layout.slots, versions
+        self.slots, self.rows_count, self.versions = layout.slots, len(layout.slots), versions
         self.streams = streams
         """Never changed in place: callers were handed it."""
         self.payloads: list[bytes] = []
@@ -185,14 +186,6 @@ class Run:
         """Slots that left since the newest step, with their rows."""
         self._begins: dict[int, int] = {}
         self._splits: list[tuple[int, Stream, int, int]] = []
-
-    def matches(self, payload: bytes) -> bool:
-        """Whether a step payload has these rows (its base and its tokens are not looked at)."""
-        return (
-            len(payload) == self.size_bytes
-            and payload.startswith(self.front)
-            and payload.startswith(self.layout, HEAD_BYTES)
-        )
 
     def has_head(self, head: StepHead) -> bool:
         """Whether steps with this head belong to the run."""
@@ -239,7 +232,7 @@ class Run:
 
     def _append_slices(self, pieces: list[tuple[int, Stream, int, int]], start: int, end: int) -> None:
         """The steps `start` to `end`, row by row."""
-        rows_count = len(self.slots)
+        rows_count = self.rows_count
         ids, logprobs = self._columns(start, end)
         for row, stream, piece_start, piece_end in pieces:
             first, last = max(piece_start, start) - start, min(piece_end, end) - start
