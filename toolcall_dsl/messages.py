@@ -81,7 +81,8 @@ def turns_of(messages: Sequence[Message], dialect: Dialect, *, is_context: bool 
         where = f"{'context' if is_context else 'messages'}[{index}]"
         if not isinstance(message, Mapping):
             raise MessageError(f"{where}: a message must be an object, not {type(message).__name__}")
-        turn = replace(_turn(message, index, where, dialect), is_context=is_context)
+        turn = _turn(message, index, where, dialect)
+        turn = replace(turn, is_context=True) if is_context else turn
         absorbs = bool(turns) and turns[-1].role == turn.role == "user"
         if absorbs and (message["role"] == "tool" or turns[-1].task is None):
             turns[-1] = replace(turns[-1], blocks=turns[-1].blocks + turn.blocks)
@@ -195,7 +196,7 @@ def _text(message: Message, key: str, where: str) -> str:
 
 
 def _reasoning_key(message: Message) -> str:
-    """vLLM's fixtures and API say `reasoning`; DeepSeek's name comes first."""
+    """VLLM's fixtures and API say `reasoning`; DeepSeek's name comes first."""
     return "reasoning" if message.get("reasoning_content") is None else "reasoning_content"
 
 

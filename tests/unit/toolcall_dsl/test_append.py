@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from toolcall_dsl import V4, V4_1, AppendError, DslError, MessageError, Segment, Tokenizer, encode, encode_appended
 from toolcall_dsl.append import REASONS
 
+DOCUMENT = Path(__file__).parents[3] / "docs/formats/toolcall_dsl.md"
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 
@@ -111,8 +113,9 @@ def test_what_would_be_rewritten_is_named(name: str, wide_tokenizer: Tokenizer) 
     assert whole[: len(head)] != head
 
 
-def test_every_reason_has_its_example() -> None:
+def test_every_reason_has_its_example_and_its_line_in_the_document() -> None:
     assert {reason for _, _, _, reason, _ in REFUSALS.values()} == set(REASONS)
+    assert [reason for reason in REASONS if f"| `{reason}` |" not in DOCUMENT.read_text()] == []
 
 
 def test_a_refusal_is_an_error_of_the_language(tokenizer: Tokenizer) -> None:
