@@ -230,10 +230,12 @@ def _content(message: Message, where: str) -> str:
 def _result_text(message: Message, where: str) -> str:
     if not isinstance(message.get("content"), list):
         return _text(message, "content", where)
-    return "\n\n".join(
-        _text(part, "text", where) if part.get("type") == "text" else f"[Unsupported {part.get('type')}]"
-        for part in _parts(message, "content", where)
-    )
+    return "\n\n".join(_result_part(part, where) for part in _parts(message, "content", where))
+
+
+def _result_part(part: Message, where: str) -> str:
+    kind = _text(part, "type", where)
+    return _text(part, "text", where) if kind == "text" else f"[Unsupported {kind or None}]"
 
 
 def _blocks(message: Message, where: str, *, kept: bool) -> tuple[Block, ...]:
@@ -268,9 +270,10 @@ def _tools(tools: object, where: str) -> tuple[str, ...]:
         raise MessageError(f"{where}: tools must be a list")
     schemas = []
     for tool in tools:
-        if not isinstance(tool, Mapping) or "function" not in tool:
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping):
             raise MessageError(f"{where}: each tool must be an object with a 'function'")
-        schemas.append(_json(tool["function"], f"{where}: a tool"))
+        schemas.append(_json(function, f"{where}: a tool"))
     return tuple(schemas)
 
 

@@ -185,6 +185,20 @@ def test_a_deep_value_is_data_or_an_error_but_no_crash(depth: int) -> None:
     assert (found["error"] is None) == (len(found["tool_calls"]) == 1)
 
 
+@pytest.mark.parametrize("depth", [10, 900, 960, 980, 990, 1000, 5000])
+def test_a_deep_request_is_encoded_or_refused_but_no_crash(depth: int) -> None:
+    deep = "[" * depth + "]" * depth
+    for message in (
+        f'{{"role": "system", "tools": [{{"function": {{"parameters": {deep}}}}}]}}',
+        f'{{"role": "system", "response_format": {deep}}}',
+        f'{{"role": "assistant", "tool_calls": [{{"function": {{"name": "f", "arguments": {{"a": {deep}}}}}}}]}}',
+        f'{{"role": "tool", "content": [{{"type": {deep}}}]}}',
+        f'{{"role": {deep}}}',
+    ):
+        code, output = run(["encode"], f'{{"messages": [{message}], "thinking_mode": "chat"}}')
+        assert (code == 0) == bool(output)
+
+
 @pytest.mark.parametrize("command", ["encode", "parse"])
 def test_help_shows_an_example_that_works(command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main([command, "--help"]) == 0

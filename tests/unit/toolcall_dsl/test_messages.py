@@ -28,6 +28,12 @@ def test_content_may_be_a_list_of_texts(role: str) -> None:
     assert text([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]) == text("a\n\nb")
 
 
+def test_what_is_no_text_in_a_result_is_named_by_its_type() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "audio"}, {}, {"type": "text"}]
+    text = encode_text([{"role": "tool", "content": parts}], thinking=False)
+    assert "<tool_result>a\n\n[Unsupported audio]\n\n[Unsupported None]\n\n</tool_result>" in text
+
+
 def test_an_empty_list_is_an_empty_message() -> None:
     assert encode_text([{"role": "user", "content": []}], thinking=False) == encode_text(
         [{"role": "user", "content": ""}], thinking=False
@@ -121,7 +127,10 @@ def test_arguments_may_be_an_object() -> None:
         ),
         ({"role": "assistant", "content": ["x"]}, "messages[0]: each part of content must be an object"),
         ({"role": "assistant", "content": "", "reasoning": 3}, "messages[0]: reasoning must be a string, not int"),
-        ({"role": "system", "tools": [{"function": {1, 2}}]}, "messages[0]: a tool is not JSON: Object of type set"),
+        (
+            {"role": "system", "tools": [{"function": {"name": {1, 2}}}]},
+            "messages[0]: a tool is not JSON: Object of type set",
+        ),
         ({"role": "system", "response_format": {"a": b"x"}}, "messages[0]: response_format is not JSON"),
         (
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": b"x"}}}]},
@@ -131,6 +140,8 @@ def test_arguments_may_be_an_object() -> None:
         ({"role": "developer", "content": ""}, "messages[0]: a developer message needs content"),
         ({"role": "system", "content": "", "tools": "bash"}, "messages[0]: tools must be a list"),
         ({"role": "system", "content": "", "tools": [{"name": "f"}]}, "each tool must be an object with a 'function'"),
+        ({"role": "system", "tools": [{"function": "f"}]}, "each tool must be an object with a 'function'"),
+        ({"role": "tool", "content": [{"type": ["x"]}]}, "messages[0]: type must be a string, not list"),
         ({"role": "tool", "content": ["x"]}, "messages[0]: each part of content must be an object"),
         ({"role": "assistant", "tool_calls": {"a": 1}}, "messages[0]: tool_calls must be a list"),
         ({"role": "assistant", "tool_calls": [{"id": "c"}]}, "messages[0].tool_calls[0]: a tool call must be"),
