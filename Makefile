@@ -2,10 +2,13 @@
 PY := .venv/bin/python
 RUN_DIR ?= runs/main
 PYTEST_ARGS ?=
+COVERED := tests/unit/wal tests/unit/toolcall_dsl tests/golden tests/faults/test_wal_retention.py \
+    tests/faults/test_wal_storage_calls.py tests/properties/test_wal_laws.py tests/properties/test_token_laws.py \
+    tests/properties/test_retention_laws.py tests/properties/test_dsl_laws.py tests/properties/test_encode_laws.py
 PIP := .venv/bin/pip install --disable-pip-version-check
 logged = $(1) > build/setup.log 2>&1 || { tail -n 30 build/setup.log; exit 1; }
 
-.PHONY: run test test-external check bench protos lock setup setup-dev native clean
+.PHONY: run test test-external coverage check bench protos lock setup setup-dev native clean
 
 run: setup ## set up, then run the main job on the bundled tasks; run again to finish or to see the result
 	.venv/bin/dsec run --resume --out "$(RUN_DIR)"
@@ -15,6 +18,12 @@ test: setup-dev ## set up, then run the tests (root; under ten minutes on two co
 
 test-external: setup ## third-party tools in a virtual environment of their own; needs the package index
 	bash tests/external/run
+
+coverage: setup-dev ## wal/ and toolcall_dsl/ have no line and no branch that their own tests do not reach
+	$(PY) -m coverage erase
+	$(PY) -m coverage run -m pytest -q $(COVERED)
+	$(PY) -m coverage combine -q
+	$(PY) -m coverage report
 
 check: setup-dev ## lint, types, import contracts, house rules
 	.venv/bin/ruff check .

@@ -1,6 +1,7 @@
 """Many callers, few syncs, each told about its own record."""
 
 import asyncio
+import errno
 import itertools
 import threading
 from pathlib import Path
@@ -321,3 +322,41 @@ def test_a_caller_cancelled_during_a_failing_commit_is_left_alone() -> None:
 
     kinds = [type(result) for result in asyncio.run(run())]
     assert kinds == [asyncio.CancelledError, PoisonedError]
+
+
+class HeldStorage(FaultyStorage):
+    """A sync waits until it may go on, and then fails."""
+
+    is_held = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.may_fail = threading.Event(), threading.Event()
+
+    def count(self, call: str) -> Fault | None:
+        if call == "sync" and self.is_held:
+            self.begun.set()
+            self.may_fail.wait(30)
+            raise OSError(errno.EIO, "broken")
+        return super().count(call)
+
+
+def test_who_waits_behind_a_failing_group_is_told_and_who_was_cancelled_is_left_alone() -> None:
+    disk = HeldStorage()
+
+    async def run() -> list[object]:
+        commit = GroupCommit(Log.open(DIRECTORY, storage=disk), inline_s_max=0.0)
+        disk.is_held = True
+        tasks = [asyncio.create_task(commit.append(1, b"in the group"))]
+        await asyncio.to_thread(disk.begun.wait, 30)
+        tasks += [asyncio.create_task(commit.append(1, b"behind it")) for _ in range(2)]
+        await asyncio.sleep(0)
+        tasks[1].cancel()
+        await asyncio.sleep(0)
+        disk.may_fail.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        await commit.close()
+        return [*results]
+
+    kinds = [type(result) for result in asyncio.run(run())]
+    assert kinds == [StorageError, asyncio.CancelledError, PoisonedError]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from wal import CorruptError, Log, Outcome, Reader, Record, StorageError, VersionError
+from wal import CorruptError, Log, Outcome, Reader, Record, StorageError, VersionError, is_log_file, read
 from wal import format as fmt
 from wal.testing import FaultyStorage
 
@@ -302,3 +302,20 @@ def test_a_file_that_cannot_be_read_is_named() -> None:
     disk.create(DIRECTORY / HEADER.name)
     with pytest.raises(StorageError, match=rf"cannot read /log/{HEADER.name}"):
         list(Reader(DIRECTORY, storage=disk))
+
+
+def test_read_gives_the_records_behind_an_lsn(tmp_path: Path) -> None:
+    with Log.open(tmp_path) as log:
+        for payload in (b"a", b"b", b"c"):
+            log.append(1, payload)
+    assert [(record.lsn, record.payload) for record in read(tmp_path, after_lsn=1)] == [(2, b"b"), (3, b"c")]
+
+
+def test_a_logs_own_files_are_told_from_others(tmp_path: Path) -> None:
+    Log.open(tmp_path, epoch=1).close()
+    with next(tmp_path.glob("*.wal")).open("ab") as file:
+        file.write(b"torn")
+    Log.open(tmp_path).close()
+    assert (tmp_path / "quarantine").is_dir()
+    assert all(is_log_file(entry.name) for entry in tmp_path.iterdir())
+    assert not any(map(is_log_file, ("summary.json", "wal", "notes.txt")))

@@ -35,3 +35,11 @@ async def test_a_result_and_an_error_come_through() -> None:
     assert await settled(give()) == 3
     with pytest.raises(ValueError, match="no"):
         await settled(fail())
+
+
+async def test_work_that_cancels_itself_is_heard_as_that() -> None:
+    async def work() -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        await settled(work())
