@@ -5,7 +5,8 @@ and goes on; a task waits until they are durable, as one that sends them out wou
 without a log takes turns with it; the difference is the log's, the waiting task included.  `caller` is
 processor time of the loop's thread, `process` of all threads, `wall` how much later the loop is.
 Columns are arrays; one case has lists.  Processors are cold after a pause: `append, hot` is the time of
-`TokenLog.append` when it is called over and over.
+`TokenLog.append` when it is called over and over, and the baseline `empty handoff` is the same loop with
+an empty job for a worker thread and a task that waits for it at each step.
 
 Recovery: reading a log and folding it, against reading the bytes of the same files one after the
 other, taking turns, from the page cache (warm) and from the disk (cold).  `fold` checks every record
@@ -27,6 +28,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +52,10 @@ Spent = tuple[float, float, float]
 """Seconds of the caller's thread, of the process, of the wall."""
 
 
-async def engine(log: TokenLog | None, rows: int, delays_s: list[float], as_lists: bool) -> Spent:
+async def engine(log: TokenLog | Executor | None, rows: int, delays_s: list[float], as_lists: bool) -> Spent:
     """Spent by STEPS steps with pauses; `delays_s` gets the time until each step was durable."""
     slots, columns = step_columns(rows, as_lists)
+    loop = asyncio.get_running_loop()
     pending = []
 
     async def emit(written: Awaitable[int], start_s: float) -> None:
@@ -63,9 +66,11 @@ async def engine(log: TokenLog | None, rows: int, delays_s: list[float], as_list
     start = time.thread_time(), time.process_time(), time.perf_counter()
     for ids, logprobs in columns:
         await asyncio.sleep(STEP_S)
-        if log is not None:
-            start_s = time.perf_counter()
+        start_s = time.perf_counter()
+        if isinstance(log, TokenLog):
             pending.append(asyncio.create_task(emit(log.append(slots, ids, logprobs, 1), start_s)))
+        elif log is not None:
+            pending.append(asyncio.create_task(emit(loop.run_in_executor(log, int), start_s)))
     await asyncio.sleep(STEP_S)
     end = time.thread_time(), time.process_time(), time.perf_counter()
     await asyncio.gather(*pending)
@@ -83,11 +88,14 @@ def step_columns(rows: int, as_lists: bool) -> tuple[Sequence[int], list[tuple[S
 
 
 def run_engine(directory: Path, rows: int, policy: str | None, delays_s: list[float], as_lists: bool) -> Spent:
-    """One turn of a contender; `policy` None is the loop without a log."""
+    """One turn of a contender; `policy` None is the loop without a log, "empty handoff" that with an empty job."""
 
     async def run() -> Spent:
         if policy is None:
             return await engine(None, rows, delays_s, as_lists)
+        if policy == "empty handoff":
+            with ThreadPoolExecutor(max_workers=1) as worker:
+                return await engine(worker, rows, delays_s, as_lists)
         commit = GroupCommit(Log.open(Path(tempfile.mkdtemp(dir=directory))), SyncPolicy.parse(policy))
         log = TokenLog(commit)
         await asyncio.gather(*(log.open(f"request-{index}") for index in range(rows)))
@@ -118,35 +126,40 @@ def hot_append_us(directory: Path, rows: int, as_lists: bool) -> float:
     return asyncio.run(run())
 
 
-def measure_steps(directory: Path, rounds: int) -> dict[str, dict[str, float]]:
-    """Medians over rounds of (with log - without log) a step, and the quantiles of the time until durable."""
+def measure_steps(directory: Path, rounds: int) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Medians over rounds of (with log - without log) a step and quantiles of the time until durable; empty handoff."""
     cases = [(rows, policy, False) for rows in ROWS for policy in POLICIES] + [(ROWS[-1], "interval(5)", True)]
     taken: dict[tuple[int, str, bool], list[Spent]] = {case: [] for case in cases}
     delays: dict[tuple[int, str, bool], list[float]] = {case: [] for case in cases}
+    handoffs: list[Spent] = []
     for index in range(rounds + 1):
         bare = run_engine(directory, ROWS[0], None, [], False)
+        handoff = run_engine(directory, ROWS[0], "empty handoff", [], False)
+        if index:  # round 0 warms up
+            handoffs.append((handoff[0] - bare[0], handoff[1] - bare[1], handoff[2] - bare[2]))
         for case in cases:
             found: list[float] = []
             spent = run_engine(directory, *case[:2], found, case[2])
-            if index:  # round 0 warms up
+            if index:
                 taken[case].append((spent[0] - bare[0], spent[1] - bare[1], spent[2] - bare[2]))
                 delays[case] += found
     told = {}
     for case, spents in taken.items():
         rows, policy, as_lists = case
-        caller_us, process_us, wall_us = (
-            round(statistics.median(column) / STEPS * 1e6, 1) for column in zip(*spents, strict=True)
-        )
         quantiles = statistics.quantiles(delays[case], n=100)
         told[f"{rows} requests{' as lists' if as_lists else ''}, {policy}"] = {
-            "caller_us": caller_us,
-            "process_us": process_us,
-            "wall_us": wall_us,
+            **per_step_us(spents),
             "append_hot_us": round(hot_append_us(directory, rows, as_lists), 1),
             "durable_p50_ms": round(quantiles[49] * 1e3, 2),
             "durable_p99_ms": round(quantiles[98] * 1e3, 2),
         }
-    return told
+    return told, per_step_us(handoffs)
+
+
+def per_step_us(spents: list[Spent]) -> dict[str, float]:
+    """Medians in microseconds a step."""
+    caller, process, wall = (statistics.median(column) / STEPS * 1e6 for column in zip(*spents, strict=True))
+    return {"caller_us": round(caller, 1), "process_us": round(process, 1), "wall_us": round(wall, 1)}
 
 
 class Schedule:
@@ -302,7 +315,8 @@ def measure_recovery(directory: Path, rounds: int) -> dict[str, dict[str, float]
 
 def report(directory: Path, rounds: int) -> dict[str, dict[str, Any]]:
     """The JSON object: figures (ours), baselines, ratios (share of a 10 ms step; share of the plain read's speed)."""
-    figures: dict[str, Any] = dict(measure_steps(directory, rounds))
+    steps, handoff = measure_steps(directory, rounds)
+    figures: dict[str, Any] = dict(steps)
     ratios: dict[str, Any] = {
         case: {
             "caller_share_of_step": round(row["caller_us"] / STEP_S / 1e6, 5),
@@ -310,7 +324,7 @@ def report(directory: Path, rounds: int) -> dict[str, dict[str, Any]]:
         }
         for case, row in figures.items()
     }
-    baselines: dict[str, Any] = {"step": {"pause_ms": STEP_S * 1e3}}
+    baselines: dict[str, Any] = {"empty handoff": handoff}
     for case, row in measure_recovery(directory, rounds).items():
         baselines[case] = {"size_mb": row["size_mb"], "bytes_mb_per_s": row["bytes_mb_per_s"]}
         figures[case] = {key: value for key, value in row.items() if key not in baselines[case]}
@@ -335,6 +349,11 @@ def tables(told: dict[str, dict[str, Any]]) -> Iterator[Table]:
         "p99 ms",
     ):
         steps.add_column(column, justify="right")
+    handoff = told["baselines"]["empty handoff"]
+    share = f"{handoff['caller_us'] / STEP_S / 1e6:.2%}"
+    steps.add_row(
+        "an empty handoff", str(handoff["caller_us"]), share, str(handoff["process_us"]), str(handoff["wall_us"])
+    )
     recovery = Table(title=f"recovery of {REQUESTS} requests, {LENGTH} tokens each on average, MB/s")
     for column in ("log", "MB", "plain read", "records", "fold", "all streams", "fold : read", "streams : read"):
         recovery.add_column(column, justify="right")

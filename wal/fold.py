@@ -124,7 +124,7 @@ class TokenFold:
         self._has_forgotten = True
 
     def _add(self, payload: bytes, lsn: int) -> Sequence[Stream]:
-        if payload[:1] == bytes((STEP_APPENDED,)):
+        if payload and payload[0] == STEP_APPENDED:
             return self._step(payload, lsn)
         record = tokens.decode(payload)
         return _HANDLERS[type(record)](self, record, lsn)

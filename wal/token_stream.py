@@ -26,9 +26,9 @@ from wal.token_routes import RoutesRecorded
 from wal.token_steps import HEAD_BYTES, StepHead, StepLayout
 
 Status: TypeAlias = Literal["open", "closed", "acknowledged"]
-SHORT_STEPS = 12
+SHORT_STEPS = 8
 """Below this many steps, appending token by token is cheaper than slicing row by row."""
-BLOCK_BYTES = 2 << 20
+BLOCK_BYTES = 4 << 20
 """Transposed at a time: strided slices of much more leave the processor's cache."""
 
 

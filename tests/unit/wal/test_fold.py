@@ -119,7 +119,7 @@ def test_raw_steps_are_turned_into_streams_at_their_bound() -> None:
 
 
 def test_a_row_is_sliced_from_the_block_that_holds_it() -> None:
-    """A block holds at least 12 steps; the wide rows make one of 17, and slot 0 changes hands in the third."""
+    """Of rows this wide a block of 4 MiB holds 34 steps; slot 0 changes hands in the second block."""
     rows, steps_count = 10_000, 40
     requests: list[TokenRecord] = [RequestOpened(f"r{i}", i) for i in range(rows)]
     records = log_of(*requests)

@@ -5,6 +5,7 @@ import struct
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,12 @@ def test_a_step_has_the_bytes_of_its_table() -> None:
         "07 00 00 00 00 00 00 00 03 00 00 00"
         "0a 00 00 00 0b 00 00 00 0c 00 00 00 00 00 00 bf 00 00 80 bf 00 00 00 00"
     )
+
+
+def test_the_example_of_the_document_is_a_step() -> None:
+    document = Path(__file__).parents[3].joinpath("docs/formats/wal_tokens.md").read_text()
+    rows = re.findall(r"^00[0-9a-f]0  ((?:[0-9a-f]{2} )*[0-9a-f]{2})", document, re.MULTILINE)
+    assert encode(StepAppended(4, [(2, 3)], [0, 1], [5, 6], [-0.5, -1.0])) == bytes.fromhex(" ".join(rows))
 
 
 def test_counts_stand_behind_the_slots_if_one_is_not_1() -> None:
