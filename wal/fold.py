@@ -61,6 +61,8 @@ class TokenFold:
         """The sum of the members' lengths."""
         self._untold: set[int] = set()
         """Slots of requests that were opened before this fold begins."""
+        self._headless: set[str] = set()
+        """Requests that may have had a slot before this fold begins: their close may name it."""
         self._first_lsn = 0
         self._is_partial = False
         self._has_forgotten = False
@@ -185,16 +187,17 @@ class TokenFold:
     def _append_chunk(self, record: TokensAppended, lsn: int) -> Sequence[Stream]:
         request = record.request
         stream = self._streams.get(request)
-        if stream is None and record.start and self._is_partial:
-            return ()
         self._check_open(stream, request, lsn)
-        length = stream.length if stream else 0
-        if record.start != length:
-            raise StreamError(lsn, request, f"its tokens start at {record.start}, the stream has {length}")
+        position = stream.position if stream else 0
+        if record.start < position:
+            raise StreamError(lsn, request, f"its tokens start at {record.start}, the stream is at {position} already")
         if stream is None:
             stream = self._streams[request] = Stream(request, None, lsn, self._pending)
+            if self._is_partial:
+                self._headless.add(request)
         self._leave(stream)
         self._pending.absorb()
+        stream.move_to(record.start)
         stream.extend(record.token_ids, record.logprobs, record.policy_version, lsn)
         return (stream,)
 
@@ -262,7 +265,7 @@ class TokenFold:
         is_tolerant = self._is_partial or self._has_forgotten
         touched = [self._known(r, lsn) for r in record.requests if r in self._streams or not is_tolerant]
         for stream in touched:
-            if stream.status == "open":
+            if stream.status == "open" and stream.request not in self._headless:
                 raise StreamError(lsn, stream.request, "it is acknowledged before its close")
         for stream in touched:
             stream.status = "acknowledged"

@@ -2,9 +2,9 @@
 
 Records that arrive while a sync is under way form the next group; so the more callers, the larger
 the groups, and the cost of a sync is shared without any tuning.  Each caller learns when *its*
-record is durable, and nothing earlier.  Handing a sync to a thread and back costs about as much as a
-sync of a fast disk, so while syncs are that fast they run on the event loop, and in a worker thread
-as soon as one was slow (never on the loop under `interval`, whose callers do not mind waiting).
+record is durable, and nothing earlier.  Handing a sync to a thread and back costs the loop about as
+much as a sync of a fast disk, so while syncs are that fast they run on the event loop, and in a
+worker thread as soon as one was slow.
 
 Invariants:
 1. `append` returns only after a sync (under `os`: a write) that began after the record was in the file.
@@ -106,7 +106,7 @@ class GroupCommit:
         self.policy = policy or SyncPolicy.always()
         self.stats = GroupStats()
         self._pending_bytes_max = pending_bytes_max
-        self._inline_s_max = 0.0 if self.policy.mode == "interval" else inline_s_max
+        self._inline_s_max = inline_s_max
         self._waiters: list[asyncio.Future[None]] = []
         self._has_room = asyncio.Event()
         self._has_room.set()

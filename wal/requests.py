@@ -66,19 +66,18 @@ class TokenRequests:
     def __init__(self) -> None:
         self._is_closed: dict[str, bool] = {}
         self._slots: dict[int, str] = {}
-        self._is_cut: bool | None = None
+        self._is_begun = self._is_cut = False
 
     def requests_of(self, record: Record) -> Sequence[str]:
         """See Requests.  RecordInvalidError if a payload is outside the schema."""
-        if self._is_cut is None:
-            self._is_cut = record.lsn > FIRST_LSN
+        if not self._is_begun:
+            self._is_begun, self._is_cut = True, record.lsn > FIRST_LSN
         payload = record.payload
         type_ = payload[0] if record.kind == TOKENS and payload else 0
         if type_ == TOKENS_APPENDED:
             chunk = decode_tokens(payload)
-            if chunk.start and self._is_cut:
-                return ()  # its beginning was dropped, or it is live already
-            self._is_closed.setdefault(chunk.request, False)
+            # In a cut log it may have a slot that was opened in the dropped part, and its close may name that.
+            self._is_closed.setdefault(chunk.request, self._is_cut)
             return (chunk.request,)
         if type_ == REQUEST_OPENED:
             opened = decode_opened(payload)

@@ -39,7 +39,7 @@ CAUSES: tuple[Cause, ...] = get_args(Cause)
 
 @dataclass(frozen=True, slots=True)
 class TokensAppended:
-    """`token_ids` were sampled for `request`, the first of them at index `start` of its stream.
+    """`token_ids` were sampled for `request`, the first of them at position `start` of its context.
 
     `logprobs` has one entry a token, under the processed distribution; `policy_version` is the
     version of the weights that sampled them.  `decode` gives the logprobs as f32 holds them.

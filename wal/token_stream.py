@@ -40,6 +40,13 @@ class VersionRun(NamedTuple):
     version: int
 
 
+class Place(NamedTuple):
+    """The token of index `start`, and those behind it, stand at `position` and on in the request's context."""
+
+    start: int
+    position: int
+
+
 class KvBreak(NamedTuple):
     """The KV cache of the tokens before index `position` was `cause`."""
 
@@ -65,6 +72,7 @@ class Stream:
         "id_column",
         "kv_breaks",
         "logprob_column",
+        "places",
         "reason",
         "request",
         "routes",
@@ -77,6 +85,8 @@ class Stream:
         self.request, self.slot, self.first_lsn = request, slot, lsn
         self.status: Status = "open"
         self.reason = ""
+        self.places: list[Place] = []
+        """Where sampled tokens stand if others (a prompt, tool results) stand between them; empty: nowhere."""
         self.kv_breaks: list[KvBreak] = []
         self.routes: list[RoutesRecorded] = []
         self.routes_end = 0
@@ -95,6 +105,17 @@ class Stream:
     def length(self) -> int:
         """Count of tokens."""
         return self._length if self._joined is None else self._length + self._pending.steps_count - self._joined
+
+    @property
+    def position(self) -> int:
+        """Where in the context the next token stands, if nothing is put in between."""
+        length = self.length
+        return length - self.places[-1].start + self.places[-1].position if self.places else length
+
+    def move_to(self, position: int) -> None:
+        """The next token stands at this position, not below the present one."""
+        if position != self.position:
+            self.places.append(Place(self.length, position))
 
     @property
     def last_lsn(self) -> int:

@@ -310,10 +310,9 @@ def contradictions(folded: TokenFold) -> list[TokenRecord]:
         RequestClosed("nobody", ""),
         KvBroken(99, 0, "kept"),
         RequestsAcknowledged(("nobody",)),
-        TokensAppended("nobody", 1, (1,), (0.0,), 0),
     ]
     for name, stream in folded.streams.items():
-        wrong.append(TokensAppended(name, stream.length + 1, (1,), (0.0,), 0))
+        wrong += [TokensAppended(name, stream.position - 1, (1,), (0.0,), 0)] if stream.position else []
         wrong.append(RoutesRecorded(name, stream.length, 0, 1, 2, 1, 1, 1, b"\1", b"\1"))
         wrong.append(KvBroken(name, stream.length + 1, "kept"))
         if stream.slot is None:

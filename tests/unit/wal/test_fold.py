@@ -182,8 +182,12 @@ def test_a_fold_without_columns_knows_lengths_and_states() -> None:
         ([RequestClosed(9, "")], "", "slot 9 stands for no open request"),
         ([RequestClosed("c", "")], "c", "the log knows no such request"),
         ([RequestClosed("a", ""), RequestClosed("a", "")], "a", "it is closed"),
-        ([TokensAppended("a", 1, (1,), (-1.0,), 1)], "a", "its tokens start at 1, the stream has 0"),
-        ([TokensAppended("c", 1, (1,), (-1.0,), 1)], "c", "its tokens start at 1, the stream has 0"),
+        ([step(0, {0: 1}), TokensAppended("a", 0, (1,), (-1.0,), 1)], "a", "its tokens start at 0, .* is at 1 already"),
+        (
+            [TokensAppended("c", 7, (1,), (-1.0,), 1), TokensAppended("c", 7, (1,), (-1.0,), 1)],
+            "c",
+            "its tokens start at 7, the stream is at 8 already",
+        ),
         ([RequestClosed(0, ""), TokensAppended("a", 0, (1,), (-1.0,), 1)], "a", "it is closed"),
         ([KvBroken(0, 1, "kept")], "a", "its KV breaks at 1, the stream has 0 tokens"),
         ([RequestClosed(0, ""), KvBroken("a", 0, "kept")], "a", "it is closed"),
@@ -247,6 +251,18 @@ def test_the_next_base_is_the_sum_of_the_rows_lengths() -> None:
         fold.base_of(one, [7])
 
 
+def test_chunks_say_where_in_the_context_their_tokens_stand() -> None:
+    stream = folded(
+        TokensAppended("c", 372, (1, 2), (-1.0, -1.0), 1),
+        TokensAppended("c", 374, (3,), (-1.0,), 1),
+        TokensAppended("c", 400, (4,), (-1.0,), 1),
+    ).streams["c"]
+    assert list(stream.token_ids) == [1, 2, 3, 4]
+    assert stream.places == [(0, 372), (3, 400)]
+    assert (stream.length, stream.position) == (4, 401)
+    assert folded(*AB, step(0, {0: 1})).streams["a"].places == []
+
+
 def test_what_names_a_request_of_the_dropped_part_is_passed_over() -> None:
     """Before lsn 10, request "x" had slot 3 and 4 tokens, "y" came in chunks; both are acknowledged later."""
     fold = folded(
@@ -265,11 +281,19 @@ def test_what_names_a_request_of_the_dropped_part_is_passed_over() -> None:
         step(2, {0: 9}),
         first_lsn=10,
     )
-    assert list(fold.streams) == ["a"]
+    assert list(fold.streams) == ["a", "y"]
     assert fold.streams["a"].token_ids == array("I", [1, 1, 9])
+    assert (fold.streams["y"].places, fold.streams["y"].status) == ([(0, 7)], "acknowledged")
     assert list(fold.slots) == [0]
     with pytest.raises(StreamError, match="its base is 7"):
         fold.add(log_of(step(7, {0: 1}), first_lsn=23)[0])
+
+
+def test_an_acknowledgement_stands_for_a_close_that_may_have_named_a_slot_of_the_dropped_part() -> None:
+    records = TokensAppended("y", 7, (1,), (-1.0,), 0), RequestClosed(3, ""), RequestsAcknowledged(("y",))
+    assert folded(*records, first_lsn=10).streams["y"].status == "acknowledged"
+    with pytest.raises(StreamError, match="before its close"):
+        folded(*records[::2])
 
 
 def test_a_slot_of_the_dropped_part_is_free_once_it_is_opened_again() -> None:

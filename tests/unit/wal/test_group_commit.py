@@ -241,7 +241,7 @@ class WatchedStorage(FaultyStorage):
 
 @pytest.mark.parametrize(
     ("policy", "inline_s_max", "is_inline"),
-    [(SyncPolicy.always(), 60.0, True), (SyncPolicy.always(), 0.0, False), (SyncPolicy.interval(0.1), 60.0, False)],
+    [(SyncPolicy.always(), 60.0, True), (SyncPolicy.always(), 0.0, False), (SyncPolicy.interval(0.1), 60.0, True)],
 )
 def test_syncs_run_on_the_loop_while_they_are_fast_and_in_a_thread_otherwise(
     policy: SyncPolicy, inline_s_max: float, is_inline: bool

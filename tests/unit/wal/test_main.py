@@ -194,7 +194,7 @@ def test_a_stream_that_contradicts_itself_is_told_and_fails_the_verification(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Log.open(tmp_path) as log:
-        for start in (0, 2, 7, 9):
+        for start in (5, 7, 7, 0):
             log.append(1, tokens.encode(tokens.TokensAppended("r", start, (5, 6), (-0.5, -1.0), 3)))
         log.append(1, b"no record of tokens")
     assert main([str(tmp_path)]) == 0

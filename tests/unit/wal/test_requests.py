@@ -58,9 +58,10 @@ def test_an_acknowledgement_without_a_close_releases_nothing() -> None:
     assert live_after(RequestOpened("a", 0), RequestsAcknowledged(("a",))) == ["a"]
 
 
-def test_what_speaks_of_a_request_that_was_dropped_keeps_nothing() -> None:
+def test_what_speaks_of_a_request_that_was_dropped_keeps_nothing_but_a_chunk_until_its_acknowledgement() -> None:
     strangers = [step(0, 1), chunk("c", 5), KvBroken(1, 3, "kept"), RequestClosed(0, ""), RequestClosed("d", "")]
-    assert live_after(*strangers, RequestsAcknowledged(("b", "d")), first_lsn=9) == []
+    assert live_after(*strangers, first_lsn=9) == ["c"]
+    assert live_after(*strangers, RequestsAcknowledged(("b", "c", "d")), first_lsn=9) == []
 
 
 def test_a_chunk_whose_beginning_is_missing_in_a_whole_log_is_kept_in_doubt() -> None:
