@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
-from wal.token_columns import f32_array, u32_array
+from wal.token_columns import IS_BIG_ENDIAN
 from wal.token_records import Cause
 from wal.token_routes import RoutesRecorded
 from wal.token_steps import HEAD_BYTES, StepHead, StepLayout
@@ -28,8 +28,6 @@ from wal.token_steps import HEAD_BYTES, StepHead, StepLayout
 Status: TypeAlias = Literal["open", "closed", "acknowledged"]
 SHORT_STEPS = 8
 """Below this many steps, appending token by token is cheaper than slicing row by row."""
-BLOCK_BYTES = 4 << 20
-"""Transposed at a time: strided slices of much more leave the processor's cache."""
 
 
 class VersionRun(NamedTuple):
@@ -178,7 +176,10 @@ class Stream:
 
 
 class Run:
-    """Consecutive steps of the same rows with one token each: their payloads, and whose each row is."""
+    """Consecutive steps of the same rows with one token each: their columns as they came, and whose each row is.
+
+    `words` holds the ids of a step, then its logprobs as f32 bits, step after step.
+    """
 
     __slots__ = (
         "_begins",
@@ -187,13 +188,14 @@ class Run:
         "ids_at",
         "layout",
         "logprobs_at",
-        "payloads",
         "rows_count",
         "size_bytes",
         "slots",
+        "steps_count",
         "streams",
         "vacant",
         "versions",
+        "words",
     )
 
     def __init__(self, payload: bytes, layout: StepLayout, streams: list[Stream], versions: Sequence[int]) -> None:
@@ -202,7 +204,9 @@ class Run:
         self.slots, self.rows_count, self.versions = layout.slots, len(layout.slots), versions
         self.streams = streams
         """Never changed in place: callers were handed it."""
-        self.payloads: list[bytes] = []
+        self.words = array("I")
+        self.steps_count = 0
+        """Steps whose columns are kept here."""
         self.vacant: dict[int, int] = {}
         """Slots that left since the newest step, with their rows."""
         self._begins: dict[int, int] = {}
@@ -215,7 +219,7 @@ class Run:
     def vacate(self, slot: int) -> None:
         """The slot's request leaves: the tokens in its row so far are its own."""
         row = self.slots.index(slot)
-        steps_count = len(self.payloads)
+        steps_count = self.steps_count
         begin = self._begins.pop(row, 0)
         if begin < steps_count:
             self._splits.append((row, self.streams[row], begin, steps_count))
@@ -226,56 +230,55 @@ class Run:
         row = self.vacant.pop(slot)
         self.streams = self.streams.copy()
         self.streams[row] = stream
-        self._begins[row] = len(self.payloads)
+        self._begins[row] = self.steps_count
         return self.versions[row if len(self.versions) > 1 else 0]
 
+    def keep(self, payload: bytes) -> int:
+        """Take over the columns of the newest step; returns their size in bytes."""
+        self.words.frombytes(memoryview(payload)[self.ids_at :])
+        self.steps_count += 1
+        return 8 * self.rows_count
+
     def absorb(self) -> None:
-        """Give every stream its tokens, and forget the payloads."""
-        steps_count = len(self.payloads)
-        if steps_count < SHORT_STEPS and not (self._splits or self._begins or self.vacant):
+        """Give every stream its tokens, and forget the columns."""
+        if IS_BIG_ENDIAN:
+            self.words.byteswap()
+        if self.steps_count < SHORT_STEPS and not (self._splits or self._begins or self.vacant):
             self._append_tokens()
         else:
-            pieces = list(self._pieces(steps_count))
-            block_steps = max(SHORT_STEPS, BLOCK_BYTES // self.size_bytes)
-            for start in range(0, steps_count, block_steps):
-                self._append_slices(pieces, start, min(start + block_steps, steps_count))
-        self.payloads = []
+            self._append_slices()
+        self.words, self.steps_count = array("I"), 0
         self._splits.clear()
         self._begins.clear()
 
-    def _pieces(self, steps_count: int) -> Iterator[tuple[int, Stream, int, int]]:
+    def _pieces(self) -> Iterator[tuple[int, Stream, int, int]]:
         """(row, stream, first step, step behind the last), in the order of each stream."""
         yield from self._splits
         vacant = set(self.vacant.values())
         for row, stream in enumerate(self.streams):
             if row not in vacant:
-                yield row, stream, self._begins.get(row, 0), steps_count
+                yield row, stream, self._begins.get(row, 0), self.steps_count
 
-    def _append_slices(self, pieces: list[tuple[int, Stream, int, int]], start: int, end: int) -> None:
-        """The steps `start` to `end`, row by row."""
-        rows_count = self.rows_count
-        ids, logprobs = self._columns(start, end)
-        for row, stream, piece_start, piece_end in pieces:
-            first, last = max(piece_start, start) - start, min(piece_end, end) - start
-            if first < last:
-                at = slice(row + first * rows_count, last * rows_count, rows_count)
-                stream.id_column.extend(ids[at])
-                stream.logprob_column.extend(logprobs[at])
+    def _append_slices(self) -> None:
+        """Row by row."""
+        words, rows_count = self.words, self.rows_count
+        step_words = 2 * rows_count
+        for row, stream, first, last in self._pieces():
+            start, end = row + first * step_words, last * step_words
+            stream.id_column.extend(words[start:end:step_words])
+            stream.logprob_column.frombytes(words[start + rows_count : end : step_words].tobytes())
 
     def _append_tokens(self) -> None:
-        """All steps, token by token."""
-        ids, logprobs = self._columns(0, len(self.payloads))
-        id_columns = [stream.id_column for stream in self.streams] * len(self.payloads)
-        logprob_columns = [stream.logprob_column for stream in self.streams] * len(self.payloads)
-        # A deque of length 0 runs a map to its end at the speed of C.
-        deque(map(array.append, id_columns, ids), maxlen=0)
-        deque(map(array.append, logprob_columns, logprobs), maxlen=0)
-
-    def _columns(self, start: int, end: int) -> tuple[array[int], array[float]]:
-        """The token columns of some steps, one step after the other."""
-        payloads, ids_at, logprobs_at = self.payloads[start:end], self.ids_at, self.logprobs_at
-        ids = b"".join([payload[ids_at:logprobs_at] for payload in payloads])
-        return u32_array(ids), f32_array(b"".join([payload[logprobs_at:] for payload in payloads]))
+        """Step by step: cheaper for a few."""
+        rows_count = self.rows_count
+        id_columns = [stream.id_column for stream in self.streams]
+        logprob_columns = [stream.logprob_column for stream in self.streams]
+        for start in range(0, len(self.words), 2 * rows_count):
+            border = start + rows_count
+            logprobs = array("f", self.words[border : border + rows_count].tobytes())
+            # A deque of length 0 runs a map to its end at the speed of C.
+            deque(map(array.append, id_columns, self.words[start:border]), maxlen=0)
+            deque(map(array.append, logprob_columns, logprobs), maxlen=0)
 
 
 class Pending:
@@ -295,10 +298,9 @@ class Pending:
         self.steps_count += 1
         self.lsn = lsn
         if self.keeps_columns:
-            if not run.payloads:
+            if not run.steps_count:
                 self._runs.append(run)
-            run.payloads.append(payload)
-            self._raw_bytes += len(payload)
+            self._raw_bytes += run.keep(payload)
             if self._raw_bytes >= self.raw_bytes_max:
                 self.absorb()
 

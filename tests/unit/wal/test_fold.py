@@ -111,15 +111,15 @@ def test_a_step_may_give_a_request_several_tokens() -> None:
 
 
 def test_raw_steps_are_turned_into_streams_at_their_bound() -> None:
-    bounded = TokenFold(raw_bytes_max=1000)
+    bounded = TokenFold(raw_bytes_max=300)
     for record in log_of(*AB, *(step(2 * i, {0: i, 1: 100 + i}) for i in range(50))):
         bounded.add(record)
-    assert len(bounded.streams["a"].id_column) == 34
+    assert len(bounded.streams["a"].id_column) == 38
     assert bounded.streams["a"].token_ids == array("I", range(50))
 
 
-def test_a_row_is_sliced_from_the_block_that_holds_it() -> None:
-    """Of rows this wide a block of 4 MiB holds 34 steps; slot 0 changes hands in the second block."""
+def test_a_row_is_cut_where_its_slot_changed_hands() -> None:
+    """Of 40 steps of 10,000 rows; slot 0 changes hands before the 37th."""
     rows, steps_count = 10_000, 40
     requests: list[TokenRecord] = [RequestOpened(f"r{i}", i) for i in range(rows)]
     records = log_of(*requests)
