@@ -163,6 +163,12 @@ class Scanner(ABC):
         """Say that no more input comes: what was held back is decided."""
         self._finished = True
 
+    def stop(self) -> None:
+        """Say that the turn failed outside of the scanner: nothing more is read, and nothing held."""
+        self._events.clear()
+        self._state = self._over
+        self._units, self._base, self._at = "", self._base + len(self._units), 0
+
     def next_event(self) -> Event | None:
         """The next event, or None when more input is needed (or, after `finish`, when all is said)."""
         while not self._events and self._state():

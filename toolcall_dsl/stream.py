@@ -241,6 +241,7 @@ class StreamParser:
 
     def _fail(self, rule: str, mark: Mark) -> None:
         self._failed_rule, self._failed_mark = rule, mark
+        self._scanner.stop()
         self._tell_failure(at_end=False)
 
     def _tell_failure(self, *, at_end: bool) -> None:

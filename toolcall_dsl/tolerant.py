@@ -216,7 +216,7 @@ class TolerantScanner(Scanner):
         if self._state in (self._invoke, self._value):
             return self._fault("truncated-call", self._at)
         self._state = self._over
-        return True
+        return self._over()
 
     def _tag(self, at: int) -> _Tag | None:
         """The tag whose control token stands at `at`, `_TEXT` if it is none, None if undecided."""
