@@ -14,14 +14,13 @@ See: docs/formats/toolcall_dsl.md, "Values" and "Streaming".
 
 from __future__ import annotations
 
-import json
-
 from toolcall_dsl.types import ParseStatus, ToolCall
 from toolcall_dsl.units import UnitsDecoder
 from toolcall_dsl.values import (
     WRAPPERS,
     BadJsonError,
     json_string_inside,
+    json_text,
     json_value,
     json_value_or_none,
     unwrapped,
@@ -69,7 +68,7 @@ class ArgumentsReader:
         self._recovered |= is_string is None or bool("".join((*self._body, self._decoder.finish())).strip())
         self._body = []
         head = ", " if self._parameters_count else "{"
-        head += json.dumps(name, ensure_ascii=False) + ": " + ('"' if is_string else "")
+        head += json_text(name) + ": " + ('"' if is_string else "")
         may_wrap = not self._strict and not self._parameters_count and name in WRAPPERS
         self._inner_names = self._known if may_wrap and self._known is not None and name not in self._known else None
         self._streams = self._strict or (is_string is True and self._inner_names is None)
@@ -104,7 +103,7 @@ class ArgumentsReader:
             return self._out(tail) + ('"' if self._is_string else "")
         if self._is_string:
             return self._hold_or_give(self._out(text) + '"')
-        return self._hold_or_give(json.dumps(text, ensure_ascii=False) if value is text else text)
+        return self._hold_or_give(json_text(text) if value is text else text)
 
     def close(self, *, recovered: bool) -> str:
         """The call is complete; take it with `call` unless it is broken."""
@@ -115,7 +114,7 @@ class ArgumentsReader:
             inner = unwrapped(self._arguments[self._parameter], self._inner_names)
             if inner is not None:
                 self._arguments, self._recovered = inner, True
-                return json.dumps(inner, ensure_ascii=False)
+                return json_text(inner)
         return self._held + "}"
 
     def call(self) -> ToolCall:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable
+from itertools import accumulate
 
 from toolcall_dsl.types import Span, SpanKind
 
@@ -31,14 +32,11 @@ class SpanReader:
 
     def add(self, tokens: Iterable[str]) -> None:
         """More tokens, each as its units."""
-        at = self._units_count
         starts = self._open_starts
-        before = len(starts)
-        for token in tokens:
-            starts.append(at)
-            at += len(token)
-        self._tokens_count += len(starts) - before
-        self._units_count = at
+        self._tokens_count -= len(starts)
+        starts += accumulate(map(len, tokens), initial=self._units_count)
+        self._units_count = starts.pop()
+        self._tokens_count += len(starts)
 
     def border(self, offset: int, kind: SpanKind) -> None:
         """The section of `kind` begins at unit `offset`."""

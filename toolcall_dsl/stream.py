@@ -173,7 +173,7 @@ class StreamParser:
             case ParameterOpened(name, is_string, start):
                 if self._strict and not is_string:
                     self._call_mark = self._trail.mark(start)
-                self._say(self._call.open_parameter(self._unit_map.text(name), is_string), start)
+                self._say(self._call.open_parameter(self._name(name), is_string), start)
             case ParameterClosed(recovered):
                 self._say(self._call.close_parameter(recovered=recovered))
             case InvokeOpened():
@@ -218,12 +218,15 @@ class StreamParser:
             self._events.append(self._prose(text))
 
     def _open_call(self, opened: InvokeOpened) -> None:
-        name = self._unit_map.text(opened.name)
+        name = self._name(opened.name)
         if not self._strict:
             self._call_mark = self._trail.mark(opened.start)
         known = self._properties.get(name)
         self._call = ArgumentsReader(name, self._decoder, strict=self._strict, known=known, recovered=opened.recovered)
         self._events.append(CallStarted(self._calls_count, name))
+
+    def _name(self, units: str) -> str:
+        return units if units.isascii() else self._unit_map.text(units)
 
     def _close_call(self, *, recovered: bool) -> None:
         self._say(self._call.close(recovered=recovered))

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 
 from toolcall_dsl.tokenizer import UnitMap
 
-CONTROL_UNIT = re.compile("[\ue000-\uf8ff]")
+_FIRST_CONTROL = "\ue000"
 _CONTROL_OR_RUN = re.compile("[\ue000-\uf8ff]|[^\ue000-\uf8ff]+")
 
 
@@ -28,6 +28,7 @@ class UnitsDecoder:
 
     def __init__(self, unit_map: UnitMap) -> None:
         self._unit_map = unit_map
+        self._spelled: dict[str, bytes] = {}
         self._pending = b""
 
     @property
@@ -54,7 +55,11 @@ class UnitsDecoder:
         return text
 
     def _bytes(self, run: str) -> bytes:
-        return self._unit_map.text(run).encode() if CONTROL_UNIT.match(run) else run.encode("latin-1")
+        if run[0] < _FIRST_CONTROL:
+            return run.encode("latin-1")
+        if run not in self._spelled:
+            self._spelled[run] = self._unit_map.text(run).encode()
+        return self._spelled[run]
 
 
 class SpelledUnits:

@@ -34,9 +34,14 @@ def unwrapped(wrapped: object, known: frozenset[str]) -> dict[str, object] | Non
     return inner if isinstance(inner, dict) and inner.keys() <= known else None
 
 
+def json_text(value: object) -> str:
+    """A value as JSON text, characters beyond ASCII as they are."""
+    return _ENCODER.encode(value)
+
+
 def json_string_inside(text: str) -> str:
     """What stands between the quotes of `text` as a JSON string; texts joined and then escaped read the same."""
-    return json.dumps(text, ensure_ascii=False)[1:-1]
+    return json_text(text)[1:-1]
 
 
 def properties_of(tool: Mapping[str, object]) -> tuple[str, frozenset[str]]:
@@ -64,10 +69,10 @@ def json_value(text: str) -> object:
     if text.count("[") + text.count("{") > JSON_DEPTH_MAX and _depth(text) > JSON_DEPTH_MAX:
         raise BadJsonError(f"nested deeper than {JSON_DEPTH_MAX}")
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        value: object = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise BadJsonError(str(error)) from error
-    if "\\u" in text and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+    if "\\u" in text and _SURROGATE.search(json_text(value)):
         raise BadJsonError("a lone surrogate is no character")
     return value
 
@@ -89,3 +94,7 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise BadJsonError(f"{text} is out of range")
     return value
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
