@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -23,8 +24,8 @@ def run_all(dsec: Any, place: Path, path: str) -> list[str]:
     outputs = [dsec.done("program.py", command=sys.executable, cwd=place).out]
     for _, text in (block for block in found if not block[0]):
         for line in text.splitlines():
-            command = line.split("#")[0].strip().removeprefix("python ")
-            outputs.append(dsec.done("-c", f"{sys.executable} {command}", command="bash", cwd=place).out)
+            command = line.split("  #")[0].replace("python -m", f"{sys.executable} -m")
+            outputs.append(dsec.done("-c", command, command="bash", cwd=place).out)
     return outputs
 
 
@@ -38,3 +39,16 @@ def test_the_log_does_what_its_readme_shows(dsec: Any, tmp_path: Path) -> None:
     assert verdict.startswith("ok: 100 records")
     assert '"acknowledged": 1' in stats
     assert len(request.splitlines()) == 6
+
+
+def test_the_language_does_what_its_readme_shows(dsec: Any, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").symlink_to(ROOT / "rollout/engines/embedded/checkpoint/tokenizer.json")
+    program, encoded, parsed = run_all(dsec, tmp_path, "toolcall_dsl/README.md")
+    lines = program.splitlines()
+    assert "Need the forecast. weather {'city': 'Seoul', 'days': 'three'}" in lines
+    assert 'days: expected integer; found "three"' in lines
+    assert '{"city": "Seoul", "days": "three"} True' in lines
+    assert re.fullmatch(r"\[\('SAMPLED_THINK', \d+\), \('SAMPLED_TEXT', \d+\)\]", lines[-3])
+    assert lines[-2].endswith("] False")
+    assert encoded == "<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜></think>"
+    assert json.loads(parsed) == {"reasoning": "Easy.", "content": "It is 4.", "tool_calls": [], "error": None}
