@@ -4,10 +4,11 @@ Steps: an engine takes 10 ms a step in a thread of its own (it sleeps, as one th
 does).  The event loop awaits the step, appends one token for each running request, and starts the next
 step; a task waits until the tokens are durable, as one that sends them out would.  The same loop without
 a log takes turns with it; the difference is the log's, the waiting task included.  `step` is how much
-longer a step takes on the clock; `caller` is processor time of the loop's thread and `process` of all
-threads, most of it spent while the engine computes.  Columns are arrays; one case has lists.  Processors
-are cold after a pause: `append, hot` is the time of `TokenLog.append` when it is called over and over, and
-the baseline `empty handoff` is the same loop with an empty job for a second thread instead of the log.
+later the next step is asked for, on the clock (median over steps); `caller` is processor time of the
+loop's thread and `process` of all threads, most of it spent while the engine computes.  Columns are
+arrays; one case has lists.  Processors are cold after a pause: `append, hot` is the time of
+`TokenLog.append` when it is called over and over, and the baseline `empty handoff` is the same loop with
+an empty job for a second thread instead of the log.
 
 Recovery: reading a log and folding it, against reading the bytes of the same files one after the
 other, taking turns, from the page cache (warm) and from the disk (cold).  `fold` checks every record
@@ -50,14 +51,14 @@ REQUESTS, LENGTH = 1000, 2000
 SLOTS = 256
 PIECE_BYTES = 1 << 20
 Spent = tuple[float, float, float]
-"""Seconds of the caller's thread, of the process, of the wall."""
+"""Seconds of the caller's thread, of the process, and on the clock between one step and the next, of all steps."""
 
 
 async def engine(log: TokenLog | Executor | None, rows: int, delays_s: list[float], as_lists: bool) -> Spent:
     """Spent by STEPS steps with pauses; `delays_s` gets the time until each step was durable."""
     slots, columns = step_columns(rows, as_lists)
     loop = asyncio.get_running_loop()
-    pending = []
+    pending, gaps_s = [], []
 
     async def emit(written: Awaitable[int], start_s: float) -> None:
         await written
@@ -66,7 +67,7 @@ async def engine(log: TokenLog | Executor | None, rows: int, delays_s: list[floa
     worker = ThreadPoolExecutor(max_workers=1)
     await loop.run_in_executor(worker, int)
     gc.collect()
-    start = time.thread_time(), time.process_time(), time.perf_counter()
+    start = time.thread_time(), time.process_time()
     for ids, logprobs in columns:
         await loop.run_in_executor(worker, time.sleep, STEP_S)
         start_s = time.perf_counter()
@@ -74,11 +75,12 @@ async def engine(log: TokenLog | Executor | None, rows: int, delays_s: list[floa
             pending.append(asyncio.create_task(emit(log.append(slots, ids, logprobs, 1), start_s)))
         elif log is not None:
             pending.append(asyncio.create_task(emit(loop.run_in_executor(log, int), start_s)))
+        gaps_s.append(time.perf_counter() - start_s)
     await loop.run_in_executor(worker, time.sleep, STEP_S)
-    end = time.thread_time(), time.process_time(), time.perf_counter()
+    end = time.thread_time(), time.process_time()
     await asyncio.gather(*pending)
     worker.shutdown()
-    return end[0] - start[0], end[1] - start[1], end[2] - start[2]
+    return end[0] - start[0], end[1] - start[1], statistics.median(gaps_s) * STEPS
 
 
 def step_columns(rows: int, as_lists: bool) -> tuple[Sequence[int], list[tuple[Sequence[int], Sequence[float]]]]:
@@ -162,8 +164,8 @@ def measure_steps(directory: Path, rounds: int) -> tuple[dict[str, dict[str, flo
 
 def per_step_us(spents: list[Spent]) -> dict[str, float]:
     """Medians in microseconds a step."""
-    caller, process, wall = (statistics.median(column) / STEPS * 1e6 for column in zip(*spents, strict=True))
-    return {"step_us": round(wall, 1), "caller_us": round(caller, 1), "process_us": round(process, 1)}
+    caller, process, gap = (statistics.median(column) / STEPS * 1e6 for column in zip(*spents, strict=True))
+    return {"step_us": round(gap, 1), "caller_us": round(caller, 1), "process_us": round(process, 1)}
 
 
 class Schedule:

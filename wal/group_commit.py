@@ -129,7 +129,8 @@ class GroupCommit:
         FencedError (another writer took over: it may keep the record or not), PoisonedError (an earlier
         group failed: this record was not appended), ClosedError.
         """
-        await self.room()
+        if not self.has_room():
+            await self.room()
         lsn, durable = self.admit(kind, payload)
         await durable
         return lsn
@@ -152,7 +153,8 @@ class GroupCommit:
         For a caller whose next record builds on this one and need not wait for the sync; it awaits `room`
         first.  Raises what `append` raises before the record is in the log, the future the rest.
         """
-        self.check_open()
+        if self._failure is not None or self._is_closing:
+            self.check_open()
         lsn = self.log.stage(kind, payload)
         loop = asyncio.get_running_loop()
         done = loop.create_future()

@@ -86,7 +86,8 @@ class Log:
         self._next_lsn = recovery.next_lsn
         self._written_lsn = self._durable_lsn = recovery.next_lsn - 1
         self._staged: list[bytes] = []
-        self._staged_bytes = 0
+        self.staged_bytes = 0
+        """Bytes of frames that were staged and not yet taken; read it only."""
         self._poison: WalError | None = None
         self._is_closed = False
         self.syncs_count = 0
@@ -145,11 +146,6 @@ class Log:
         """The newest lsn that is durable; 0 if none."""
         return self._durable_lsn
 
-    @property
-    def staged_bytes(self) -> int:
-        """Bytes of frames that were staged and not yet taken."""
-        return self._staged_bytes
-
     def append(self, kind: int, payload: bytes) -> int:
         """Add a record (`kind` 1..255) and return its lsn.  NOT durable until `sync`.
 
@@ -157,7 +153,7 @@ class Log:
         ClosedError, and StorageError or FencedError when a full buffer is written out, which poisons.
         """
         lsn = self.stage(kind, payload)
-        if self._staged_bytes > BUFFER_BYTES_MAX:
+        if self.staged_bytes > BUFFER_BYTES_MAX:
             self.flush()
         return lsn
 
@@ -184,18 +180,19 @@ class Log:
             raise RecordInvalidError(f"a record's kind is 1..{fmt.KIND_MAX}, not {kind}")
         if len(payload) > self.record_bytes_max:
             raise RecordTooLargeError(len(payload), self.record_bytes_max)
-        self._check_usable()
+        if self._poison is not None or self._is_closed:
+            self._check_usable()
         lsn = self._next_lsn
         frame = fmt.encode_frame(self._seed, lsn, lsn - 1 - self._durable_lsn, kind, payload)
         self._staged.append(frame)
-        self._staged_bytes += len(frame)
+        self.staged_bytes += len(frame)
         self._next_lsn = lsn + 1
         return lsn
 
     def take(self) -> Batch:
         """Everything staged since the last `take`; it must be committed before any later batch."""
-        batch = Batch(self._next_lsn - len(self._staged), self._staged, self._staged_bytes)
-        self._staged, self._staged_bytes = [], 0
+        batch = Batch(self._next_lsn - len(self._staged), self._staged, self.staged_bytes)
+        self._staged, self.staged_bytes = [], 0
         return batch
 
     def commit(self, batch: Batch, *, sync: bool) -> None:

@@ -87,6 +87,7 @@ class StepLayout(NamedTuple):
 def encode_step(record: StepAppended) -> bytes:
     """The payload of a StepAppended.  RecordInvalidError names the field that breaks its rule."""
     head = step_head(record.slots, record.version_runs, record.counts)
+    check_u64(record.base, "base")
     return encode_with(head, record.base, record.token_ids, record.logprobs)
 
 
@@ -120,8 +121,7 @@ def step_head(
 
 
 def encode_with(head: StepHead, base: int, token_ids: Sequence[int], logprobs: Sequence[float]) -> bytes:
-    """The payload of a step with this head.  RecordInvalidError."""
-    check_u64(base, "base")
+    """The payload of a step with this head; `base` is a u64.  RecordInvalidError."""
     for field, column in (("token_ids", token_ids), ("logprobs", logprobs)):
         if len(column) != head.tokens_count:
             raise invalid(field, f"must be as many as the {head.tokens_count} tokens of the step, are {len(column)}")

@@ -52,7 +52,8 @@ class SegmentWriter:
 
     `size_bytes` counts what was written.  The file is longer: zeros are written ahead, so that most
     syncs have no new size and no new block to make durable, only data.  On a journaling file system
-    that takes a third off a sync (docs: "Costs"), for twice the bytes written.
+    that takes a third off a sync (docs: "Costs"), for twice the bytes written.  Large writes go without:
+    there the bytes cost more than the metadata.
     """
 
     def __init__(self, path: Path, file: File, size_bytes: int) -> None:
@@ -77,7 +78,7 @@ class SegmentWriter:
         """Hand bytes to the operating system; not durable.  StorageError."""
         end = self.size_bytes + len(frames)
         try:
-            if end > self._reserved_bytes:
+            if end > self._reserved_bytes and len(frames) < RESERVE_BYTES // 2:
                 self._file.allocate(end + RESERVE_BYTES)
                 self._reserved_bytes = end + RESERVE_BYTES
             write_all(self._file.write, frames)
