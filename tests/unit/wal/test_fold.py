@@ -6,7 +6,7 @@ from array import array
 
 import pytest
 
-from wal import Record, RecordInvalidError, tokens
+from wal import Record, RecordInvalidError, token_stream, tokens
 from wal.errors import StreamError
 from wal.fold import TokenFold, fold
 from wal.token_steps import step_head
@@ -307,3 +307,10 @@ def test_a_slot_of_the_dropped_part_is_free_once_it_is_opened_again() -> None:
     )
     assert fold.streams["b"].token_ids == array("I", [2])
     assert fold.slots[3].request == "b"
+
+
+def test_columns_are_turned_on_a_big_endian_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_stream, "IS_BIG_ENDIAN", True)
+    fold = folded(*AB, *(step(2 * i, {0: 1 << 24, 1: 2}) for i in range(9)))
+    assert fold.streams["a"].token_ids == array("I", [1] * 9)
+    assert fold.streams["b"].token_ids == array("I", [2 << 24] * 9)
