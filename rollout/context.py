@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from rollout.events import PromptSegment, Thinking
-from toolcall_dsl import Segment, SpanKind, Tokenizer, encode, encode_results
+from toolcall_dsl import Segment, Tokenizer, encode, encode_results
 
 SYSTEM = "You are a coding agent in a Linux sandbox."
 
@@ -33,8 +33,6 @@ TOOLS: tuple[dict[str, object], ...] = (
         },
     },
 )
-
-SAMPLED = frozenset({SpanKind.SAMPLED_THINK, SpanKind.SAMPLED_CALL, SpanKind.SAMPLED_TEXT})
 
 
 class Span(msgspec.Struct, frozen=True):

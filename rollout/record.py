@@ -14,7 +14,7 @@ from itertools import pairwise
 import msgspec
 
 from dsec.trajectory import Trajectory
-from rollout.context import SAMPLED, Span
+from rollout.context import Span
 from rollout.engine import Sampling
 from rollout.ledger import Ledger
 from rollout.machine import AnsweredCall, State, Turn, read_turn
@@ -155,8 +155,8 @@ def _aligned_logprobs(state: State) -> tuple[float | None, ...]:
     drawn = iter(state.logprobs)
     aligned: list[float | None] = []
     for span in state.spans:
-        is_sampled = span.kind in SAMPLED
-        aligned.extend(next(drawn) if is_sampled else None for _ in range(span.length))
+        # Trainable are the sampled tokens: each has a logprob in the log.
+        aligned.extend(next(drawn) if span.trainable else None for _ in range(span.length))
     return (*aligned, *state.current_logprobs)
 
 

@@ -27,6 +27,7 @@ DOORS = {
     "grpc_reflection": {"rollout/grpc_server.py"},
     "tokenizers": {"toolcall_dsl/tokenizer.py"},
     "jsonschema_rs": {"toolcall_dsl/schema.py"},
+    "isal": {"wal/format.py"},
     "pyarrow": {"rollout/export/arrow.py"},
 }
 BROAD_EXCEPT_FILES = re.compile(r"(_server|/main|/cli|toolcall_dsl/tokenizer)\.py$")
