@@ -1,6 +1,6 @@
-"""What the token log costs an engine, and how fast its requests are back after a crash.
+"""What the token log costs an engine per step.
 
-Steps: an engine takes 10 ms a step in a thread of its own (it sleeps, as one that waits for a GPU
+An engine takes 10 ms a step in a thread of its own (it sleeps, as one that waits for a GPU
 does).  The event loop awaits the step, appends one token for each running request, and starts the next
 step; a task waits until the tokens are durable, as one that sends them out would.  The same loop without
 a log takes turns with it; the difference is the log's, the waiting task included.  `step` is how much
@@ -9,10 +9,6 @@ loop's thread and `process` of all threads, most of it spent while the engine co
 arrays; one case has lists.  Processors are cold after a pause: `append, hot` is the time of
 `TokenLog.append` when it is called over and over, and the baseline `empty handoff` is the same loop with
 an empty job for a second thread instead of the log.
-
-Recovery: reading a log and folding it, against reading the bytes of the same files one after the
-other, taking turns, from the page cache (warm) and from the disk (cold).  `fold` checks every record
-and knows every request's state; `streams` also looks at the tokens of every request.
 
 See: docs/formats/wal_tokens.md, "Costs".
 """
@@ -23,13 +19,12 @@ import argparse
 import asyncio
 import gc
 import json
-import os
 import random
 import statistics
 import tempfile
 import time
 from array import array
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,19 +32,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from wal import GroupCommit, Log, SyncPolicy, read, tokens
-from wal.fold import TokenFold
+from wal import GroupCommit, Log, SyncPolicy
 from wal.token_log import TokenLog
-from wal.token_steps import encode_with, step_head
-from wal.tokens import RequestClosed, RequestOpened
 
 STEP_S = 0.010
 ROWS = (1, 64, 512)
 POLICIES = ("always", "interval(5)", "os")
 STEPS = 40
-REQUESTS, LENGTH = 1000, 2000
-SLOTS = 256
-PIECE_BYTES = 1 << 20
 Spent = tuple[float, float, float]
 """Seconds of the caller's thread, of the process, and on the clock between one step and the next, of all steps."""
 
@@ -168,182 +157,22 @@ def per_step_us(spents: list[Spent]) -> dict[str, float]:
     return {"step_us": round(gap, 1), "caller_us": round(caller, 1), "process_us": round(process, 1)}
 
 
-class Schedule:
-    """Engine steps of a log to recover: which slots run, and who opens and closes between the steps."""
-
-    def __init__(self, directory: Path) -> None:
-        self.log = Log.open(directory)
-        self.lengths: dict[int, int] = {}
-        self.draw = random.Random(7)  # noqa: S311  # a benchmark's dice
-        self.opened_count = 0
-
-    def open(self, slot: int) -> None:
-        """The next request takes a free slot."""
-        self.log.append(tokens.TOKENS, tokens.encode(RequestOpened(f"request-{self.opened_count}", slot)))
-        self.opened_count += 1
-        self.lengths[slot] = 0
-
-    def close(self, slot: int) -> None:
-        """The slot's request is done."""
-        self.log.append(tokens.TOKENS, tokens.encode(RequestClosed(slot, "stop")))
-        del self.lengths[slot]
-
-    def step(self, slots: list[int]) -> None:
-        """One token for each of these rows."""
-        rows = len(slots)
-        ids = array("I", [self.draw.randrange(129_280)]) * rows
-        base = sum(self.lengths[slot] for slot in slots)
-        head = step_head(slots, [(rows, 1)])
-        self.log.append(tokens.TOKENS, encode_with(head, base, ids, array("f", [-0.5]) * rows))
-        for slot in slots:
-            self.lengths[slot] += 1
-
-
-def write_together(directory: Path) -> None:
-    """All requests run from the first step to the last."""
-    schedule = Schedule(directory)
-    for slot in range(REQUESTS):
-        schedule.open(slot)
-    for _ in range(LENGTH):
-        schedule.step(list(range(REQUESTS)))
-    schedule.log.close()
-
-
-def write_batching(directory: Path, *, keeps_rows: bool) -> None:
-    """SLOTS of the requests run at a time, each to a length of its own; the next one takes a free slot.
-
-    `keeps_rows`: the newcomer takes the row of the one that left; else rows move up and it comes last.
-    """
-    schedule = Schedule(directory)
-    running: list[int] = []
-    left: dict[int, int] = {}
-    while schedule.opened_count < REQUESTS or running:
-        for slot in [slot for slot in running if not left[slot]]:
-            schedule.close(slot)
-            if schedule.opened_count < REQUESTS and keeps_rows:
-                schedule.open(slot)
-                left[slot] = schedule.draw.randint(1, 2 * LENGTH)
-            else:
-                running.remove(slot)
-        for slot in range(SLOTS):
-            if schedule.opened_count < REQUESTS and slot not in schedule.lengths:
-                schedule.open(slot)
-                running.append(slot)
-                left[slot] = schedule.draw.randint(1, 2 * LENGTH)
-        if running:
-            schedule.step(running)
-        for slot in running:
-            left[slot] -= 1
-    schedule.log.close()
-
-
-LOGS: dict[str, Callable[[Path], None]] = {
-    "together": write_together,
-    "batching": lambda directory: write_batching(directory, keeps_rows=True),
-    "batching, rows move up": lambda directory: write_batching(directory, keeps_rows=False),
-}
-
-
-def segments(directory: Path) -> Iterator[Path]:
-    """The files of a log in order."""
-    return iter(sorted(directory.glob("*.wal")))
-
-
-def read_bytes(directory: Path) -> int:
-    """The plain sequential read."""
-    buffer, count = bytearray(PIECE_BYTES), 0
-    for path in segments(directory):
-        with path.open("rb", buffering=0) as file:
-            while got := file.readinto(buffer):
-                count += got
-    return count
-
-
-def read_records(directory: Path) -> int:
-    """The log's own read: frames and checksums."""
-    return sum(1 for _ in read(directory))
-
-
-def fold_log(directory: Path) -> TokenFold:
-    """Read and fold."""
-    fold = TokenFold()
-    for record in read(directory):
-        fold.add(record)
-    return fold
-
-
-def fold_streams(directory: Path) -> None:
-    """Read, fold, and look at every stream."""
-    fold = fold_log(directory)
-    found = sum(len(stream.token_ids) + len(stream.logprobs) for stream in fold.streams.values())
-    if found != 2 * sum(stream.length for stream in fold.streams.values()) or len(fold.streams) != REQUESTS:
-        raise SystemExit("the log lost tokens: this measurement is worth nothing")
-
-
-def forget(directory: Path) -> None:
-    """Drop the files from the page cache."""
-    for path in segments(directory):
-        fd = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
-
-
-CONTENDERS: dict[str, Callable[[Path], Any]] = {
-    "bytes": read_bytes,
-    "records": read_records,
-    "fold": fold_log,
-    "streams": fold_streams,
-}
-
-
-def measure_recovery(directory: Path, rounds: int) -> dict[str, dict[str, float]]:
-    """MB/s of every contender for every log, warm and cold; medians over rounds."""
-    told = {}
-    for name, write in LOGS.items():
-        folder = Path(tempfile.mkdtemp(dir=directory))
-        write(folder)
-        os.sync()
-        size_mb = sum(path.stat().st_size for path in segments(folder)) / 1e6
-        for state in ("warm", "cold"):
-            taken: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
-            for _ in range(rounds):
-                for contender, run in CONTENDERS.items():
-                    if state == "cold":
-                        forget(folder)
-                    gc.collect()
-                    start_s = time.perf_counter()
-                    run(folder)
-                    taken[contender].append(time.perf_counter() - start_s)
-            row = {f"{key}_mb_per_s": round(size_mb / statistics.median(values)) for key, values in taken.items()}
-            told[f"{name}, {state}"] = {"size_mb": round(size_mb, 1), **row}
-    return told
-
-
 def report(directory: Path, rounds: int) -> dict[str, dict[str, Any]]:
-    """The JSON object: figures (ours), baselines, ratios (share of a 10 ms step; share of the plain read's speed)."""
-    steps, handoff = measure_steps(directory, rounds)
-    figures: dict[str, Any] = dict(steps)
-    ratios: dict[str, Any] = {
+    """The JSON object: figures (ours), baselines, ratios (share of a 10 ms step)."""
+    figures, handoff = measure_steps(directory, rounds)
+    ratios = {
         case: {
             "share_of_step": round(row["step_us"] / STEP_S / 1e6, 5),
             "caller_share_of_step": round(row["caller_us"] / STEP_S / 1e6, 5),
         }
         for case, row in figures.items()
     }
-    baselines: dict[str, Any] = {"empty handoff": handoff}
-    for case, row in measure_recovery(directory, rounds).items():
-        baselines[case] = {"size_mb": row["size_mb"], "bytes_mb_per_s": row["bytes_mb_per_s"]}
-        figures[case] = {key: value for key, value in row.items() if key not in baselines[case]}
-        ratios[case] = {
-            f"{key}_share_of_read": round(row[f"{key}_mb_per_s"] / row["bytes_mb_per_s"], 3)
-            for key in ("records", "fold", "streams")
-        }
-    return {"figures": figures, "baselines": baselines, "ratios": ratios}
+    return {"figures": dict(figures), "baselines": {"empty handoff": handoff}, "ratios": ratios}
 
 
-def tables(told: dict[str, dict[str, Any]]) -> Iterator[Table]:
+def table(told: dict[str, dict[str, Any]]) -> Table:
     """For people."""
-    steps = Table(title="token log per engine step of 10 ms", caption="the log's part: with it minus without it")
+    shown = Table(title="token log per engine step of 10 ms", caption="the log's part: with it minus without it")
     for column in (
         "case",
         "step us",
@@ -354,36 +183,20 @@ def tables(told: dict[str, dict[str, Any]]) -> Iterator[Table]:
         "durable p50 ms",
         "p99 ms",
     ):
-        steps.add_column(column, justify="right")
-    handoff = told["baselines"]["empty handoff"]
-    share = f"{handoff['step_us'] / STEP_S / 1e6:.2%}"
-    steps.add_row(
-        "an empty handoff", str(handoff["step_us"]), share, str(handoff["caller_us"]), str(handoff["process_us"])
-    )
-    recovery = Table(title=f"recovery of {REQUESTS} requests, {LENGTH} tokens each on average, MB/s")
-    for column in ("log", "MB", "plain read", "records", "fold", "all streams", "fold : read", "streams : read"):
-        recovery.add_column(column, justify="right")
-    for case, row in told["figures"].items():
-        if "step_us" in row:
-            share = f"{told['ratios'][case]['share_of_step']:.2%}"
-            step_us, *rest = row.values()
-            steps.add_row(case, str(step_us), share, *map(str, rest))
-        else:
-            base, ratio = told["baselines"][case], told["ratios"][case]
-            speeds = (base["size_mb"], base["bytes_mb_per_s"], *row.values())
-            shares = (ratio["fold_share_of_read"], ratio["streams_share_of_read"])
-            recovery.add_row(case, *map(str, speeds), *(f"{share:.0%}" for share in shares))
-    yield steps
-    yield recovery
+        shown.add_column(column, justify="right")
+    for case, row in {"an empty handoff": told["baselines"]["empty handoff"], **told["figures"]}.items():
+        step_us, *rest = row.values()
+        shown.add_row(case, str(step_us), f"{step_us / STEP_S / 1e6:.2%}", *map(str, rest))
+    return shown
 
 
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(
-        description="Cost of the token log per engine step, and speed of recovery against a plain read.",
+        description="Cost of the token log per engine step of 10 ms.",
         epilog="example: python benchmarks/token_log.py --quick --json > token_log.json",
     )
-    parser.add_argument("--quick", action="store_true", help="5 rounds instead of 21 (about a minute)")
+    parser.add_argument("--quick", action="store_true", help="5 rounds instead of 21 (under a minute)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: figures, baselines, ratios")
     parser.add_argument("--dir", type=Path, help="measure on this disk (default: the temporary directory's)")
     options = parser.parse_args()
@@ -392,9 +205,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(told))
         return
-    console = Console(width=130)
-    for table in tables(told):
-        console.print(table)
+    Console(width=130).print(table(told))
 
 
 if __name__ == "__main__":
