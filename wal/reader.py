@@ -107,9 +107,27 @@ class Reader:
         yield from self._frames(segment, header.seed, filled, following.first_lsn if following and taken_over else 0)
         if taken_over and following and self.next_lsn == following.first_lsn:
             return  # what lies behind was written by a fenced writer
-        if not self._is_unused(path, self.end_offset):
-            args = (self._storage.read(path), self.end_offset, self.next_lsn, header.seed, following is None)
-            self.tear = judge(self._directory, segment, *args)
+        self.tear = self._verdict(segment, header.seed, following is None)
+
+    def _verdict(self, segment: Segment, seed: int, is_newest: bool) -> Tear | None:
+        """What stands behind the last frame that was read.  CorruptError.
+
+        The newest segment may be growing: a frame that is there by now was not there when this reader
+        came by, and damage is believed only if two looks show the same bytes.
+        """
+        path, seen = self._directory / segment.name, b""
+        while not self._is_unused(path, self.end_offset):
+            data = self._storage.read(path)
+            frame = fmt.decode_frame(data, self.end_offset, seed)
+            if is_newest and frame is not None and frame.lsn == self.next_lsn:
+                break
+            try:
+                return judge(self._directory, segment, data, self.end_offset, self.next_lsn, seed, is_newest)
+            except CorruptError:
+                if not is_newest or data == seen:
+                    raise
+            seen = data
+        return None
 
     def _frames(self, segment: Segment, seed: int, filled: int, end_lsn: int) -> Iterator[Record]:
         """Yield valid frames in lsn order up to `end_lsn`; stops at the first that is not (this is the hot path)."""

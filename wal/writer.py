@@ -10,6 +10,7 @@ See: docs/formats/wal.md, "Writing".
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,12 +80,22 @@ class SegmentWriter:
         end = self.size_bytes + len(frames)
         try:
             if end > self._reserved_bytes and len(frames) < RESERVE_BYTES // 2:
-                self._file.allocate(end + RESERVE_BYTES)
-                self._reserved_bytes = end + RESERVE_BYTES
+                self._reserve(end + RESERVE_BYTES)
             write_all(self._file.write, frames)
         except OSError as error:
             raise storage_error(self.path, "write", error) from error
         self.size_bytes = end
+
+    def _reserve(self, size_bytes: int) -> None:
+        """Write zeros up to this size; a disk too full for them may still have room for what counts."""
+        try:
+            self._file.allocate(size_bytes)
+            self._reserved_bytes = size_bytes
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self._file.truncate(self.size_bytes)
+            self._reserved_bytes = sys.maxsize
 
     def sync(self) -> None:
         """Everything written is durable when this returns.  StorageError."""

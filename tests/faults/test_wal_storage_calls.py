@@ -4,6 +4,7 @@ The law: after any of them, every acknowledged record is there, nothing that was
 and the log can be opened and appended to.
 """
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,10 @@ def test_a_crash_at_any_call_loses_nothing_acknowledged(call: int, landing: Land
 @pytest.mark.parametrize("fault", ["ENOSPC", "EIO"])
 def test_an_error_at_any_call_is_typed_and_loses_nothing_acknowledged(call: int, fault: str) -> None:
     disk, acknowledged = FaultyStorage({call: fault}), list[int]()  # type: ignore[dict-item]
-    with pytest.raises(StorageError, match=f"/data/log.*{fault}"):
+    is_spared = fault == "ENOSPC" and CALLS[call - 1] == "allocate"  # only what counts needs room
+    with contextlib.nullcontext() if is_spared else pytest.raises(StorageError, match=f"/data/log.*{fault}"):
         write_records(disk, acknowledged)
+    assert len(acknowledged) == 18 or not is_spared
     for landing in ("synced", "written"):
         check(disk.restart(landing), acknowledged, len(acknowledged) + 3)  # type: ignore[arg-type]
 

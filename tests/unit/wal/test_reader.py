@@ -319,3 +319,56 @@ def test_a_logs_own_files_are_told_from_others(tmp_path: Path) -> None:
     assert (tmp_path / "quarantine").is_dir()
     assert all(is_log_file(entry.name) for entry in tmp_path.iterdir())
     assert not any(map(is_log_file, ("summary.json", "wal", "notes.txt")))
+
+
+def test_a_frame_that_a_writer_adds_behind_a_reader_is_no_corruption(tmp_path: Path) -> None:
+    with Log.open(tmp_path) as log:
+        log.append(1, b"one")
+        log.sync()
+        reader = Reader(tmp_path)
+        records = iter(reader)
+        assert next(records).payload == b"one"  # its buffer holds the file as it is now
+        log.append(1, b"two")
+        log.sync()
+        assert list(records) == []
+        assert reader.outcome is Outcome.END
+    assert [record.lsn for record in Reader(tmp_path)] == [1, 2]
+
+
+class GrowingStorage(FaultyStorage):
+    """Whoever reads the file whole gets another state of it each time, and at last the true one."""
+
+    def __init__(self, states: list[bytes]) -> None:
+        super().__init__()
+        self.states = states
+
+    def read(self, path: Path) -> bytes:
+        return self.states.pop(0) if self.states else super().read(path)
+
+    def read_into(self, path: Path, offset: int, buffer: memoryview) -> int:
+        piece = super().read(path)[offset : offset + len(buffer)]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+def growing(name: str, data: bytes, states: list[bytes]) -> Reader:
+    disk = GrowingStorage(states)
+    disk.make_directory(DIRECTORY)
+    disk.create(DIRECTORY / name).write(data)
+    return Reader(DIRECTORY, storage=disk)
+
+
+def test_damage_that_another_look_does_not_show_is_a_write_under_way() -> None:
+    name, start = segment(frame(1))
+    hole = start + bytes(32) + frame(3, lag=0)  # pages of two writes: the older one is missing
+    whole = start + frame(2) + frame(3, lag=0)
+    reader = growing(name, hole, [hole, whole])
+    assert [record.lsn for record in reader] == [1]
+    assert reader.outcome is Outcome.END
+
+
+def test_damage_that_two_looks_show_is_corruption() -> None:
+    name, start = segment(frame(1))
+    hole = start + bytes(32) + frame(3, lag=0)
+    with pytest.raises(CorruptError, match="lsn 2 was durable"):
+        list(growing(name, hole, [hole + bytes(8), hole]))
