@@ -144,7 +144,7 @@ class Model:
 
 
 @given(STEPS, st.sampled_from([1, 150, 400]), st.integers(0, 2**32))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_pass_drops_the_longest_prefix_that_may_go_and_nothing_else(
     steps: list[tuple[str, str | int]], segment_bytes_max: int, seed: int
 ) -> None:
@@ -159,7 +159,7 @@ def test_a_pass_drops_the_longest_prefix_that_may_go_and_nothing_else(
 
 
 @given(STEPS, st.integers(0, 100), st.integers(0, 2**32))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_bounds_keep_released_history_and_never_cost_what_may_not_go(
     steps: list[tuple[str, str | int]], keep_percent: int, seed: int
 ) -> None:
@@ -266,7 +266,7 @@ ENGINE_STEPS = st.lists(
 
 
 @given(ENGINE_STEPS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_the_streams_of_live_requests_are_the_same_after_their_log_was_cut(
     steps: list[tuple[str, int, list[int]]],
 ) -> None:

@@ -256,7 +256,7 @@ SEEDS = st.integers(0, 2**32)
 
 
 @given(SEEDS, st.integers(0, 120), st.sampled_from([1, 5000, 1 << 20]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_steps_fold_to_what_the_schedule_says(seed: int, actions_count: int, raw_bytes_max: int) -> None:
     schedule = Schedule(seed, actions_count)
     folded = TokenFold(raw_bytes_max=raw_bytes_max)
@@ -268,7 +268,7 @@ def test_steps_fold_to_what_the_schedule_says(seed: int, actions_count: int, raw
 
 
 @given(SEEDS, st.integers(0, 60))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_chunks_fold_to_the_same_streams_as_steps(seed: int, actions_count: int) -> None:
     schedule = Schedule(seed, actions_count)
     told = {name: expected for name, expected in schedule.told.items() if expected.token_ids}
@@ -278,7 +278,7 @@ def test_chunks_fold_to_the_same_streams_as_steps(seed: int, actions_count: int)
 
 
 @given(SEEDS, st.integers(0, 40), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_prefix_folds_and_says_whom_each_record_touched(seed: int, actions_count: int, data: st.DataObject) -> None:
     schedule = Schedule(seed, actions_count)
     looks = data.draw(st.sets(st.integers(0, len(schedule.by_step))))
@@ -326,7 +326,7 @@ def contradictions(folded: TokenFold) -> list[TokenRecord]:
 
 
 @given(SEEDS, st.integers(1, 40), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_record_that_contradicts_the_streams_is_refused_and_leaves_them(
     seed: int, actions_count: int, data: st.DataObject
 ) -> None:
@@ -344,7 +344,7 @@ def test_a_record_that_contradicts_the_streams_is_refused_and_leaves_them(
 
 
 @given(SEEDS, st.integers(1, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_step_that_is_there_twice_is_refused(seed: int, actions_count: int) -> None:
     records = Schedule(seed, actions_count).by_step
     for index, record in enumerate(records):
@@ -354,7 +354,7 @@ def test_a_step_that_is_there_twice_is_refused(seed: int, actions_count: int) ->
 
 
 @given(SEEDS, st.integers(0, 60), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_log_whose_first_part_was_dropped_folds_from_there(
     seed: int, actions_count: int, data: st.DataObject
 ) -> None:

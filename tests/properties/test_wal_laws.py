@@ -52,7 +52,7 @@ STEPS = st.lists(
 
 
 @given(STEPS, st.integers(49, 2000), st.integers(0, 2**32))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_whatever_lands_of_a_write_the_synced_records_come_back(
     steps: list[tuple[int, bytes] | str], segment_bytes_max: int, seed: int
 ) -> None:
