@@ -9,7 +9,7 @@ See: docs/formats/toolcall_dsl.md.
 
 from toolcall_dsl.dialect import DIALECTS, V4, V4_0731, V4_1, Dialect
 from toolcall_dsl.encode import encode, encode_appended, encode_results, encode_text
-from toolcall_dsl.errors import AppendError, DslError, FeedError, MessageError, SchemaError, TokenizerError
+from toolcall_dsl.errors import AppendError, DslError, FeedError, MessageError, OptionError, SchemaError, TokenizerError
 from toolcall_dsl.messages import Message
 from toolcall_dsl.parser import parse, parse_text, turn_of
 from toolcall_dsl.rules import RULES
@@ -51,6 +51,7 @@ __all__ = [
     "FeedError",
     "Message",
     "MessageError",
+    "OptionError",
     "ParseError",
     "ParseStatus",
     "ParsedTurn",

@@ -75,7 +75,7 @@ Otherwise, output directly after </think> with tool calls or final response.
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dialect:
     """One wire dialect.  Token fields hold the spelling of one control token each.
 
@@ -130,6 +130,10 @@ class Dialect:
     mid_system_asks: bool
     user_fields_kept: bool
     argument_decodings: int
+
+    def __repr__(self) -> str:
+        """Its name; the literals fill pages."""
+        return f"<Dialect {self.name}>"
 
     @property
     def control_tokens(self) -> tuple[str, ...]:

@@ -47,7 +47,8 @@ def encode_text(
 
     `context` was encoded before and is not repeated.  `tools` (OpenAI shape) and `response_format`
     belong to the first system message; without one, an empty one is put first.
-    `reasoning_effort` None is the dialect's default.  MessageError for a conversation that has no encoding.
+    `reasoning_effort` None is the dialect's default.  MessageError for a conversation that has no
+    encoding, OptionError for a dialect or a switch that is none.
     """
     options = Options(dialect, thinking, reasoning_effort, drop_thinking, add_default_bos_token, tools, response_format)
     return "".join(piece.text for piece in _pieces(messages, context, options))
@@ -72,7 +73,8 @@ def encode(
     Assistant turns are FORCED, for nobody sampled them here.  With `train_on_assistant` they are
     supervised data: SAMPLED_THINK, SAMPLED_TEXT and SAMPLED_CALL with the borders of `parse`, but
     FORCED where a message carries a true `mask`.  MessageError for a conversation that has no
-    encoding, TokenizerError for a needed control token that the vocabulary lacks.
+    encoding, TokenizerError for a needed control token that the vocabulary lacks, OptionError for a
+    dialect or a switch that is none.
     """
     options = Options(
         dialect,

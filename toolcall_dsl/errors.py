@@ -1,8 +1,8 @@
 """Errors of the language package: one root, few leaves.
 
 Only a caller can make this package raise: a conversation that has no encoding, a tokenizer file
-that cannot serve, a tool whose schema is none, a parser used out of order.  What a model sampled
-never raises; it comes back as a `toolcall_dsl.types.ParseError` value.
+that cannot serve, a tool whose schema is none, a misspelled option, a parser used out of order.
+What a model sampled never raises; it comes back as a `toolcall_dsl.types.ParseError` value.
 
 See: docs/formats/toolcall_dsl.md.
 """
@@ -18,6 +18,12 @@ class DslError(Exception):
     code: ClassVar[str] = "DSL"
     retryable: ClassVar[bool] = False
     fault: ClassVar[Literal["caller"]] = "caller"
+
+
+class OptionError(DslError, ValueError):
+    """An option whose value means nothing: a policy, a dialect, a switch; names the option and what it may be."""
+
+    code = "BAD_OPTION"
 
 
 class MessageError(DslError):

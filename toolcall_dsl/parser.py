@@ -45,7 +45,8 @@ def parse(
     """Read what was sampled after the assistant header, EOS included.  Total: it never raises on ids.
 
     `thinking` says which header it was (`<think>` or `</think>`).  `tools` (OpenAI shape) only
-    serve the tolerant policy, to recognise a spurious wrapper parameter.
+    serve the tolerant policy, to recognise a spurious wrapper parameter.  OptionError for an
+    option that means nothing.
     """
     parser = StreamParser(tokenizer, thinking=thinking, policy=policy, tools=tools, dialect=dialect)
     parser.feed(token_ids)

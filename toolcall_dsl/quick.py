@@ -21,6 +21,7 @@ from typing import Literal
 
 from toolcall_dsl.dialect import V4, Dialect
 from toolcall_dsl.errors import MessageError
+from toolcall_dsl.options import check_dialect, check_switches
 from toolcall_dsl.pieces import Control, Piece, Text, segments_of
 from toolcall_dsl.render import task_pieces
 from toolcall_dsl.tokenizer import Tokenizer
@@ -64,8 +65,11 @@ def instruction(task: str, *, thinking: bool, url: str | None = None, dialect: D
     """The instruction of a task; `thinking` is the mode of the conversation.
 
     `url` is the address that a task with a mark of its own (`read_url`) asks about, required there and
-    nowhere else.  MessageError for an unknown task, an address missing or given in vain.
+    nowhere else.  MessageError for an unknown task, an address missing or given in vain, OptionError
+    for a dialect or a switch that is none.
     """
+    check_dialect(dialect)
+    check_switches(thinking=thinking)
     if task not in dialect.tasks:
         raise MessageError(f"task: {reprlib.repr(task)} is none of {', '.join(dialect.tasks)}")
     mark = dialect.task_marks.get(task)
@@ -82,6 +86,7 @@ def shared_prefix(prompt: Sequence[int], tokenizer: Tokenizer, *, dialect: Diale
     That is what instructions with the place `question` are appended to; those with the place
     `answer` are appended to ids that end with the end token, which come back as they are.
     """
+    check_dialect(dialect)
     openers = {tokenizer.control(dialect.think_open), tokenizer.control(dialect.think_close)}
     has_header = len(prompt) > 1 and prompt[-1] in openers and prompt[-2] == tokenizer.control(dialect.assistant)
     return prompt[:-2] if has_header else prompt
@@ -92,6 +97,7 @@ def read_answer(token_ids: Sequence[int], tokenizer: Tokenizer, *, dialect: Dial
 
     Any other control token that was sampled stands in the text as it is spelled.
     """
+    check_dialect(dialect)
     ids, end = list(token_ids), tokenizer.control(dialect.eos)
     count = ids.index(end) if end in ids else len(ids)
     return Answer(tokenizer.decode(ids[:count]), is_complete=count < len(ids))

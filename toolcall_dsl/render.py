@@ -28,6 +28,7 @@ from toolcall_dsl.messages import (
     turns_of,
     with_request,
 )
+from toolcall_dsl.options import check_dialect, check_switches
 from toolcall_dsl.pieces import Control, Piece, Text
 from toolcall_dsl.types import SpanKind
 
@@ -44,6 +45,16 @@ class Options:
     tools: object = None
     response_format: object = None
     train_on_assistant: bool = False
+
+    def __post_init__(self) -> None:
+        """OptionError for a dialect or a switch that is none."""
+        check_dialect(self.dialect)
+        check_switches(
+            thinking=self.thinking,
+            drop_thinking=self.drop_thinking,
+            add_default_bos_token=self.add_bos,
+            train_on_assistant=self.train_on_assistant,
+        )
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from jsonschema_rs import ValidationError, Validator
 from jsonschema_rs import ValidationErrorKind as Kind
 
 from toolcall_dsl.errors import SchemaError
+from toolcall_dsl.options import check_policy
 from toolcall_dsl.types import ParseStatus, Policy, ToolCall
 from toolcall_dsl.values import BadJsonError, json_value
 
@@ -123,7 +124,8 @@ class ToolChecker:
             self._validators[name] = _compiled(schema, f"tools[{index}] ({name})")
 
     def check(self, call: ToolCall, *, policy: Policy = "strict") -> CheckedCall:
-        """What does not fit, and under `tolerant` the call with converted values if that makes it fit."""
+        """What does not fit, and under `tolerant` the call with converted values if that makes it fit.  OptionError."""
+        check_policy(policy)
         validator = self._validators.get(call.name)
         if validator is None:
             known = ", ".join(map(repr, self._schemas)) or "none is declared"

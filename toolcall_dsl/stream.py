@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from toolcall_dsl.arguments import ArgumentsReader
 from toolcall_dsl.dialect import V4, Dialect
 from toolcall_dsl.errors import FeedError
+from toolcall_dsl.options import check_dialect, check_policy, check_switches, check_tools
 from toolcall_dsl.rules import Mark, Trail
 from toolcall_dsl.scanner import (
     BlockOpened,
@@ -82,6 +83,11 @@ class StreamParser:
         tools: Sequence[Mapping[str, object]] | None = None,
         dialect: Dialect = V4,
     ) -> None:
+        """OptionError for an option that means nothing; nothing is assumed for it."""
+        check_policy(policy)
+        check_switches(thinking=thinking)
+        check_dialect(dialect)
+        check_tools(tools)
         self._tokenizer = tokenizer
         self._unit_map = UnitMap(dialect.control_tokens) if tokenizer is None else tokenizer.unit_map
         self._spelled = SpelledUnits(self._unit_map, dialect.control_tokens) if tokenizer is None else None
