@@ -96,7 +96,8 @@ class StorageError(WalError):
 
     def __init__(self, path: Path, operation: str, errno_: int) -> None:
         name = errno.errorcode.get(errno_, str(errno_))
-        super().__init__(f"cannot {operation} {path}: {os.strerror(errno_)} ({name}); {self.way_out}")
+        way_out = "check the path" if errno_ in (errno.ENOENT, errno.ENOTDIR) else self.way_out
+        super().__init__(f"cannot {operation} {path}: {os.strerror(errno_)} ({name}); {way_out}")
         self.path, self.operation, self.errno = path, operation, errno_
 
     way_out: ClassVar[str] = "acknowledged records are safe; mend the cause, then open the log again"

@@ -23,7 +23,8 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
 
 from wal.errors import ClosedError, FencedError, PoisonedError, StorageError, WalError
 from wal.log import Batch, Log
@@ -117,7 +118,8 @@ class GroupCommit:
         self._newest_group_s = -math.inf
         self._pace_s = math.inf
         self._failure: WalError | None = None
-        self._is_closing = False
+        self._closing: asyncio.Future[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def append(self, kind: int, payload: bytes) -> int:
         """Append a record and return its lsn once THIS record is durable (`os`: written).
@@ -153,10 +155,12 @@ class GroupCommit:
         For a caller whose next record builds on this one and need not wait for the sync; it awaits `room`
         first.  Raises what `append` raises before the record is in the log, the future the rest.
         """
-        if self._failure is not None or self._is_closing:
+        if self._failure is not None or self._closing is not None:
             self.check_open()
-        lsn = self.log.stage(kind, payload)
         loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._bind(loop)
+        lsn = self.log.stage(kind, payload)
         done = loop.create_future()
         self._waiters.append(done)
         if self._is_idle.is_set():
@@ -168,11 +172,22 @@ class GroupCommit:
         """Commit what is waiting, then close the log (with a sync, under every policy).
 
         Later appends get ClosedError.  Failures were raised to the callers of `append`; only a
-        failure of the last sync itself is raised here (StorageError, FencedError).
+        failure of the last sync itself is raised here (StorageError, FencedError).  A second call
+        waits for the first; a cancelled caller leaves, and the closing goes on.
         """
-        if self._is_closing:
-            return
-        self._is_closing = True
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._close())
+        await asyncio.shield(self._closing)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _close(self) -> None:
         self._has_room.set()
         loop = asyncio.get_running_loop()
         if self._timer is not None:
@@ -188,12 +203,17 @@ class GroupCommit:
         """PoisonedError or ClosedError if nothing can be appended any more."""
         if self._failure is not None:
             raise PoisonedError(self.log.directory, self._failure)
-        if self._is_closing:
+        if self._closing is not None:
             raise ClosedError(self.log.directory)
+
+    def _bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._loop is not None:
+            raise WalError(f"log {self.log.directory} is written from another event loop: a GroupCommit belongs to one")
+        self._loop = loop
 
     def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin a group after one turn of the loop, so that callers that the last group woke get into it."""
-        is_spaced = self.policy.mode == "interval" and not self._is_closing
+        is_spaced = self.policy.mode == "interval" and self._closing is None
         start_s = self._newest_group_s + self.policy.interval_ms / 1000
         if is_spaced and start_s > loop.time():
             self._timer = loop.call_at(start_s, self._begin, loop)
@@ -258,13 +278,18 @@ class GroupCommit:
         for done in waiters:
             if not done.done():
                 # One exception object a caller: a shared one would collect every caller's traceback.
-                done.set_exception(_own_copy(error))
+                _set_exception(done, _own_copy(error))
         for done in self._waiters:
             if not done.done():
-                done.set_exception(PoisonedError(self.log.directory, error))
+                _set_exception(done, PoisonedError(self.log.directory, error))
         self._waiters = []
         self._has_room.set()
         self._is_idle.set()
+
+
+def _set_exception(done: asyncio.Future[None], error: WalError) -> None:
+    done.set_exception(error)
+    done.exception()  # seen: whoever awaits it hears of it, and for the others the poison tells
 
 
 def _own_copy(error: WalError) -> WalError:
@@ -279,16 +304,20 @@ def _own_copy(error: WalError) -> WalError:
 
 
 async def settled(work: Coroutine[Any, Any, T]) -> T:
-    """Await `work` to its end even if the caller is cancelled, then let the cancellation through.
+    """Await `work` to its end however often the caller is cancelled, then let the cancellation through.
 
     For a caller that appends and then folds the record into its own state: a record may be in the log
     although its writer was cancelled while it waited for the sync, and then it must be folded too.
     """
     task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()  # seen here: the cancellation is what the caller hears
-        raise
+    cancellation: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancellation = error
+    if cancellation is None:
+        return task.result()
+    if not task.cancelled():
+        task.exception()  # seen here: the cancellation is what the caller hears
+    raise cancellation

@@ -34,19 +34,32 @@ def take_lock(storage: Storage, directory: Path, epoch: int | None) -> tuple[Loc
     lock = _lock(storage, directory, mine)
     try:
         newest = _newest_epoch(storage, directory)
-        if mine < newest or not lock.is_current():
+        if mine < newest:
             raise FencedError(directory, mine, newest)
+        check_fence(lock, storage, directory, mine)
         _remove_lower(storage, directory, mine)
     except BaseException:
-        lock.close()
+        release(lock, directory)
         raise
     return lock, mine
 
 
 def check_fence(lock: Lock, storage: Storage, directory: Path, epoch: int) -> None:
-    """FencedError if another writer took over."""
-    if not lock.is_current():
+    """FencedError if another writer took over, StorageError if that cannot be told."""
+    try:
+        is_current = lock.is_current()
+    except OSError as error:
+        raise storage_error(directory / fmt.lock_name(epoch), "look at", error) from error
+    if not is_current:
         raise FencedError(directory, epoch, _newest_epoch(storage, directory))
+
+
+def release(lock: Lock, directory: Path) -> None:
+    """Let go of a lock.  StorageError."""
+    try:
+        lock.close()
+    except OSError as error:
+        raise storage_error(directory, "unlock", error) from error
 
 
 def _newest_epoch(storage: Storage, directory: Path) -> int:

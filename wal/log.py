@@ -33,7 +33,7 @@ from wal.errors import (
     WalError,
     storage_error,
 )
-from wal.lock import check_fence, take_lock
+from wal.lock import check_fence, release, take_lock
 from wal.reader import Reader
 from wal.repair import cut_tear, remove_leftovers, settle_tail
 from wal.storage import Lock, OsStorage, Storage
@@ -127,7 +127,7 @@ class Log:
         try:
             header, writer, recovery = _recover(disk, directory, epoch)
         except BaseException:
-            lock.close()
+            release(lock, directory)
             raise
         return cls(directory, disk, lock, writer, header, recovery, (segment_bytes_max, record_bytes_max))
 
@@ -215,8 +215,10 @@ class Log:
                 self._guard(self._finish)
         finally:
             self._is_closed = True
-            self._writer.close()
-            self._lock.close()
+            try:
+                self._writer.close()
+            finally:
+                release(self._lock, self.directory)
 
     def __enter__(self) -> Self:
         return self

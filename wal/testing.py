@@ -230,6 +230,7 @@ class TextRequests:
 class _MemoryFile:
     def __init__(self, storage: FaultyStorage, inode: _Inode, position: int = 0) -> None:
         self._storage, self._inode, self._position = storage, inode, position
+        self._is_closed = False
 
     def write(self, data: bytes) -> int:
         """Any fault in a write leaves half of its bytes in the written image."""
@@ -265,7 +266,10 @@ class _MemoryFile:
         self._inode.touch(size_bytes, size_bytes + 1)
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Once; again it does nothing."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._storage.act("close")
 
 
 class _MemoryLock:

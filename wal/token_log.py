@@ -41,7 +41,8 @@ class _Written:
         self._answer, self._durable = answer, durable
 
     def __await__(self) -> Generator[Any, None, int]:
-        yield from self._durable.__await__()
+        # Many may wait for one record: who is cancelled takes nobody with him.
+        yield from asyncio.shield(self._durable).__await__()
         return self._answer
 
 

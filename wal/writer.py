@@ -113,5 +113,8 @@ class SegmentWriter:
         self.sync()
 
     def close(self) -> None:
-        """Let go of the file without a sync."""
-        self._file.close()
+        """Let go of the file without a sync.  StorageError."""
+        try:
+            self._file.close()
+        except OSError as error:
+            raise storage_error(self.path, "close", error) from error

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from wal import FencedError, Log, Outcome, PoisonedError, Reader, WalError
+from wal.log import Batch
 from wal.testing import CrashError, Fault, FaultyStorage, Landing
 
 DIRECTORY = Path("/log")
@@ -116,3 +117,54 @@ def test_a_takeover_that_fails_anywhere_can_be_done_again(call: int, fault: Faul
             log.append(1, payload(count + 1))
         found = [record.payload for record in Reader(DIRECTORY, storage=after)]
         assert found == [payload(lsn) for lsn in range(1, count + 2)]
+
+
+class InterruptedReads(FaultyStorage):
+    """Something happens behind the read of this number."""
+
+    at_read = 0
+    reads_count = 0
+    happens: Callable[[], None] = staticmethod(lambda: None)
+
+    def read(self, path: Path) -> bytes:
+        data = super().read(path)
+        self.reads_count += 1
+        if self.reads_count == self.at_read:
+            self.happens()
+        return data
+
+
+def half_written(disk: FaultyStorage) -> tuple[Log, Batch]:
+    """Six acknowledged records of epoch 1, and two more that its writer is about to write."""
+    log = Log.open(DIRECTORY, epoch=1, storage=disk, segment_bytes_max=SEGMENT_BYTES_MAX)
+    write_as_old(log, [], 3)
+    log.append(1, payload(7))
+    log.append(1, payload(8))
+    return log, log.take()
+
+
+def reads_of_a_takeover() -> int:
+    disk = InterruptedReads()
+    half_written(disk)
+    before = disk.reads_count
+    Log.open(DIRECTORY, epoch=2, storage=disk)
+    return disk.reads_count - before
+
+
+@pytest.mark.parametrize("read", range(1, reads_of_a_takeover() + 1))
+def test_a_write_of_the_old_writer_that_lands_while_the_new_one_reads_does_no_harm(read: int) -> None:
+    disk = InterruptedReads()
+    old, batch = half_written(disk)
+
+    def land() -> None:
+        with pytest.raises(FencedError):
+            old.commit(batch, sync=True)
+
+    disk.at_read, disk.happens = disk.reads_count + read, land
+    with Log.open(DIRECTORY, epoch=2, storage=disk, segment_bytes_max=SEGMENT_BYTES_MAX) as log:
+        found = log.recovery.records_count
+        assert found in (6, 8)
+        log.append(2, payload(found + 1))
+    assert [record.payload for record in Reader(DIRECTORY, storage=disk)] == [
+        payload(lsn) for lsn in range(1, found + 2)
+    ]

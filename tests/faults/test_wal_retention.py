@@ -95,12 +95,12 @@ def calls_of_a_pass() -> list[str]:
 
 
 CALLS = calls_of_a_pass()
-FLOOR_CALLS = CALLS.index("create") + 3
+FLOOR_CALLS = CALLS.index("create") + 4
 """The calls up to the one that makes the floor durable."""
 
 
 def test_the_floor_is_durable_before_the_first_segment_is_unlinked() -> None:
-    assert CALLS[:FLOOR_CALLS] == ["sync_directory", "create", "sync", "sync_directory"]
+    assert CALLS[:FLOOR_CALLS] == ["sync_directory", "create", "sync", "close", "sync_directory"]
     assert "remove" not in CALLS[:FLOOR_CALLS]
     assert CALLS[FLOOR_CALLS:].count("remove") == LIVE_FROM - 3 + 1
 

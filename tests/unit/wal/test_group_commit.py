@@ -18,6 +18,7 @@ from wal import (
     RecordTooLargeError,
     StorageError,
     SyncPolicy,
+    WalError,
 )
 from wal.testing import Fault, FaultyStorage
 
@@ -95,7 +96,7 @@ def test_under_policy_os_nothing_is_synced_until_close() -> None:
         assert commit.stats.syncs_count == 0
         assert lsns_by_payload(disk) == {b"a": 1}
         await commit.close()
-        assert disk.calls[calls:] == ["allocate", "write", "sync", "truncate", "sync"]
+        assert disk.calls[calls:] == ["allocate", "write", "sync", "truncate", "sync", "close"]
 
     asyncio.run(run())
 
@@ -360,3 +361,43 @@ def test_who_waits_behind_a_failing_group_is_told_and_who_was_cancelled_is_left_
 
     kinds = [type(result) for result in asyncio.run(run())]
     assert kinds == [StorageError, asyncio.CancelledError, PoisonedError]
+
+
+def test_a_cancelled_close_goes_on_and_a_second_one_waits_for_it() -> None:
+    disk = FaultyStorage()
+
+    async def run() -> None:
+        commit = GroupCommit(Log.open(DIRECTORY, storage=disk), SyncPolicy.interval(20))
+        await commit.append(1, b"a")
+        waiting = asyncio.create_task(commit.append(1, b"b"))
+        await asyncio.sleep(0)
+        first = asyncio.create_task(commit.close())
+        await asyncio.sleep(0)
+        first.cancel()
+        second, third = (asyncio.create_task(commit.close()) for _ in range(2))
+        await asyncio.gather(second, third)
+        assert first.cancelled()
+        assert waiting.done()
+
+    asyncio.run(run())
+    assert lsns_by_payload(disk.restart("synced")) == {b"a": 1, b"b": 2}
+    Log.open(DIRECTORY, storage=disk).close()
+
+
+def test_it_closes_when_its_block_is_left() -> None:
+    disk = FaultyStorage()
+
+    async def run() -> None:
+        async with GroupCommit(Log.open(DIRECTORY, storage=disk)) as commit:
+            await commit.append(1, b"a")
+
+    asyncio.run(run())
+    Log.open(DIRECTORY, storage=disk).close()
+
+
+def test_another_event_loop_is_refused() -> None:
+    commit = GroupCommit(Log.open(DIRECTORY, storage=FaultyStorage()))
+    assert asyncio.run(commit.append(1, b"a")) == 1
+    with pytest.raises(WalError, match="/log is written from another event loop"):
+        asyncio.run(commit.append(1, b"b"))
+    asyncio.run(commit.close())

@@ -213,3 +213,37 @@ def test_a_lower_lock_that_cannot_be_removed_frees_the_one_that_was_taken() -> N
     with pytest.raises(StorageError, match=r"cannot remove /log/00000000\.lock"):
         take_lock(storage, DIRECTORY, 1)
     take_lock(storage, DIRECTORY, 1)[0].close()
+
+
+class UnsureLock:
+    """A lock that cannot say whether it is current, nor be let go of without an error."""
+
+    def __init__(self, lock: Lock) -> None:
+        self._lock = lock
+
+    def is_current(self) -> bool:
+        raise OSError(errno.ESTALE, "stale")
+
+    def close(self) -> None:
+        self._lock.close()
+        raise OSError(errno.EIO, "broken")
+
+
+class UnsureStorage(FaultyStorage):
+    """Its locks turn unsure when asked."""
+
+    is_unsure = False
+
+    def lock(self, path: Path, *, wait: bool = False) -> Lock:
+        lock = super().lock(path, wait=wait)
+        return UnsureLock(lock) if self.is_unsure else lock
+
+
+def test_a_lock_that_cannot_be_looked_at_or_let_go_of_is_a_typed_error() -> None:
+    disk = UnsureStorage()
+    disk.is_unsure = True
+    with pytest.raises(StorageError, match="cannot unlock /log") as failure:
+        Log.open(DIRECTORY, storage=disk)
+    assert "cannot look at /log/00000000.lock" in str(failure.value.__context__.__context__)  # type: ignore[union-attr]
+    disk.is_unsure = False
+    Log.open(DIRECTORY, storage=disk).close()

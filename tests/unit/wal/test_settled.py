@@ -43,3 +43,22 @@ async def test_work_that_cancels_itself_is_heard_as_that() -> None:
 
     with pytest.raises(asyncio.CancelledError):
         await settled(work())
+
+
+async def test_a_second_cancellation_does_not_cut_the_work_short() -> None:
+    gate, done = asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        await gate.wait()
+        done.set()
+
+    caller = asyncio.create_task(settled(work()))
+    await asyncio.sleep(0)
+    for _ in range(3):
+        caller.cancel()
+        await asyncio.sleep(0)
+    assert not caller.done()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert done.is_set()

@@ -211,3 +211,19 @@ async def test_a_run_that_crashes_after_every_record_ends_like_one_that_does_not
         await call(TokenLog(commit, fold_of(crashing)))
         crashing = crashing.restart("synced")
         assert told(fold_of(crashing)) == told(log.fold)
+
+
+async def test_of_two_who_wait_for_one_step_a_cancelled_one_takes_nobody_with_him() -> None:
+    log = TokenLog(GroupCommit(Log.open(DIRECTORY, storage=FaultyStorage()), SyncPolicy.interval(20)))
+    await log.open("a")
+    written = log.append([0], [1], [-1.0], 1)
+
+    async def client() -> int:
+        return await written
+
+    clients = [asyncio.create_task(client()) for _ in range(2)]
+    await asyncio.sleep(0)
+    clients[0].cancel()
+    assert await clients[1] == 2
+    assert await written == 2
+    assert clients[0].cancelled()
