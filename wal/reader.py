@@ -72,6 +72,8 @@ class Reader:
         """Of the newest whole segment; None in an empty log."""
         self.end_offset = 0
         """Where the next frame belongs in the newest whole segment."""
+        self._marks: list[tuple[int, int]] = []
+        """(lsn, offset) of the first frame in each piece of it that was read."""
 
     def __iter__(self) -> Iterator[Record]:
         try:
@@ -135,6 +137,7 @@ class Reader:
         unpack, mark, head_bytes = fmt.FRAME.unpack_from, fmt.MARK, fmt.FRAME_BYTES
         buffer, base, start, lsn, lag = self._buffer, 0, fmt.HEADER_BYTES, segment.first_lsn, 0
         view = memoryview(buffer)
+        self._marks = [(lsn, start)]
         try:
             while lsn != end_lsn:
                 body = end = start + head_bytes
@@ -147,6 +150,7 @@ class Reader:
                     rest = filled - start
                     filled = self._refill(segment, base, start, filled)
                     base, start, buffer = base + start, 0, self._buffer
+                    self._marks.append((lsn, base))
                     view = memoryview(buffer)
                     if filled == rest:
                         return
@@ -161,6 +165,19 @@ class Reader:
             if lsn > segment.first_lsn:
                 self.durable_lsn = lsn - 2 - lag
             self.records_count += max(0, lsn - max(segment.first_lsn, after_lsn + 1))
+
+    def offset_behind(self, lsn: int) -> int:
+        """Where the frames behind that of `lsn` start in the newest whole segment; call it after the last record."""
+        at = max(0, sum(first <= lsn + 1 for first, _ in self._marks) - 1)
+        next_lsn, offset = self._marks[at]
+        end = self._marks[at + 1][1] if at + 1 < len(self._marks) else self.end_offset
+        piece = bytearray(end - offset)
+        if self.header is not None:
+            self._storage.read_into(self._directory / self.header.name, offset, memoryview(piece))
+        base = offset
+        for _ in range(lsn - next_lsn + 1):
+            offset += fmt.frame_bytes(fmt.FRAME.unpack_from(piece, offset - base)[1])
+        return offset
 
     def _is_unused(self, path: Path, offset: int) -> bool:
         """True if only zeros follow: space that was reserved and never written (or nothing at all)."""

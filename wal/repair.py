@@ -12,8 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from wal.errors import storage_error
-from wal.reader import Reader
-from wal.segments import QUARANTINE, Tear, offset_after
+from wal.reader import READ_BYTES, Reader
+from wal.segments import QUARANTINE, Tear
 from wal.storage import Storage
 from wal.writer import TEMPORARY_SUFFIX, create_file, write_all
 
@@ -39,9 +39,10 @@ def cut_tear(storage: Storage, directory: Path, tear: Tear) -> Path | None:
     path = directory / tear.segment
     copy = None
     try:
-        torn = storage.read(path)[tear.offset : tear.offset + tear.size_bytes]
+        torn = bytearray(tear.size_bytes)
+        storage.read_into(path, tear.offset, memoryview(torn))
         if torn:
-            copy = _quarantine(storage, directory, tear, torn)
+            copy = _quarantine(storage, directory, tear, bytes(torn))
         if tear.offset:
             file = storage.open(path)
             try:
@@ -66,11 +67,13 @@ def settle_tail(storage: Storage, directory: Path, reader: Reader) -> None:
         return
     path = directory / reader.header.name
     try:
-        data = storage.read(path)
-        start = offset_after(data, reader.header.first_lsn, reader.durable_lsn)
+        start = reader.offset_behind(reader.durable_lsn)
         file = storage.open(path, start)
         try:
-            write_all(file.write, data[start : reader.end_offset])
+            for offset in range(start, reader.end_offset, READ_BYTES):
+                piece = bytearray(min(READ_BYTES, reader.end_offset - offset))
+                storage.read_into(path, offset, memoryview(piece))
+                write_all(file.write, bytes(piece))
             file.sync()
         finally:
             file.close()

@@ -115,14 +115,6 @@ def torn_header(segment: Segment, head: bytes) -> Tear:
     return Tear(segment.name, 0, 0, "the file is filled with zeros")
 
 
-def offset_after(data: bytes, first_lsn: int, lsn: int) -> int:
-    """Where the frame behind that of `lsn` starts in a segment whose frames up to there are valid."""
-    offset = fmt.HEADER_BYTES
-    for _ in range(lsn - first_lsn + 1):
-        offset += fmt.frame_bytes(fmt.FRAME.unpack_from(data, offset)[1])
-    return offset
-
-
 def judge(directory: Path, segment: Segment, data: bytes, offset: int, lsn: int, seed: int, is_newest: bool) -> Tear:
     """The tear that starts at `offset`, where the frame of `lsn` should be and is not valid.
 

@@ -42,7 +42,8 @@ def test_a_log_cut_at_any_byte_gives_a_prefix_and_goes_on(small_log: Path, tmp_p
         shutil.copytree(small_log, copy)
         (copy / newest.name).write_bytes(data[:size])
         kept = first - 1 + sum(end <= size for end in ends)
-        is_whole = size == 48 or size in ends
+        border = max((end for end in ends if end <= size), default=48)
+        is_whole = size >= 48 and not data[border:size].strip(b"\0")  # a frame may begin with a zero
         reader = Reader(copy)
         assert contents(list(reader)) == WHOLE[:kept]
         assert reader.outcome is (Outcome.END if is_whole else Outcome.TORN_TAIL)
