@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NoReturn, get_args
 from toolcall_dsl.dialect import DIALECTS, V4
 from toolcall_dsl.encode import encode, encode_text
 from toolcall_dsl.errors import DslError
+from toolcall_dsl.messages import FIELDS
 from toolcall_dsl.parser import parse_text
 from toolcall_dsl.tokenizer import Tokenizer, valid_text
 from toolcall_dsl.types import Policy
@@ -138,9 +139,21 @@ def _request(text: str) -> dict[str, Any]:
     for name in ("messages", "thinking_mode"):
         if name not in request:
             raise _BadInputError(f"stdin: {name} is missing")
+    for name in ("messages", "context"):
+        _refuse_unknown_fields(name, request.get(name) or ())
     if request["thinking_mode"] not in MODES:
         raise _BadInputError(f"stdin: thinking_mode must be one of {', '.join(MODES)}")
     return {name: value for name, value in request.items() if value is not None}
+
+
+def _refuse_unknown_fields(name: str, messages: Sequence[object]) -> None:
+    """A misspelled field must not be lost; what is null is not given (clients dump all that they know)."""
+    for index, message in enumerate(messages):
+        given = message.items() if isinstance(message, dict) else ()
+        unknown = next((key for key, value in given if key not in FIELDS and value is not None), None)
+        if unknown is not None:
+            known = ", ".join(sorted(FIELDS))
+            raise _BadInputError(f"stdin: {name}[{index}]: unknown field {unknown[:40]!r}, expected {known}")
 
 
 def _parse(options: argparse.Namespace, source: BinaryIO) -> str:

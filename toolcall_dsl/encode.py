@@ -124,13 +124,16 @@ def encode_appended(
 
 
 def encode_results(
-    results: Sequence[str], tokenizer: Tokenizer, *, thinking: bool, dialect: Dialect = V4
+    results: list[str] | tuple[str, ...], tokenizer: Tokenizer, *, thinking: bool, dialect: Dialect = V4
 ) -> tuple[Segment, ...]:
     """What follows the end of an assistant turn whose calls were answered with `results`, in call order.
 
     The same tokens that `encode` gives for tool messages behind that turn when tools are declared.
-    MessageError for no result at all.
+    MessageError for no result at all, and for what is no list of strings.
     """
+    is_list = isinstance(results, list | tuple) and all(isinstance(result, str) for result in results)
+    if not is_list:
+        raise MessageError("results: must be a list of strings, one for each call")
     if not results:
         raise MessageError("results: an answered turn has at least one result")
     return segments_of(results_turn(results, Options(dialect, thinking)), tokenizer)

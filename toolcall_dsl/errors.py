@@ -54,7 +54,7 @@ class TokenizerError(DslError):
 
 
 class FeedError(DslError):
-    """A parser used out of order: fed after its end, or with ids where it was made for text; names what to do."""
+    """A parser used out of order: fed after its end, or ids and text mistaken for each other; names what to do."""
 
     code = "BAD_FEED"
 

@@ -20,8 +20,19 @@ from toolcall_dsl.errors import MessageError
 
 Message = Mapping[str, object]
 
+FIELDS = frozenset(
+    {"role", "content", "content_blocks", "reasoning_content", "reasoning", "tool_calls", "tool_call_id"}
+    | {"tools", "response_format", "task", "wo_eos", "mask"}
+)
+"""Every field of a message that is read."""
+
 _ROLES = frozenset({"system", "developer", "user", "tool", "assistant", "latest_reminder"})
 _IMAGES = ("image", "image_url")
+_INSTEAD_OF_CONTENT = {
+    "system": ("tools", "response_format"),
+    "assistant": ("tool_calls", "reasoning_content", "reasoning"),
+}
+"""What a message of a role may hold instead of content."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,7 @@ def turns_of(messages: Sequence[Message], dialect: Dialect, *, is_context: bool 
         if not isinstance(message, Mapping):
             raise MessageError(f"{where}: a message must be an object, not {type(message).__name__}")
         turn = _turn(message, index, where, dialect)
+        _require_content(message, where, dialect)
         turn = replace(turn, is_context=True) if is_context else turn
         absorbs = bool(turns) and turns[-1].role == turn.role == "user"
         if absorbs and (message["role"] == "tool" or turns[-1].task is None):
@@ -186,6 +198,15 @@ def _turn(message: Message, index: int, where: str, dialect: Dialect) -> Turn:
         wo_eos=bool(message.get("wo_eos")),
         is_masked=bool(message.get("mask")),
     )
+
+
+def _require_content(message: Message, where: str, dialect: Dialect) -> None:
+    """A message that says nothing at all is a mistake (a misspelled field); empty or null content is said."""
+    role = str(message["role"])
+    instead = ("content_blocks",) if role == "user" and dialect.user_fields_kept else _INSTEAD_OF_CONTENT.get(role, ())
+    if "content" not in message and not any(message.get(key) for key in instead):
+        either = " or ".join(("content", *instead))
+        raise MessageError(f"{where}: a message of the role {role} needs {either}")
 
 
 def _text(message: Message, key: str, where: str) -> str:

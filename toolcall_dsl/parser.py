@@ -44,6 +44,8 @@ def parse(
 ) -> ParsedTurn:
     """Read what was sampled after the assistant header, EOS included.  Total: it never raises on ids.
 
+    An id that the vocabulary lacks reads as U+FFFD.  FeedError for text in place of ids.
+
     `thinking` says which header it was (`<think>` or `</think>`).  `tools` (OpenAI shape) only
     serve the tolerant policy, to recognise a spurious wrapper parameter.  OptionError for an
     option that means nothing.
@@ -61,7 +63,10 @@ def parse_text(
     tools: Sequence[Mapping[str, object]] | None = None,
     dialect: Dialect = V4,
 ) -> ParsedTurn:
-    """Read a turn out of text, believing every control token that is spelled in it; no spans."""
+    """Read a turn out of text, believing every control token that is spelled in it; no spans.
+
+    FeedError for what is no text.
+    """
     parser = StreamParser(thinking=thinking, policy=policy, tools=tools, dialect=dialect)
     parser.feed_text(text)
     return _finished(parser)

@@ -71,7 +71,7 @@ def instruction(task: str, *, thinking: bool, url: str | None = None, dialect: D
     check_dialect(dialect)
     check_switches(thinking=thinking)
     if task not in dialect.tasks:
-        raise MessageError(f"task: {reprlib.repr(task)} is none of {', '.join(dialect.tasks)}")
+        raise MessageError(f"task: {reprlib.repr(task)} is none of {', '.join(dialect.tasks)} (dialect {dialect.name})")
     mark = dialect.task_marks.get(task)
     if (mark is None) != (url is None):
         raise MessageError(f"url: task {task!r} {'needs one' if url is None else 'takes none'}")

@@ -131,7 +131,9 @@ def _effort_text(effort: str | int | None, dialect: Dialect) -> str:
         names = [name for name in dialect.efforts if isinstance(name, str)]
         numbers = [number for number in dialect.efforts if isinstance(number, int)]
         known = [*names, f"{min(numbers)} to {max(numbers)}"] if numbers else names
-        raise MessageError(f"reasoning_effort: {reprlib.repr(effort)} is none of {', '.join(known)}")
+        raise MessageError(
+            f"reasoning_effort: {reprlib.repr(effort)} is none of {', '.join(known)} (dialect {dialect.name})"
+        )
     return dialect.efforts[wanted]
 
 

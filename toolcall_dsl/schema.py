@@ -107,14 +107,16 @@ class ToolChecker:
     """The tools of a conversation (OpenAI shape), their schemas compiled once."""
 
     def __init__(self, tools: Sequence[Mapping[str, object]]) -> None:
-        """SchemaError for a tool without a name, a name given twice, or a schema that is none."""
+        """SchemaError for no list of tools, a tool without a name, a name given twice, or a schema that is none."""
         self._schemas: dict[str, Mapping[str, object]] = {}
         self._validators: dict[str, Validator] = {}
+        if not isinstance(tools, list | tuple):
+            raise SchemaError(f"tools: must be a list of tools, not {type(tools).__name__}")
         for index, tool in enumerate(tools):
-            function = tool.get("function")
+            function = tool.get("function") if isinstance(tool, Mapping) else None
             name = function.get("name") if isinstance(function, Mapping) else None
             if not isinstance(function, Mapping) or not isinstance(name, str):
-                raise SchemaError(f"tools[{index}]: needs function.name, a string")
+                raise SchemaError(f"tools[{index}]: must be an object with function.name, a string")
             if name in self._schemas:
                 raise SchemaError(f"tools[{index}]: {name!r} is declared twice")
             schema = function.get("parameters", {})
@@ -157,7 +159,7 @@ def _compiled(schema: Mapping[str, object], where: str) -> Validator:
     try:
         return jsonschema_rs.validator_for(dict(schema), offline=True, pattern_options=options, validate_formats=False)
     except ValueError as error:
-        raise SchemaError(f"{where}: not a usable JSON Schema: {_clipped(str(error))}") from error
+        raise SchemaError(f"{where}: not a usable JSON Schema: {_clipped(' '.join(str(error).split()))}") from error
 
 
 def _problem(error: ValidationError) -> SchemaProblem:

@@ -110,7 +110,12 @@ class StreamParser:
         self._finished_calls: list[CallFinished] = []
 
     def feed(self, token_ids: Iterable[int]) -> None:
-        """More sampled ids.  FeedError after `finish`, or if this parser was made for text."""
+        """More sampled ids; one that the vocabulary lacks reads as U+FFFD.
+
+        FeedError for text, after `finish`, or if this parser was made for text.
+        """
+        if isinstance(token_ids, str | bytes):
+            raise FeedError("feed() takes token ids; text is for feed_text() or parse_text()")
         if self._tokenizer is None or self._finished:
             raise FeedError("feed() is for a parser made with a tokenizer, before finish()")
         tokens = list(map(self._tokenizer.units, token_ids))
@@ -118,7 +123,9 @@ class StreamParser:
         self._feed_units("".join(tokens))
 
     def feed_text(self, text: str) -> None:
-        """More text.  FeedError after `finish`, or if this parser was made for ids."""
+        """More text.  FeedError for what is no text, after `finish`, or if this parser was made for ids."""
+        if not isinstance(text, str):
+            raise FeedError("feed_text() takes text; token ids are for feed() or parse()")
         if self._spelled is None or self._finished:
             raise FeedError("feed_text() is for a parser made without a tokenizer, before finish()")
         self._feed_units(self._spelled.feed(text))

@@ -22,6 +22,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as _BpeTokenizer
 
@@ -81,12 +82,7 @@ class Tokenizer:
 
     def __init__(self, definition: str, source: str) -> None:
         """Build from the text of a tokenizers JSON; `source` names it in errors.  TokenizerError."""
-        try:
-            parts = json.loads(definition)
-            added = {entry["content"]: int(entry["id"]) for entry in parts["added_tokens"]}
-            vocabulary: dict[str, int] = parts["model"]["vocab"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise TokenizerError(f"{source}: not a tokenizers JSON: {error!r}") from error
+        parts, added, vocabulary = _definition(definition, source)
         try:
             self._plain = _BpeTokenizer.from_str(json.dumps({**parts, "added_tokens": []}))
         except Exception as error:  # the tokenizers library raises no narrower class
@@ -100,10 +96,10 @@ class Tokenizer:
         self._units.update({i: self.unit_map.find(token) for token, i in added.items()})
 
     @classmethod
-    def from_file(cls, path: Path) -> Tokenizer:
-        """Read a tokenizers JSON file; `digest` is the sha256 of its bytes.  TokenizerError names the file."""
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """Read a model's `tokenizer.json`; `digest` is the sha256 of its bytes.  TokenizerError names the file."""
         try:
-            definition = path.read_bytes().decode("utf-8")
+            definition = Path(path).read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise TokenizerError(f"{path}: cannot be read: {error}") from error
         return cls(definition, str(path))
@@ -134,6 +130,22 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, control tokens spelled out, bytes that are not UTF-8 as U+FFFD."""
         return self.unit_map.text("".join(map(self.units, ids)))
+
+
+def _definition(text: str, source: str) -> tuple[dict[str, Any], dict[str, int], dict[str, int]]:
+    """A tokenizers JSON, its added tokens and its vocabulary."""
+    try:
+        parts = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{source}: not JSON, so no tokenizer.json: {error}") from error
+    try:
+        added = {entry["content"]: int(entry["id"]) for entry in parts["added_tokens"]}
+        return parts, added, dict(parts["model"]["vocab"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise TokenizerError(
+            f"{source}: JSON, but no tokenizer.json of a model: that has a list 'added_tokens' and an object 'model'"
+            " with its 'vocab' (tokenizer_config.json is another file)"
+        ) from error
 
 
 def _byte_alphabet() -> dict[str, int]:

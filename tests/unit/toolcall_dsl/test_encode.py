@@ -248,13 +248,19 @@ def test_a_prefill_ends_without_an_end_token(tokenizer: Tokenizer) -> None:
 
 
 def test_an_unknown_effort_is_refused() -> None:
-    with pytest.raises(MessageError, match="reasoning_effort: 'low' is none of high, max"):
+    with pytest.raises(MessageError, match="reasoning_effort: 'low' is none of high, max \\(dialect v4\\)"):
         encode_text([{"role": "user", "content": "x"}], thinking=True, reasoning_effort="low")
 
 
 def test_no_results_at_all_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(MessageError, match="at least one result"):
         encode_results([], tokenizer, thinking=True)
+
+
+@pytest.mark.parametrize("results", ["12 mm", ["12 mm", 3], b"12 mm", 12, None])
+def test_results_that_are_no_list_of_strings_are_refused(results: Any, tokenizer: Tokenizer) -> None:
+    with pytest.raises(MessageError, match="results: must be a list of strings"):
+        encode_results(results, tokenizer, thinking=True)
 
 
 def test_a_vocabulary_without_a_needed_control_token_is_refused(tokenizer_file: Path, tmp_path: Path) -> None:

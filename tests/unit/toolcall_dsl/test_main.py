@@ -65,6 +65,11 @@ def test_a_request_may_declare_tools_and_a_format() -> None:
     assert output == encode_text(REQUEST["messages"], thinking=False, tools=tools, response_format={"type": "json"})
 
 
+def test_a_field_of_a_message_that_is_null_is_not_given() -> None:
+    message = {**REQUEST["messages"][0], "refusal": None}
+    assert run(["encode"], json.dumps({**REQUEST, "messages": [message]})) == run(["encode"], json.dumps(REQUEST))
+
+
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_null_stands_for_an_option_that_is_not_given(dialect: str) -> None:
     request = {**REQUEST, "reasoning_effort": None, "context": None, "tools": None, "response_format": None}
@@ -111,6 +116,16 @@ def test_half_a_surrogate_pair_is_printed_as_the_replacement_sign() -> None:
         (["encode"], json.dumps({**REQUEST, "context": [3]}), "context[0]: a message must be an object"),
         (["encode"], json.dumps({**REQUEST, "tools": [{}]}), "request: each tool must be an object"),
         (["encode"], json.dumps({**REQUEST, "messages": [{"role": "a\nb"}]}), "unknown role 'a\\nb'"),
+        (
+            ["encode"],
+            json.dumps({**REQUEST, "messages": [{"role": "assistant", "content": "x", "tool_call": []}]}),
+            "messages[0]: unknown field 'tool_call', expected content, content_blocks, mask",
+        ),
+        (
+            ["encode"],
+            json.dumps({**REQUEST, "context": [*REQUEST["messages"], {"role": "tool", "content": "", "nam\ne": "x"}]}),
+            "context[1]: unknown field 'nam\\ne'",
+        ),
         (["parse"], "", "required: --thinking-mode"),
         (["parse", "--thinking-mode", "max"], "", "invalid choice: 'max'"),
         (["parse", "--thinking-mode", "chat", "--policy", "lax"], "", "invalid choice: 'lax'"),

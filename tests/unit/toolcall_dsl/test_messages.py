@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from toolcall_dsl import MessageError, encode_text
+from toolcall_dsl import V4_1, MessageError, encode_text
 
 
 def test_reasoning_has_two_names() -> None:
@@ -143,6 +143,13 @@ def test_arguments_may_be_an_object() -> None:
         ({"role": "system", "tools": [{"function": "f"}]}, "each tool must be an object with a 'function'"),
         ({"role": "tool", "content": [{"type": ["x"]}]}, "messages[0]: type must be a string, not list"),
         ({"role": "tool", "content": ["x"]}, "messages[0]: each part of content must be an object"),
+        ({"role": "user", "contents": "x"}, "messages[0]: a message of the role user needs content"),
+        ({"role": "user", "content_blocks": [{"type": "text", "text": "x"}]}, "the role user needs content"),
+        ({"role": "system"}, "messages[0]: a message of the role system needs content or tools or response_format"),
+        ({"role": "system", "tools": []}, "messages[0]: a message of the role system needs content"),
+        ({"role": "tool", "tool_call_id": "c"}, "messages[0]: a message of the role tool needs content"),
+        ({"role": "latest_reminder"}, "messages[0]: a message of the role latest_reminder needs content"),
+        ({"role": "assistant", "tool_calls": []}, "needs content or tool_calls or reasoning_content or reasoning"),
         ({"role": "assistant", "tool_calls": {"a": 1}}, "messages[0]: tool_calls must be a list"),
         ({"role": "assistant", "tool_calls": [{"id": "c"}]}, "messages[0].tool_calls[0]: a tool call must be"),
         ({"role": "assistant", "tool_calls": [{"function": {"name": ""}}]}, "a tool call needs a name"),
@@ -153,3 +160,27 @@ def test_a_message_that_cannot_be_encoded_is_named(message: Any, complaint: str)
     with pytest.raises(MessageError) as caught:
         encode_text([message], thinking=False)
     assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": None},
+        {"role": "user", "content": ""},
+        {"role": "system", "response_format": {"type": "json"}},
+        {"role": "assistant", "reasoning": "r"},
+        {"role": "assistant", "content": None},
+    ],
+)
+def test_a_message_may_say_that_it_is_empty_or_hold_something_else(message: Any) -> None:
+    assert encode_text([message], thinking=False)
+
+
+def test_blocks_are_content_where_the_dialect_keeps_them() -> None:
+    message = {"role": "user", "content_blocks": [{"type": "text", "text": "x"}]}
+    assert "<｜User｜>x" in encode_text([message], thinking=False, dialect=V4_1)
+
+
+def test_the_second_message_that_lacks_content_is_named_by_its_place() -> None:
+    with pytest.raises(MessageError, match=r"^messages\[1\]: "):
+        encode_text([{"role": "user", "content": "x"}, {"role": "user"}], thinking=False)

@@ -238,6 +238,19 @@ def test_a_tool_that_is_none_is_the_callers_error(tools: list[dict[str, Any]]) -
         ToolChecker(tools)
 
 
+@pytest.mark.parametrize("tools", [{"name": "f"}, "f", 3, None, ["f"], [None]])
+def test_what_is_no_list_of_tools_is_refused(tools: Any) -> None:
+    with pytest.raises(SchemaError, match=r"^tools(\[0\])?: must be "):
+        ToolChecker(tools)
+
+
+def test_a_schema_that_is_none_is_told_in_one_line() -> None:
+    with pytest.raises(SchemaError) as caught:
+        ToolChecker([{"function": {"name": "f", "parameters": {"type": "objct"}}}])
+    assert str(caught.value).startswith("tools[0] (f): not a usable JSON Schema: ")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("reference", ["http://127.0.0.1:9/x.json", "https://127.0.0.1:9/x", "file:///etc/passwd"])
 def test_a_remote_reference_is_never_fetched(reference: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -285,6 +285,25 @@ def test_a_parser_used_out_of_order_is_refused(tokenizer: Tokenizer) -> None:
         for_text.feed_text("a")
 
 
+@pytest.mark.parametrize("text", ["a", b"a"])
+def test_text_in_place_of_ids_is_refused(text: Any, tokenizer: Tokenizer) -> None:
+    with pytest.raises(FeedError, match=r"text is for feed_text\(\) or parse_text\(\)"):
+        parse(text, tokenizer, thinking=False)
+
+
+def test_ids_in_place_of_text_are_refused() -> None:
+    ids: Any = [1]
+    with pytest.raises(FeedError, match=r"ids are for feed\(\) or parse\(\)"):
+        parse_text(ids, thinking=False)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_id_that_the_vocabulary_lacks_does_not_vanish(policy: Policy, tokenizer: Tokenizer) -> None:
+    ids = [*tokenizer.encode_plain("a"), -1, 10**9, tokenizer.control(EOS)]
+    turn = parse(ids, tokenizer, thinking=False, policy=policy)
+    assert (turn.content, turn.error) == ("a\ufffd\ufffd", None)
+
+
 @cache
 def ids_of_long_prose(tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode_plain("All work and no play makes <b>Jack</b> a dull boy.\n" * 40)

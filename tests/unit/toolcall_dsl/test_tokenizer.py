@@ -68,6 +68,29 @@ def test_the_digest_is_that_of_the_file(tokenizer: Tokenizer, tokenizer_file: Pa
     assert tokenizer.digest == hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
 
 
+def test_a_file_may_be_named_by_a_string(tokenizer: Tokenizer, tokenizer_file: Path) -> None:
+    assert Tokenizer.from_file(str(tokenizer_file)).digest == tokenizer.digest
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("# Notes", "not JSON, so no tokenizer.json"),
+        ("[" * 100_000, "not JSON, so no tokenizer.json"),
+        ('{"model_max_length": 1048576}', "JSON, but no tokenizer.json of a model: that has a list 'added_tokens'"),
+        ('{"added_tokens": [], "model": {"vocab": [1]}}', "JSON, but no tokenizer.json of a model"),
+        ('{"added_tokens": [{"id": 1}], "model": {"vocab": {}}}', "JSON, but no tokenizer.json of a model"),
+    ],
+)
+def test_a_file_that_is_something_else_is_told_in_words(content: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(TokenizerError) as caught:
+        Tokenizer.from_file(path)
+    assert str(caught.value).startswith(f"{path}: {complaint}")
+    assert "KeyError" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "content",
     [
