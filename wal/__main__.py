@@ -4,7 +4,7 @@ Kinds that have a decoder are shown decoded, others by size and a short preview;
 `main` with decoders for their kinds.  Reading takes no lock and changes nothing, so it works beside
 a running writer and on a damaged log.  Exit codes: 0 the log was read to its end (a torn tail is
 told on stderr), 1 it is corrupt or cannot be read, or `--verify` found a record that is not what its
-schema says, 2 bad usage.
+schema says, or the output cannot be written, 2 bad usage.
 
 See: docs/formats/wal.md, "Looking at a log".
 """
@@ -12,39 +12,55 @@ See: docs/formats/wal.md, "Looking at a log".
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import os
+import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wal import tokens
-from wal.errors import WalError
+from wal.errors import CorruptError, WalError
 from wal.format import parse_name
 from wal.reader import Reader
+from wal.storage import OsStorage
 from wal.summary import Decoders, Seen, Summary
 
-DECODERS: Decoders = {tokens.TOKENS: tokens.as_json}
 PREVIEW_BYTES = 32
 TEXT_CHARS_MAX = 160
+NAME_CHARS_MAX = 80
 TOKENS_SHOWN_MAX = 8
 ROWS_SHOWN_MAX = 4
 
 
-def main(argv: Sequence[str] | None = None, decoders: Decoders = DECODERS) -> int:
+class _RegularFiles(OsStorage):
+    """The disk, where a name that stands for a pipe or a device is damage: reading one might never end."""
+
+    def read_into(self, path: Path, offset: int, buffer: memoryview) -> int:
+        """See Storage.  CorruptError if it is no file."""
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CorruptError(path.parent, path.name, 0, "it is not a regular file")
+        return super().read_into(path, offset, buffer)
+
+
+def main(argv: Sequence[str] | None = None, decoders: Decoders | None = None) -> int:
     """Run the command and return its exit code.
 
-    `decoders` maps a record kind to a function from payload to a JSON-able object; it may raise
+    `decoders` maps a record kind other than 1 to a function from payload to a JSON-able object; it may raise
     ValueError or RecordInvalidError, and the record is then shown as undecodable.
     """
     try:
-        code = _run(argv, decoders)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader of our output has seen enough (`| head`); stdout must not complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        code = _run(argv, decoders or {})
+        _flush()
+    except OSError as error:  # of the output: what reading meets is a WalError
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # stdout must not complain again at exit
+        os.close(nowhere)
+        if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough (`| head`)
+            return 0
+        print(f"wal: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 1
     return code
 
 
@@ -53,37 +69,62 @@ def _run(argv: Sequence[str] | None, decoders: Decoders) -> int:
         options = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has told why; main returns codes
         return int(stop.code or 0)
-    directory: Path = options.directory
-    problem = _unusable(directory)
-    if problem:
-        print(f"wal: {problem}", file=sys.stderr)
-        return 2
-    reader, summary = Reader(directory), Summary(decoders)
     try:
-        for record in reader:
-            seen = summary.look(record)
-            if options.request and not seen.belongs_to(options.request):
-                continue
-            summary.count(seen)
-            if not options.verify and not options.stats:
-                print(_line(seen, options))
-    except WalError as error:
+        names = _names(options.directory)
+    except ValueError as error:
         _note(str(error))
-        return 1
+        return 2
+    reader, summary = Reader(options.directory, storage=_RegularFiles()), Summary(decoders)
+    try:
+        found_count, failure = _print_records(reader, summary, options), None
+    except WalError as error:
+        found_count, failure = 0, error
     if options.verify or options.stats:
-        _print_summary(reader, summary, options)
+        _print_summary(reader, summary, options, failure, names)
+    elif summary.problem:
+        _note(f"note: {summary.problem}; {_count(summary.problems_count, 'such record')}")
+    if failure:
+        _note(str(failure))
+        return 1
+    if options.request and not found_count:
+        _note(f"note: no record of request {options.request!r}; the log begins at lsn {reader.segments[0].first_lsn}")
     if reader.tear:
         tear = reader.tear
-        told = f"torn tail in {tear.segment} at offset {tear.offset}: {tear.why}; {tear.size_bytes} bytes"
+        told = f"torn tail in {tear.segment} at offset {tear.offset}: {tear.why}; {_count(tear.size_bytes, 'byte')}"
         _note(f"note: {told} of a write that was not finished; the next writer cuts them")
-    if summary.problem:
-        _note(f"note: {summary.problem}; {summary.problems_count} such records")
     return 1 if options.verify and summary.problem else 0
 
 
+def _print_records(reader: Reader, summary: Summary, options: argparse.Namespace) -> int:
+    """Count the records that are asked for, and print them unless a summary is; returns how many.  WalError."""
+    found_count = 0
+    for record in reader:
+        seen = summary.look(record)
+        if options.request and options.request not in seen.requests:
+            continue
+        found_count += 1
+        summary.count(seen)
+        if not options.verify and not options.stats:
+            _print(_line(seen, options))
+    return found_count
+
+
+def _print(text: str) -> None:
+    """One line, in ASCII: every terminal and every encoding takes it."""
+    print(text.encode("ascii", "backslashreplace").decode())
+
+
 def _note(text: str) -> None:
-    sys.stdout.flush()
+    _flush()
     print(f"wal: {text}", file=sys.stderr)
+
+
+def _flush() -> None:
+    print(end="", flush=True)
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,21 +137,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--verify", action="store_true", help="check every record, print only the verdict")
     parser.add_argument("--stats", action="store_true", help="print only what there is of what")
-    parser.add_argument("--request", metavar="ID", help="only records of this request")
+    parser.add_argument("--request", metavar="ID", type=_request, help="only records of this request")
     return parser
 
 
-def _unusable(directory: Path) -> str | None:
-    if not directory.exists():
-        return f"{directory} does not exist"
-    if not directory.is_dir():
-        return f"{directory} is not a directory; give the directory that holds the .wal files"
+def _request(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("a request's id is not empty")
+    return text
+
+
+def _names(directory: Path) -> list[str]:
+    """The files of a log directory.  ValueError, for people, if it is none."""
     try:
-        if any(parse_name(name) for name in os.listdir(directory)):
-            return None
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        raise ValueError(f"{directory} does not exist") from None
+    except NotADirectoryError:
+        raise ValueError(f"{directory} is not a directory; give the directory that holds the .wal files") from None
     except OSError as error:
-        return f"cannot list {directory}: {error.strerror}"
-    return f"{directory} holds no log (no segment file such as 0000000000000001-00000000.wal)"
+        raise ValueError(f"cannot list {directory}: {error.strerror}") from None
+    if not any(map(parse_name, names)):
+        raise ValueError(f"{directory} holds no log (no segment file such as 0000000000000001-00000000.wal)")
+    return names
 
 
 def _line(seen: Seen, options: argparse.Namespace) -> str:
@@ -124,71 +173,100 @@ def _line(seen: Seen, options: argparse.Namespace) -> str:
             "kind": record.kind,
             "size": size,
         }
-        if seen.streams:
-            shown["requests"] = [stream.request for stream in seen.streams]
-        shown |= {"preview": _preview(record.payload)} if value is None else {"record": value}
-        return json.dumps(shown, ensure_ascii=True)
-    text = _preview(record.payload) if value is None else _short(seen, options.request)
+        if requests := seen.requests:
+            shown["requests"] = requests
+        shown |= _preview(record.payload) if value is None else {"record": value}
+        return json.dumps(shown)
+    if value is None:
+        (text,) = _preview(record.payload).values()
+        text += "..." if size > PREVIEW_BYTES else ""
+    else:
+        text = _short(seen, options.request)
     return f"{record.lsn:>8}  {record.segment}  @{record.offset:<10} kind {record.kind:<3} {size:>7} B  {text}"
 
 
-def _preview(payload: bytes) -> str:
-    """The first bytes, as ASCII if they are printable, else in hex."""
+def _preview(payload: bytes) -> dict[str, str]:
+    """The first bytes as `text` if they are printable UTF-8 (whole characters of it), else as `hex`."""
     head = payload[:PREVIEW_BYTES]
-    more = "..." if len(payload) > PREVIEW_BYTES else ""
-    if all(32 <= byte < 127 for byte in head):
-        return head.decode("ascii") + more
-    return head.hex(" ", -4) + more
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head, final=len(payload) <= PREVIEW_BYTES)
+    except UnicodeDecodeError:
+        return {"hex": head.hex()}
+    return {"text": text} if text.isprintable() else {"hex": head.hex()}
 
 
 def _short(seen: Seen, request: str | None) -> str:
     value = seen.value
     if isinstance(value, dict) and "token_ids" in value and seen.streams:
         return _sampled(seen, value, request)
-    text = json.dumps(value, ensure_ascii=True)
-    return text if len(text) <= TEXT_CHARS_MAX else text[:TEXT_CHARS_MAX] + "..."
+    return _cut(json.dumps(value), TEXT_CHARS_MAX)
+
+
+def _cut(text: str, chars_max: int) -> str:
+    return text if len(text) <= chars_max else text[:chars_max] + "..."
 
 
 def _sampled(seen: Seen, value: dict[str, Any], request: str | None) -> str:
-    """Tokens of a chunk or a step as `request [index of the first] vVERSION: id(logprob) ...`, a few of each."""
-    counts = value.get("counts") or [1] * len(seen.streams)
-    versions = [version for rows, version in value.get("version_runs", ()) for _ in range(rows)]
-    if "request" in value:
-        counts, versions = [len(value["token_ids"])], [value["policy_version"]]
+    """Tokens of a chunk or a step as `request [index of the first] vVERSION: id(logprob) ...`, a few of each.
+
+    A row whose request is not known is `slot N`.
+    """
+    if "slots" in value:
+        slots, counts = value["slots"], value["counts"] or [1] * len(value["slots"])
+        versions = [version for rows, version in value["version_runs"] for _ in range(rows)]
+    else:
+        slots, counts, versions = [None], [len(value["token_ids"])], [value["policy_version"]]
     rows, at = [], 0
-    for stream, count, version in zip(seen.streams, counts, versions, strict=True):
-        if request in (None, stream.request):
+    for stream, slot, count, version in zip(seen.streams, slots, counts, versions, strict=True):
+        if request is None or (stream and stream.request == request):
             pairs = zip(value["token_ids"][at : at + count], value["logprobs"][at : at + count], strict=True)
             told = " ".join(f"{i}({p:.3f})" for i, p in list(pairs)[:TOKENS_SHOWN_MAX])
             more = f" ... {count} tokens" if count > TOKENS_SHOWN_MAX else ""
-            name = json.dumps(stream.request)[1:-1]
-            rows.append(f"{name} [{stream.length - count}] v{version}: {told}{more}")
+            name = f"slot {slot}"
+            if stream:
+                name = f"{_cut(json.dumps(stream.request)[1:-1], NAME_CHARS_MAX)} [{stream.length - count}]"
+            rows.append(f"{name} v{version}: {told}{more}")
         at += count
     more = f"  ... {len(rows)} requests" if len(rows) > ROWS_SHOWN_MAX else ""
     return "  ".join(rows[:ROWS_SHOWN_MAX]) + more
 
 
-def _print_summary(reader: Reader, summary: Summary, options: argparse.Namespace) -> None:
-    told = summary.outcome(reader)
+def _print_summary(
+    reader: Reader, summary: Summary, options: argparse.Namespace, failure: WalError | None, names: Sequence[str]
+) -> None:
+    told = summary.outcome(reader, failure)
     if options.stats:
-        told |= summary.counts(reader, options.directory)
+        told |= summary.counts(reader, names)
     if options.json:
-        print(json.dumps(told))
+        _print(json.dumps(told))
         return
-    verdict = "bad" if summary.problem else "ok"
-    segments = f"{len(reader.segments)} segments, next lsn {reader.next_lsn}"
-    print(f"{verdict}: {reader.records_count} records in {segments}, ended by: {told['outcome']}")
+    _print(_verdict(reader, told))
     if not options.stats:
         return
     pins = ", ".join(f"{pin['name']} at {pin['lsn']}" for pin in told["pins"]) or "none"
-    print(f"begins at lsn {told['floor_lsn']}, epochs {', '.join(map(str, told['epochs']))}, pins: {pins}")
+    epochs = ", ".join(map(str, told["epochs"])) or "none"
+    _print(f"begins at lsn {told['floor_lsn']}, epochs {epochs}, pins: {pins}")
     for kind, counts in told["kinds"].items():
-        print(f"kind {kind:>3}: {counts['records']} records, {counts['bytes']} bytes")
+        _print(f"kind {kind:>3}: {_count(counts['records'], 'record')}, {_count(counts['bytes'], 'byte')}")
     of = told["tokens"]
-    if of["requests"]:
+    if of["requests"] or of["tokens_unnamed"]:
         statuses = ", ".join(f"{of[status]} {status}" for status in ("open", "closed", "acknowledged"))
-        per_token = f", {of['bytes_per_token']} bytes a token" if of["tokens"] else ""
-        print(f"tokens: {of['tokens']} of {of['requests']} requests ({statuses}){per_token}")
+        unnamed = f", {of['tokens_unnamed']} of requests opened before the log begins" if of["tokens_unnamed"] else ""
+        per_token = f", {of['bytes_per_token']} bytes a token" if of["bytes_per_token"] else ""
+        _print(f"tokens: {of['tokens']} of {_count(of['requests'], 'request')} ({statuses}){unnamed}{per_token}")
+
+
+def _verdict(reader: Reader, told: dict[str, Any]) -> str:
+    """One line: good or bad, how far the log was read, how that ended, and what is bad."""
+    bad = ""
+    if "why" in told:
+        place = f"{told['segment']} at offset {told['offset']}: " if told["segment"] else ""
+        bad += f"; {place}{told['why']}"
+    if told["problems"]:
+        bad += f"; not as they should be: {_count(told['problems'], 'record')}, the first {told['problem']}"
+    records, segments = _count(reader.records_count, "record"), _count(len(reader.segments), "segment")
+    head = f"{'bad' if bad else 'ok'}: {records} in {segments}"
+    return f"{head}, next lsn {reader.next_lsn}, ended by: {told['outcome']}{bad}"
 
 
 if __name__ == "__main__":

@@ -67,6 +67,14 @@ def raise_floor(storage: Storage, directory: Path, lsn: int) -> None:
     put_empty_file(storage, directory / floor_name(lsn))
 
 
+def list_names(storage: Storage, directory: Path) -> list[str]:
+    """The names in a log directory.  StorageError."""
+    try:
+        return storage.names(directory)
+    except OSError as error:
+        raise storage_error(directory, "list", error) from error
+
+
 def sync_names(storage: Storage, directory: Path) -> None:
     """Make durable what a listing of the directory shows.  StorageError."""
     try:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from wal import format as fmt
 from wal.errors import FencedError, LockedError, storage_error
+from wal.floor import list_names
 from wal.storage import Lock, Storage
 
 
@@ -64,17 +65,10 @@ def release(lock: Lock, directory: Path) -> None:
 
 def _newest_epoch(storage: Storage, directory: Path) -> int:
     newest = 0
-    for name in _names(storage, directory):
+    for name in list_names(storage, directory):
         segment, lock_epoch = fmt.parse_name(name), fmt.parse_lock_name(name)
         newest = max(newest, segment[1] if segment else 0, lock_epoch or 0)
     return newest
-
-
-def _names(storage: Storage, directory: Path) -> list[str]:
-    try:
-        return storage.names(directory)
-    except OSError as error:
-        raise storage_error(directory, "list", error) from error
 
 
 def _lock(storage: Storage, directory: Path, epoch: int) -> Lock:
@@ -92,7 +86,7 @@ def _lock(storage: Storage, directory: Path, epoch: int) -> Lock:
 
 
 def _remove_lower(storage: Storage, directory: Path, epoch: int) -> None:
-    for name in _names(storage, directory):
+    for name in list_names(storage, directory):
         lower = fmt.parse_lock_name(name)
         if lower is not None and lower < epoch:
             try:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wal.errors import DroppedError, storage_error
-from wal.floor import floor_of, put_empty_file, sync_names
+from wal.floor import floor_of, list_names, put_empty_file
 from wal.storage import OsStorage, Storage
 
 RETENTION_LOCK = "retention.lock"
@@ -67,13 +67,13 @@ def pin(directory: Path, name: str, lsn: int | None = None, *, storage: Storage 
     except OSError as error:
         raise storage_error(path, "lock", error) from error
     try:
-        names = _names(disk, directory)
+        names = list_names(disk, directory)
         floor = floor_of(names)
         mine = Pin(floor if lsn is None else lsn, name)
         if mine.lsn < floor:
             raise DroppedError(directory, mine.lsn, floor)
         if mine.file_name in names:
-            sync_names(disk, directory)
+            synclist_names(disk, directory)
         else:
             put_empty_file(disk, directory / mine.file_name)
     finally:
@@ -85,7 +85,7 @@ def pin(directory: Path, name: str, lsn: int | None = None, *, storage: Storage 
 def unpin(directory: Path, name: str, *, storage: Storage | None = None) -> bool:
     """Let go of what `name` pinned; False if it had pinned nothing.  StorageError: it may still hold."""
     directory, disk = Path(directory), storage or OsStorage()
-    mine = [pin for pin in pins_of(_names(disk, directory)) if pin.name == name]
+    mine = [pin for pin in pins_of(list_names(disk, directory)) if pin.name == name]
     _remove(disk, directory, mine)
     return bool(mine)
 
@@ -98,13 +98,6 @@ def pinned(directory: Path, name: str, lsn: int | None = None, *, storage: Stora
         yield held_lsn
     finally:
         unpin(directory, name, storage=storage)
-
-
-def _names(storage: Storage, directory: Path) -> list[str]:
-    try:
-        return storage.names(directory)
-    except OSError as error:
-        raise storage_error(directory, "list", error) from error
 
 
 def _remove(storage: Storage, directory: Path, pins: list[Pin]) -> None:

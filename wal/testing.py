@@ -23,11 +23,11 @@ from typing import Literal
 
 from wal.reader import Record
 from wal.requests import HOLD, Hold
+from wal.segments import SECTOR_BYTES
 from wal.storage import File, FileStat, Lock
 
 Fault = Literal["crash", "short", "ENOSPC", "EIO"]
 Landing = Literal["written", "synced", "mixed"]
-SECTOR_BYTES = 512
 
 
 class CrashError(Exception):
