@@ -30,6 +30,10 @@ RULES: Mapping[str, str] = {
     "missing-think-close": "the reply ended inside its reasoning: {think_close} is missing",
     "call-inside-reasoning": "a tool block inside the reasoning does not run: write {think_close} first",
     "control-token-in-text": "a control token stands where only text may stand",
+    "block-not-opened": (
+        "a tag stands outside of a tool block: calls begin with a blank line and then <{dsml}{block}> on a line"
+        " of its own, behind all reasoning and text"
+    ),
     "missing-eos": "the reply was cut off before its end",
     "malformed-block": "a tool block must hold invokes only, each on lines of its own, and end with </{dsml}{block}>",
     "malformed-invoke": (

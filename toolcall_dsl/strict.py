@@ -62,7 +62,7 @@ class StrictScanner(Scanner):
         self._emit(Place.REASONING, start)
         if opens is None:
             return False
-        return self._fault("call-inside-reasoning" if opens else "control-token-in-text", start)
+        return self._fault("call-inside-reasoning" if opens else self._stray(at), start)
 
     def _content(self) -> bool:
         at = self._next_control(self._at)
@@ -79,7 +79,7 @@ class StrictScanner(Scanner):
         if opens is None:
             return False
         if not opens:
-            return self._fault("control-token-in-text", at)
+            return self._fault(self._stray(at), at)
         self._events.append(BlockOpened(self._offset(self._at)))
         self._at += 2 + len(self._tool_block)
         self._state = self._block
@@ -91,6 +91,10 @@ class StrictScanner(Scanner):
             return False
         found = self._spelled_next(at - 1, (self._tool_block,))
         return None if found is None else bool(found)
+
+    def _stray(self, at: int) -> str:
+        """The rule that the control token at `at` breaks in prose: a tag's token was meant to begin calls."""
+        return "block-not-opened" if self._units[at] == self._marks.dsml else "control-token-in-text"
 
     def _block(self) -> bool:
         return self._expect(self._after_block_tag, "malformed-block")

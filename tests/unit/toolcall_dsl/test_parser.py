@@ -41,14 +41,14 @@ RULE_OF_VECTOR = {
     "duplicate_param": "duplicate-parameter",
     "missing_string_attr": "malformed-parameter",
     "bad_string_attr": "malformed-parameter",
-    "single_newline_before_block": "control-token-in-text",
-    "no_newlines_before_block": "control-token-in-text",
-    "v32_function_calls_wrapper": "control-token-in-text",
-    "orphan_invoke": "control-token-in-text",
+    "single_newline_before_block": "block-not-opened",
+    "no_newlines_before_block": "block-not-opened",
+    "v32_function_calls_wrapper": "block-not-opened",
+    "orphan_invoke": "block-not-opened",
     "missing_invoke_close": "malformed-parameter",
     "missing_block_close": "truncated-call",
     "invalid_json_false": "bad-json",
-    "dsml_token_in_content": "control-token-in-text",
+    "dsml_token_in_content": "block-not-opened",
 }
 
 

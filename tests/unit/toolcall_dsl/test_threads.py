@@ -126,7 +126,7 @@ def test_04_vllm_51914_a_misspelled_opener_is_recovered_and_never_under_strict(n
     text = f"\n\n<｜DSML｜{name}>\n" + invoke("f", parameter("a", "x")) + f"</｜DSML｜{name}>" + EOS
     assert read(text).calls == (ToolCall("f", {"a": "x"}, ParseStatus.RECOVERED),)
     strict = read(text, policy="strict")
-    assert (strict.calls, strict.error and strict.error.rule) == ((), "control-token-in-text")
+    assert (strict.calls, strict.error and strict.error.rule) == ((), "block-not-opened")
 
 
 def test_05_vllm_48931_a_missing_opener_is_recovered_but_prose_is_no_call(read: Read, tokenizer: Tokenizer) -> None:
@@ -146,7 +146,7 @@ def test_05_vllm_48931_a_missing_opener_is_recovered_but_prose_is_no_call(read: 
 def test_06_frontend_crates_pr_123_a_wrapper_less_invoke_never_runs_under_strict(read: Read) -> None:
     """ai-dynamo/frontend-crates PR 123: the opposite policy of thread 5; here it is the default."""
     turn = read(invoke("bash", parameter("command", "ls")) + EOS, policy="strict")
-    assert (turn.calls, turn.error and turn.error.rule) == ((), "control-token-in-text")
+    assert (turn.calls, turn.error and turn.error.rule) == ((), "block-not-opened")
 
 
 FLAGS = (' string="true"', ' string="false"', "")
@@ -337,7 +337,10 @@ def test_21_opencode_24442_reasoning_survives_a_second_serialisation(tokenizer: 
         "content": turn.content,
         "tool_calls": [{"id": "c", "function": function}],
     }
-    context: list[dict[str, Any]] = [{"role": "system", "content": "", "tools": [tool("f", "a")]}, {"role": "user"}]
+    context: list[dict[str, Any]] = [
+        {"role": "system", "content": "", "tools": [tool("f", "a")]},
+        {"role": "user", "content": ""},
+    ]
     for again in (message, json.loads(json.dumps(json.loads(json.dumps(message))))):
         assert encode_text([again], thinking=True, context=context) == text
     assert encode_results(["ok"], tokenizer, thinking=True)
