@@ -73,7 +73,7 @@ def pin(directory: Path, name: str, lsn: int | None = None, *, storage: Storage 
         if mine.lsn < floor:
             raise DroppedError(directory, mine.lsn, floor)
         if mine.file_name in names:
-            synclist_names(disk, directory)
+            sync_names(disk, directory)
         else:
             put_empty_file(disk, directory / mine.file_name)
     finally:
