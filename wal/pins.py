@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wal.errors import DroppedError, storage_error
-from wal.floor import floor_of, list_names, put_empty_file
+from wal.floor import floor_of, list_names, put_empty_file, sync_names
 from wal.storage import OsStorage, Storage
 
 RETENTION_LOCK = "retention.lock"
