@@ -2,8 +2,8 @@
 
 A contract for programs in any language, so it depends on nothing of its surroundings: stdin and
 stdout are UTF-8 whatever the locale says, and no line break is translated.  Exit codes: 0 the
-answer is on stdout (a completion that breaks the format is an answer), 2 bad usage or bad input,
-told in one line on stderr.
+answer is on stdout (a completion that breaks the format is an answer), 1 stdout did not take it
+whole, 2 bad usage or bad input; 1 and 2 are told in one line on stderr.
 
 See: docs/formats/toolcall_dsl.md, "Command line".
 """
@@ -24,8 +24,9 @@ from toolcall_dsl.encode import encode, encode_text
 from toolcall_dsl.errors import DslError
 from toolcall_dsl.messages import FIELDS
 from toolcall_dsl.parser import parse_text
+from toolcall_dsl.schema import ToolChecker
 from toolcall_dsl.tokenizer import Tokenizer, valid_text
-from toolcall_dsl.types import Policy
+from toolcall_dsl.types import Policy, ToolCall
 
 MODES = ("chat", "thinking")
 
@@ -49,6 +50,10 @@ _PARSE_HELP = """\
 Reads a completion from stdin, as text in which control tokens are spelled, and prints one JSON object:
 {"reasoning", "content", "tool_calls": [{"name", "arguments", "status"}], "error"}, error null or
 {"rule", "offset", "line", "column", "excerpt", "message"}.
+
+Without --check, --tools checks nothing: it only serves the tolerant policy, to tell one parameter that wraps all
+arguments from a real one. With --check each call has "problems" too, a list of {"path", "expected", "found"}, empty
+for a call that fits its schema; under the tolerant policy values are converted where that makes a call fit.
 
 example:
   printf 'Easy.</think>It is 4.' | python -m toolcall_dsl parse --thinking-mode thinking --policy tolerant
@@ -79,21 +84,29 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None, *, stdin: BinaryIO | None = None, stdout: BinaryIO | None = None) -> int:
     """Run the command and return its exit code; streams are those of the process unless given."""
-    source = sys.stdin.buffer if stdin is None else stdin
-    sink = sys.stdout.buffer if stdout is None else stdout
     try:
         options = _parser().parse_args(argv)
-        sink.write(valid_text(options.run(options, source)).encode())
-        sink.flush()
+        answer = valid_text(options.run(options, _process_stdin() if stdin is None else stdin)).encode()
     except SystemExit as stop:  # --help has been printed; main returns codes
         return int(stop.code or 0)
     except (_BadInputError, DslError) as error:
-        print(f"toolcall_dsl: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        # The reader of our output has seen enough (`| head`); it must not complain again when it is closed.
+        return _refusal(str(error), 2)
+    if stdout is None and sys.stdout is None:
+        return _refusal("stdout: is closed", 1)
+    sink = sys.stdout.buffer if stdout is None else stdout
+    try:
+        sink.write(answer)
+        sink.flush()
+    except OSError as error:
+        # What is left in the buffer must not fail again, and louder, when the process ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sink.fileno())
+        return _refusal(f"stdout: the answer was not written: {error.strerror}", 1)
     return 0
+
+
+def _refusal(why: str, code: int) -> int:
+    print(f"toolcall_dsl: {' '.join(why.split())}", file=sys.stderr)
+    return code
 
 
 def _parser() -> _Parser:
@@ -107,7 +120,10 @@ def _parser() -> _Parser:
     parsing = commands.add_parser("parse", help="a completion to calls", description=_PARSE_HELP, formatter_class=raw)
     parsing.add_argument("--thinking-mode", choices=MODES, required=True, help="the header that the completion follows")
     parsing.add_argument("--policy", choices=get_args(Policy), default="strict", help="default: strict")
-    parsing.add_argument("--tools", type=Path, metavar="FILE", help="a JSON list of the tools that were declared")
+    parsing.add_argument(
+        "--tools", type=Path, metavar="FILE", help="a JSON list of the tools that were declared; see above"
+    )
+    parsing.add_argument("--check", action="store_true", help="check each call against the schemas of --tools")
     parsing.set_defaults(run=_parse)
     for command in (encoding, parsing):
         command.add_argument("--dialect", choices=tuple(DIALECTS), default=V4.name, help=f"default: {V4.name}")
@@ -117,7 +133,7 @@ def _parser() -> _Parser:
 def _encode(options: argparse.Namespace, source: BinaryIO) -> str:
     if options.ids != (options.tokenizer is not None):
         raise _BadInputError("--ids and --tokenizer FILE go together")
-    request = _request(_text(source.read(), "stdin"))
+    request = _request(_input(source))
     messages, thinking = request.pop("messages"), request.pop("thinking_mode") == "thinking"
     request["dialect"] = DIALECTS[options.dialect]
     if options.tokenizer is None:
@@ -157,22 +173,49 @@ def _refuse_unknown_fields(name: str, messages: Sequence[object]) -> None:
 
 
 def _parse(options: argparse.Namespace, source: BinaryIO) -> str:
-    tools = None
+    if options.check and options.tools is None:
+        raise _BadInputError("--check needs --tools FILE")
+    tools: list[dict[str, object]] | None = None
     if options.tools is not None:
         tools = _json(_text(_bytes(options.tools), str(options.tools)), str(options.tools))
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise _BadInputError(f"{options.tools}: tools must be a list of objects")
+    checker = ToolChecker(tools or ()) if options.check else None
     turn = parse_text(
-        _text(source.read(), "stdin"),
+        _input(source),
         thinking=options.thinking_mode == "thinking",
         policy=options.policy,
         tools=tools,
         dialect=DIALECTS[options.dialect],
     )
-    calls = [{"name": call.name, "arguments": call.arguments, "status": call.status.value} for call in turn.calls]
+    calls = [_shown(call) if checker is None else _checked(call, checker, options.policy) for call in turn.calls]
     error = None if turn.error is None else asdict(turn.error)
     shown = {"reasoning": turn.reasoning, "content": turn.content, "tool_calls": calls, "error": error}
     return json.dumps(shown, ensure_ascii=False) + "\n"
+
+
+def _shown(call: ToolCall) -> dict[str, Any]:
+    return {"name": call.name, "arguments": call.arguments, "status": call.status.value}
+
+
+def _checked(call: ToolCall, checker: ToolChecker, policy: Policy) -> dict[str, Any]:
+    """The call that would run, and what does not fit."""
+    checked = checker.check(call, policy=policy)
+    return {**_shown(checked.call), "problems": [asdict(problem) for problem in checked.problems]}
+
+
+def _process_stdin() -> BinaryIO:
+    if sys.stdin is None:
+        raise _BadInputError("stdin: is closed")
+    return sys.stdin.buffer
+
+
+def _input(source: BinaryIO) -> str:
+    try:
+        data = source.read()
+    except OSError as error:
+        raise _BadInputError(f"stdin: cannot be read: {error.strerror}") from error
+    return _text(data, "stdin")
 
 
 def _bytes(path: Path) -> bytes:

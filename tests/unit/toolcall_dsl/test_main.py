@@ -127,6 +127,7 @@ def test_half_a_surrogate_pair_is_printed_as_the_replacement_sign() -> None:
             "context[1]: unknown field 'nam\\ne'",
         ),
         (["parse"], "", "required: --thinking-mode"),
+        (["parse", "--thinking-mode", "chat", "--check"], "", "--check needs --tools FILE"),
         (["parse", "--thinking-mode", "max"], "", "invalid choice: 'max'"),
         (["parse", "--thinking-mode", "chat", "--policy", "lax"], "", "invalid choice: 'lax'"),
         (["parse", "--thinking-mode", "chat"], b"\xe4\xb8", "stdin: not UTF-8 at byte 0"),
@@ -240,12 +241,72 @@ def test_a_locale_without_unicode_changes_nothing() -> None:
     assert done.stdout.decode() == "<｜begin▁of▁sentence｜><｜User｜>温\r\n泉<｜Assistant｜></think>"
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_reader_that_is_gone_has_not_got_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     with os.fdopen(write_end, "wb") as stdout:
-        assert main(["encode"], stdin=io.BytesIO(json.dumps(REQUEST).encode()), stdout=stdout) == 0
-    assert capsys.readouterr().err == ""
+        assert main(["encode"], stdin=io.BytesIO(json.dumps(REQUEST).encode()), stdout=stdout) == 1
+    assert capsys.readouterr().err == "toolcall_dsl: stdout: the answer was not written: Broken pipe\n"
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "complaint"),
+    [
+        ("> /dev/full", 1, "stdout: the answer was not written: No space left on device"),
+        (">&-", 1, "stdout: is closed"),
+        ("<&-", 2, "stdin: is closed"),
+        ("0> /dev/null", 2, "stdin: cannot be read: Bad file descriptor"),
+    ],
+)
+def test_a_stream_that_fails_is_told_in_one_line(redirection: str, code: int, complaint: str) -> None:
+    command = f'"{sys.executable}" -m toolcall_dsl encode {redirection}'
+    done = subprocess.run(
+        ["/bin/sh", "-c", command], input=json.dumps(REQUEST).encode(), capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (code, b"", f"toolcall_dsl: {complaint}\n")
+
+
+def test_streams_that_a_caller_closed_are_told_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with os.fdopen(os.open(os.devnull, os.O_WRONLY), "rb") as unreadable:
+        assert main(["encode"], stdin=unreadable) == 2
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["encode"]) == 2
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["encode"], stdin=io.BytesIO(json.dumps(REQUEST).encode())) == 1
+    assert [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()] == ["stdin", "stdin", "stdout"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "value", "status", "problems"),
+    [
+        ("strict", "3", "ok", []),
+        ("strict", '"3"', "ok", [{"path": "days", "expected": "integer", "found": '"3"'}]),
+        ("tolerant", '"3"', "converted", []),
+        ("tolerant", '"three"', "ok", [{"path": "days", "expected": "integer", "found": '"three"'}]),
+    ],
+)
+def test_a_call_is_checked_against_its_schema_if_that_is_asked_for(
+    policy: str, value: str, status: str, problems: list[dict[str, str]], tmp_path: Path
+) -> None:
+    schema = {"type": "object", "properties": {"days": {"type": "integer"}}}
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps([{"type": "function", "function": {"name": "bash", "parameters": schema}}]))
+    completion = CALL.replace('name="command" string="true">ls\r\n é', f'name="days" string="false">{value}')
+    argv = ["--thinking-mode", "chat", "--policy", policy, "--tools", str(path)]
+    (plain,) = parsed(argv, completion)["tool_calls"]
+    assert plain == {"name": "bash", "arguments": {"days": json.loads(value)}, "status": "ok"}
+    (checked,) = parsed([*argv, "--check"], completion)["tool_calls"]
+    days = 3 if status == "converted" else json.loads(value)
+    assert checked == {"name": "bash", "arguments": {"days": days}, "status": status, "problems": problems}
+
+
+def test_tools_that_cannot_be_checked_against_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tools.json"
+    path.write_text('[{"name": "bash"}]')
+    assert run(["parse", "--thinking-mode", "chat", "--tools", str(path), "--check"], CALL) == (2, "")
+    assert "tools[0]: must be an object with function.name" in capsys.readouterr().err
 
 
 def test_the_exit_code_is_that_of_the_process(
