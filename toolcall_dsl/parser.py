@@ -72,8 +72,11 @@ def parse_text(
     return _finished(parser)
 
 
-def turn_of(events: Iterable[TurnEvent], spans: tuple[Span, ...] = ()) -> ParsedTurn:
-    """The turn that a parser's events tell, from the first to the last."""
+def turn_of(events: Iterable[TurnEvent], spans: tuple[Span, ...] = (), *, is_complete: bool = False) -> ParsedTurn:
+    """The turn that a parser's events tell, from the first to the last.
+
+    Events say neither `spans` nor whether the turn `is_complete`: the parser does.
+    """
     reasoning: list[str] = []
     content: list[str] = []
     calls: list[ToolCall] = []
@@ -90,12 +93,12 @@ def turn_of(events: Iterable[TurnEvent], spans: tuple[Span, ...] = ()) -> Parsed
                 pass
             case _:
                 pass  # a call that started, and its arguments as text: they come back whole in CallFinished
-    return ParsedTurn("".join(reasoning), "".join(content), tuple(calls), error, spans)
+    return ParsedTurn("".join(reasoning), "".join(content), tuple(calls), error, spans, is_complete)
 
 
 def _finished(parser: StreamParser) -> ParsedTurn:
     parser.finish()
-    return turn_of(_events(parser), parser.spans())
+    return turn_of(_events(parser), parser.spans(), is_complete=parser.is_complete)
 
 
 def _events(parser: StreamParser) -> Iterator[TurnEvent]:

@@ -144,6 +144,7 @@ class Scanner(ABC):
         self._at = 0
         self._base = 0
         self._finished = False
+        self._block_end = -1
         self._events: deque[Event] = deque()
         self._state: Callable[[], bool] = self._reasoning if thinking else self._content
 
@@ -184,6 +185,11 @@ class Scanner(ABC):
     def undecided_count(self) -> int:
         """Units that are held back because more input must decide what they are."""
         return len(self._units) - self._at
+
+    @property
+    def ends_with_block(self) -> bool:
+        """Whether a tool block was closed by the very last unit so far."""
+        return self._block_end == self._base + len(self._units)
 
     def _offset(self, at: int) -> int:
         return self._base + at

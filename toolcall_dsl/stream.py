@@ -94,7 +94,9 @@ class StreamParser:
         self._dialect = dialect
         self._strict = policy == "strict"
         self._properties = dict(map(properties_of, tools or ()))
-        self._scanner = scanner_for(Marks(dialect, self._unit_map), thinking=thinking, policy=policy)
+        marks = Marks(dialect, self._unit_map)
+        self._eos, self._has_eos = marks.eos, False
+        self._scanner = scanner_for(marks, thinking=thinking, policy=policy)
         self._trail = Trail(self._unit_map)
         self._spans = SpanReader(thinking=thinking)
         self._decoder = UnitsDecoder(self._unit_map)
@@ -154,6 +156,11 @@ class StreamParser:
         return bool(self._failed_rule)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether the turn so far ended by itself: its end token came, or it stops right behind its tool block."""
+        return self._has_eos or self._scanner.ends_with_block
+
+    @property
     def undecided_count(self) -> int:
         """Units that the scanner holds; at most `toolcall_dsl.scanner.UNDECIDED_UNITS_MAX`."""
         return self._scanner.undecided_count
@@ -163,6 +170,7 @@ class StreamParser:
         return self._spans.spans()
 
     def _feed_units(self, units: str) -> None:
+        self._has_eos = self._has_eos or self._eos in units
         if self._failed_rule:
             self._spans.forget_all()
             if self._failed_mark is not None:

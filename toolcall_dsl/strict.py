@@ -175,6 +175,7 @@ class StrictScanner(Scanner):
             self._events.append(InvokeClosed())
             self._state = self._invoke_closed
         else:
+            self._block_end = self._offset(self._at)
             self._state = self._after_block
         return True
 

@@ -139,6 +139,7 @@ class TolerantScanner(Scanner):
         elif tag.role is _Role.BLOCK:
             self._body_is_recovered = not tag.exact
         elif tag.role is _Role.BLOCK_END:
+            self._block_end = self._offset(tag.end)
             self._body_is_recovered = True
         return True
 

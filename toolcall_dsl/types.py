@@ -146,7 +146,9 @@ class ParsedTurn:
 
     `calls` holds only calls that may run.  Under `strict` an `error` empties it; under `tolerant`
     an `error` (a call cut off) leaves the calls before it.  `spans` cover all token ids of the
-    turn in order, without gap or overlap (empty for a turn parsed from text).
+    turn in order, without gap or overlap (empty for a turn parsed from text).  `is_complete` says
+    that the turn ended by itself: its end token came, or it stops right behind its tool block;
+    False means that it was cut off (or, of a turn made of events alone, that nobody said).
     """
 
     reasoning: str
@@ -154,3 +156,4 @@ class ParsedTurn:
     calls: tuple[ToolCall, ...]
     error: ParseError | None
     spans: tuple[Span, ...]
+    is_complete: bool = False
