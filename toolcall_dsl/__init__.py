@@ -12,6 +12,7 @@ from toolcall_dsl.encode import encode, encode_appended, encode_results, encode_
 from toolcall_dsl.errors import AppendError, DslError, FeedError, MessageError, OptionError, SchemaError, TokenizerError
 from toolcall_dsl.messages import Message
 from toolcall_dsl.parser import parse, parse_text, turn_of
+from toolcall_dsl.pieces import token_ids_of
 from toolcall_dsl.rules import RULES
 from toolcall_dsl.schema import CheckedCall, SchemaProblem, ToolChecker, check_call
 from toolcall_dsl.stream import StreamParser
@@ -76,5 +77,6 @@ __all__ = [
     "encode_text",
     "parse",
     "parse_text",
+    "token_ids_of",
     "turn_of",
 ]

@@ -24,6 +24,7 @@ from toolcall_dsl.encode import encode, encode_text
 from toolcall_dsl.errors import DslError
 from toolcall_dsl.messages import FIELDS
 from toolcall_dsl.parser import parse_text
+from toolcall_dsl.pieces import token_ids_of
 from toolcall_dsl.schema import ToolChecker
 from toolcall_dsl.tokenizer import Tokenizer, valid_text
 from toolcall_dsl.types import Policy, ToolCall
@@ -139,7 +140,7 @@ def _encode(options: argparse.Namespace, source: BinaryIO) -> str:
     if options.tokenizer is None:
         return encode_text(messages, thinking=thinking, **request)
     segments = encode(messages, Tokenizer.from_file(options.tokenizer), thinking=thinking, **request)
-    return json.dumps([token_id for segment in segments for token_id in segment.token_ids]) + "\n"
+    return json.dumps(token_ids_of(segments)) + "\n"
 
 
 def _request(text: str) -> dict[str, Any]:

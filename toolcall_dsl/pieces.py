@@ -74,6 +74,11 @@ def segments_of(pieces: Iterable[Piece], tokenizer: Tokenizer) -> tuple[Segment,
     return grouped(tagged_ids(pieces, tokenizer))
 
 
+def token_ids_of(segments: Iterable[Segment]) -> list[int]:
+    """The token ids of segments in order, in one list: what an engine is given."""
+    return [token_id for segment in segments for token_id in segment.token_ids]
+
+
 def _run_ids(run: Sequence[Text], tokenizer: Tokenizer) -> Iterator[tuple[int, SpanKind]]:
     ends, kinds, end = [], [], 0
     for text in run:

@@ -21,7 +21,6 @@ from toolcall_dsl import (
     ParsedTurn,
     ParseStatus,
     Policy,
-    Segment,
     SpanKind,
     StreamParser,
     Tokenizer,
@@ -32,6 +31,7 @@ from toolcall_dsl import (
     encode_text,
     parse,
     parse_text,
+    token_ids_of,
     turn_of,
 )
 from toolcall_dsl.scanner import UNDECIDED_UNITS_MAX
@@ -96,10 +96,6 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_file(TOKENIZER_FILE)
 
 
-def ids_of(segments: Sequence[Segment]) -> list[int]:
-    return [token_id for segment in segments for token_id in segment.token_ids]
-
-
 def assistant(reasoning: str, content: str, wanted: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     functions = [{"name": name, "arguments": json.dumps(arguments)} for name, arguments in wanted]
     tool_calls = [{"id": f"c{i}", "function": function} for i, function in enumerate(functions)]
@@ -116,7 +112,7 @@ def assert_spans_cover(turn: ParsedTurn, count: int) -> None:
 def rendered(message: dict[str, Any], *, thinking: bool, dialect: Dialect) -> list[int]:
     """Ids of an assistant turn as this package writes it, reasoning kept."""
     context: list[dict[str, Any]] = [{"role": "user", "content": ""}]
-    return ids_of(
+    return token_ids_of(
         encode([message], tokenizer(), thinking=thinking, context=context, drop_thinking=False, dialect=dialect)
     )
 
@@ -254,8 +250,8 @@ def test_results_alone_are_the_tail_of_the_conversation(
     answers: list[dict[str, Any]] = [
         {"role": "tool", "tool_call_id": f"c{i}", "content": result} for i, result in enumerate(results)
     ]
-    tail = ids_of(encode_results(results, tokenizer(), thinking=thinking))
-    head = ids_of(encode(before, tokenizer(), thinking=thinking))
-    whole = ids_of(encode([*before, *reversed(answers)], tokenizer(), thinking=thinking))
+    tail = token_ids_of(encode_results(results, tokenizer(), thinking=thinking))
+    head = token_ids_of(encode(before, tokenizer(), thinking=thinking))
+    whole = token_ids_of(encode([*before, *reversed(answers)], tokenizer(), thinking=thinking))
     assert head + tail == whole
     assert tokenizer().decode(whole) == encode_text([*before, *answers], thinking=thinking)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
 from functools import cache
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from toolcall_dsl import (
     V4_1,
     AppendError,
     Dialect,
-    Segment,
     Tokenizer,
     encode,
     encode_appended,
     encode_text,
     parse,
+    token_ids_of,
 )
 from toolcall_dsl.__main__ import main
 from toolcall_dsl.append import REASONS
@@ -106,10 +105,6 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(json.dumps(definition), "wide.json")
 
 
-def ids_of(segments: Sequence[Segment]) -> list[int]:
-    return [*chain.from_iterable(segment.token_ids for segment in segments)]
-
-
 @given(talk=conversations, options=options_of(), trains=st.booleans())
 def test_the_ids_of_a_conversation_spell_its_text(
     talk: list[dict[str, Any]], options: dict[str, Any], trains: bool
@@ -117,7 +112,7 @@ def test_the_ids_of_a_conversation_spell_its_text(
     assume(not (options["tools"] and any(each["role"] == "system" and each.get("tools") for each in talk)))
     text = encode_text(talk, **options)
     segments = encode(talk, tokenizer(), train_on_assistant=trains, **options)
-    assert tokenizer().decode(ids_of(segments)) == text
+    assert tokenizer().decode(token_ids_of(segments)) == text
     assert all(before.kind != after.kind for before, after in pairwise(segments))
     assert trains or not any(segment.trainable for segment in segments)
 
@@ -129,10 +124,13 @@ def test_appending_is_exact_or_refused_because_the_prefix_would_change(
 ) -> None:
     assume(not (options["tools"] and any(each["role"] == "system" and each.get("tools") for each in talk)))
     prefix, new = talk[:split], talk[split:]
-    whole, head = ids_of(encode(talk, tokenizer(), **options)), ids_of(encode(prefix, tokenizer(), **options))
+    whole, head = (
+        token_ids_of(encode(talk, tokenizer(), **options)),
+        token_ids_of(encode(prefix, tokenizer(), **options)),
+    )
     refusal = None
     try:
-        tail = ids_of(encode_appended(prefix, new, tokenizer(), **options))
+        tail = token_ids_of(encode_appended(prefix, new, tokenizer(), **options))
     except AppendError as error:
         refusal = error
     if refusal is not None:
@@ -154,10 +152,10 @@ def test_behind_an_answer_only_dropping_can_forbid_to_append(
     system = {"role": "system", "content": "s", "tools": TOOLS}
     for prefix in ([system, *talk, ended], [*talk, ended]):
         keeps = {**options, "tools": None, "drop_thinking": options["drop_thinking"] and prefix[0] is system}
-        head = ids_of(encode(prefix, tokenizer(), **keeps))
-        tail = ids_of(encode_appended(prefix, rest, tokenizer(), **keeps))
-        assert head + tail == ids_of(encode([*prefix, *rest], tokenizer(), **keeps))
-        assert tail == ids_of(encode(rest, tokenizer(), context=prefix, **keeps))
+        head = token_ids_of(encode(prefix, tokenizer(), **keeps))
+        tail = token_ids_of(encode_appended(prefix, rest, tokenizer(), **keeps))
+        assert head + tail == token_ids_of(encode([*prefix, *rest], tokenizer(), **keeps))
+        assert tail == token_ids_of(encode(rest, tokenizer(), context=prefix, **keeps))
 
 
 @given(
@@ -174,7 +172,7 @@ def test_the_kinds_of_supervised_data_are_the_spans_of_the_parser(
     options: dict[str, Any] = {"thinking": thinking, "drop_thinking": drop, "dialect": dialect}
     said = {**answer, "wo_eos": None, "mask": None, "task": None}
     before = [{"role": "system", "content": "s"}, *talk]
-    prefix = ids_of(encode(before, tokenizer(), **options))
+    prefix = token_ids_of(encode(before, tokenizer(), **options))
     whole = encode([*before, said], tokenizer(), train_on_assistant=True, **options)
     tagged = [(token_id, segment.kind) for segment in whole for token_id in segment.token_ids]
     assume([token_id for token_id, _ in tagged[: len(prefix)]] == prefix)
@@ -198,12 +196,14 @@ def test_an_instruction_behind_the_shared_prefix_is_the_task_encoded(
     asked = [*talk, {"role": "user", "content": question}]
     if task == "title":
         asked.append({"role": "assistant", "content": answer})
-    prompt = ids_of(encode(asked, tokenizer(), **options))
+    prompt = token_ids_of(encode(asked, tokenizer(), **options))
     branch = instruction(task, thinking=thinking, url=url if task == "read_url" else None, dialect=dialect)
     address = f"{dialect.task_marks['read_url']}{url}" if task == "read_url" else ""
     with_task = [*asked[:-1], {**asked[-1], "content": f"{asked[-1]['content']}{address}", "task": task}]
     shared = list(shared_prefix(prompt, tokenizer(), dialect=dialect))
-    assert shared + ids_of(branch.segments(tokenizer())) == ids_of(encode(with_task, tokenizer(), **options))
+    assert shared + token_ids_of(branch.segments(tokenizer())) == token_ids_of(
+        encode(with_task, tokenizer(), **options)
+    )
 
 
 @given(

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from toolcall_dsl import V4, V4_1, AppendError, DslError, MessageError, Segment, Tokenizer, encode, encode_appended
+from toolcall_dsl import (
+    V4,
+    V4_1,
+    AppendError,
+    DslError,
+    MessageError,
+    Tokenizer,
+    encode,
+    encode_appended,
+    token_ids_of,
+)
 from toolcall_dsl.append import REASONS
 
 DOCUMENT = Path(__file__).parents[3] / "docs/formats/toolcall_dsl.md"
@@ -40,10 +49,6 @@ def result(call_id: str) -> dict[str, Any]:
 
 
 REMINDER = {"role": "latest_reminder", "content": "today"}
-
-
-def ids_of(segments: tuple[Segment, ...]) -> list[int]:
-    return [*chain.from_iterable(segment.token_ids for segment in segments)]
 
 
 APPENDS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]] = {
@@ -95,9 +100,9 @@ REFUSALS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, 
 def test_what_is_appended_completes_the_prefix(name: str, wide_tokenizer: Tokenizer) -> None:
     prefix, new, options = APPENDS[name]
     options = {"thinking": True, **options}
-    tail = ids_of(encode_appended(prefix, new, wide_tokenizer, **options))
-    head = ids_of(encode(prefix, wide_tokenizer, **options))
-    assert head + tail == ids_of(encode([*prefix, *new], wide_tokenizer, **options))
+    tail = token_ids_of(encode_appended(prefix, new, wide_tokenizer, **options))
+    head = token_ids_of(encode(prefix, wide_tokenizer, **options))
+    assert head + tail == token_ids_of(encode([*prefix, *new], wide_tokenizer, **options))
 
 
 @pytest.mark.parametrize("name", REFUSALS)
@@ -109,7 +114,7 @@ def test_what_would_be_rewritten_is_named(name: str, wide_tokenizer: Tokenizer) 
     assert (caught.value.reason, caught.value.index) == (reason, index)
     where = "request" if index < 0 else f"messages[{index}]"
     assert str(caught.value) == f"{where}: {REASONS[reason]}"
-    head, whole = (ids_of(encode(talk, wide_tokenizer, **options)) for talk in (prefix, [*prefix, *new]))
+    head, whole = (token_ids_of(encode(talk, wide_tokenizer, **options)) for talk in (prefix, [*prefix, *new]))
     assert whole[: len(head)] != head
 
 

@@ -12,13 +12,13 @@ import tokenizers
 from toolcall_dsl import (
     V4,
     MessageError,
-    Segment,
     SpanKind,
     Tokenizer,
     TokenizerError,
     encode,
     encode_results,
     encode_text,
+    token_ids_of,
 )
 
 GOLDEN = Path(__file__).parents[2] / "golden/dsml"
@@ -31,10 +31,6 @@ def options_of(request: dict[str, Any]) -> dict[str, Any]:
     names = ("reasoning_effort", "drop_thinking", "add_default_bos_token", "context")
     options = {name: request[name] for name in names if name in request}
     return {"thinking": request["thinking_mode"] == "thinking", **options}
-
-
-def ids_of(segments: tuple[Segment, ...]) -> list[int]:
-    return [token_id for segment in segments for token_id in segment.token_ids]
 
 
 def official_fixture(number: int) -> tuple[list[dict[str, Any]], str]:
@@ -81,7 +77,7 @@ def test_a_reference_vector_is_encoded_byte_for_byte(name: str) -> None:
 @pytest.mark.parametrize("name", VECTORS)
 def test_the_ids_of_a_vector_decode_to_its_text(name: str, tokenizer: Tokenizer) -> None:
     request = VECTORS[name]["input"]
-    ids = ids_of(encode(request["messages"], tokenizer, **options_of(request)))
+    ids = token_ids_of(encode(request["messages"], tokenizer, **options_of(request)))
     assert tokenizer.decode(ids) == VECTORS[name]["output_text"]
 
 
@@ -93,7 +89,7 @@ def test_the_ids_of_honest_text_are_those_of_tokenizing_it_whole(
     whole = tokenizers.Tokenizer.from_file(str(tokenizer_file)).encode(
         VECTORS[name]["output_text"], add_special_tokens=False
     )
-    assert ids_of(encode(request["messages"], tokenizer, **options_of(request))) == whole.ids
+    assert token_ids_of(encode(request["messages"], tokenizer, **options_of(request))) == whole.ids
 
 
 @pytest.mark.parametrize("thinking", [False, True])
@@ -114,18 +110,18 @@ def test_hostile_text_anywhere_adds_no_control_token(
         ]
 
     def controls(text: str) -> list[int]:
-        ids = ids_of(encode(talk(text), tokenizer, thinking=thinking))
+        ids = token_ids_of(encode(talk(text), tokenizer, thinking=thinking))
         return [token_id for token_id in ids if token_id in tokenizer.control_ids]
 
     assert controls(HOSTILE) == controls("x")
-    assert tokenizer.decode(ids_of(encode(talk(HOSTILE), tokenizer, thinking=thinking))) == encode_text(
+    assert tokenizer.decode(token_ids_of(encode(talk(HOSTILE), tokenizer, thinking=thinking))) == encode_text(
         talk(HOSTILE), thinking=thinking
     )
 
 
 @pytest.mark.parametrize("thinking", [False, True])
 def test_hostile_results_add_no_control_token(thinking: bool, tokenizer: Tokenizer) -> None:
-    ids = ids_of(encode_results([HOSTILE, "</tool_result>" + HOSTILE], tokenizer, thinking=thinking))
+    ids = token_ids_of(encode_results([HOSTILE, "</tool_result>" + HOSTILE], tokenizer, thinking=thinking))
     controls = [token_id for token_id in ids if token_id in tokenizer.control_ids]
     assert tokenizer.decode(controls) == "<｜User｜><｜Assistant｜>" + ("<think>" if thinking else "</think>")
 
@@ -138,7 +134,7 @@ def test_a_split_right_after_an_assistant_turn_only_appends(
     talk = agent_talk(tools)
     head = encode(talk[:split], tokenizer, thinking=thinking)
     tail = encode(talk[split:], tokenizer, thinking=thinking, context=talk[:split])
-    assert ids_of(head) + ids_of(tail) == ids_of(encode(talk, tokenizer, thinking=thinking))
+    assert token_ids_of(head) + token_ids_of(tail) == token_ids_of(encode(talk, tokenizer, thinking=thinking))
 
 
 @pytest.mark.parametrize("thinking", [False, True])
@@ -146,9 +142,9 @@ def test_results_alone_are_the_tail_of_the_whole_conversation(
     thinking: bool, tokenizer: Tokenizer, tools: list[dict[str, object]]
 ) -> None:
     talk = agent_talk(tools)
-    whole = ids_of(encode(talk[:5], tokenizer, thinking=thinking))
-    before = ids_of(encode(talk[:3], tokenizer, thinking=thinking))
-    assert ids_of(encode_results(["a.txt", "3 a.txt"], tokenizer, thinking=thinking)) == whole[len(before) :]
+    whole = token_ids_of(encode(talk[:5], tokenizer, thinking=thinking))
+    before = token_ids_of(encode(talk[:3], tokenizer, thinking=thinking))
+    assert token_ids_of(encode_results(["a.txt", "3 a.txt"], tokenizer, thinking=thinking)) == whole[len(before) :]
     assert encode_text(talk[:5], thinking=thinking).endswith(
         "<tool_result>3 a.txt</tool_result><｜Assistant｜>" + ("<think>" if thinking else "</think>")
     )
@@ -204,7 +200,7 @@ def test_an_address_is_marked_where_a_read_url_task_asks_about_it(tokenizer: Tok
     content = "a<｜extracted_url｜>b<｜extracted_url｜>https://x"
 
     def ids(*messages: dict[str, Any]) -> list[int]:
-        encoded = ids_of(encode(messages, tokenizer, thinking=False))
+        encoded = token_ids_of(encode(messages, tokenizer, thinking=False))
         assert tokenizer.decode(encoded) == encode_text(messages, thinking=False)
         return encoded
 
@@ -238,7 +234,7 @@ def test_supervised_turns_are_sampled_and_masked_ones_forced(
     assert (
         tokenizer.decode(forced.token_ids) == ("Three.</think>" * thinking) + "There are 3 lines.<｜end▁of▁sentence｜>"
     )
-    assert ids_of(segments) == ids_of(encode(talk, tokenizer, thinking=thinking))
+    assert token_ids_of(segments) == token_ids_of(encode(talk, tokenizer, thinking=thinking))
 
 
 def test_a_prefill_ends_without_an_end_token(tokenizer: Tokenizer) -> None:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import pytest
 
-from toolcall_dsl import DIALECTS, V4, MessageError, Segment, SpanKind, Tokenizer, encode, encode_text
+from toolcall_dsl import DIALECTS, V4, MessageError, SpanKind, Tokenizer, encode, encode_text, token_ids_of
 from toolcall_dsl.quick import Answer, instruction, read_answer, shared_prefix
 from toolcall_dsl.testing import sampled_ids
 
 QUESTION: list[dict[str, Any]] = [{"role": "system", "content": "s"}, {"role": "user", "content": "Which springs?"}]
 ANSWERED = [*QUESTION, {"role": "assistant", "content": "These."}]
-
-
-def ids_of(segments: tuple[Segment, ...]) -> list[int]:
-    return [*chain.from_iterable(segment.token_ids for segment in segments)]
 
 
 @pytest.mark.parametrize("dialect", DIALECTS.values(), ids=lambda dialect: dialect.name)
@@ -49,13 +44,13 @@ def test_a_branch_is_the_conversation_with_the_task_on_its_last_message(
 ) -> None:
     branch = instruction(task, thinking=thinking)
     talk = ANSWERED if branch.place == "answer" else QUESTION
-    prefix = shared_prefix(ids_of(encode(talk, tokenizer, thinking=thinking)), tokenizer)
+    prefix = shared_prefix(token_ids_of(encode(talk, tokenizer, thinking=thinking)), tokenizer)
     whole = encode([*talk[:-1], {**talk[-1], "task": task}], tokenizer, thinking=thinking)
-    assert [*prefix, *ids_of(branch.segments(tokenizer))] == ids_of(whole)
+    assert [*prefix, *token_ids_of(branch.segments(tokenizer))] == token_ids_of(whole)
 
 
 def test_branches_and_the_real_turn_go_on_from_one_prefix(tokenizer: Tokenizer) -> None:
-    prompt = ids_of(encode(QUESTION, tokenizer, thinking=True))
+    prompt = token_ids_of(encode(QUESTION, tokenizer, thinking=True))
     prefix = shared_prefix(prompt, tokenizer)
     assert tokenizer.decode(prompt[len(prefix) :]) == "<｜Assistant｜><think>"
     assert shared_prefix(prefix, tokenizer) == prefix
@@ -66,11 +61,11 @@ def test_an_address_comes_behind_its_own_token(tokenizer: Tokenizer) -> None:
     url = "https://example.org/<｜User｜>"
     branch = instruction("read_url", thinking=False, url=url)
     assert branch.text == f"<｜extracted_url｜>{url}<｜read_url｜>"
-    prefix = shared_prefix(ids_of(encode(QUESTION, tokenizer, thinking=False)), tokenizer)
+    prefix = shared_prefix(token_ids_of(encode(QUESTION, tokenizer, thinking=False)), tokenizer)
     content = f"Which springs?<｜extracted_url｜>{url}"
     asked = [QUESTION[0], {"role": "user", "content": content, "task": "read_url"}]
-    whole = ids_of(encode(asked, tokenizer, thinking=False))
-    assert [*prefix, *ids_of(branch.segments(tokenizer))] == whole
+    whole = token_ids_of(encode(asked, tokenizer, thinking=False))
+    assert [*prefix, *token_ids_of(branch.segments(tokenizer))] == whole
     assert tokenizer.decode(whole) == encode_text(asked, thinking=False)
     assert whole.count(tokenizer.control("<｜User｜>")) == 1
     assert [segment.kind for segment in branch.segments(tokenizer)] == ["TEMPLATE", "USER", "TEMPLATE"]
