@@ -263,7 +263,7 @@ def log_(directory: Path, as_json: bool, verify: bool, stats: bool) -> None:
         kind: lambda payload, kind=kind: msgspec.to_builtins(journal.decode(kind, payload))
         for kind in (journal.KIND, trajectory.KIND)
     }
-    sys.exit(wal_cli.main([str(_log_of(directory)), *flags], decoders={**wal_cli.DECODERS, **ours}))
+    sys.exit(wal_cli.main([str(_log_of(directory)), *flags], decoders=ours))
 
 
 @main.command(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from wal.errors import CorruptError, WalError
+from wal.floor import floor_of
 from wal.format import parse_name
 from wal.reader import Reader
 from wal.storage import OsStorage
@@ -87,7 +88,7 @@ def _run(argv: Sequence[str] | None, decoders: Decoders) -> int:
         _note(str(failure))
         return 1
     if options.request and not found_count:
-        _note(f"note: no record of request {options.request!r}; the log begins at lsn {reader.segments[0].first_lsn}")
+        _note(f"note: no record of request {options.request!r}; the log begins at lsn {floor_of(names)}")
     if reader.tear:
         tear = reader.tear
         told = f"torn tail in {tear.segment} at offset {tear.offset}: {tear.why}; {_count(tear.size_bytes, 'byte')}"
@@ -178,8 +179,8 @@ def _line(seen: Seen, options: argparse.Namespace) -> str:
         shown |= _preview(record.payload) if value is None else {"record": value}
         return json.dumps(shown)
     if value is None:
-        (text,) = _preview(record.payload).values()
-        text += "..." if size > PREVIEW_BYTES else ""
+        ((form, text),) = _preview(record.payload).items()
+        text = ("hex " if form == "hex" else "") + text + ("..." if size > PREVIEW_BYTES else "")
     else:
         text = _short(seen, options.request)
     return f"{record.lsn:>8}  {record.segment}  @{record.offset:<10} kind {record.kind:<3} {size:>7} B  {text}"
