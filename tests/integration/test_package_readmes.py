@@ -48,7 +48,8 @@ def test_the_language_does_what_its_readme_shows(dsec: Any, tmp_path: Path) -> N
     assert "Need the forecast. weather {'city': 'Seoul', 'days': 'three'}" in lines
     assert 'days: expected integer; found "three"' in lines
     assert '{"city": "Seoul", "days": "three"} True' in lines
-    assert re.fullmatch(r"\[\('SAMPLED_THINK', \d+\), \('SAMPLED_TEXT', \d+\)\]", lines[-3])
-    assert lines[-2].endswith("] False")
+    assert re.search(r"^\[\('SAMPLED_THINK', \d+\), \('SAMPLED_TEXT', \d+\)\]\n\[.*\] False$", program, re.MULTILINE)
+    assert re.search(r"^\d+ ids, opened by <｜begin▁of▁sentence｜>$", program, re.MULTILINE)
+    assert lines[-2:] == ["<｜User｜>And tomorrow?<｜Assistant｜><think>", "question <｜read_url｜>"]
     assert encoded == "<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜></think>"
     assert json.loads(parsed) == {"reasoning": "Easy.", "content": "It is 4.", "tool_calls": [], "error": None}
