@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 done with infrastructure failures, or a corrupt log; 2 bad
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import logging
 import os
@@ -36,7 +37,7 @@ from rollout.batch import REQUEST_ID, Batch, run_batch
 from rollout.bench.tasks import Task
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
-from rollout.errors import RequestError, RolloutError
+from rollout.errors import JournalError, RequestError, RolloutError
 from rollout.events import AgentKind, Job, Limits, Thinking
 from rollout.grpc_server import start_server
 from rollout.jobs import load_any, make_job
@@ -259,11 +260,16 @@ def show(directory: Path, rollout: str | None, as_json: bool) -> None:
 def log_(directory: Path, as_json: bool, verify: bool, stats: bool) -> None:
     """Print the log of a run, record by record, with offsets; exit 1 on corruption."""
     flags = [flag for flag, is_set in (("--json", as_json), ("--verify", verify), ("--stats", stats)) if is_set]
-    ours = {
-        kind: lambda payload, kind=kind: msgspec.to_builtins(journal.decode(kind, payload))
-        for kind in (journal.KIND, trajectory.KIND)
-    }
+    ours = {kind: functools.partial(_told, kind) for kind in (journal.KIND, trajectory.KIND)}
     sys.exit(wal_cli.main([str(_log_of(directory)), *flags], decoders=ours))
+
+
+def _told(kind: int, payload: bytes) -> object:
+    """A record for printing.  ValueError, which shows it as undecodable."""
+    try:
+        return msgspec.to_builtins(journal.decode(kind, payload))
+    except JournalError as error:
+        raise ValueError(str(error)) from error
 
 
 @main.command(

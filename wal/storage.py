@@ -157,8 +157,8 @@ class OsStorage:
         return path.read_bytes()
 
     def read_into(self, path: Path, offset: int, buffer: memoryview) -> int:
-        """See Storage.  Asks the kernel to fetch as much again behind it, for the next call."""
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        """See Storage.  Asks the kernel to fetch as much again behind it; a FIFO is an error and no wait."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             filled = 0
             while filled < len(buffer) and (taken := os.preadv(fd, [buffer[filled:]], offset + filled)):

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+import wal
 from rollout.main import load_tokenizer
 
 KEYS = ["tasks", "rollouts", "solved", "tokens", "per_task", "wall_s"]
@@ -261,6 +262,13 @@ def test_a_torn_tail_is_cut_and_what_it_held_is_done_again(dsec: Any, finished: 
     assert {n: r["token_ids"] for n, r in dsec.show(run).items()} == {
         n: r["token_ids"] for n, r in dsec.show(finished).items()
     }
+
+
+def test_a_record_that_no_version_wrote_is_shown_and_fails_the_verification(dsec: Any, tmp_path: Path) -> None:
+    with wal.Log.open(tmp_path / "run" / "wal") as log:
+        log.append(2, b"no event")
+    assert '{"undecodable": "a record of kind 2 does not fit its schema' in dsec.done("log", tmp_path / "run").out
+    assert dsec("log", tmp_path / "run", "--verify").code == 1
 
 
 def test_a_signal_stops_a_run_where_it_is_and_a_resume_finishes_it(

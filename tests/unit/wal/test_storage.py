@@ -1,5 +1,6 @@
 """The real disk and the double behave the same; the real lock is held by a process."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,9 @@ def test_the_double_loses_what_was_not_synced() -> None:
     mixed = {disk.restart("mixed", seed).read(Path("/d/file")) for seed in range(50)}
     assert len(mixed) > 2
     assert all(content.startswith(b"synced ") for content in mixed)
+
+
+def test_a_segment_that_is_a_pipe_is_an_error_and_no_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "0000000000000001-00000000.wal")
+    with pytest.raises(StorageError, match=r"cannot read .*0000000000000001-00000000\.wal: Illegal seek"):
+        Log.open(tmp_path)
