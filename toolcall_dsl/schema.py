@@ -7,8 +7,8 @@ schema says so.  Under `tolerant`, values of the wrong JSON type are converted w
 nothing and makes the call fit.
 
 Schemas may come from strangers (a tool server), so nothing is ever fetched for a `$ref`, patterns
-run on an engine with a bounded number of steps, and a call is not explained in detail where a
-schema's alternatives multiply.  `jsonschema-rs` is imported here only.
+run on an engine with a bounded number of steps, and `toolcall_dsl.subschemas` counts the work
+before any is done.  `jsonschema-rs` is imported here only.
 
 See: docs/formats/toolcall_dsl.md, "Schema check".
 """
@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import unquote
 
 import jsonschema_rs
 from jsonschema_rs import ValidationError, Validator
@@ -28,6 +28,7 @@ from jsonschema_rs import ValidationErrorKind as Kind
 
 from toolcall_dsl.errors import SchemaError
 from toolcall_dsl.options import check_policy
+from toolcall_dsl.subschemas import Subschemas
 from toolcall_dsl.types import ParseStatus, Policy, ToolCall
 from toolcall_dsl.values import BadJsonError, json_value
 
@@ -37,8 +38,6 @@ TEXT_MAX = 200
 """Most characters of each text in a problem."""
 BACKTRACKS_MAX = 100_000
 """Steps that a pattern may take on one value; one that needs more does not match."""
-VISITS_MAX = 10_000
-"""Subschemas on the paths that explaining a value may take; above, a misfit is told as one problem."""
 
 _OF_TYPE = (Kind.Type, Kind.Enum, Kind.Constant, Kind.AnyOf, Kind.OneOfNotValid)
 """Misfits that another JSON type of the same value may cure."""
@@ -49,14 +48,6 @@ _PLAIN: Mapping[str, str] = {
     "contains": "an item that the schema's contains describes",
     "propertyNames": "property names that the schema's propertyNames allows",
 }
-_INSIDE = frozenset(
-    {"items", "prefixItems", "additionalItems", "contains", "additionalProperties", "unevaluatedItems"}
-    | {"unevaluatedProperties", "propertyNames"}
-)
-_INSIDE_BY_NAME = frozenset({"properties", "patternProperties"})
-_IN_PLACE = frozenset({"allOf", "anyOf", "oneOf", "not", "if", "then", "else"})
-_IN_PLACE_BY_NAME = frozenset({"dependentSchemas", "dependencies"})
-_REFERENCES = frozenset({"$ref", "$dynamicRef", "$recursiveRef"})
 _Path = tuple[str | int, ...]
 
 
@@ -98,9 +89,16 @@ class CheckedCall:
         return "\n".join(lines)
 
 
-_TOO_MANY_WAYS = SchemaProblem(
-    "", "arguments that fit the tool's schema", "others (the schema has too many alternatives to say where)"
-)
+_TOO_MUCH = SchemaProblem("", "simpler arguments", "some that are too much work to check against the tool's schema")
+_NO_PLACE = SchemaProblem("", "arguments that fit the tool's schema", "others (too much work to say where)")
+
+
+@dataclass(frozen=True)
+class _Tool:
+    """A tool's schema, compiled."""
+
+    validator: Validator
+    subschemas: Subschemas
 
 
 class ToolChecker:
@@ -108,8 +106,7 @@ class ToolChecker:
 
     def __init__(self, tools: Sequence[Mapping[str, object]]) -> None:
         """SchemaError for no list of tools, a tool without a name, a name given twice, or a schema that is none."""
-        self._schemas: dict[str, Mapping[str, object]] = {}
-        self._validators: dict[str, Validator] = {}
+        self._tools: dict[str, _Tool] = {}
         if not isinstance(tools, list | tuple):
             raise SchemaError(f"tools: must be a list of tools, not {type(tools).__name__}")
         for index, tool in enumerate(tools):
@@ -117,31 +114,32 @@ class ToolChecker:
             name = function.get("name") if isinstance(function, Mapping) else None
             if not isinstance(function, Mapping) or not isinstance(name, str):
                 raise SchemaError(f"tools[{index}]: must be an object with function.name, a string")
-            if name in self._schemas:
+            if name in self._tools:
                 raise SchemaError(f"tools[{index}]: {name!r} is declared twice")
             schema = function.get("parameters", {})
             if not isinstance(schema, Mapping):
                 raise SchemaError(f"tools[{index}] ({name}): parameters must be a JSON Schema object")
-            self._schemas[name] = schema
-            self._validators[name] = _compiled(schema, f"tools[{index}] ({name})")
+            self._tools[name] = _compiled(schema, f"tools[{index}] ({name})")
 
     def check(self, call: ToolCall, *, policy: Policy = "strict") -> CheckedCall:
         """What does not fit, and under `tolerant` the call with converted values if that makes it fit.  OptionError."""
         check_policy(policy)
-        validator = self._validators.get(call.name)
-        if validator is None:
-            known = ", ".join(map(repr, self._schemas)) or "none is declared"
+        tool = self._tools.get(call.name)
+        if tool is None:
+            known = ", ".join(map(repr, self._tools)) or "none is declared"
             return CheckedCall(call, (SchemaProblem("", _clipped(f"a declared tool ({known})"), _shown(call.name)),))
         try:
-            if validator.is_valid(call.arguments):
+            if not tool.subschemas.admits(call.arguments):
+                return CheckedCall(call, (_TOO_MUCH,))
+            if tool.validator.is_valid(call.arguments):
                 return CheckedCall(call, ())
-            if _visits(self._schemas[call.name], _depth(call.arguments)) > VISITS_MAX:
-                return CheckedCall(call, (_TOO_MANY_WAYS,))
-            converted = _converted(validator, call) if policy == "tolerant" else None
+            if not tool.subschemas.reports(call.arguments):
+                return CheckedCall(call, (_first_problem(tool, call.arguments),))
+            converted = _converted(tool, call) if policy == "tolerant" else None
             if converted is not None:
                 return converted
-            errors = sorted(validator.iter_errors(call.arguments), key=lambda error: len(error.instance_path))
-            return CheckedCall(call, tuple(map(_problem, errors[:PROBLEMS_MAX])))
+            errors = sorted(tool.validator.iter_errors(call.arguments), key=lambda error: len(error.instance_path))
+            return CheckedCall(call, tuple(_problem(error, call.arguments) for error in errors[:PROBLEMS_MAX]))
         except (
             ValueError,
             RecursionError,
@@ -154,17 +152,32 @@ def check_call(call: ToolCall, tools: Sequence[Mapping[str, object]], *, policy:
     return ToolChecker(tools).check(call, policy=policy)
 
 
-def _compiled(schema: Mapping[str, object], where: str) -> Validator:
+def _compiled(schema: Mapping[str, object], where: str) -> _Tool:
     options = jsonschema_rs.FancyRegexOptions(backtrack_limit=BACKTRACKS_MAX)
     try:
-        return jsonschema_rs.validator_for(dict(schema), offline=True, pattern_options=options, validate_formats=False)
-    except ValueError as error:
+        subschemas = Subschemas(schema)
+        return _Tool(
+            jsonschema_rs.validator_for(dict(schema), offline=True, pattern_options=options, validate_formats=False),
+            subschemas,
+        )
+    except (ValueError, SchemaError) as error:
         raise SchemaError(f"{where}: not a usable JSON Schema: {_clipped(' '.join(str(error).split()))}") from error
 
 
-def _problem(error: ValidationError) -> SchemaProblem:
+def _first_problem(tool: _Tool, arguments: object) -> SchemaProblem:
+    """The misfit that is met first: where a schema has no alternatives it holds no others, so it is little."""
+    try:
+        if not tool.subschemas.has_alternatives:
+            tool.validator.validate(arguments)
+    except ValidationError as error:
+        return _problem(error, arguments)
+    return _NO_PLACE
+
+
+def _problem(error: ValidationError, arguments: object) -> SchemaProblem:
     expected, found = _expected(error)
-    return SchemaProblem(_told(error.instance_path), _clipped(expected), _clipped(found or _shown(error.instance)))
+    path = _told(_resolved(error.instance_path, arguments))
+    return SchemaProblem(path, _clipped(expected), _clipped(found or _shown(error.instance)))
 
 
 def _expected(error: ValidationError) -> tuple[str, str]:
@@ -189,9 +202,22 @@ def _expected(error: ValidationError) -> tuple[str, str]:
 
 def _way(first: ValidationError, outer: ValidationError) -> str:
     """What one alternative wants first."""
-    inner_path = _told(first.instance_path[len(outer.instance_path) :])
+    inner_path = _told(_resolved(first.instance_path[len(outer.instance_path) :], outer.instance))
     expected = _clipped(_expected(first)[0])
     return f"{inner_path}: {expected}" if inner_path else expected
+
+
+def _resolved(path: Sequence[str | int], value: Any) -> _Path:
+    """A path of the validator, which takes every name that it can read as a number for an index, as `value` has it."""
+    steps: list[str | int] = []
+    for told in path:
+        step = told
+        if isinstance(value, dict) and isinstance(told, int):
+            named = (name for name in value if re.fullmatch(rf"\+?0*{told}", name))
+            step = str(told) if str(told) in value else next(named)
+        steps.append(step)
+        value = value[step]
+    return tuple(steps)
 
 
 def _told(path: Sequence[str | int]) -> str:
@@ -207,15 +233,17 @@ def _clipped(text: str) -> str:
     return text if len(text) <= TEXT_MAX else text[: TEXT_MAX - 1] + "…"
 
 
-def _converted(validator: Validator, call: ToolCall) -> CheckedCall | None:
+def _converted(tool: _Tool, call: ToolCall) -> CheckedCall | None:
     """The call with values converted so that it fits, None if it then does not."""
     changed = replace(call, arguments=copy.deepcopy(call.arguments), status=ParseStatus.CONVERTED)
     paths: list[_Path] = []
     for _ in range(_CONVERSION_ROUNDS):
-        errors = list(validator.iter_errors(changed.arguments))
+        if not (tool.subschemas.admits(changed.arguments) and tool.subschemas.reports(changed.arguments)):
+            return None
+        errors = list(tool.validator.iter_errors(changed.arguments))
         if not errors:
             return CheckedCall(changed, (), tuple(map(_told, paths)))
-        wrong = dict.fromkeys(tuple(error.instance_path) for error in errors)
+        wrong = dict.fromkeys(_resolved(error.instance_path, changed.arguments) for error in errors)
         if not all(isinstance(error.kind, _OF_TYPE) for error in errors) or not wrong.keys().isdisjoint(paths):
             return None
         if not all(_convert(changed.arguments, path) for path in wrong):
@@ -250,51 +278,3 @@ def _counterpart(value: object) -> tuple[object] | None:
         return None
     is_lossless = isinstance(read, dict | list) or json.dumps(read) == value
     return (read,) if is_lossless else None
-
-
-def _depth(value: object) -> int:
-    """How deep lists and objects are nested."""
-    deepest = 0
-    open_values = [(value, 0)]
-    while open_values:
-        inner, depth = open_values.pop()
-        deepest = max(deepest, depth)
-        if isinstance(inner, dict | list):
-            open_values += [(each, depth + 1) for each in (inner.values() if isinstance(inner, dict) else inner)]
-    return deepest
-
-
-def _visits(root: Mapping[str, object], depth: int) -> int:
-    """Subschemas on all paths that a value nested `depth` deep can take, counted up to `VISITS_MAX` and one more."""
-    count = 0
-    open_nodes: list[tuple[object, int]] = [(root, depth)]
-    while open_nodes and count <= VISITS_MAX:
-        node, left = open_nodes.pop()
-        count += 1
-        if isinstance(node, list):
-            open_nodes += [(inner, left) for inner in node]
-        if not isinstance(node, Mapping):
-            continue
-        for keyword, inner in node.items():
-            if keyword in _REFERENCES:
-                open_nodes.append((_referred(root, inner), left))
-            elif keyword in _IN_PLACE:
-                open_nodes.append((inner, left))
-            elif keyword in _IN_PLACE_BY_NAME and isinstance(inner, Mapping):
-                open_nodes += [(each, left) for each in inner.values()]
-            elif keyword in _INSIDE and left:
-                open_nodes.append((inner, left - 1))
-            elif keyword in _INSIDE_BY_NAME and left and isinstance(inner, Mapping):
-                open_nodes += [(each, left - 1) for each in inner.values()]
-    return count
-
-
-def _referred(root: Mapping[str, object], reference: object) -> object:
-    """What a pointer into the schema refers to; the whole schema for every other reference."""
-    node: object = root
-    for step in str(reference).partition("#")[2].split("/")[1:]:
-        key = unquote(step).replace("~1", "/").replace("~0", "~")
-        if not isinstance(node, Mapping) or key not in node:
-            return root
-        node = node[key]
-    return node
