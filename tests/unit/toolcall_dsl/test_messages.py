@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from toolcall_dsl import V4_1, MessageError, encode_text
+from toolcall_dsl import V4_1, MessageError, encode_text, parse_text
 
 
 def test_reasoning_has_two_names() -> None:
@@ -184,3 +184,13 @@ def test_blocks_are_content_where_the_dialect_keeps_them() -> None:
 def test_the_second_message_that_lacks_content_is_named_by_its_place() -> None:
     with pytest.raises(MessageError, match=r"^messages\[1\]: "):
         encode_text([{"role": "user", "content": "x"}, {"role": "user"}], thinking=False)
+
+
+def test_numbers_that_json_lacks_are_written_and_not_read_back() -> None:
+    call = {"function": {"name": "f", "arguments": '{"a": [NaN, -Infinity]}'}}
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    text = encode_text(messages, thinking=False).partition("</think>")[2]
+    assert '<｜DSML｜parameter name="a" string="false">[NaN, -Infinity]</｜DSML｜parameter>' in text
+    error = parse_text(text, thinking=False).error
+    assert error is not None
+    assert error.rule == "bad-json"
