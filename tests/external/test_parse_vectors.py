@@ -44,7 +44,7 @@ def test_recorded_ids_read_alike_whole_in_pieces_and_as_text(
     for size in (1, 2, 5):
         parser = StreamParser(full_tokenizer, **options)
         events = events_of(parser, [ids[at : at + size] for at in range(0, len(ids), size)])
-        assert turn_of(events, parser.spans()) == turn
+        assert turn_of(events, parser.spans(), is_complete=parser.is_complete) == turn
     spelled = parse_text(full_tokenizer.decode(ids), **options)
     assert (spelled.reasoning, spelled.content, spelled.calls, spelled.error) == (
         turn.reasoning,

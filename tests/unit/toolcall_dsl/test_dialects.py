@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,8 @@ def test_an_effort_opens_a_thinking_prompt_and_no_other(dialect: Dialect, effort
 def test_an_effort_that_a_dialect_does_not_know_is_refused(
     dialect: Dialect, effort: Any, known: str, thinking: bool
 ) -> None:
-    with pytest.raises(MessageError, match=f"reasoning_effort: .* is none of .*{known}$") as caught:
+    told = f"{known} (dialect {dialect.name})"
+    with pytest.raises(MessageError, match=f"reasoning_effort: .* is none of .*{re.escape(told)}$") as caught:
         text_of(QUESTION, dialect=dialect, reasoning_effort=effort, thinking=thinking)
     assert len(str(caught.value)) < 120
 
