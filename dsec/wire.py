@@ -32,6 +32,7 @@ STATUS: dict[str, grpc.StatusCode] = {
     "NOT_APPENDABLE": grpc.StatusCode.FAILED_PRECONDITION,
     "BAD_FEED": grpc.StatusCode.INTERNAL,
     "BAD_SCHEMA": grpc.StatusCode.INVALID_ARGUMENT,
+    "BAD_OPTION": grpc.StatusCode.INTERNAL,
     "RESULTS_UNWRITABLE": grpc.StatusCode.UNAVAILABLE,
     "ENGINE_ERROR": grpc.StatusCode.UNAVAILABLE,
     "VERIFIER_ERROR": grpc.StatusCode.FAILED_PRECONDITION,
