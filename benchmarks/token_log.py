@@ -3,9 +3,10 @@
 An engine takes 10 ms a step in a thread of its own (it sleeps, as one that waits for a GPU
 does).  The event loop awaits the step, appends one token for each running request, and starts the next
 step; a task waits until the tokens are durable, as one that sends them out would.  The same loop without
-a log takes turns with it; the difference is the log's, the waiting task included.  `step` is how much
-later the next step is asked for, on the clock (median over steps); `caller` is processor time of the
-loop's thread and `process` of all threads, most of it spent while the engine computes.  Columns are
+a log takes turns with it; the difference is the log's.  `step` is how much later the next step is asked
+for, on the clock (median over steps, without the making of the waiting task); `caller` is processor time
+of the loop's thread and `process` of all threads, the waiting task included, most of it spent while the
+engine computes.  Columns are
 arrays; one case has lists.  Processors are cold after a pause: `append, hot` is the time of
 `TokenLog.append` when it is called over and over, and the baseline `empty handoff` is the same loop with
 an empty job for a second thread instead of the log.
@@ -60,11 +61,14 @@ async def engine(log: TokenLog | Executor | None, rows: int, delays_s: list[floa
     for ids, logprobs in columns:
         await loop.run_in_executor(worker, time.sleep, STEP_S)
         start_s = time.perf_counter()
+        written: Awaitable[int] | None = None
         if isinstance(log, TokenLog):
-            pending.append(asyncio.create_task(emit(log.append(slots, ids, logprobs, 1), start_s)))
+            written = log.append(slots, ids, logprobs, 1)
         elif log is not None:
-            pending.append(asyncio.create_task(emit(loop.run_in_executor(log, int), start_s)))
+            written = loop.run_in_executor(log, int)
         gaps_s.append(time.perf_counter() - start_s)
+        if written is not None:
+            pending.append(asyncio.create_task(emit(written, start_s)))
     await loop.run_in_executor(worker, time.sleep, STEP_S)
     end = time.thread_time(), time.process_time()
     await asyncio.gather(*pending)
