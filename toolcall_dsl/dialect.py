@@ -10,6 +10,7 @@ See: docs/formats/toolcall_dsl.md, "Tokens", "Dialects" and "Encoding".
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -75,7 +76,7 @@ Otherwise, output directly after </think> with tool calls or final response.
 """
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dialect:
     """One wire dialect.  Token fields hold the spelling of one control token each.
 
@@ -135,7 +136,7 @@ class Dialect:
         """Its name; the literals fill pages."""
         return f"<Dialect {self.name}>"
 
-    @property
+    @functools.cached_property
     def control_tokens(self) -> tuple[str, ...]:
         """Every control token of the vocabulary that a prompt of this dialect can hold, each once."""
         own = (self.bos, self.eos, self.user, self.assistant, self.think_open, self.think_close)

@@ -16,6 +16,7 @@ See: docs/formats/toolcall_dsl.md, "Streaming".
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -60,6 +61,18 @@ SPACE_HELD_MAX = 1024
 """Most white space at the end of reasoning that `tolerant` cuts (and so holds) before a block that ends it."""
 
 
+@functools.lru_cache(maxsize=16)
+def spelled_map(dialect: Dialect) -> UnitMap:
+    """The units of text in which the control tokens of a dialect are spelled; made once."""
+    return UnitMap(dialect.control_tokens)
+
+
+@functools.lru_cache(maxsize=64)
+def marks_of(dialect: Dialect, unit_map: UnitMap) -> Marks:
+    """The literals of a dialect in a vocabulary; made once."""
+    return Marks(dialect, unit_map)
+
+
 def scanner_for(marks: Marks, *, thinking: bool, policy: Policy) -> Scanner:
     """The grammar of a policy."""
     return StrictScanner(marks, thinking=thinking) if policy == "strict" else TolerantScanner(marks, thinking=thinking)
@@ -89,12 +102,12 @@ class StreamParser:
         check_dialect(dialect)
         check_tools(tools)
         self._tokenizer = tokenizer
-        self._unit_map = UnitMap(dialect.control_tokens) if tokenizer is None else tokenizer.unit_map
+        self._unit_map = spelled_map(dialect) if tokenizer is None else tokenizer.unit_map
         self._spelled = SpelledUnits(self._unit_map, dialect.control_tokens) if tokenizer is None else None
         self._dialect = dialect
         self._strict = policy == "strict"
         self._properties = dict(map(properties_of, tools or ()))
-        marks = Marks(dialect, self._unit_map)
+        marks = marks_of(dialect, self._unit_map)
         self._eos, self._has_eos = marks.eos, False
         self._scanner = scanner_for(marks, thinking=thinking, policy=policy)
         self._trail = Trail(self._unit_map)
