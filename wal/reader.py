@@ -166,14 +166,13 @@ class Reader:
                 self.durable_lsn = lsn - 2 - lag
             self.records_count += max(0, lsn - max(segment.first_lsn, after_lsn + 1))
 
-    def offset_behind(self, lsn: int) -> int:
-        """Where the frames behind that of `lsn` start in the newest whole segment; call it after the last record."""
+    def offset_behind(self, path: Path, lsn: int) -> int:
+        """Where the frames behind that of `lsn` start in the newest whole segment, at `path`; after the last record."""
         at = max(0, sum(first <= lsn + 1 for first, _ in self._marks) - 1)
         next_lsn, offset = self._marks[at]
         end = self._marks[at + 1][1] if at + 1 < len(self._marks) else self.end_offset
         piece = bytearray(end - offset)
-        if self.header is not None:
-            self._storage.read_into(self._directory / self.header.name, offset, memoryview(piece))
+        self._storage.read_into(path, offset, memoryview(piece))
         base = offset
         for _ in range(lsn - next_lsn + 1):
             offset += fmt.frame_bytes(fmt.FRAME.unpack_from(piece, offset - base)[1])

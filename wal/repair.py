@@ -67,7 +67,7 @@ def settle_tail(storage: Storage, directory: Path, reader: Reader) -> None:
         return
     path = directory / reader.header.name
     try:
-        start = reader.offset_behind(reader.durable_lsn)
+        start = reader.offset_behind(path, reader.durable_lsn)
         file = storage.open(path, start)
         try:
             for offset in range(start, reader.end_offset, READ_BYTES):

@@ -62,3 +62,19 @@ async def test_a_second_cancellation_does_not_cut_the_work_short() -> None:
     with pytest.raises(asyncio.CancelledError):
         await caller
     assert done.is_set()
+
+
+async def test_a_caller_that_is_cancelled_with_its_work_hears_of_it_once() -> None:
+    gate = asyncio.Event()
+
+    async def work() -> None:
+        await gate.wait()
+        raise asyncio.CancelledError
+
+    caller = asyncio.create_task(settled(work()))
+    await asyncio.sleep(0)
+    caller.cancel()
+    await asyncio.sleep(0)
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
