@@ -195,3 +195,18 @@ def test_another_event_loop_is_refused() -> None:
     with pytest.raises(WalError, match="/log is written from another event loop"):
         asyncio.run(commit.append(1, b"b"))
     asyncio.run(commit.close())
+
+
+@pytest.mark.parametrize("inline_s_max", [0.0, 60.0])
+def test_a_commit_that_fails_is_told_wherever_it_ran(inline_s_max: float) -> None:
+    disk = FaultyStorage()
+
+    async def run() -> list[object]:
+        commit = GroupCommit(Log.open(DIRECTORY, storage=disk), inline_s_max=inline_s_max)
+        await commit.append(1, b"kept")
+        disk.faults[len(disk.calls) + 1] = "EIO"
+        results = await asyncio.gather(*(commit.append(1, b"x") for _ in range(3)), return_exceptions=True)
+        await commit.close()
+        return [*results]
+
+    assert [type(result) for result in asyncio.run(run())] == [StorageError] * 3
