@@ -15,6 +15,7 @@ See: docs/formats/wal.md, "One writer".
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from wal import format as fmt
@@ -90,6 +91,7 @@ def _remove_lower(storage: Storage, directory: Path, epoch: int) -> None:
         lower = fmt.parse_lock_name(name)
         if lower is not None and lower < epoch:
             try:
-                storage.remove(directory / name)
+                with contextlib.suppress(FileNotFoundError):  # another taker was faster
+                    storage.remove(directory / name)
             except OSError as error:
                 raise storage_error(directory / name, "remove", error) from error

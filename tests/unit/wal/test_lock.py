@@ -247,3 +247,16 @@ def test_a_lock_that_cannot_be_looked_at_or_let_go_of_is_a_typed_error() -> None
     assert "cannot look at /log/00000000.lock" in str(failure.value.__context__.__context__)  # type: ignore[union-attr]
     disk.is_unsure = False
     Log.open(DIRECTORY, storage=disk).close()
+
+
+class ListedTooSoonStorage(FaultyStorage):
+    """Its listing still shows a lock that another taker has removed."""
+
+    def names(self, directory: Path) -> list[str]:
+        return [*super().names(directory), "00000000.lock"]
+
+
+def test_a_lower_lock_that_another_taker_has_removed_is_no_error() -> None:
+    disk = ListedTooSoonStorage()
+    with Log.open(DIRECTORY, epoch=2, storage=disk) as log:
+        assert log.epoch == 2
