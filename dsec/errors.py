@@ -31,6 +31,27 @@ class InvalidArgumentError(DsecError):
     fault = "caller"
 
 
+class NotFoundError(DsecError):
+    """No such sandbox, command, layer or image: the name is wrong, or its time is over."""
+
+    code = "NOT_FOUND"
+    fault = "caller"
+
+
+class OutOfRangeError(DsecError):
+    """Bytes that were asked for by offset were counted but not kept."""
+
+    code = "OUT_OF_RANGE"
+    fault = "caller"
+
+
+class StateError(DsecError):
+    """The sandbox's state does not allow this (the lifecycle table), or a newer epoch owns it."""
+
+    code = "FAILED_PRECONDITION"
+    fault = "caller"
+
+
 class HostUnfitError(DsecError):
     """This host lacks what a sandbox needs (root, overlayfs, cgroups, python3 below /usr ...)."""
 
@@ -49,6 +70,13 @@ class SandboxLostError(DsecError):
 
     code = "SANDBOX_LOST"
     retryable = True
+    command_started = "unknown"
+
+
+class OutcomeUnknownError(DsecError):
+    """The command started, and nobody can say whether or how it ended; it is never run again by itself."""
+
+    code = "OUTCOME_UNKNOWN"
     command_started = "unknown"
 
 

@@ -1,16 +1,63 @@
 """The sandbox port: what every substrate, the remote client and the test double offer.
 
-Only `exec` touches the inside; files go in and out through commands with stdin and stdout,
-so that everything that changes a sandbox is a command and can be logged, keyed and replayed.
+Only commands touch the inside; files go in and out through them (`dsec.files`), so that everything
+that changes a sandbox is a command and can be logged, keyed and replayed.
 
 See: docs/architecture.md, "Sandbox"; `dsec.testing.check_sandbox` for the conformance suite.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
-from dsec.types import Command, ExecResult, SandboxId, SandboxSpec
+from dsec.types import Command, ExecResult, LayerId, NetworkPolicy, SandboxId, SandboxSpec, Stream
+
+
+class Process(Protocol):
+    """A command that was started.  Every call but `wait` and `read_output` is without effect after its end."""
+
+    @property
+    def number(self) -> int:
+        """Which command of its sandbox this is; unique there for ever."""
+        ...
+
+    async def wait(self) -> ExecResult:
+        """Its result; any number of callers, any number of times.  Cancelling a waiter does not touch the command.
+
+        Raises as `Sandbox.exec` does.
+        """
+        ...
+
+    async def kill(self) -> None:
+        """Kill its whole process tree; `wait` then gives 137."""
+        ...
+
+    async def signal(self, number: int) -> None:
+        """Send a signal to the command's process group.  InvalidArgumentError for a number outside 1..64."""
+        ...
+
+    async def write_stdin(self, data: bytes) -> None:
+        """Send more input; returns when it is in the pipe, so a command that does not read slows its writer only.
+
+        InvalidArgumentError if the command was started without `keep_stdin_open` or `tty`.
+        """
+        ...
+
+    async def close_stdin(self) -> None:
+        """The command sees end of file (on a terminal: the end-of-transmission character)."""
+        ...
+
+    async def resize(self, rows: int, columns: int) -> None:
+        """Change the terminal's size.  InvalidArgumentError if the command has none."""
+        ...
+
+    async def read_output(self, stream: Stream, offset: int, bytes_max: int) -> bytes:
+        """Output from byte `offset` on: waits for the first byte there, gives at most `bytes_max`; b"" at the end.
+
+        OutOfRangeError if those bytes were dropped (see the substrate's bound of what is kept whole).
+        """
+        ...
 
 
 class Sandbox(Protocol):
@@ -32,6 +79,45 @@ class Sandbox(Protocol):
         """
         ...
 
+    async def start(self, command: Command, number: int | None = None) -> Process:
+        """Start a command and return at once.  Raises as `exec` does, here or from `Process.wait`.
+
+        Numbers are given by the sandbox (1, 2, ...) or by its caller, who then gives each once.
+        """
+        ...
+
+    async def resume_process(self, number: int, command: Command) -> Process | None:
+        """The command that was started under `number`, by this process or by an earlier one of the host agent.
+
+        None if the sandbox never heard of it: it did not run.  OutcomeUnknownError if it ended
+        longer ago than the sandbox remembers.
+        """
+        ...
+
+    async def pause(self) -> None:
+        """Stop every process in the sandbox and give memory back; safe to call twice.
+
+        A paused sandbox keeps its state for as long as it lives; time in it does not count for
+        the timeouts of running commands.  `exec` and `start` resume it.
+        """
+        ...
+
+    async def resume(self) -> None:
+        """Let a paused sandbox go on; safe to call twice."""
+        ...
+
+    async def snapshot(self) -> LayerId:
+        """What was written in the sandbox, as a layer: put it in front of `spec.layers` to go on from here.
+
+        Nothing in the sandbox runs while it is packed; the layer is read back and compared before its
+        name is given.  /dev/shm and processes are not in it.  HostUnfitError, ResourceExhaustedError.
+        """
+        ...
+
+    async def update_network(self, policy: NetworkPolicy) -> None:
+        """Replace the allowlist; connections that it no longer allows are closed.  InvalidArgumentError."""
+        ...
+
     async def destroy(self) -> None:
         """Kill everything inside and free every resource; safe to call twice."""
         ...
@@ -44,8 +130,19 @@ class Substrate(Protocol):
         """Start; sweeps what an earlier, killed substrate of this host left behind.  HostUnfitError."""
         ...
 
-    async def create(self, spec: SandboxSpec) -> Sandbox:
-        """A fresh sandbox, ready for commands.  SpawnError, ResourceExhaustedError."""
+    async def create(self, spec: SandboxSpec, sandbox_id: SandboxId | None = None) -> Sandbox:
+        """A fresh sandbox, ready for commands, with the caller's id or one of its own.
+
+        SpawnError, ResourceExhaustedError, NotFoundError (a layer that is not there).
+        """
+        ...
+
+    def adopted(self) -> Mapping[SandboxId, Sandbox]:
+        """Sandboxes that lived on from an earlier process and are ours since `open`."""
+        ...
+
+    async def detach(self) -> None:
+        """Stop, and leave the sandboxes to the next `open` where the substrate keeps them; else `close`."""
         ...
 
     async def close(self) -> None:

@@ -15,46 +15,15 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from dsec.conformance import execution, isolation, output, port, resources
-from dsec.conformance.check import Check, NotConformingError
+from dsec.conformance.suite import SANDBOX_CHECKS, Outcome, check_sandbox
 from dsec.edge.capture import OutputBuffer
 from dsec.edge.commands import check_spec, encode_command
-from dsec.errors import DsecError, SandboxLostError, SpawnError
-from dsec.sandbox import Substrate
+from dsec.errors import SandboxLostError, SpawnError
 from dsec.types import Command, ExecResult, Output, SandboxId, SandboxSpec
 
 __all__ = ["SANDBOX_CHECKS", "FakeSandbox", "FakeSubstrate", "Outcome", "Script", "check_sandbox"]
 
 Script = Callable[["FakeSandbox", Command], ExecResult | Awaitable[ExecResult]]
-
-SANDBOX_CHECKS: tuple[Check, ...] = (
-    *port.CHECKS,
-    *execution.CHECKS,
-    *output.CHECKS,
-    *isolation.CHECKS,
-    *resources.CHECKS,
-)
-
-
-class Outcome(msgspec.Struct, frozen=True):
-    """What came of one check; `problem` is empty if it passed."""
-
-    name: str
-    problem: str = ""
-
-
-async def check_sandbox(substrate: Substrate) -> list[Outcome]:
-    """Run every check of the suite against an open substrate, one after the other."""
-    outcomes = []
-    for check in SANDBOX_CHECKS:
-        try:
-            await check.run(substrate)
-        except (NotConformingError, DsecError) as error:
-            outcomes.append(Outcome(check.name, f"{type(error).__name__}: {error}"))
-        else:
-            outcomes.append(Outcome(check.name))
-    return outcomes
-
 
 def succeed(_sandbox: FakeSandbox, _command: Command) -> ExecResult:
     """The script of a sandbox in which everything works and says nothing."""

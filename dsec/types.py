@@ -8,15 +8,21 @@ See: docs/architecture.md, "Sandbox".
 
 from __future__ import annotations
 
-from typing import NewType
+from typing import Literal, NewType
 
 import msgspec
 
 SandboxId = NewType("SandboxId", str)
+LayerId = NewType("LayerId", str)
+"""`sha256:` and 64 hex digits: the digest of the layer's EROFS file."""
 
 EXEC_TIMEOUT_S = 10.0
 OUTPUT_BYTES_MAX = 1 << 20
 STDIN_BYTES_MAX = 32 << 20
+TOOLBOX = "/.dsec/toolbox"
+"""`argv[0]` of the file operations that every substrate provides (dsec/files.py); no such file need exist."""
+
+Stream = Literal["stdout", "stderr"]
 
 
 class Output(msgspec.Struct, frozen=True):
@@ -40,6 +46,18 @@ class Output(msgspec.Struct, frozen=True):
         """What was kept, head then tail."""
         return self.head + self.tail
 
+    @property
+    def total_bytes(self) -> int:
+        """How many bytes the command wrote."""
+        return len(self.head) + self.dropped_bytes + len(self.tail)
+
+
+class TtySize(msgspec.Struct, frozen=True):
+    """Of a terminal, in characters."""
+
+    rows: int = 24
+    columns: int = 80
+
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
     """A program to run in a sandbox.
@@ -48,6 +66,10 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     PATH of `env`); `env` is the whole environment; `cwd` must exist; `stdin` (at most
     STDIN_BYTES_MAX bytes) is followed by end of file.  With `merge_stderr` stderr goes to
     stdout in order, and `ExecResult.stderr` stays empty.  `output_bytes_max` bounds each stream.
+    `user` is a name of the sandbox's own /etc/passwd, or `uid` or `uid:gid` in digits ("" is root); one that
+    does not exist is an InvalidArgumentError.  With `keep_stdin_open` the command reads, after `stdin`,
+    what `Process.write_stdin` sends until `close_stdin`.  With `tty` it runs on a terminal of that size:
+    its output is one stream (stdout), and what `write_stdin` sends is typed.
     With `kill_others` every other process of the sandbox, background ones included, is killed and
     gone before the command starts; where one cannot be ended, the sandbox is lost and nothing runs.
     """
@@ -60,6 +82,9 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     output_bytes_max: int = OUTPUT_BYTES_MAX
     merge_stderr: bool = False
     kill_others: bool = False
+    user: str = ""
+    keep_stdin_open: bool = False
+    tty: TtySize | None = None
 
 
 class ExecResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,8 +107,32 @@ class ExecResult(msgspec.Struct, frozen=True, kw_only=True):
     duration_s: float = 0.0
 
 
+class NetworkRule(msgspec.Struct, frozen=True, kw_only=True):
+    """Allowed destinations: a DNS name (`*.` in front: every name below it) or a CIDR, and ports (empty: all)."""
+
+    host: str = ""
+    cidr: str = ""
+    ports: tuple[int, ...] = ()
+
+
+class NetworkPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a sandbox may connect to; nowhere, if there is no rule."""
+
+    rules: tuple[NetworkRule, ...] = ()
+
+
 class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits of one sandbox; memory and disk in bytes, cpu in cores."""
+    """What a sandbox is made of, and its limits; memory and disk in bytes, cpu in cores.
+
+    `layers` lie over each other, the topmost first, over the `base`: the host's own /usr with an empty
+    rest (`host`), or nothing (``""``: then the lowest layer is an operating system).  `cpu_weight` is
+    the share under contention, 1 to 10,000, as of cgroup2's cpu.weight.
+    """
+
+    base: Literal["host", ""] = "host"
+    layers: tuple[LayerId, ...] = ()
+    network: NetworkPolicy = NetworkPolicy()
+    cpu_weight: int = 100
 
     memory_bytes: int = 512 << 20
     disk_bytes: int = 384 << 20

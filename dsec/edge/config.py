@@ -10,7 +10,9 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-SLOTS_COUNT_MAX = 1024
+SLOTS_COUNT_MAX = 4608
+LAYERS_COUNT_MAX = 1024
+SANDBOX_LAYERS_COUNT_MAX = 64
 EXECS_COUNT_MAX = 64
 NATIVE_BINARY = Path(__file__).resolve().parent.parent / "native" / "dsec-sandbox"
 

@@ -20,7 +20,9 @@ PACKET_BYTES_MAX = 65536
 INLINE_BODY_BYTES_MAX = 32768
 ERRNO_MAX = 4095
 
-EXEC_HAS_STDIN, EXEC_MERGE_STDERR, EXEC_BODY_IN_FD, EXEC_KILL_OTHERS = 1, 2, 4, 8
+EXEC_HAS_STDIN, EXEC_MERGE_STDERR, EXEC_BODY_IN_FD, EXEC_KILL_OTHERS, EXEC_TTY = 1, 2, 4, 8, 16
+INIT_KEPT = 1
+CREATE_HOST_USR = 1
 EXIT_TIMED_OUT, EXIT_OOM_KILLED = 1, 2
 
 
@@ -43,6 +45,22 @@ class MessageType(IntEnum):
     KILL = 10
     EXITED = 11
     REFUSED = 12
+    MOUNT = 13
+    UNMOUNT = 14
+    SYNC = 15
+    MOUNTED = 16
+    UNMOUNTED = 17
+    MOUNT_FAILED = 18
+    ALIVE = 19
+    SYNCED = 20
+    TTY = 21
+    RUNNING = 22
+    SIGNAL = 23
+    EXTEND = 24
+    PUT = 25
+    DROP = 26
+    LIST = 27
+    KEPT = 28
 
 
 class Stage(IntEnum):
@@ -56,6 +74,8 @@ class Stage(IntEnum):
     ALONE = 6
     CROWDED = 7
     COMMANDS = 8
+    USER = 9
+    TTY = 10
 
 
 class Operation(IntEnum):

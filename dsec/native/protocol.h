@@ -1,43 +1,70 @@
-/* The wire between Python, the spawner and the guests.  This header is its document.
+/* The wire between Python, the spawner, the guests and the keeper.  This header is its document.
  *
- * Three parties, two kinds of socket, both AF_UNIX SOCK_SEQPACKET (a packet is a message):
+ * Four parties, three kinds of socket, all AF_UNIX SOCK_SEQPACKET (a packet is a message):
  *
- *     Python <-- one control socket --> spawner          (root, one per Python process)
+ *     Python <-- one control socket --> spawner          (root, one per substrate)
  *     Python <-- one guest socket each --> guest         (pid 1 of a sandbox)
+ *     Python <-- one, listening ------> keeper           (holds copies of Python's descriptors while Python is dead)
  *
  * Numbers are little endian: u32, u64.  A string is u32 length, the bytes, one zero byte that
  * the length does not count.  A list is u32 count, then its items.  The first u32 of a message
  * is its type.  A message that does not parse ends the connection: both ends are ours.
  *
  * Python -> spawner
- *   INIT     u32 count, count x (string parent, string name)     + fd: the base skeleton
+ *   INIT     u32 flags (INIT_*), u32 count, count x (string parent, string name)     + fd: the base skeleton
  *            Hierarchy i is the directory parent/name of a mounted cgroup file system, made by
  *            Python.  Hierarchy 0 is cgroup2; the others are v1 controllers.
  *   CREATE   u32 slot, u64 disk_bytes, string hostname, string guest_group, string command_group,
- *            u32 oom_hierarchy, string oom_file, list of cgroup operations:
+ *            u32 oom_hierarchy, string oom_file, u32 flags (CREATE_*), list of u32 layer (the topmost first),
+ *            list of cgroup operations:
  *            u32 operation (MKDIR, WRITE, WRITE_IF_PRESENT, CHOWN), u32 hierarchy, string path, string value
  *            Paths are relative to the hierarchy.  The groups are directories of hierarchy 0.
  *            CHOWN gives the path to the guest's user.
  *   DESTROY  u32 slot
+ *   MOUNT    u32 layer      + fd: an EROFS image; the number is Python's, below LAYERS_COUNT_MAX
+ *   UNMOUNT  u32 layer      no later CREATE names it; sandboxes that have it keep it
+ *   SYNC                    asks what there is: ALIVE for each sandbox, then SYNCED
  *
  * spawner -> Python
  *   INITED   u32 the first host uid of slot 0
  *   FAILED   u32 slot (NO_SLOT: INIT failed), string step, u32 errno
  *   CREATED  u32 slot, u32 host pid of the guest                 + fd: Python's end of the guest socket
  *   GONE     u32 slot        every process dead, every cgroup removed; the slot may be used again
+ *   MOUNTED  u32 layer
+ *   UNMOUNTED u32 layer
+ *   MOUNT_FAILED u32 layer, string step, u32 errno
+ *   ALIVE    u32 slot, u32 host pid
+ *   SYNCED
  *
  * guest -> Python
  *   READY
  *   FAILED   u32 NO_SLOT, string step, u32 errno                 a step of the setup failed; EOF follows
  *   EXITED   u32 exec_id, u32 wait status, u32 flags (EXIT_*)
  *   REFUSED  u32 exec_id, u32 stage (STAGE_*), u32 errno         the command did not start
+ *   TTY      u32 exec_id     + fd: the master of the command's terminal; comes before its EXITED
+ *   RUNNING  u32 exec_id     an answer to SYNC
+ *   SYNCED
  *
  * Python -> guest
  *   EXEC     u32 exec_id, u32 flags (EXEC_*), body               + fds, in this order:
  *            [memfd with the body, if EXEC_BODY_IN_FD] [stdin, if EXEC_HAS_STDIN] stdout
- *            [stderr, unless EXEC_MERGE_STDERR]
- *            body: u64 timeout_ms, string cwd, list of string argv, list of string env
+ *            [stderr, unless EXEC_MERGE_STDERR]; none of the three with EXEC_TTY
+ *            body: u64 timeout_ms, u32 rows, u32 columns (of the terminal), string cwd, string user,
+ *            list of string argv, list of string env
+ *            argv[0] of TOOLBOX_NAME is no program: the guest's own file operations (toolbox.c)
  *   KILL     u32 exec_id     kills the whole tree; EXITED answers
+ *   SIGNAL   u32 exec_id, u32 number     to the command's process group
+ *   EXTEND   u64 ms          every running command's deadline moves: the sandbox was paused for so long
+ *   SYNC     asks what there is: RUNNING for each running command, EXITED or REFUSED again for each of the last
+ *            ENDED_COUNT_MAX that ended, then SYNCED
+ *
+ * Python -> keeper
+ *   PUT      u32 token, string key     + fd    kept under the token, replacing what was there
+ *   DROP     u32 token
+ *   LIST     KEPT for each, then SYNCED
+ * keeper -> Python
+ *   KEPT     u32 token, string key     + fd
+ *   SYNCED
  *
  * The skeleton (a memfd; each sandbox unpacks it as its own root) is a list without a count, to the end of the file:
  *   u32 kind ('d' directory, 'f' file, 'l' symbolic link), u32 mode, string path, string content
@@ -58,13 +85,35 @@ enum message_type {
     MSG_KILL = 10,
     MSG_EXITED = 11,
     MSG_REFUSED = 12,
+    MSG_MOUNT = 13,
+    MSG_UNMOUNT = 14,
+    MSG_SYNC = 15,
+    MSG_MOUNTED = 16,
+    MSG_UNMOUNTED = 17,
+    MSG_MOUNT_FAILED = 18,
+    MSG_ALIVE = 19,
+    MSG_SYNCED = 20,
+    MSG_TTY = 21,
+    MSG_RUNNING = 22,
+    MSG_SIGNAL = 23,
+    MSG_EXTEND = 24,
+    MSG_PUT = 25,
+    MSG_DROP = 26,
+    MSG_LIST = 27,
+    MSG_KEPT = 28,
 };
+
+/* INIT_KEPT: outlive the process that started us; end at EOF of the control socket only */
+enum init_flag { INIT_KEPT = 1 };
+
+/* CREATE_HOST_USR: the host's /usr lies below /usr, and the skeleton is the root where there is no layer */
+enum create_flag { CREATE_HOST_USR = 1 };
 
 enum cgroup_operation { OP_MKDIR = 1, OP_WRITE = 2, OP_WRITE_IF_PRESENT = 3, OP_CHOWN = 4 };
 
 /* EXEC_KILL_OTHERS: every other process of the sandbox is killed and reaped before the command starts,
  * or the command is refused */
-enum exec_flag { EXEC_HAS_STDIN = 1, EXEC_MERGE_STDERR = 2, EXEC_BODY_IN_FD = 4, EXEC_KILL_OTHERS = 8 };
+enum exec_flag { EXEC_HAS_STDIN = 1, EXEC_MERGE_STDERR = 2, EXEC_BODY_IN_FD = 4, EXEC_KILL_OTHERS = 8, EXEC_TTY = 16 };
 
 enum exit_flag { EXIT_TIMED_OUT = 1, EXIT_OOM_KILLED = 2 };
 
@@ -77,6 +126,8 @@ enum refusal_stage {
     STAGE_ALONE = 6,    /* EXEC_KILL_OTHERS, but another process lives on */
     STAGE_CROWDED = 7,  /* the sandbox's own limit of processes is reached */
     STAGE_COMMANDS = 8, /* EXECS_COUNT_MAX commands run */
+    STAGE_USER = 9,     /* no such user */
+    STAGE_TTY = 10,     /* no terminal to be had */
 };
 
 #define NO_SLOT 0xffffffffu
@@ -85,13 +136,18 @@ enum refusal_stage {
 #define PACKET_FDS_MAX 4
 #define EXEC_BODY_BYTES_MAX (8u << 20) /* more than any execve takes */
 #define EXECS_COUNT_MAX 64             /* commands of one sandbox at a time */
-#define SLOTS_COUNT_MAX 1024           /* sandboxes of one spawner */
+#define ENDED_COUNT_MAX 128            /* ends that a guest remembers */
+#define SLOTS_COUNT_MAX 4608           /* sandboxes of one spawner */
+#define LAYERS_COUNT_MAX 1024          /* mounted by one spawner */
+#define SANDBOX_LAYERS_COUNT_MAX 64    /* under one sandbox */
+#define KEPT_COUNT_MAX 32768           /* descriptors in a keeper */
+#define TOOLBOX_NAME "/.dsec/toolbox"
 #define HIERARCHIES_COUNT_MAX 4        /* cgroup2 and memory, pids, cpu of v1 */
 
 #define UIDS_PER_SLOT 65536u
 #define UID_FIRST 0x10000000u
 #define UID_BLOCK (SLOTS_COUNT_MAX * UIDS_PER_SLOT) /* uids of one spawner */
-#define UID_BLOCKS_COUNT 28                          /* up to 0x7fffffff */
+#define UID_BLOCKS_COUNT 12                          /* up to 0xf0000000 */
 
 /* Pid 1 has the last uid and gid of its slot, and the slot's user namespace maps all but that one: no
  * command can become the guest's user, whatever it may do with CAP_SETUID, and so none reaches pid 1
