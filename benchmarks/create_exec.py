@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dsec.edge.config import SubstrateConfig
-from dsec.edge.substrates.container import ContainerSandbox, ContainerSubstrate
+from dsec.edge.substrates.container import ContainerSubstrate
+from dsec.edge.substrates.container_sandbox import ContainerSandbox
 from dsec.types import Command, SandboxSpec
 
 TRUE = Command(argv=("/bin/true",))
