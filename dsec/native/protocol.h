@@ -20,7 +20,7 @@
  *            u32 operation (MKDIR, WRITE, WRITE_IF_PRESENT, CHOWN), u32 hierarchy, string path, string value
  *            Paths are relative to the hierarchy.  The groups are directories of hierarchy 0.
  *            CHOWN gives the path to the guest's user.
- *   DESTROY  u32 slot
+ *   DESTROY  u32 slot, u32 flags (DESTROY_*)
  *   MOUNT    u32 layer      + fd: an EROFS image; the number is Python's, below LAYERS_COUNT_MAX
  *   UNMOUNT  u32 layer      no later CREATE names it; sandboxes that have it keep it
  *   SYNC                    asks what there is: ALIVE for each sandbox, then SYNCED
@@ -33,7 +33,7 @@
  *   MOUNTED  u32 layer
  *   UNMOUNTED u32 layer
  *   MOUNT_FAILED u32 layer, string step, u32 errno
- *   ALIVE    u32 slot, u32 host pid
+ *   ALIVE    u32 slot, u32 host pid (0: it is being removed, and GONE follows)
  *   SYNCED
  *
  * guest -> Python
@@ -58,8 +58,8 @@
  *   SYNC     asks what there is: RUNNING for each running command, EXITED or REFUSED again for each of the last
  *            ENDED_COUNT_MAX that ended, then SYNCED
  *
- * Python -> keeper
- *   PUT      u32 token, string key     + fd    kept under the token, replacing what was there
+ * Python -> keeper   (one connection is served at a time; the next waits until its process has closed it, or died)
+ *   PUT      u32 token, string key     + fd    kept under the token (below KEPT_COUNT_MAX), replacing what was there
  *   DROP     u32 token
  *   LIST     KEPT for each, then SYNCED
  * keeper -> Python
@@ -109,6 +109,9 @@ enum init_flag { INIT_KEPT = 1 };
 /* CREATE_HOST_USR: the host's /usr lies below /usr, and the skeleton is the root where there is no layer */
 enum create_flag { CREATE_HOST_USR = 1 };
 
+/* DESTROY_NETWORK: its network namespace had a way out, and is not used again */
+enum destroy_flag { DESTROY_NETWORK = 1 };
+
 enum cgroup_operation { OP_MKDIR = 1, OP_WRITE = 2, OP_WRITE_IF_PRESENT = 3, OP_CHOWN = 4 };
 
 /* EXEC_KILL_OTHERS: every other process of the sandbox is killed and reaped before the command starts,
@@ -142,7 +145,12 @@ enum refusal_stage {
 #define SANDBOX_LAYERS_COUNT_MAX 64    /* under one sandbox */
 #define KEPT_COUNT_MAX 32768           /* descriptors in a keeper */
 #define TOOLBOX_NAME "/.dsec/toolbox"
-#define HIERARCHIES_COUNT_MAX 4        /* cgroup2 and memory, pids, cpu of v1 */
+#define KEY_BYTES_MAX 255              /* of a descriptor in a keeper */
+#define HIERARCHIES_COUNT_MAX 5        /* cgroup2 and memory, pids, cpu, blkio of v1 */
+
+/* The descriptors of a guest.  Through FD_DISK Python reaches the sandbox's disk: /proc/<pid>/fd/6 holds root/ (what
+ * was written below /, that of /usr in root/usr), root.work/, usr.work/, shm/ and skeleton/. */
+enum guest_fd { FD_NULL = 0, FD_CONTROL = 3, FD_COMMAND_GROUP = 4, FD_OOM = 5, FD_DISK = 6, FD_JOIN_FIRST = 7 };
 
 #define UIDS_PER_SLOT 65536u
 #define UID_FIRST 0x10000000u
