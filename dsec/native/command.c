@@ -80,6 +80,7 @@ static void take_fds(const struct command_fds *fds) {
 }
 
 static _Noreturn void run(const struct launch *what) {
+    if (is_supervising()) shed_privileges();
     for (int i = 0; i < what->joins_count; i++)
         if (write(what->joins[i], "0", 1) < 0) refuse(STAGE_GROUP);
     setsid();
@@ -103,7 +104,7 @@ static pid_t clone_command(const struct launch *what, struct refusal *refusal) {
         .cgroup = (uint64_t)what->group->directory,
     };
     for (int attempt = 0; attempt < CLONE_ATTEMPTS_MAX; attempt++) {
-        pid_t pid = guest_clone3(&args, sizeof args);
+        pid_t pid = is_supervising() ? launch_supervised(what->group) : guest_clone3(&args, sizeof args);
         if (pid >= 0) return pid;
         *refusal = (struct refusal){STAGE_FORK, errno};
         if (refusal->error != EAGAIN) return -1;
@@ -122,6 +123,7 @@ pid_t launch(const struct launch *what, struct refusal *refusal) {
     if (pid < 0) return -1;
     *refusal = *shared;
     if (refusal->stage == 0) return pid;
-    waitpid(pid, NULL, 0);
+    if (is_supervising()) forget_supervised(what->group);
+    else waitpid(pid, NULL, 0);
     return -1;
 }

@@ -29,7 +29,7 @@
 
 /* Fixed, so that no limit of the host shows inside; cgroups are what bounds a sandbox.  Lower only
  * where the host gives us less and we may not raise it (no CAP_SYS_RESOURCE). */
-static void set_limits(void) {
+void set_limits(void) {
     static const struct {
         int what;
         rlim_t soft, hard;
@@ -85,7 +85,7 @@ static void enter_user_namespace(int user_namespace, uint32_t guest_uid) {
     MUST("join the user namespace", setns(user_namespace, CLONE_NEWUSER));
 }
 
-static void drop_capabilities(void) {
+void drop_capabilities(void) {
     for (int capability = 0; prctl(PR_CAPBSET_READ, capability) >= 0; capability++)
         if (!(KEPT_CAPABILITIES & CAPABILITY(capability)))
             MUST("drop a bounding capability", prctl(PR_CAPBSET_DROP, capability));

@@ -49,6 +49,7 @@ static void sweep_left(void) {
 }
 
 int acquire_group(struct exec_group *out) {
+    if (is_supervising()) return acquire_supervised(out);
     if (spare_count > 0) {
         *out = spare[--spare_count];
         return 0;
@@ -66,6 +67,7 @@ int acquire_group(struct exec_group *out) {
 }
 
 void release_group(struct exec_group *group) {
+    if (is_supervising()) return release_supervised(group);
     /* The kernel counts the kills of a group, and ends a process cloned into it whose parent's own
      * group has another count: a killed group takes no command any more. */
     if (!group->was_killed && !is_populated(group) && spare_count < SPARE_MAX) {
@@ -78,12 +80,14 @@ void release_group(struct exec_group *group) {
 }
 
 int is_populated(const struct exec_group *group) {
+    if (is_supervising()) return has_supervised(group);
     char text[128] = "";
     ssize_t count = pread(group->events, text, sizeof text - 1, 0);
     return count <= 0 || strstr(text, "populated 0") == NULL;
 }
 
 void kill_group(struct exec_group *group) {
+    if (is_supervising()) return kill_supervised(group);
     group->was_killed = 1;
     int fd = openat(group->directory, "cgroup.kill", O_WRONLY | O_CLOEXEC);
     if (fd < 0) return;

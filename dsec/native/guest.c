@@ -89,9 +89,10 @@ static int reap(void) {
     int status;
     pid_t pid;
     while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+        pid_t ended = attribute_end(pid, &status);
         for (int i = 0; i < EXECS_COUNT_MAX; i++) {
             struct command *command = &commands[i];
-            if (command->state == COMMAND_NONE || command->pid != pid) continue;
+            if (command->state == COMMAND_NONE || command->pid != ended) continue;
             command->pid = 0;
             command->wait_status = status;
             if (command->state == COMMAND_RUNNING) finish(command);

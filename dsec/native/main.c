@@ -1,4 +1,5 @@
-/* dsec-sandbox spawner FD: serve the control socket FD until its other end is closed. */
+/* The roles: dsec-sandbox spawner FD serves the control socket FD until its other end is closed; dsec-sandbox
+ * guest SOCKET is pid 1 of a container that somebody else made. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -6,11 +7,9 @@
 #include "sandbox.h"
 
 int main(int argc, char **argv) {
-    if (argc != 3 || strcmp(argv[1], "spawner") != 0) {
-        fprintf(stderr, "usage: dsec-sandbox spawner FD   (started by the dsec Python package, see protocol.h)\n");
-        return 2;
-    }
-    int control = atoi(argv[2]);
-    remember_title(argv[0], argv[argc - 1] + strlen(argv[argc - 1]));
-    return spawner_main(control);
+    if (argc == 3) remember_title(argv[0], argv[argc - 1] + strlen(argv[argc - 1]));
+    if (argc == 3 && strcmp(argv[1], "spawner") == 0) return spawner_main(atoi(argv[2]));
+    if (argc == 3 && strcmp(argv[1], "guest") == 0) return docker_main(argv[2]);
+    fprintf(stderr, "usage: dsec-sandbox spawner FD   (started by the dsec Python package, see protocol.h)\n");
+    return 2;
 }

@@ -17,6 +17,10 @@ enum guest_fd { FD_NULL = 0, FD_CONTROL = 3, FD_COMMAND_GROUP = 4, FD_OOM = 5, F
 
 static int control_fd;
 
+void report_failures_on(int control) {
+    control_fd = control;
+}
+
 void fail(const char *step) {
     struct message report = {.length = 0};
     int error = errno;

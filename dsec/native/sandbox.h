@@ -21,8 +21,9 @@ struct hierarchies {
     uint32_t count;
 };
 
-/* -- spawner.c, guest.c: the roles; guest_main never returns */
+/* -- spawner.c, docker.c, guest.c: the roles; guest_main never returns */
 int spawner_main(int control);
+int docker_main(const char *socket_path);
 _Noreturn void guest_main(int control, int command_group, int oom_file, const int *joins, int joins_count);
 
 /* -- base.c: the spawner's own file system view.  Each returns NULL, or the step that failed with errno. */
@@ -50,7 +51,10 @@ _Noreturn void become_sandbox(const struct sandbox_setup *setup);
 /* -- rootfs.c, confine.c: the two halves of that.  They end by `fail`. */
 void build_rootfs(const struct sandbox_setup *setup);
 void confine(const struct sandbox_setup *setup);
+void set_limits(void);
+void drop_capabilities(void);
 _Noreturn void fail(const char *step);
+void report_failures_on(int control);
 void remember_title(char *start, char *end); /* where ps finds our command line */
 void hide_title(void);                       /* shows "init" there: the host's paths are not the sandbox's business */
 
