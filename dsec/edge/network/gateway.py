@@ -1,0 +1,100 @@
+"""The way out of every sandbox of this host: attach, change, detach.
+
+A sandbox's network namespace has nothing but its loopback.  Where a policy has rules, a proxy of this
+process listens on that loopback; programs find it by the variables of `environment`.  There is no
+other way out and none to forget: without this process, or before `apply`, nothing is reachable.
+
+A proxy that was once attached stays until `detach`, whatever the policy becomes: a process that had taken
+its port between two phases would read what the next phase sends.
+
+See: docs/adr/0007-network-by-proxy.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from errno import EADDRNOTAVAIL
+
+from dsec.edge.network.config import NetworkConfig
+from dsec.edge.network.listener import PROXY_ADDRESS, PROXY_PORT
+from dsec.edge.network.proxy import Decision, Proxy, Resolver, Shared
+from dsec.edge.network.rules import Address, Allowlist
+from dsec.types import NetworkPolicy, SandboxId
+
+_RESOLVER_THREADS_COUNT = 16
+
+
+def environment(policy: NetworkPolicy) -> dict[str, str]:
+    """The variables by which programs find the proxy; none without rules.
+
+    ALL_PROXY is the proxy's HTTP side: Python's HTTP clients refuse to start on a SOCKS address that
+    they lack a package for.
+    """
+    if not policy.rules:
+        return {}
+    url = f"http://{PROXY_ADDRESS}:{PROXY_PORT}"
+    values = {"http_proxy": url, "https_proxy": url, "all_proxy": url, "no_proxy": "localhost,127.0.0.1,::1"}
+    return values | {name.upper(): value for name, value in values.items()}
+
+
+def is_own_address(address: Address) -> bool:
+    """True if `address` is one of this host's (or cannot be told from one): a socket can be bound to it."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))
+    except OSError as error:
+        return error.errno != EADDRNOTAVAIL
+    return True
+
+
+class Gateway:
+    """The proxies of this host's sandboxes.  `on_decision` must not wait; it is called in the event loop."""
+
+    def __init__(
+        self,
+        config: NetworkConfig | None = None,
+        on_decision: Callable[[Decision], None] | None = None,
+        resolve: Resolver | None = None,
+    ) -> None:
+        # lookups of names block a thread each: never the threads that the rest of the host agent uses
+        self._threads = ThreadPoolExecutor(_RESOLVER_THREADS_COUNT, thread_name_prefix="resolve")
+        self._shared = Shared(config or NetworkConfig(), resolve or self._resolve, on_decision or _ignore)
+        self._proxies: dict[SandboxId, Proxy] = {}
+
+    async def apply(self, sandbox_id: SandboxId, guest_pid: int, policy: NetworkPolicy) -> None:
+        """Allow this sandbox what `policy` says and nothing else; connections it no longer allows are closed.
+
+        InvalidArgumentError (the old policy stays), StateError if a process of the sandbox listens on the
+        proxy's port, SandboxLostError, ResourceExhaustedError: then nothing is reachable.
+        """
+        allowlist = Allowlist(policy, is_own_address)
+        proxy = self._proxies.get(sandbox_id)
+        if proxy is None:
+            if not policy.rules:
+                return
+            proxy = self._proxies[sandbox_id] = Proxy(sandbox_id, self._shared)
+        await proxy.apply(allowlist, guest_pid)
+
+    async def detach(self, sandbox_id: SandboxId) -> None:
+        """End every connection of this sandbox and its proxy; nothing happens if it has none."""
+        proxy = self._proxies.pop(sandbox_id, None)
+        if proxy is not None:
+            await proxy.close()
+
+    async def close(self) -> None:
+        """Detach every sandbox."""
+        await asyncio.gather(*(self.detach(sandbox_id) for sandbox_id in list(self._proxies)))
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _resolve(self, name: str) -> list[str]:
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._threads, socket.getaddrinfo, name, None, 0, socket.SOCK_STREAM)
+        return [str(entry[4][0]) for entry in found]
+
+
+def _ignore(_decision: Decision) -> None:
+    pass
