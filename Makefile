@@ -35,8 +35,8 @@ check: setup-dev ## lint, types, import contracts, house rules
 bench: setup-dev ## every benchmark, quickly; docs in benchmarks/RESULTS.md
 	for script in benchmarks/*.py; do $(PY) $$script --quick || exit 1; done
 
-protos: setup-dev ## generate rollout/pb from proto/
-	$(PY) -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/rollout/pb/v1/rollout.proto
+protos: setup-dev ## generate dsec/pb and rollout/pb from proto/
+	$(PY) -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. $$(find proto -name '*.proto')
 
 lock: setup-dev ## pin the newest versions that pyproject.toml allows
 	.venv/bin/pip-compile -q --upgrade --strip-extras --generate-hashes --allow-unsafe --extra build \

@@ -80,6 +80,15 @@ class OutcomeUnknownError(DsecError):
     command_started = "unknown"
 
 
+class UnreachableError(DsecError):
+    """The Edge does not answer, or the connection broke; the same key or request id asks again."""
+
+    code = "UNREACHABLE"
+    retryable = True
+    fault = "peer"
+    command_started = "unknown"
+
+
 class SpawnError(DsecError):
     """A step of creating a sandbox failed; the message names the step and the errno."""
 

@@ -1,7 +1,8 @@
 """Errors on the wire: one table from our error codes to gRPC statuses, used by every server.
 
 The status says what kind of thing happened, the details carry the stable code and the sentence for
-people.  An error that is not in the table is a bug and becomes INTERNAL without its text.
+people.  An error that is not in the table is a bug and becomes INTERNAL without its text.  A client makes
+the same error of it again.
 """
 
 from __future__ import annotations
@@ -9,6 +10,17 @@ from __future__ import annotations
 from typing import ClassVar, Protocol
 
 import grpc
+
+from dsec.errors import DsecError, HostUnfitError, InvalidArgumentError, ResourceExhaustedError, UnreachableError
+
+REQUEST_BYTES_MAX = 40 << 20
+"""A command with the largest stdin and the longest arguments."""
+REPLY_BYTES_MAX = 136 << 20
+"""A result with two streams of the largest `output_bytes_max`."""
+READ_BYTES_MAX = 4 << 20
+"""Of output, in one answer."""
+DETAILS_BYTES_MAX = 2000
+"""Each may become three in the header, of which gRPC takes 8 KiB."""
 
 
 class CodedError(Protocol):
@@ -29,6 +41,7 @@ STATUS: dict[str, grpc.StatusCode] = {
     "SANDBOX_LOST": grpc.StatusCode.ABORTED,
     "OUTCOME_UNKNOWN": grpc.StatusCode.UNKNOWN,
     "SPAWN_FAILED": grpc.StatusCode.UNAVAILABLE,
+    "UNREACHABLE": grpc.StatusCode.UNAVAILABLE,
     "DIVERGED": grpc.StatusCode.DATA_LOSS,
     "BAD_MESSAGES": grpc.StatusCode.INVALID_ARGUMENT,
     "BAD_TOKENIZER": grpc.StatusCode.FAILED_PRECONDITION,
@@ -57,5 +70,28 @@ STATUS: dict[str, grpc.StatusCode] = {
 
 
 def status_of(error: CodedError) -> tuple[grpc.StatusCode, str]:
-    """The gRPC status and the details text of one of our errors."""
-    return STATUS.get(error.code, grpc.StatusCode.INTERNAL), f"{error.code}: {error}"
+    """The gRPC status and the details text of one of our errors, cut to what every client takes as a header."""
+    details = f"{error.code}: {error}".encode(errors="backslashreplace")[:DETAILS_BYTES_MAX]
+    return STATUS.get(error.code, grpc.StatusCode.INTERNAL), details.decode(errors="ignore")
+
+
+_ERRORS = {error.code: error for error in DsecError.__subclasses__()}
+_ERRORS_WITHOUT_CODE = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
+    grpc.StatusCode.UNAUTHENTICATED: InvalidArgumentError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
+    grpc.StatusCode.UNIMPLEMENTED: HostUnfitError,
+    grpc.StatusCode.UNAVAILABLE: UnreachableError,
+    grpc.StatusCode.CANCELLED: UnreachableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: UnreachableError,
+}
+
+
+def error_of(status: grpc.StatusCode, details: str) -> DsecError:
+    """The error that a server answered with; without a code it is the connection's, or a bug of the server."""
+    code, _, sentence = details.partition(": ")
+    if code in _ERRORS:
+        return _ERRORS[code](sentence)
+    if "larger than max" in details:
+        return InvalidArgumentError(f"the message is too large to be sent ({details})")
+    return _ERRORS_WITHOUT_CODE.get(status, DsecError)(details)

@@ -1,0 +1,167 @@
+"""A connection to an Edge: one channel for each event loop and address, calls that are repeated, typed errors.
+
+What is repeated: a call whose connection broke, when its repetition is exact (the same request id, key or
+offset), for a while that grows from milliseconds; and a call that the host refused for lack of room, if the
+caller wants to wait.  A peer that says nothing is noticed by keepalive, so no call waits for ever.
+
+See: proto/dsec/pb/v1/edge.proto, "Idempotent".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import grpc
+import msgspec
+
+from dsec.address import default_url, parse_address
+from dsec.errors import DsecError, InvalidArgumentError, ResourceExhaustedError, UnreachableError
+from dsec.pb.v1.edge_pb2_grpc import EdgeStub
+from dsec.wire import REPLY_BYTES_MAX, REQUEST_BYTES_MAX, error_of
+
+CALL_TIMEOUT_S = 60.0
+"""For calls that wait for no command."""
+_DELAY_S_MIN, _DELAY_S_MAX = 0.02, 2.0
+_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_send_message_length", REQUEST_BYTES_MAX),
+    ("grpc.max_receive_message_length", REPLY_BYTES_MAX),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+class Patience(msgspec.Struct, frozen=True):
+    """How long a call is repeated: where no Edge ever answered, where it was lost, and where it is full."""
+
+    connect_s: float = 5.0
+    lost_s: float = 60.0
+    busy_s: float = 0.0
+
+
+class Connection:
+    """A channel and who uses it; made by `connect`."""
+
+    def __init__(self, url: str, token: str) -> None:
+        address = parse_address(url)
+        self.url = url
+        self._users_count = 0
+        self._has_answered = False
+        self._metadata = [("authorization", f"Bearer {token}")] if token and address.kind != "unix" else []
+        if address.kind == "tls":
+            roots = os.environ.get("DSEC_API_CA")
+            credentials = grpc.ssl_channel_credentials(Path(roots).read_bytes() if roots else None)
+            self._channel = grpc.aio.secure_channel(address.grpc_target, credentials, options=_OPTIONS)
+        else:
+            self._channel = grpc.aio.insecure_channel(address.grpc_target, options=_OPTIONS)
+        self.stub: Any = EdgeStub(self._channel)  # type: ignore[no-untyped-call]
+
+    async def call(
+        self,
+        name: str,
+        request: Any,
+        *,
+        timeout_s: float | None = CALL_TIMEOUT_S,
+        is_repeatable: bool = True,
+        patience: Patience = Patience(),  # noqa: B008 - frozen
+    ) -> Any:
+        """One unary call, repeated as the module says.  Raises the server's errors, and UnreachableError."""
+        retry = Retry(self, patience, is_repeatable=is_repeatable)
+        while True:
+            try:
+                reply = await getattr(self.stub, name)(request, timeout=timeout_s, metadata=self._metadata)
+            except grpc.aio.AioRpcError as error:
+                await retry.wait_or_raise(self._failure(error))
+            else:
+                self._has_answered = True
+                return reply
+
+    async def stream(self, name: str, request: Any) -> AsyncIterator[Any]:
+        """One streaming call, not repeated once it has begun.  Raises as `call`."""
+        call = getattr(self.stub, name)(request, metadata=self._metadata)
+        try:
+            async for message in call:
+                self._has_answered = True
+                yield message
+        except grpc.aio.AioRpcError as error:
+            raise self._failure(error) from None
+        finally:
+            call.cancel()
+
+    def patience_s(self, error: DsecError, patience: Patience) -> float:
+        """How long a call that met this error may be repeated."""
+        if isinstance(error, UnreachableError):
+            return patience.lost_s if self._has_answered else patience.connect_s
+        return patience.busy_s if isinstance(error, ResourceExhaustedError) else 0.0
+
+    def _failure(self, error: grpc.aio.AioRpcError) -> DsecError:
+        failure = error_of(error.code(), error.details() or "")
+        if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+            return InvalidArgumentError(f"{self.url} refuses the token: set DSEC_API_KEY")
+        if not isinstance(failure, UnreachableError):
+            self._has_answered = True
+            return failure
+        if self._has_answered:
+            return UnreachableError(f"the connection to the Edge at {self.url} broke: {failure}")
+        return UnreachableError(
+            f"no Edge answers at {self.url}: start one with `dsec edge serve`, or set DSEC_API_URL ({failure})"
+        )
+
+    def use(self) -> Connection:
+        """Count one more user."""
+        self._users_count += 1
+        return self
+
+    async def close(self) -> None:
+        """Count one user less; the last one closes the channel."""
+        self._users_count -= 1
+        if self._users_count == 0:
+            connections = _connections.get(asyncio.get_running_loop(), {})
+            for key in [key for key, connection in connections.items() if connection is self]:
+                del connections[key]
+            await self._channel.close(None)
+
+
+class Retry:
+    """When a call is made again: after a delay that doubles, with jitter, while the patience lasts."""
+
+    def __init__(self, connection: Connection, patience: Patience, *, is_repeatable: bool = True) -> None:
+        self._connection = connection
+        self._patience = patience
+        self._is_repeatable = is_repeatable
+        self._failed_at_s: float | None = None
+        self._delay_s = _DELAY_S_MIN
+
+    async def wait_or_raise(self, error: DsecError) -> None:
+        """Wait before the next attempt, or raise the error of the last one."""
+        now_s = asyncio.get_running_loop().time()
+        if self._failed_at_s is None:
+            self._failed_at_s = now_s
+        left_s = self._failed_at_s + self._connection.patience_s(error, self._patience) - now_s
+        if not self._is_repeatable or left_s <= 0:
+            raise error
+        await asyncio.sleep(min(left_s, random.uniform(self._delay_s / 2, self._delay_s)))  # noqa: S311 - jitter
+        self._delay_s = min(2 * self._delay_s, _DELAY_S_MAX)
+
+
+_connections: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], Connection]] = WeakKeyDictionary()
+
+
+def connect(url: str = "", token: str = "") -> Connection:
+    """The running loop's connection to `url` (default: DSEC_API_URL, else this host's Edge); `close` it once each."""
+    url = url or os.environ.get("DSEC_API_URL", "") or default_url()
+    token = token or os.environ.get("DSEC_API_KEY", "")
+    connections = _connections.setdefault(asyncio.get_running_loop(), {})
+    if (url, token) not in connections:
+        connections[url, token] = Connection(url, token)
+    return connections[url, token].use()

@@ -1,0 +1,338 @@
+"""The sandbox port over gRPC: `RemoteSubstrate`, the same thing to a caller as a substrate of the host.
+
+Every command gets a key, so that a call whose connection broke is made again and runs nothing twice.
+The Edge's record of a result is bounded; what of the output a command asked to keep is read after.
+
+See: dsec/sandbox.py, proto/dsec/pb/v1/edge.proto.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Mapping
+
+import msgspec
+
+from dsec import messages
+from dsec.client.connection import CALL_TIMEOUT_S, Connection, Patience, Retry, connect
+from dsec.errors import InvalidArgumentError, NotFoundError, OutcomeUnknownError, OutOfRangeError, UnreachableError
+from dsec.pb.v1 import edge_pb2 as pb
+from dsec.types import (
+    Command,
+    ExecResult,
+    LayerId,
+    NetworkPolicy,
+    Output,
+    SandboxId,
+    SandboxSpec,
+    Stream,
+)
+from dsec.views import CommandView, CreateRequest, SandboxView
+from dsec.wire import READ_BYTES_MAX
+
+STDIN_BYTES_MAX = 1 << 20
+"""Of input in one message."""
+SLOW_CALL_TIMEOUT_S = 600.0
+"""For calls that the Edge may queue, or that pack a disk."""
+
+
+def fresh_name() -> str:
+    """A key or request id that nobody used before."""
+    return uuid.uuid4().hex
+
+
+class RemoteProcess:
+    """A command that was started through an Edge.  Implements `dsec.sandbox.Process`."""
+
+    def __init__(self, connection: Connection, sandbox_id: str, key: str, number: int, command: Command) -> None:
+        self._connection = connection
+        self._reference = pb.CommandRef(sandbox_id=sandbox_id, key=key)
+        self._number = number
+        self.command = command
+
+    @property
+    def key(self) -> str:
+        """Under which the Edge knows it."""
+        return self._reference.key
+
+    @property
+    def number(self) -> int:
+        """See `dsec.sandbox.Process.number`."""
+        return self._number
+
+    async def wait(self) -> ExecResult:
+        """See `dsec.sandbox.Process.wait`."""
+        reply = await self._connection.call("Wait", self._reference, timeout_s=None)
+        return await self.completed(messages.result_of(reply))
+
+    async def follow(self) -> AsyncIterator[tuple[Stream, bytes] | ExecResult]:
+        """Output as it comes, then the result; goes on at the same byte after a broken connection."""
+        offsets: dict[Stream, int] = {"stdout": 0, "stderr": 0}
+        retry = Retry(self._connection, Patience())
+        while True:
+            seen = dict(offsets)
+            request = pb.AttachRequest(
+                sandbox_id=self._reference.sandbox_id,
+                key=self.key,
+                stdout_offset=offsets["stdout"],
+                stderr_offset=offsets["stderr"],
+            )
+            try:
+                async for event in self._connection.stream("Attach", request):
+                    if event.HasField("result"):
+                        yield await self.completed(messages.result_of(event.result))
+                        return
+                    stream = messages.STREAMS[event.chunk.stream]
+                    offsets[stream] = event.chunk.offset + len(event.chunk.data)
+                    yield stream, event.chunk.data
+                raise UnreachableError("the Edge ended the output without a result")
+            except UnreachableError as error:
+                if offsets != seen:
+                    retry = Retry(self._connection, Patience())
+                await retry.wait_or_raise(error)
+
+    async def completed(self, result: ExecResult) -> ExecResult:
+        """The result with as much output as the command asked to keep."""
+        return msgspec.structs.replace(
+            result,
+            stdout=await self._completed(result.stdout, "stdout"),
+            stderr=await self._completed(result.stderr, "stderr"),
+        )
+
+    async def _completed(self, output: Output, stream: Stream) -> Output:
+        limit, total = self.command.output_bytes_max, output.total_bytes
+        if not output.dropped_bytes or len(output.data) >= limit:
+            return output
+        tail_start = total - len(output.tail)
+        try:
+            if total <= limit:
+                return Output(output.head + await self._between(stream, len(output.head), tail_start) + output.tail)
+            head = output.head + await self._between(stream, len(output.head), limit - limit // 2)
+            tail = await self._between(stream, total - limit // 2, tail_start) + output.tail
+        except OutOfRangeError:
+            return output
+        return Output(head, tail, total - len(head) - len(tail))
+
+    async def _between(self, stream: Stream, start: int, end: int) -> bytes:
+        data = bytearray()
+        while start + len(data) < end:
+            chunk = await self.read_output(stream, start + len(data), min(end - start - len(data), READ_BYTES_MAX))
+            if not chunk:
+                raise OutOfRangeError(f"{stream} ends before byte {end}")
+            data += chunk
+        return bytes(data)
+
+    async def read_output(self, stream: Stream, offset: int, bytes_max: int) -> bytes:
+        """See `dsec.sandbox.Process.read_output`."""
+        request = pb.ReadOutputRequest(
+            sandbox_id=self._reference.sandbox_id,
+            key=self.key,
+            stream=messages.STREAM_NUMBERS[stream],
+            offset=offset,
+            bytes_max=min(bytes_max, READ_BYTES_MAX),
+        )
+        data: bytes = (await self._connection.call("ReadOutput", request, timeout_s=None)).data
+        return data
+
+    async def kill(self) -> None:
+        """See `dsec.sandbox.Process.kill`."""
+        await self._connection.call("Kill", self._reference)
+
+    async def signal(self, number: int) -> None:
+        """See `dsec.sandbox.Process.signal`.  Not repeated: UnreachableError if the connection breaks."""
+        if number < 0:
+            raise InvalidArgumentError(f"signal {number} is not in [1, 64]")
+        request = pb.SignalRequest(sandbox_id=self._reference.sandbox_id, key=self.key, number=number)
+        await self._connection.call("Signal", request, is_repeatable=False)
+
+    async def write_stdin(self, data: bytes) -> None:
+        """See `dsec.sandbox.Process.write_stdin`.  Not repeated: UnreachableError if the connection breaks."""
+        for start in range(0, len(data) or 1, STDIN_BYTES_MAX):
+            piece = data[start : start + STDIN_BYTES_MAX]
+            request = pb.WriteStdinRequest(sandbox_id=self._reference.sandbox_id, key=self.key, data=piece)
+            await self._connection.call("WriteStdin", request, timeout_s=None, is_repeatable=False)
+
+    async def close_stdin(self) -> None:
+        """See `dsec.sandbox.Process.close_stdin`."""
+        await self._connection.call("CloseStdin", self._reference)
+
+    async def resize(self, rows: int, columns: int) -> None:
+        """See `dsec.sandbox.Process.resize`."""
+        if not (0 < rows < 1 << 16 and 0 < columns < 1 << 16):
+            raise InvalidArgumentError(f"a terminal of {rows} x {columns} characters cannot be")
+        request = pb.ResizeRequest(
+            sandbox_id=self._reference.sandbox_id, key=self.key, size=pb.TtySize(rows=rows, columns=columns)
+        )
+        await self._connection.call("Resize", request)
+
+
+class RemoteSandbox:
+    """A sandbox of an Edge.  Implements `dsec.sandbox.Sandbox`; `key` arguments are its own."""
+
+    def __init__(self, connection: Connection, sandbox_id: SandboxId, patience: Patience = Patience()) -> None:  # noqa: B008 - frozen
+        self._connection = connection
+        self._id = sandbox_id
+        self._patience = patience
+
+    @property
+    def id(self) -> SandboxId:
+        """Names its Edge's sandbox for ever."""
+        return self._id
+
+    @property
+    def _reference(self) -> pb.SandboxRef:
+        return pb.SandboxRef(sandbox_id=self._id)
+
+    async def exec(self, command: Command, key: str = "") -> ExecResult:
+        """See `dsec.sandbox.Sandbox.exec`.  The same key gives the same result for ever; runs once."""
+        request = self._request(command, key)
+        try:
+            reply = await self._connection.call("Exec", request, timeout_s=None, patience=self._patience)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._abandon(request))
+            raise
+        process = RemoteProcess(self._connection, self._id, request.key, 0, command)
+        return await process.completed(messages.result_of(reply))
+
+    async def start(self, command: Command, number: int | None = None, key: str = "") -> RemoteProcess:
+        """See `dsec.sandbox.Sandbox.start`."""
+        request = self._request(command, key or ("" if number is None else _key_of(number)))
+        info = await self._connection.call("Start", request, timeout_s=SLOW_CALL_TIMEOUT_S, patience=self._patience)
+        return RemoteProcess(self._connection, self._id, info.key, info.number if number is None else number, command)
+
+    async def resume_process(self, number: int, command: Command) -> RemoteProcess | None:
+        """See `dsec.sandbox.Sandbox.resume_process`."""
+        for view in await self.commands():
+            if view.key == _key_of(number) or view.number == number:
+                if view.state == "unknown":
+                    raise OutcomeUnknownError(f"command {number} of {self._id}: nobody knows how it ended")
+                return RemoteProcess(self._connection, self._id, view.key, number, command)
+        return None
+
+    async def process(self, key: str) -> RemoteProcess:
+        """The command that was started under `key`.  NotFoundError."""
+        for view in await self.commands():
+            if view.key == key:
+                return RemoteProcess(self._connection, self._id, key, view.number, view.command)
+        raise NotFoundError(f"sandbox {self._id} has no command {key!r}")
+
+    async def commands(self) -> list[CommandView]:
+        """Every command of the sandbox, without what it read and wrote."""
+        return [messages.info_of(info) async for info in self._connection.stream("ListCommands", self._reference)]
+
+    async def view(self) -> SandboxView:
+        """The sandbox as the Edge knows it."""
+        return messages.sandbox_of(await self._connection.call("Get", self._reference))
+
+    async def pause(self) -> None:
+        """See `dsec.sandbox.Sandbox.pause`."""
+        await self._connection.call("Pause", self._reference)
+
+    async def resume(self) -> None:
+        """See `dsec.sandbox.Sandbox.resume`."""
+        await self._connection.call("Resume", self._reference)
+
+    async def snapshot(self) -> LayerId:
+        """See `dsec.sandbox.Sandbox.snapshot`."""
+        reply = await self._connection.call("Snapshot", self._reference, timeout_s=SLOW_CALL_TIMEOUT_S)
+        return LayerId(reply.layer_id)
+
+    async def fork(self, count: int, options: CreateRequest) -> list[SandboxId]:
+        """Sandboxes that go on from what was written in this one; all of them, or an error."""
+        request = pb.ForkRequest(sandbox_id=self._id, count=count, create=messages.create_message(options))
+        reply = await self._connection.call("Fork", request, timeout_s=SLOW_CALL_TIMEOUT_S, patience=self._patience)
+        return [SandboxId(sandbox.id) for sandbox in reply.sandboxes]
+
+    async def update_network(self, policy: NetworkPolicy) -> None:
+        """See `dsec.sandbox.Sandbox.update_network`."""
+        request = pb.UpdateNetworkRequest(sandbox_id=self._id, policy=messages.policy_message(policy))
+        await self._connection.call("UpdateNetwork", request)
+
+    async def destroy(self) -> None:
+        """See `dsec.sandbox.Sandbox.destroy`."""
+        await self._connection.call("Destroy", self._reference)
+
+    def _request(self, command: Command, key: str) -> pb.ExecRequest:
+        message = messages.command_message(command)
+        return pb.ExecRequest(sandbox_id=self._id, key=key or fresh_name(), command=message)
+
+    async def _abandon(self, request: pb.ExecRequest) -> None:
+        """Kill what nobody waits for any more, if it began at all."""
+        try:
+            await self._connection.call("Kill", pb.CommandRef(sandbox_id=self._id, key=request.key))
+        except NotFoundError:
+            return
+
+
+def _key_of(number: int) -> str:
+    return f"number-{number}"
+
+
+async def create_remote(
+    connection: Connection,
+    request: CreateRequest,
+    patience: Patience = Patience(),  # noqa: B008 - frozen
+) -> RemoteSandbox:
+    """Make a sandbox; if the caller gives up meanwhile, none is left."""
+    if not request.request_id:
+        request = msgspec.structs.replace(request, request_id=fresh_name())
+    message = messages.create_message(request)
+    try:
+        reply = await connection.call("Create", message, timeout_s=SLOW_CALL_TIMEOUT_S, patience=patience)
+    except asyncio.CancelledError:
+        cancel = connection.call("Cancel", pb.CancelRequest(request_id=request.request_id), timeout_s=CALL_TIMEOUT_S)
+        await asyncio.shield(cancel)
+        raise
+    return RemoteSandbox(connection, SandboxId(reply.id), patience)
+
+
+class RemoteSubstrate:
+    """The sandboxes of an Edge that have `labels`.  Implements `dsec.sandbox.Substrate`."""
+
+    def __init__(self, url: str = "", token: str = "", labels: Mapping[str, str] | None = None) -> None:
+        self._url = url
+        self._token = token
+        self._labels = dict(labels or {"substrate": fresh_name()})
+        self._connection: Connection | None = None
+        self._adopted: dict[SandboxId, RemoteSandbox] = {}
+
+    @property
+    def connection(self) -> Connection:
+        """The open connection.  UnreachableError before `open` and after `close`."""
+        if self._connection is None:
+            raise UnreachableError("the substrate is not open")
+        return self._connection
+
+    async def open(self) -> None:
+        """Connect, and find what is there already.  UnreachableError."""
+        self._connection = connect(self._url, self._token)
+        await self.connection.call("GetHost", pb.GetHostRequest())
+        self._adopted = {view.id: RemoteSandbox(self.connection, view.id) for view in await self._list()}
+
+    async def create(self, spec: SandboxSpec, sandbox_id: SandboxId | None = None) -> RemoteSandbox:
+        """See `dsec.sandbox.Substrate.create`; the Edge alone gives ids."""
+        if sandbox_id is not None:
+            raise InvalidArgumentError("an Edge gives its sandboxes their ids: leave sandbox_id out")
+        return await create_remote(self.connection, CreateRequest(spec=spec, labels=self._labels))
+
+    def adopted(self) -> Mapping[SandboxId, RemoteSandbox]:
+        """What was there at `open`."""
+        return self._adopted
+
+    async def detach(self) -> None:
+        """Disconnect; the Edge keeps the sandboxes."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
+
+    async def close(self) -> None:
+        """Destroy what has our labels, and disconnect.  Safe to call twice."""
+        if self._connection is not None:
+            for view in await self._list():
+                await RemoteSandbox(self.connection, view.id).destroy()
+            await self.detach()
+
+    async def _list(self) -> list[SandboxView]:
+        replies = self.connection.stream("List", pb.ListRequest(labels=self._labels))
+        return [messages.sandbox_of(message) async for message in replies]

@@ -1,0 +1,265 @@
+"""gRPC in front of the Edge: translation only, no decision is made here.
+
+See: proto/dsec/pb/v1/edge.proto; dsec/wire.py for the statuses; dsec/messages.py for the values.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from dsec import messages
+from dsec.edge.attach import Chunk, attach
+from dsec.edge.listen import Listen, claim_socket
+from dsec.edge.service import Edge
+from dsec.errors import DsecError, InvalidArgumentError
+from dsec.pb.v1 import edge_pb2 as pb
+from dsec.pb.v1 import edge_pb2_grpc as pb_grpc
+from dsec.types import Stream
+from dsec.wire import READ_BYTES_MAX, REPLY_BYTES_MAX, REQUEST_BYTES_MAX, status_of
+from wal import WalError
+
+STREAMS_COUNT_MAX = 4096
+CALLS_COUNT_MAX = 16384
+STOP_GRACE_S = 1.0
+_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
+    ("grpc.max_send_message_length", REPLY_BYTES_MAX),
+    ("grpc.max_concurrent_streams", STREAMS_COUNT_MAX),
+    ("grpc.so_reuseport", 0),
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.max_connection_idle_ms", 600_000),
+    ("grpc.keepalive_time_ms", 30_000),  # a client that is gone without a word is noticed
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # and clients may ask the same of us
+    ("grpc.http2.max_ping_strikes", 0),
+]
+_log = logging.getLogger(__name__)
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class EdgeServicer(pb_grpc.EdgeServicer):
+    """The calls of edge.proto, each on the open Edge."""
+
+    def __init__(self, edge: Edge) -> None:
+        self._edge = edge
+
+    # ruff: noqa: N802  (the names are the protocol's; their documentation is in edge.proto)
+    # ruff: noqa: D102
+
+    async def Create(self, request: pb.CreateRequest, context: Context) -> pb.Sandbox:
+        async with _answering(context, "Create"):
+            return messages.sandbox_message(await self._edge.create(messages.create_of(request)))
+
+    async def Get(self, request: pb.SandboxRef, context: Context) -> pb.Sandbox:
+        async with _answering(context, "Get"):
+            return messages.sandbox_message(self._edge.get(request.sandbox_id))
+
+    async def List(self, request: pb.ListRequest, context: Context) -> AsyncIterator[pb.Sandbox]:
+        async with _answering(context, "List"):
+            for view in self._edge.list(dict(request.labels)):
+                yield messages.sandbox_message(view)
+
+    async def Destroy(self, request: pb.SandboxRef, context: Context) -> pb.Done:
+        return await _done(context, "Destroy", self._edge.destroy(request.sandbox_id))
+
+    async def Pause(self, request: pb.SandboxRef, context: Context) -> pb.Done:
+        return await _done(context, "Pause", self._edge.pause(request.sandbox_id))
+
+    async def Resume(self, request: pb.SandboxRef, context: Context) -> pb.Done:
+        return await _done(context, "Resume", self._edge.resume(request.sandbox_id))
+
+    async def Snapshot(self, request: pb.SandboxRef, context: Context) -> pb.Layer:
+        async with _answering(context, "Snapshot"):
+            return pb.Layer(layer_id=await self._edge.snapshot(request.sandbox_id))
+
+    async def Fork(self, request: pb.ForkRequest, context: Context) -> pb.Sandboxes:
+        async with _answering(context, "Fork"):
+            views = await self._edge.fork(request.sandbox_id, request.count, messages.create_of(request.create))
+            return pb.Sandboxes(sandboxes=map(messages.sandbox_message, views))
+
+    async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.Done:
+        return await _done(context, "Cancel", self._edge.cancel(request.request_id))
+
+    async def UpdateNetwork(self, request: pb.UpdateNetworkRequest, context: Context) -> pb.Done:
+        policy = messages.policy_of(request.policy)
+        return await _done(context, "UpdateNetwork", self._edge.update_network(request.sandbox_id, policy))
+
+    async def Exec(self, request: pb.ExecRequest, context: Context) -> pb.ExecResult:
+        async with _answering(context, "Exec"):
+            command = messages.command_of(request.command)
+            return messages.result_message(await self._edge.exec(request.sandbox_id, command, request.key))
+
+    async def Start(self, request: pb.ExecRequest, context: Context) -> pb.CommandInfo:
+        async with _answering(context, "Start"):
+            command = messages.command_of(request.command)
+            return _brief(messages.info_message(await self._edge.start(request.sandbox_id, command, request.key)))
+
+    async def Wait(self, request: pb.CommandRef, context: Context) -> pb.ExecResult:
+        async with _answering(context, "Wait"):
+            return messages.result_message(await self._edge.wait(request.sandbox_id, request.key))
+
+    async def Attach(self, request: pb.AttachRequest, context: Context) -> None:
+        async with _answering(context, "Attach"):
+
+            async def put(chunk: Chunk) -> None:
+                await context.write(pb.AttachEvent(chunk=_chunk_message(chunk)))
+
+            offsets: dict[Stream, int] = {"stdout": request.stdout_offset, "stderr": request.stderr_offset}
+            result = await attach(self._edge, request.sandbox_id, request.key, offsets, put)
+            await context.write(pb.AttachEvent(result=messages.result_message(result)))
+
+    async def ReadOutput(self, request: pb.ReadOutputRequest, context: Context) -> pb.Chunk:
+        async with _answering(context, "ReadOutput"):
+            if not 0 < request.bytes_max <= READ_BYTES_MAX:
+                raise InvalidArgumentError(f"bytes_max {request.bytes_max} is not in [1, {READ_BYTES_MAX}]")
+            stream = messages.STREAMS[request.stream]
+            data = await self._edge.read_output(
+                request.sandbox_id, request.key, stream, request.offset, request.bytes_max
+            )
+            return _chunk_message(Chunk(stream, request.offset, data))
+
+    async def WriteStdin(self, request: pb.WriteStdinRequest, context: Context) -> pb.Done:
+        write = self._edge.write_stdin(request.sandbox_id, request.key, request.data)
+        return await _done(context, "WriteStdin", write)
+
+    async def CloseStdin(self, request: pb.CommandRef, context: Context) -> pb.Done:
+        return await _done(context, "CloseStdin", self._edge.close_stdin(request.sandbox_id, request.key))
+
+    async def Kill(self, request: pb.CommandRef, context: Context) -> pb.Done:
+        return await _done(context, "Kill", self._edge.kill(request.sandbox_id, request.key))
+
+    async def Signal(self, request: pb.SignalRequest, context: Context) -> pb.Done:
+        return await _done(context, "Signal", self._edge.signal(request.sandbox_id, request.key, request.number))
+
+    async def Resize(self, request: pb.ResizeRequest, context: Context) -> pb.Done:
+        size = request.size
+        resize = self._edge.resize(request.sandbox_id, request.key, size.rows, size.columns)
+        return await _done(context, "Resize", resize)
+
+    async def ListCommands(self, request: pb.SandboxRef, context: Context) -> AsyncIterator[pb.CommandInfo]:
+        async with _answering(context, "ListCommands"):
+            for view in self._edge.commands(request.sandbox_id):
+                yield _brief(messages.info_message(view))
+
+    async def GetTrajectory(self, request: pb.SandboxRef, context: Context) -> AsyncIterator[pb.TrajectoryEntry]:
+        async with _answering(context, "GetTrajectory"):
+            async for entry in self._edge.trajectory(request.sandbox_id):
+                yield messages.entry_message(entry)
+
+    async def GrantLease(self, request: pb.GrantLeaseRequest, context: Context) -> pb.Done:
+        grant = self._edge.grant_lease(request.owner, request.epoch, request.ttl_s)
+        return await _done(context, "GrantLease", grant)
+
+    async def EndLease(self, request: pb.EndLeaseRequest, context: Context) -> pb.Done:
+        return await _done(context, "EndLease", self._edge.end_lease(request.owner, request.epoch))
+
+    async def GetHost(self, request: pb.GetHostRequest, context: Context) -> pb.Host:
+        async with _answering(context, "GetHost"):
+            return messages.host_message(self._edge.status())
+
+
+def _chunk_message(chunk: Chunk) -> pb.Chunk:
+    return pb.Chunk(stream=messages.STREAM_NUMBERS[chunk.stream], offset=chunk.offset, data=chunk.data)
+
+
+def _brief(info: pb.CommandInfo) -> pb.CommandInfo:
+    """A command as lists show it: what it read and wrote stays where it is."""
+    info.command.ClearField("stdin")
+    for output in (info.result.stdout, info.result.stderr) if info.HasField("result") else ():
+        output.dropped_bytes += len(output.head) + len(output.tail)
+        output.ClearField("head")
+        output.ClearField("tail")
+    return info
+
+
+async def _done(context: Context, call: str, doing: Awaitable[None]) -> pb.Done:
+    async with _answering(context, call):
+        await doing
+    return pb.Done()
+
+
+@asynccontextmanager
+async def _answering(context: Context, call: str) -> AsyncIterator[None]:
+    """Turn what a call raises into its status; what is not an error of ours goes to the log, not to the client."""
+    try:
+        yield
+    except (DsecError, WalError) as error:
+        await context.abort(*status_of(error))
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        _log.exception("%s failed", call)
+        await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has it")
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stub only
+    """Refuses every call whose `authorization` is not `Bearer` and the token; compares in constant time."""
+
+    def __init__(self, token: str) -> None:
+        self._wanted = f"Bearer {token}".encode()
+        self._refusal = grpc.unary_unary_rpc_method_handler(self._refuse)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Give the call's own handler, or one that refuses."""
+        given = dict(handler_call_details.invocation_metadata).get("authorization", "")
+        given = given.encode() if isinstance(given, str) else given
+        return await continuation(handler_call_details) if hmac.compare_digest(given, self._wanted) else self._refusal
+
+    @staticmethod
+    async def _refuse(_request: bytes, context: Context) -> None:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing or wrong")
+
+
+class Server:
+    """One address that is served."""
+
+    def __init__(self, server: grpc.aio.Server, checks: health.aio.HealthServicer, url: str) -> None:  # type: ignore[name-defined]
+        self._server = server
+        self._checks = checks
+        self.url = url
+
+    async def stop(self) -> None:
+        """Say NOT_SERVING, take no more calls, give running ones a second; what was logged goes on."""
+        await self._checks.enter_graceful_shutdown()
+        await self._server.stop(STOP_GRACE_S)
+
+
+async def start_server(edge: Edge, listen: Listen) -> Server:
+    """Serve an open Edge at an address, with health and reflection.  InvalidArgumentError if it cannot be bound."""
+    interceptors = [TokenInterceptor(listen.token)] if listen.token else []
+    server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS, maximum_concurrent_rpcs=CALLS_COUNT_MAX)
+    name = pb.DESCRIPTOR.services_by_name["Edge"].full_name
+    pb_grpc.add_EdgeServicer_to_server(EdgeServicer(edge), server)  # type: ignore[no-untyped-call]
+    checks = health.aio.HealthServicer()  # type: ignore[attr-defined]  # stub lags behind the package
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        with claim_socket(listen):
+            port = _bind(server, listen)
+    except RuntimeError as error:
+        raise InvalidArgumentError(
+            f"cannot listen on {listen.address.url}: it is in use or not ours; choose another with --listen"
+        ) from error
+    await server.start()
+    for served in ("", name):
+        await checks.set(served, health_pb2.HealthCheckResponse.SERVING)
+    return Server(server, checks, listen.url_with(port))
+
+
+def _bind(server: grpc.aio.Server, listen: Listen) -> int:
+    if listen.certificate is None:
+        return server.add_insecure_port(listen.address.grpc_target)
+    pair = (listen.certificate.key, listen.certificate.chain)
+    return server.add_secure_port(listen.address.grpc_target, grpc.ssl_server_credentials([pair]))

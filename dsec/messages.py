@@ -1,0 +1,238 @@
+"""Values and their messages: what the gRPC server and its clients agree on, both ways.
+
+`x_message(value)` gives the protobuf message, `x_of(message)` the value; nothing is decided here.
+Where the kernel takes bytes (argv, env, cwd) the message has bytes and the value a str as `os.fsdecode` gives it.
+
+See: proto/dsec/pb/v1/edge.proto, dsec/types.py, dsec/views.py.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from dsec.errors import InvalidArgumentError
+from dsec.pb.v1 import edge_pb2 as pb
+from dsec.types import (
+    Command,
+    ExecResult,
+    LayerId,
+    NetworkPolicy,
+    NetworkRule,
+    Output,
+    SandboxId,
+    SandboxSpec,
+    Stream,
+    TtySize,
+)
+from dsec.views import CommandView, CreateRequest, HostView, SandboxView
+
+STREAMS: dict[int, Stream] = {pb.STREAM_UNSPECIFIED: "stdout", pb.STDOUT: "stdout", pb.STDERR: "stderr"}
+STREAM_NUMBERS = {"stdout": pb.STDOUT, "stderr": pb.STDERR}
+_SPEC_SCALARS = ("base", "cpu_weight", "memory_bytes", "disk_bytes", "pids_count_max", "cpu_cores", "hostname")
+
+
+def _set_fields(message: Any, *names: str) -> dict[str, Any]:
+    """The fields that the sender set, by name; the rest keeps the value's own default."""
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
+
+
+def _kernel_bytes(what: str, text: str) -> bytes:
+    try:
+        return os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(f"{what} cannot be encoded: {error.reason}") from error
+
+
+def policy_message(policy: NetworkPolicy) -> pb.NetworkPolicy:
+    """An allowlist."""
+    try:
+        rules = [pb.NetworkRule(host=rule.host, cidr=rule.cidr, ports=rule.ports) for rule in policy.rules]
+    except ValueError as error:
+        raise InvalidArgumentError(f"a port of the network policy: {error}") from error
+    return pb.NetworkPolicy(rules=rules)
+
+
+def policy_of(message: pb.NetworkPolicy) -> NetworkPolicy:
+    """An allowlist."""
+    rules = (NetworkRule(host=rule.host, cidr=rule.cidr, ports=tuple(rule.ports)) for rule in message.rules)
+    return NetworkPolicy(rules=tuple(rules))
+
+
+def spec_message(spec: SandboxSpec) -> pb.SandboxSpec:
+    """What a sandbox is made of.  InvalidArgumentError for a number that no message can hold."""
+    scalars: dict[str, Any] = {name: getattr(spec, name) for name in _SPEC_SCALARS}
+    try:
+        return pb.SandboxSpec(layers=spec.layers, network=policy_message(spec.network), **scalars)
+    except (ValueError, TypeError) as error:
+        raise InvalidArgumentError(f"a limit of the sandbox: {error}") from error
+
+
+def spec_of(message: pb.SandboxSpec) -> SandboxSpec:
+    """What a sandbox is made of.  InvalidArgumentError for a base that no sandbox has."""
+    if message.base not in ("", "host"):
+        raise InvalidArgumentError(f"base {message.base!r} is neither 'host' nor empty")
+    return SandboxSpec(
+        layers=tuple(map(LayerId, message.layers)),
+        network=policy_of(message.network),
+        **_set_fields(message, *_SPEC_SCALARS),
+    )
+
+
+def create_message(request: CreateRequest) -> pb.CreateRequest:
+    """A request for a sandbox."""
+    return pb.CreateRequest(
+        spec=spec_message(request.spec),
+        request_id=request.request_id,
+        labels=request.labels,
+        owner=request.owner,
+        epoch=request.epoch,
+        idle_timeout_s=request.idle_timeout_s,
+        lifetime_s=request.lifetime_s,
+    )
+
+
+def create_of(message: pb.CreateRequest) -> CreateRequest:
+    """A request for a sandbox."""
+    return CreateRequest(
+        spec=spec_of(message.spec),
+        request_id=message.request_id,
+        labels=dict(message.labels),
+        owner=message.owner,
+        epoch=message.epoch,
+        **_set_fields(message, "idle_timeout_s", "lifetime_s"),
+    )
+
+
+def sandbox_message(view: SandboxView) -> pb.Sandbox:
+    """A sandbox as the Edge shows it."""
+    return pb.Sandbox(
+        id=view.id,
+        state=view.state,
+        spec=spec_message(view.spec),
+        labels=view.labels,
+        owner=view.owner,
+        epoch=view.epoch,
+        created_at_s=view.created_at_s,
+        expires_at_s=view.expires_at_s,
+        commands_count=view.commands_count,
+        reason=view.reason,
+    )
+
+
+def sandbox_of(message: pb.Sandbox) -> SandboxView:
+    """A sandbox as the Edge shows it."""
+    return SandboxView(
+        id=SandboxId(message.id),
+        state=message.state,
+        spec=spec_of(message.spec),
+        labels=dict(message.labels),
+        owner=message.owner,
+        epoch=message.epoch,
+        created_at_s=message.created_at_s,
+        commands_count=message.commands_count,
+        reason=message.reason,
+        **_set_fields(message, "expires_at_s"),
+    )
+
+
+def command_message(command: Command) -> pb.Command:
+    """A command.  InvalidArgumentError if a text of it is nothing that a kernel could get."""
+    tty = None if command.tty is None else pb.TtySize(rows=command.tty.rows, columns=command.tty.columns)
+    try:
+        return pb.Command(
+            argv=[_kernel_bytes(f"argv[{index}]", text) for index, text in enumerate(command.argv)],
+            cwd=_kernel_bytes("cwd", command.cwd),
+            env={k: _kernel_bytes(f"environment variable {k!r}", value) for k, value in command.env.items()},
+            stdin=command.stdin,
+            timeout_s=command.timeout_s,
+            output_bytes_max=command.output_bytes_max,
+            merge_stderr=command.merge_stderr,
+            kill_others=command.kill_others,
+            user=command.user,
+            keep_stdin_open=command.keep_stdin_open,
+            tty=tty,
+        )
+    except ValueError as error:
+        raise InvalidArgumentError(f"user, a variable's name or output_bytes_max cannot be sent: {error}") from error
+
+
+def command_of(message: pb.Command) -> Command:
+    """A command."""
+    tty = TtySize(rows=message.tty.rows, columns=message.tty.columns) if message.HasField("tty") else None
+    return Command(
+        argv=tuple(map(os.fsdecode, message.argv)),
+        cwd=os.fsdecode(message.cwd) or "/",
+        env={name: os.fsdecode(value) for name, value in message.env.items()},
+        stdin=message.stdin,
+        merge_stderr=message.merge_stderr,
+        kill_others=message.kill_others,
+        user=message.user,
+        keep_stdin_open=message.keep_stdin_open,
+        tty=tty,
+        **_set_fields(message, "timeout_s", "output_bytes_max"),
+    )
+
+
+def result_message(result: ExecResult) -> pb.ExecResult:
+    """What came of a command."""
+    return pb.ExecResult(
+        exit_code=result.exit_code,
+        stdout=_output_message(result.stdout),
+        stderr=_output_message(result.stderr),
+        timed_out=result.timed_out,
+        oom_killed=result.oom_killed,
+        duration_s=result.duration_s,
+    )
+
+
+def result_of(message: pb.ExecResult) -> ExecResult:
+    """What came of a command."""
+    return ExecResult(
+        exit_code=message.exit_code,
+        stdout=_output_of(message.stdout),
+        stderr=_output_of(message.stderr),
+        timed_out=message.timed_out,
+        oom_killed=message.oom_killed,
+        duration_s=message.duration_s,
+    )
+
+
+def _output_message(output: Output) -> pb.Output:
+    return pb.Output(head=output.head, tail=output.tail, dropped_bytes=output.dropped_bytes)
+
+
+def _output_of(message: pb.Output) -> Output:
+    return Output(head=message.head, tail=message.tail, dropped_bytes=message.dropped_bytes)
+
+
+def info_message(view: CommandView) -> pb.CommandInfo:
+    """A command and its state."""
+    return pb.CommandInfo(
+        key=view.key,
+        number=view.number,
+        command=command_message(view.command),
+        state=view.state,
+        result=None if view.result is None else result_message(view.result),
+    )
+
+
+def info_of(message: pb.CommandInfo) -> CommandView:
+    """A command and its state."""
+    return CommandView(
+        key=message.key,
+        number=message.number,
+        command=command_of(message.command),
+        state=message.state,  # type: ignore[arg-type]  # the server's own words
+        result=result_of(message.result) if message.HasField("result") else None,
+    )
+
+
+def host_message(view: HostView) -> pb.Host:
+    """A host's bounds and what is used of them."""
+    return pb.Host(used=view.used, total=view.total, sandboxes=view.sandboxes)
+
+
+def host_of(message: pb.Host) -> HostView:
+    """A host's bounds and what is used of them."""
+    return HostView(used=dict(message.used), total=dict(message.total), sandboxes=dict(message.sandboxes))
