@@ -44,6 +44,12 @@ def _close_listener(listening: Future[socket.socket]) -> None:
 
 
 def _listen_in(guest_pid: int) -> socket.socket:
+    enter_network(guest_pid)
+    return _listen()
+
+
+def enter_network(guest_pid: int) -> None:
+    """Move the calling thread, for the rest of its life, to the network of `guest_pid`.  SandboxLostError."""
     try:
         namespace = os.open(f"/proc/{guest_pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -55,7 +61,6 @@ def _listen_in(guest_pid: int) -> socket.socket:
             raise SandboxLostError(f"cannot enter the sandbox's network: {os.strerror(ctypes.get_errno())}")
     finally:
         os.close(namespace)
-    return _listen()
 
 
 def _listen() -> socket.socket:
