@@ -10,6 +10,7 @@ import os
 import re
 
 from dsec.edge.native_wire import encode_exec_body
+from dsec.edge.network.rules import Allowlist
 from dsec.errors import InvalidArgumentError
 from dsec.types import STDIN_BYTES_MAX, Command, SandboxSpec
 
@@ -74,3 +75,4 @@ def check_spec(spec: SandboxSpec) -> None:
         raise InvalidArgumentError(f"cpu_cores {spec.cpu_cores} is not in [0.01, 1024]")
     if not _HOSTNAME.fullmatch(spec.hostname):
         raise InvalidArgumentError(f"hostname {spec.hostname!r} is not a lower case host name")
+    Allowlist(spec.network)

@@ -60,8 +60,7 @@ class Gateway:
         on_decision: Callable[[Decision], None] | None = None,
         resolve: Resolver | None = None,
     ) -> None:
-        # lookups of names block a thread each: never the threads that the rest of the host agent uses
-        self._threads = ThreadPoolExecutor(_RESOLVER_THREADS_COUNT, thread_name_prefix="resolve")
+        self._threads: ThreadPoolExecutor | None = None
         self._shared = Shared(config or NetworkConfig(), resolve or self._resolve, on_decision or _ignore)
         self._proxies: dict[SandboxId, Proxy] = {}
 
@@ -88,9 +87,13 @@ class Gateway:
     async def close(self) -> None:
         """Detach every sandbox."""
         await asyncio.gather(*(self.detach(sandbox_id) for sandbox_id in list(self._proxies)))
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def _resolve(self, name: str) -> list[str]:
+        if self._threads is None:  # a lookup blocks its thread: never one that the rest of the host agent uses
+            self._threads = ThreadPoolExecutor(_RESOLVER_THREADS_COUNT, thread_name_prefix="resolve")
         loop = asyncio.get_running_loop()
         found = await loop.run_in_executor(self._threads, socket.getaddrinfo, name, None, 0, socket.SOCK_STREAM)
         return [str(entry[4][0]) for entry in found]

@@ -21,6 +21,7 @@ from dsec.edge.commands import check_spec
 from dsec.edge.config import SubstrateConfig
 from dsec.edge.linux import cgroup, skeleton
 from dsec.edge.linux.host import require_fit_host
+from dsec.edge.network.gateway import Gateway
 from dsec.edge.spawner import Spawner
 from dsec.edge.substrates.container_sandbox import ContainerSandbox
 from dsec.errors import DsecError, HostUnfitError, ResourceExhaustedError, SpawnError
@@ -33,6 +34,7 @@ class ContainerSubstrate:
     def __init__(self, config: SubstrateConfig | None = None) -> None:
         self.config = config or SubstrateConfig()
         self.scratch = bytearray(READ_BYTES_MAX)
+        self.gateway = Gateway()
         self._spawner: Spawner | None = None
         self._hierarchies: cgroup.Hierarchies | None = None
         self._owned: list[tuple[str, str]] = []
@@ -136,4 +138,5 @@ class ContainerSubstrate:
         """See `dsec.sandbox.Substrate.close`.  Safe to call twice."""
         await asyncio.gather(*(sandbox.destroy() for sandbox in list(self._sandboxes.values())))
         self._sandboxes.clear()
+        await self.gateway.close()
         await self._stop()

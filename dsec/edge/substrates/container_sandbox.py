@@ -15,15 +15,18 @@ import time
 from errno import E2BIG
 from typing import Protocol
 
+import msgspec
+
 from dsec.edge.commands import encode_command
 from dsec.edge.config import SubstrateConfig
 from dsec.edge.guest import Exited, Guest, Refused
 from dsec.edge.linux import cgroup
 from dsec.edge.native_wire import EXIT_OOM_KILLED, EXIT_TIMED_OUT, Stage
+from dsec.edge.network.gateway import Gateway, environment
 from dsec.edge.spawner import Spawner
 from dsec.edge.substrates.processes import Pipes, crowded, exit_code_of
 from dsec.errors import DsecError, InvalidArgumentError, ResourceExhaustedError, SandboxLostError
-from dsec.types import Command, ExecResult, SandboxId, SandboxSpec
+from dsec.types import Command, ExecResult, NetworkPolicy, SandboxId, SandboxSpec
 
 _LOST_STAGES = (Stage.REQUEST, Stage.GROUP, Stage.ALONE)
 
@@ -37,6 +40,11 @@ class SandboxHost(Protocol):
     @property
     def hierarchies(self) -> cgroup.Hierarchies:
         """The host's cgroup hierarchies."""
+        ...
+
+    @property
+    def gateway(self) -> Gateway:
+        """The sandboxes' way out."""
         ...
 
     async def release(self, spawner: Spawner, slot: int) -> None:
@@ -54,6 +62,7 @@ class ContainerSandbox:
         self._id = sandbox_id
         self._guest: Guest | None = None
         self._host_pid = 0
+        self._network = NetworkPolicy()
         self._destroying: asyncio.Task[None] | None = None
         self._execs = asyncio.Semaphore(substrate.config.execs_in_flight_max)
 
@@ -74,12 +83,14 @@ class ContainerSandbox:
             connection, self._host_pid = await self._spawner.create(self._slot, spec, plan)
             self._guest = Guest(connection, self._on_lost)
             await self._guest.ready()
+            await self.update_network(spec.network)
         except BaseException:
             self._start_destroying()
             raise
 
     async def exec(self, command: Command) -> ExecResult:
         """See `dsec.sandbox.Sandbox.exec`."""
+        command = msgspec.structs.replace(command, env=environment(self._network) | command.env)
         body = encode_command(command)
         async with self._execs:
             if self._guest is None or self._destroying is not None:
@@ -133,6 +144,13 @@ class ContainerSandbox:
             return SandboxLostError(f"sandbox {self._id} no longer works: {what}")
         return ResourceExhaustedError(what)
 
+    async def update_network(self, policy: NetworkPolicy) -> None:
+        """See `dsec.sandbox.Sandbox.update_network`.  StateError if a process of the sandbox has the proxy's port."""
+        if self._guest is None or self._destroying is not None:
+            raise SandboxLostError(f"sandbox {self._id} was destroyed, or died")
+        await self._substrate.gateway.apply(self._id, self._host_pid, policy)
+        self._network = policy
+
     async def destroy(self) -> None:
         """See `dsec.sandbox.Sandbox.destroy`."""
         await asyncio.shield(self._start_destroying())
@@ -148,4 +166,5 @@ class ContainerSandbox:
     async def _destroy(self) -> None:
         if self._guest is not None:
             self._guest.close()
+        await self._substrate.gateway.detach(self._id)
         await self._substrate.release(self._spawner, self._slot)
