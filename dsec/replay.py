@@ -14,13 +14,23 @@ from collections.abc import Callable
 from dsec.edge.exec_log import DurableSandbox
 from dsec.errors import DivergedError
 from dsec.sandbox import Substrate
-from dsec.trajectory import Append, CommandReplayed, SandboxCreated, Trajectory
+from dsec.trajectory import KIND, Append, CommandReplayed, Record, SandboxCreated, Trajectory, TrajectoryRecord, encode
 from dsec.types import ExecResult, Output, SandboxSpec
+from wal import settled
 
 
 def every_key(_key: str) -> bool:
     """Replay everything."""
     return True
+
+
+def folding(append: Append, trajectory: Trajectory) -> Record:
+    """Records that are appended and then folded into one trajectory; a cancellation waits for both."""
+
+    async def append_and_fold(record: TrajectoryRecord) -> None:
+        trajectory.apply(record, await append(KIND, encode(record)))
+
+    return lambda record: settled(append_and_fold(record))
 
 
 async def incarnate(
@@ -36,13 +46,13 @@ async def incarnate(
     DivergedError at the first result that differs (the new sandbox is destroyed), and what
     `Substrate.create` raises.
     """
-    sandbox = DurableSandbox(await substrate.create(spec), trajectory, append)
+    sandbox = DurableSandbox(await substrate.create(spec), trajectory, folding(append, trajectory))
     try:
         await sandbox.record(SandboxCreated(trajectory.session, trajectory.incarnation + 1, spec))
         for key, entry in list(trajectory.entries.items()):
-            if entry.result is None or not is_wanted(key):
+            if entry.result is None or entry.command is None or not is_wanted(key):
                 continue
-            again = await sandbox.sandbox.exec(entry.command)
+            again = await (await sandbox.sandbox.start(entry.command, sandbox.take_number())).wait()
             difference = first_difference(entry.result, again)
             await sandbox.record(
                 CommandReplayed(trajectory.session, trajectory.incarnation, key, is_equal=difference is None)

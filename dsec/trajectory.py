@@ -1,8 +1,12 @@
 """What happened in a sandbox, as ordered records over a log: created, started, finished, replayed.
 
 A *session* is the life of one logical sandbox; each real sandbox that carried it is an
-*incarnation*, counted from 1.  Commands of a session run one after another and carry a key that
-the caller chose; the fold of the records answers "did it start?" and "what came of it?".
+*incarnation*, counted from 1.  In a rollout's log the session is the rollout; in an Edge's journal
+it is the sandbox, and there is one incarnation.  Each command carries a key that the caller chose,
+and a number; the fold of the records answers "did it start?" and "what came of it?".
+
+A fold that lives as long as its sandbox cannot hold every byte that was ever written: without
+`keeps_contents` it holds for each command a digest, where its records lie, and the bare result.
 
 Invariants:
 1. A key belongs to one command for ever (DivergedError otherwise).
@@ -14,13 +18,16 @@ See: docs/formats/events.md; the DeepSeek-V4 report, 5.2.4 ("trajectory log").
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 
 from dsec.errors import DivergedError
-from dsec.types import Command, ExecResult, SandboxSpec
+from dsec.types import Command, ExecResult, Output, SandboxSpec
 
 KIND = 3
 """Record kind of the trajectory schema in a log."""
@@ -38,12 +45,14 @@ class SandboxCreated(msgspec.Struct, frozen=True, tag="sandbox_created"):
 
 
 class CommandStarted(msgspec.Struct, frozen=True, tag="command_started"):
-    """Durable before the command runs for the first time on this incarnation."""
+    """Durable before the command runs for the first time on this incarnation; `number` is the sandbox's own."""
 
     session: str
     incarnation: int
     key: str
     command: Command
+    number: int = 0
+    at_s: float = 0.0
 
 
 class CommandFinished(msgspec.Struct, frozen=True, tag="command_finished"):
@@ -53,6 +62,26 @@ class CommandFinished(msgspec.Struct, frozen=True, tag="command_finished"):
     incarnation: int
     key: str
     result: ExecResult
+    at_s: float = 0.0
+
+
+class CommandRefused(msgspec.Struct, frozen=True, tag="command_refused"):
+    """It is certain that the command did not run: the same command may start again under its key."""
+
+    session: str
+    incarnation: int
+    key: str
+    why: str
+    at_s: float = 0.0
+
+
+class CommandUnknown(msgspec.Struct, frozen=True, tag="command_unknown"):
+    """The command started, and the sandbox lives, but nobody can say any more how it ended."""
+
+    session: str
+    incarnation: int
+    key: str
+    at_s: float = 0.0
 
 
 class CommandReplayed(msgspec.Struct, frozen=True, tag="command_replayed"):
@@ -64,34 +93,93 @@ class CommandReplayed(msgspec.Struct, frozen=True, tag="command_replayed"):
     is_equal: bool
 
 
-TrajectoryRecord = SandboxCreated | CommandStarted | CommandFinished | CommandReplayed
+TrajectoryRecord = SandboxCreated | CommandStarted | CommandFinished | CommandRefused | CommandUnknown | CommandReplayed
+Record = Callable[[TrajectoryRecord], Awaitable[None]]
+"""Makes a record durable, then folds it; both are done when it returns."""
 
-_encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[TrajectoryRecord] = msgspec.msgpack.Decoder(TrajectoryRecord)
+
+class _RawCommandStarted(msgspec.Struct, frozen=True, tag="command_started_raw"):
+    """CommandStarted in a log, where a text of the command is not UTF-8: those four stand beside it as bytes."""
+
+    rest: CommandStarted
+    argv: tuple[bytes, ...]
+    cwd: bytes
+    env: tuple[tuple[bytes, bytes], ...]
+    user: bytes
+
+
+_encoder = msgspec.msgpack.Encoder(order="sorted")
+_decoder: msgspec.msgpack.Decoder[TrajectoryRecord | _RawCommandStarted] = msgspec.msgpack.Decoder(
+    TrajectoryRecord | _RawCommandStarted
+)
 
 
 def encode(record: TrajectoryRecord) -> bytes:
-    """The payload of a log record of kind KIND (msgpack map, `type` names the struct)."""
-    return _encoder.encode(record)
+    """The payload of a log record of kind KIND (msgpack map, `type` names the struct); equal for equal values."""
+    try:
+        return _encoder.encode(record)
+    except UnicodeEncodeError:
+        if not isinstance(record, CommandStarted):
+            raise
+        return _encoder.encode(_raw(record))
 
 
 def decode(payload: bytes) -> TrajectoryRecord:
     """Inverse of `encode`; msgspec.DecodeError (a ValueError) if the payload is of another schema."""
-    return _decoder.decode(payload)
+    record = _decoder.decode(payload)
+    return _cooked(record) if isinstance(record, _RawCommandStarted) else record
+
+
+def _raw(record: CommandStarted) -> _RawCommandStarted:
+    command = record.command
+    env = tuple(sorted((os.fsencode(name), os.fsencode(value)) for name, value in command.env.items()))
+    bare_command = msgspec.structs.replace(command, argv=(), cwd="", env={}, user="")
+    return _RawCommandStarted(
+        msgspec.structs.replace(record, command=bare_command),
+        tuple(map(os.fsencode, command.argv)),
+        os.fsencode(command.cwd),
+        env,
+        os.fsencode(command.user),
+    )
+
+
+def _cooked(raw: _RawCommandStarted) -> CommandStarted:
+    command = msgspec.structs.replace(
+        raw.rest.command,
+        argv=tuple(map(os.fsdecode, raw.argv)),
+        cwd=os.fsdecode(raw.cwd),
+        env={os.fsdecode(name): os.fsdecode(value) for name, value in raw.env},
+        user=os.fsdecode(raw.user),
+    )
+    return msgspec.structs.replace(raw.rest, command=command)
+
+
+def digest_of(command: Command) -> bytes:
+    """Sixteen bytes that equal commands share."""
+    return hashlib.blake2b(encode(CommandStarted("", 0, "", command)), digest_size=16).digest()
 
 
 @dataclass(slots=True)
 class Entry:
-    """One command of a session: what was asked, what came of it (None: not known to have ended)."""
+    """One command of a session: what was asked, and what came of it.
 
-    command: Command
+    `result` is None until it finished; `command` is None, and the result says only how long the
+    output was, in a fold that keeps no contents: the records of these lsns have the whole.
+    """
+
+    digest: bytes
+    command: Command | None
+    number: int = 0
+    state: Literal["running", "finished", "refused", "unknown"] = "running"
     result: ExecResult | None = None
-    applied: dict[int, int] = field(default_factory=dict)
-    """Incarnation -> how often the command was applied to it."""
-
-    def count_application(self, incarnation: int) -> None:
-        """Note that the command was applied (first run or replay) to an incarnation."""
-        self.applied[incarnation] = self.applied.get(incarnation, 0) + 1
+    started_lsn: int = 0
+    finished_lsn: int = 0
+    incarnation: int = 0
+    """The newest one that the command was applied to."""
+    applied_count: int = 0
+    """How often it was applied to that one (first run or replay)."""
+    incarnations_count: int = 0
+    """How many it was applied to."""
 
 
 @dataclass(slots=True)
@@ -99,42 +187,79 @@ class Trajectory:
     """The fold of one session's records; entries are in the order in which they first started."""
 
     session: str
+    keeps_contents: bool = True
     incarnation: int = 0
     entries: dict[str, Entry] = field(default_factory=dict)
     replayed_count: int = 0
+    run_twice_count: int = 0
+    """How many commands were applied more than once to one incarnation (must be 0)."""
+    last_number: int = 0
 
-    @property
-    def run_twice_count(self) -> int:
-        """How many commands were applied more than once to one incarnation (must be 0)."""
-        return sum(n > 1 for entry in self.entries.values() for n in entry.applied.values())
-
-    def apply(self, record: TrajectoryRecord) -> None:
+    def apply(self, record: TrajectoryRecord, lsn: int = 0) -> None:
         """Fold one record in.  Raises DivergedError if it contradicts an earlier one."""
         match record:
             case SandboxCreated():
                 self.incarnation = record.incarnation
             case CommandStarted():
-                entry = self.entries.setdefault(record.key, Entry(record.command))
-                if entry.command != record.command:
-                    raise DivergedError(f"{self.session}: key {record.key!r} was used for another command")
-                entry.count_application(record.incarnation)
+                self._start(record, lsn)
             case CommandFinished():
                 entry = self._entry(record.key)
-                if entry.result is not None:
+                if entry.state == "finished":
                     raise DivergedError(f"{self.session}: key {record.key!r} finished twice")
-                entry.result = record.result
+                entry.state, entry.finished_lsn = "finished", lsn
+                entry.result = record.result if self.keeps_contents else bare(record.result)
+            case CommandRefused():
+                entry = self._entry(record.key)
+                entry.state = "refused"
+                entry.applied_count -= 1
+            case CommandUnknown():
+                self._entry(record.key).state = "unknown"
             case CommandReplayed():
-                self._entry(record.key).count_application(record.incarnation)
+                self._count_application(self._entry(record.key), record.incarnation)
                 self.replayed_count += 1
+
+    def is_open_here(self, entry: Entry) -> bool:
+        """True if the command was applied to this incarnation and has no known end."""
+        return entry.state in ("running", "unknown") and entry.incarnation == self.incarnation
 
     def forget_contents(self) -> None:
         """Drop what only a rebuild needs (inputs and outputs); counts and keys stay.  For a closed session."""
         for entry in self.entries.values():
-            entry.command = msgspec.structs.replace(entry.command, stdin=b"")
+            if entry.command is not None:
+                entry.command = msgspec.structs.replace(entry.command, stdin=b"")
             entry.result = None
+
+    def _start(self, record: CommandStarted, lsn: int) -> None:
+        digest = digest_of(record.command)
+        entry = self.entries.get(record.key)
+        if entry is None:
+            entry = self.entries[record.key] = Entry(digest, record.command if self.keeps_contents else None)
+        if entry.digest != digest:
+            raise DivergedError(f"{self.session}: key {record.key!r} was used for another command")
+        if entry.state != "finished":
+            entry.state = "running"
+        entry.number, entry.started_lsn = record.number, lsn
+        self.last_number = max(self.last_number, record.number)
+        self._count_application(entry, record.incarnation)
+
+    def _count_application(self, entry: Entry, incarnation: int) -> None:
+        if entry.incarnation != incarnation:
+            entry.incarnation, entry.applied_count = incarnation, 0
+            entry.incarnations_count += 1
+        entry.applied_count += 1
+        self.run_twice_count += entry.applied_count == 2
 
     def _entry(self, key: str) -> Entry:
         try:
             return self.entries[key]
         except KeyError:
             raise DivergedError(f"{self.session}: key {key!r} ended before it started") from None
+
+
+def bare(result: ExecResult) -> ExecResult:
+    """A result without what the command wrote; the counts stay."""
+
+    def counted(output: Output) -> Output:
+        return Output(dropped_bytes=output.total_bytes)
+
+    return msgspec.structs.replace(result, stdout=counted(result.stdout), stderr=counted(result.stderr))

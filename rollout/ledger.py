@@ -17,8 +17,10 @@ from pathlib import Path
 
 from dsec.trajectory import (
     CommandFinished,
+    CommandRefused,
     CommandReplayed,
     CommandStarted,
+    CommandUnknown,
     SandboxCreated,
     Trajectory,
     TrajectoryRecord,
@@ -79,8 +81,15 @@ class Ledger:
                 self.cancelled.add(event.request_id)
             case JobWorked():
                 self.worked_s += event.wall_s
-            case SandboxCreated() | CommandStarted() | CommandFinished() | CommandReplayed():
-                self.trajectory(event.session).apply(event)
+            case (
+                SandboxCreated()
+                | CommandStarted()
+                | CommandFinished()
+                | CommandRefused()
+                | CommandUnknown()
+                | CommandReplayed()
+            ):
+                self.trajectory(event.session).apply(event, lsn)
                 self.extend(event.session, lsn)
             case RolloutOpened():
                 self._open(event)

@@ -204,6 +204,6 @@ def _call(index: int, call: AnsweredCall, sandbox: Trajectory) -> CallRecord:
         timed_out=call.answer.timed_out,
         truncated_bytes=call.answer.truncated_bytes,
         duration_s=call.answer.duration_s,
-        replayed_count=max((len(entry.applied) - 1 for entry in steps), default=0),
+        replayed_count=max((entry.incarnations_count - 1 for entry in steps), default=0),
         result=call.answer.observation,
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import wal
 from dsec.edge.exec_log import DurableSandbox
-from dsec.errors import DsecError, SandboxLostError
+from dsec.errors import DsecError, OutcomeUnknownError, SandboxLostError
 from rollout import machine
 from rollout.bench.tasks import Task, setup_commands
 from rollout.effects import ApplySolution, Effect, Finish, Judge, Prepare, RunTool, Sample
@@ -94,7 +94,7 @@ class Runner:
                 except (RolloutError, DsecError, wal.RecordInvalidError, wal.RecordTooLargeError) as error:
                     await self.sandboxes.drop(rollout.id)
                     losses += 1
-                    if not isinstance(error, SandboxLostError) or losses > SANDBOX_LOSSES_MAX:
+                    if not isinstance(error, SandboxLostError | OutcomeUnknownError) or losses > SANDBOX_LOSSES_MAX:
                         await self.record(rollout, InfraFailed(rollout.id, error.code, error.fault, str(error)))
                         return
         finally:

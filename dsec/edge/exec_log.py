@@ -1,64 +1,267 @@
 """Durable, keyed exec: the log knows a command before the sandbox does, and its result before the caller.
 
 The recovery table (docs/architecture.md) is decided here and in `dsec.replay`: a finished key is
-answered from the log; a key that started on an *earlier* incarnation runs for the first time on
-this one; a key that started on *this* incarnation and has no end is never run again.
+answered from the log; a key that started on an *earlier* incarnation, or that the sandbox never heard
+of, runs for the first time; a key that started on *this* incarnation and whose end nobody knows is
+never run again.  A command belongs to the log, not to its caller: a caller that goes away leaves it
+running, and the next one that asks under the same key waits for the same end.
 
 Invariants:
 1. *started* is durable before the command runs, *finished* before the result is returned.
 2. A key with another command is a DivergedError and runs nothing.
+3. However many callers ask under one key at once, the command runs once.
 """
 
 from __future__ import annotations
 
-from dsec.errors import DivergedError, SandboxLostError
-from dsec.sandbox import Sandbox
-from dsec.trajectory import KIND, Append, CommandFinished, CommandStarted, Trajectory, TrajectoryRecord, encode
-from dsec.types import Command, ExecResult
-from wal import settled
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+from dsec.edge.commands import encode_command
+from dsec.errors import DivergedError, DsecError, NotFoundError, OutcomeUnknownError, OutOfRangeError, SandboxLostError
+from dsec.sandbox import Process, Sandbox
+from dsec.trajectory import (
+    CommandFinished,
+    CommandRefused,
+    CommandStarted,
+    CommandUnknown,
+    Entry,
+    Record,
+    Trajectory,
+    TrajectoryRecord,
+    digest_of,
+)
+from dsec.types import Command, ExecResult, Output
+
+Recall = Callable[[int], Awaitable[TrajectoryRecord]]
+"""The trajectory record of an lsn, read back."""
+
+
+class Running:
+    """A command between its request and its durable end; `process` is done once the sandbox runs it."""
+
+    def __init__(self, key: str, number: int, command: Command, digest: bytes) -> None:
+        self.key, self.number, self.command, self.digest = key, number, command, digest
+        self.process: asyncio.Future[Process] = asyncio.get_running_loop().create_future()
+        self.end: asyncio.Task[ExecResult] | None = None
+
+    async def wait(self) -> ExecResult:
+        """The result, once it is durable; a caller that is cancelled leaves the command alone."""
+        if self.end is None:
+            raise AssertionError(self.key)
+        return await asyncio.shield(self.end)
+
+    async def started(self) -> Process:
+        """The running process; raises what kept it from starting."""
+        return await asyncio.shield(self.process)
 
 
 class DurableSandbox:
-    """One incarnation of a session: a real sandbox together with the session's trajectory.
+    """One incarnation of a session: a real sandbox together with the session's trajectory."""
 
-    Commands run one after another (the caller awaits each), which is what makes a replay in the
-    order of the log meet the same states.
-    """
+    def __init__(
+        self,
+        sandbox: Sandbox,
+        trajectory: Trajectory,
+        record: Record,
+        *,
+        recall: Recall | None = None,
+        wake: Callable[[], Awaitable[None]] | None = None,
+        on_lost: Callable[[], None] | None = None,
+        now: Callable[[], float] = time.time,
+        shape: Callable[[Command], Command] = lambda command: command,
+    ) -> None:
+        """Wrap a sandbox whose incarnation is already in the trajectory.
 
-    def __init__(self, sandbox: Sandbox, trajectory: Trajectory, append: Append) -> None:
-        """Wrap a sandbox whose SandboxCreated record is already in the trajectory."""
+        `recall` reads what a trajectory without contents points to; `wake` is awaited right before a
+        command starts; `on_lost` hears that the sandbox died under a command; `shape` is how a
+        command is run, where that differs from how it was asked for and logged (bounds).
+        """
         self.sandbox = sandbox
         self.trajectory = trajectory
-        self._append = append
-
-    async def record(self, record: TrajectoryRecord) -> None:
-        """Make a record durable, then fold it; a cancellation waits for both."""
-
-        async def append_and_fold() -> None:
-            await self._append(KIND, encode(record))
-            self.trajectory.apply(record)
-
-        await settled(append_and_fold())
+        self.record = record
+        self.running: dict[str, Running] = {}
+        self._recall = recall
+        self._wake = wake
+        self._on_lost = on_lost
+        self._now = now
+        self._shape = shape
+        self._last_number = trajectory.last_number
 
     async def exec(self, key: str, command: Command) -> ExecResult:
         """Run `command` once under `key`, or answer from the log.
 
-        Raises DivergedError (the key belongs to another command), SandboxLostError (the sandbox
-        died, or the command started on this incarnation and its end is not known).
+        Raises DivergedError (the key belongs to another command), OutcomeUnknownError (it started
+        on this incarnation and its end is not known), and what `Process.wait` raises.
         """
-        trajectory = self.trajectory
-        if (entry := trajectory.entries.get(key)) is not None:
-            if entry.command != command:
-                raise DivergedError(f"{trajectory.session}: key {key!r} was used for another command")
-            if entry.result is not None:
-                return entry.result
-            if trajectory.incarnation in entry.applied:
-                raise SandboxLostError(f"{trajectory.session}: {key!r} started here and its end is unknown")
-        await self.record(CommandStarted(trajectory.session, trajectory.incarnation, key, command))
-        result = await self.sandbox.exec(command)
-        await self.record(CommandFinished(trajectory.session, trajectory.incarnation, key, result))
+        running = self.begin(key, command)
+        return await self.result(key) if running is None else await running.wait()
+
+    def begin(self, key: str, command: Command) -> Running | None:
+        """The command under way under `key`, begun now if the key is new; None if it has finished.
+
+        An empty key is a new one, `#` and the command's number.  Raises as `exec` does before anything runs.
+        """
+        encode_command(command)
+        digest = digest_of(command)
+        if key:
+            running = self.running.get(key)
+            entry = self.trajectory.entries.get(key)
+            known = running or entry
+            if known is not None and known.digest != digest:
+                raise DivergedError(f"{self.trajectory.session}: key {key!r} was used for another command")
+            if running is not None:
+                return running
+            if entry is not None:
+                if entry.state == "finished":
+                    return None
+                if self.trajectory.is_open_here(entry):
+                    raise self._unknown(key)
+        number = self.take_number()
+        running = Running(key or f"#{number}", number, command, digest)
+        self._begin(running, self._run(running))
+        return running
+
+    def take_number(self) -> int:
+        """The next command's number."""
+        self._last_number += 1
+        return self._last_number
+
+    async def result(self, key: str) -> ExecResult:
+        """The durable result of a finished key; waits for one that runs.  NotFoundError, OutcomeUnknownError."""
+        if (running := self.running.get(key)) is not None:
+            return await running.wait()
+        entry = self.entry(key)
+        if entry.state != "finished" or entry.result is None:
+            raise self._unknown(key)
+        if self.trajectory.keeps_contents or self._recall is None:
+            return entry.result
+        finished = await self._recall(entry.finished_lsn)
+        if not isinstance(finished, CommandFinished):
+            raise DivergedError(f"lsn {entry.finished_lsn} does not hold the end of key {key!r}")
+        return finished.result
+
+    async def command(self, key: str) -> Command:
+        """What was asked for under a key.  NotFoundError."""
+        if (running := self.running.get(key)) is not None:
+            return running.command
+        entry = self.entry(key)
+        if entry.command is not None or self._recall is None:
+            return entry.command or Command(argv=())
+        started = await self._recall(entry.started_lsn)
+        if not isinstance(started, CommandStarted):
+            raise DivergedError(f"lsn {entry.started_lsn} does not hold the start of key {key!r}")
+        return started.command
+
+    def entry(self, key: str) -> Entry:
+        """What the trajectory knows of a key.  NotFoundError."""
+        entry = self.trajectory.entries.get(key)
+        if entry is None or entry.state == "refused":
+            raise NotFoundError(f"{self.trajectory.session} has no command with key {key!r}")
+        return entry
+
+    async def attach(self) -> None:
+        """Take up what an earlier process of the host agent left open: collect, run for the first time, or give up."""
+        await asyncio.gather(
+            *(
+                self._attach(key, entry)
+                for key, entry in list(self.trajectory.entries.items())
+                if entry.state == "running" and self.trajectory.is_open_here(entry) and key not in self.running
+            )
+        )
+
+    async def _attach(self, key: str, entry: Entry) -> None:
+        command = await self.command(key)
+        running = Running(key, entry.number, command, entry.digest)
+        try:
+            process = await self.sandbox.resume_process(entry.number, self._shape(command))
+        except OutcomeUnknownError:
+            await self.record(CommandUnknown(*self._session, key, self._now()))
+            return
+        except SandboxLostError:
+            self._lose()
+            return
+        self._begin(running, self._perform(running, process))
+
+    def _begin(self, running: Running, work: Awaitable[ExecResult]) -> None:
+        async def to_its_end() -> ExecResult:
+            try:
+                return await work
+            except BaseException as error:
+                if not running.process.done():
+                    running.process.set_exception(
+                        error if isinstance(error, DsecError) else SandboxLostError("the host agent stopped")
+                    )
+                    running.process.exception()  # seen: who waits for the end hears of it too
+                raise
+            finally:
+                del self.running[running.key]
+
+        self.running[running.key] = running
+        running.end = asyncio.create_task(to_its_end(), name=f"command {running.key}")
+        running.end.add_done_callback(_see)
+
+    async def _run(self, running: Running) -> ExecResult:
+        await self.record(CommandStarted(*self._session, running.key, running.command, running.number, self._now()))
+        return await self._perform(running, None)
+
+    async def _perform(self, running: Running, process: Process | None) -> ExecResult:
+        """From a durable start to a durable end; `process` is the one that runs already, if there is one."""
+        try:
+            if process is None:
+                if self._wake is not None:
+                    await self._wake()
+                process = await self.sandbox.start(self._shape(running.command), running.number)
+            running.process.set_result(process)
+            result = await process.wait()
+        except OutcomeUnknownError:
+            await self.record(CommandUnknown(*self._session, running.key, self._now()))
+            raise
+        except SandboxLostError:
+            self._lose()
+            raise
+        except DsecError as error:
+            if error.command_started == "no":
+                await self.record(CommandRefused(*self._session, running.key, f"{error.code}: {error}", self._now()))
+            raise
+        await self.record(CommandFinished(*self._session, running.key, result, self._now()))
         return result
+
+    async def stop(self) -> None:
+        """Let go of every command without touching it or logging anything: for a host agent that detaches."""
+        tasks = [running.end for running in self.running.values() if running.end is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def destroy(self) -> None:
         """Free the real sandbox; the trajectory stays."""
         await self.sandbox.destroy()
+
+    @property
+    def _session(self) -> tuple[str, int]:
+        return self.trajectory.session, self.trajectory.incarnation
+
+    def _lose(self) -> None:
+        if self._on_lost is not None:
+            self._on_lost()
+
+    def _unknown(self, key: str) -> OutcomeUnknownError:
+        return OutcomeUnknownError(f"{self.trajectory.session}: {key!r} started here and its end is unknown")
+
+
+def _see(task: asyncio.Task[ExecResult]) -> None:
+    """A command that nobody waits for may fail; what came of it is in the log."""
+    if not task.cancelled():
+        task.exception()
+
+
+def slice_of(output: Output, offset: int, bytes_max: int) -> bytes:
+    """Bytes of a bounded output by their offset in the whole; b"" at its end.  OutOfRangeError if dropped."""
+    head, tail_offset = output.head, len(output.head) + output.dropped_bytes
+    if offset < len(head):
+        return head[offset : offset + bytes_max]
+    if offset < tail_offset:
+        raise OutOfRangeError(f"bytes {offset} to {tail_offset - 1} were counted, not kept")
+    return output.tail[offset - tail_offset : offset - tail_offset + bytes_max]

@@ -4,7 +4,7 @@ import pytest
 
 from dsec import trajectory
 from dsec.edge.exec_log import DurableSandbox
-from dsec.errors import DivergedError, SandboxLostError
+from dsec.errors import DivergedError, OutcomeUnknownError
 from dsec.replay import first_difference, incarnate
 from dsec.testing import FakeSandbox, FakeSubstrate
 from dsec.trajectory import CommandFinished, CommandReplayed, CommandStarted, SandboxCreated, Trajectory
@@ -56,7 +56,9 @@ async def test_started_is_durable_before_the_command_runs_and_finished_before_an
     sandbox, _ = await opened(log)
     await sandbox.exec("k", LS)
     assert log.events == ["SandboxCreated", "CommandStarted", "run ls", "CommandFinished"]
-    assert log.records[1] == CommandStarted("s", 1, "k", LS)
+    started = log.records[1]
+    assert isinstance(started, CommandStarted)
+    assert (started.key, started.command, started.number) == ("k", LS, 1)
 
 
 async def test_a_finished_key_is_answered_from_the_log(log: Log) -> None:
@@ -77,7 +79,7 @@ async def test_a_used_key_with_another_command_is_refused_and_runs_nothing(log: 
 async def test_a_command_that_started_on_this_sandbox_without_a_known_end_is_never_run_on_it_again(log: Log) -> None:
     sandbox, substrate = await opened(log)
     await sandbox.record(CommandStarted("s", 1, "k", LS))
-    with pytest.raises(SandboxLostError, match="end is unknown"):
+    with pytest.raises(OutcomeUnknownError, match="end is unknown"):
         await sandbox.exec("k", LS)
     assert substrate.sandboxes[0].commands == []
 
