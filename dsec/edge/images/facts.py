@@ -1,0 +1,72 @@
+"""What the store knows about layers and images, as it lies on the disk (JSON).
+
+See: docs/formats/layers.md, "Records".
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from dsec.errors import InvalidArgumentError
+from dsec.types import LayerId
+
+_LAYER_ID = re.compile(r"sha256:[0-9a-f]{64}")
+_IMAGE_NAME = re.compile(r"[a-z0-9]+([._/-]+[a-z0-9]+)*(:[\w][\w.-]{0,127})?")
+IMAGE_NAME_CHARS_MAX = 200
+
+
+class LayerFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """One layer.  `made_from` names its source; `parents` are the layers that it was made over, the topmost first.
+
+    `metadata_offset` is where every inode lies, up to the file's end; -1 if they are all over the file.
+    """
+
+    size_bytes: int
+    metadata_offset: int
+    entries_count: int
+    content_bytes: int
+    created_at_s: float
+    made_from: str = ""
+    parents: tuple[LayerId, ...] = ()
+
+
+class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How an image wants its commands run; what the sandbox's caller says goes before it."""
+
+    env: dict[str, str] = {}
+    workdir: str = "/"
+    user: str = ""
+    entrypoint: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+
+
+class Image(msgspec.Struct, frozen=True, kw_only=True):
+    """A name for layers, the topmost first as in `SandboxSpec.layers`."""
+
+    name: str
+    layers: tuple[LayerId, ...]
+    config: ImageConfig = ImageConfig()
+    created_at_s: float = 0.0
+    source: str = ""
+
+
+def is_layer_id(text: str) -> bool:
+    """True for `sha256:` and 64 hex digits."""
+    return _LAYER_ID.fullmatch(text) is not None
+
+
+def check_layer_id(text: str) -> LayerId:
+    """The id.  InvalidArgumentError for anything that is none: ids become file names."""
+    if not is_layer_id(text):
+        raise InvalidArgumentError(f"no layer id: {text!r:.100}; one is sha256: and 64 hex digits")
+    return LayerId(text)
+
+
+def check_image_name(name: str) -> str:
+    """The name, with `:latest` where it has no tag.  InvalidArgumentError for what cannot be one."""
+    tagged = name if ":" in name else f"{name}:latest"
+    if _IMAGE_NAME.fullmatch(tagged) is None or len(tagged) > IMAGE_NAME_CHARS_MAX or is_layer_id(tagged):
+        raise InvalidArgumentError(f"no image name: {name!r:.100}; one is like debian or team/tools:1.2")
+    return tagged

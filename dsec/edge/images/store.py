@@ -1,0 +1,375 @@
+"""Layers and images of this host: made, named, held, and evicted when they need too much room.
+
+A layer's file is written under another name, mounted, compared, synced, and only then renamed to its
+digest; a crash leaves nothing but a temporary file, which the next `open` of anybody removes.
+Processes share a store: names change under one lock, a writer holds a lock on its temporary file and whoever
+uses a layer a shared one on the layer's file, so all of them fall with the process.  A second directory,
+`shared`, is only read: its layers are used where they lie.
+
+Invariants:
+    1. A name in `layers/` is the digest of the whole file behind it, which was mounted and compared.
+    2. A layer that is held, is part of an image, or is a parent of another layer is never removed.
+
+See: docs/formats/layers.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from dsec.edge.images.compress import compress
+from dsec.edge.images.directory import DirectoryReader
+from dsec.edge.images.erofs import ImageWriter
+from dsec.edge.images.facts import Image, LayerFacts, check_image_name, is_layer_id
+from dsec.edge.images.shelf import Shelf
+from dsec.edge.images.streams import Section
+from dsec.edge.images.tree import Node
+from dsec.edge.images.verify import verify
+from dsec.errors import NotFoundError, ResourceExhaustedError, StateError
+from dsec.types import LayerId
+
+BYTES_MAX = 1 << 42
+CHECK_BYTES = 16 << 20
+Read = Callable[[ImageWriter], Node]
+Progress = Callable[[int], None]
+"""Called with the count of bytes that were written since the last call."""
+
+
+class LayerStore:
+    """The layers below `directory`, of at most `bytes_max` bytes in all, and those of `shared`."""
+
+    def __init__(self, directory: Path, bytes_max: int | None = None, *, shared: Path | None = None) -> None:
+        self._shelf = Shelf(directory)
+        self._shared = Shelf(shared) if shared is not None else None
+        self._bytes_max = BYTES_MAX if bytes_max is None else bytes_max
+        self._held: dict[LayerId, tuple[int, int]] = {}
+
+    async def open(self) -> None:
+        """Make the directory and remove what dead processes left unfinished."""
+
+        def prepare() -> None:
+            self._shelf.make()
+            with self._shelf.changing():
+                self._shelf.sweep()
+
+        await asyncio.to_thread(prepare)
+
+    def close(self) -> None:
+        """Let go of every layer."""
+        for fd, _ in self._held.values():
+            os.close(fd)
+        self._held.clear()
+
+    # -- looking ---------------------------------------------------------------------------------
+
+    def _find(self, layer_id: LayerId) -> Shelf:
+        for shelf in (self._shelf, self._shared):
+            if shelf is not None and shelf.has(layer_id):
+                return shelf
+        raise NotFoundError(f"there is no layer {layer_id}")
+
+    def path(self, layer_id: LayerId) -> Path:
+        """The layer's file.  NotFoundError; InvalidArgumentError for what is no id."""
+        return self._find(layer_id).path(layer_id)
+
+    def facts(self, layer_id: LayerId) -> LayerFacts:
+        """What is known of the layer.  NotFoundError."""
+        return self._find(layer_id).facts(layer_id)
+
+    def layers(self) -> dict[LayerId, LayerFacts]:
+        """Every layer, the one of this host that was used longest ago first."""
+        return {**(self._shared.layers() if self._shared else {}), **self._shelf.layers()}
+
+    def images(self) -> dict[str, Image]:
+        """Every image by name; one of this host goes before a shared one."""
+        return {**(self._shared.images() if self._shared else {}), **self._shelf.images()}
+
+    def image(self, name: str) -> Image:
+        """The image of that name (`:latest` where it has no tag).  NotFoundError."""
+        found = self.images().get(check_image_name(name))
+        if found is None:
+            raise NotFoundError(f"there is no image {name}; dsec image ls names them")
+        return found
+
+    def resolve(self, reference: str) -> Image:
+        """The image that a name, or the id of one layer, stands for.  NotFoundError."""
+        if not is_layer_id(reference):
+            return self.image(reference)
+        layer_id = LayerId(reference)
+        return Image(name="", layers=(layer_id, *self.facts(layer_id).parents))
+
+    def used_bytes(self) -> int:
+        """What this host's layers take on its disk."""
+        return self._shelf.used_bytes()
+
+    # -- holding ---------------------------------------------------------------------------------
+
+    def acquire(self, layer_ids: Iterable[LayerId]) -> None:
+        """Hold these layers, all or none: they stay until as many releases.  NotFoundError."""
+        taken: list[LayerId] = []
+        try:
+            for layer_id in layer_ids:
+                fd, count = self._held.get(layer_id) or (self._hold(layer_id), 0)
+                self._held[layer_id] = (fd, count + 1)
+                taken.append(layer_id)
+        except BaseException:
+            self.release(taken)
+            raise
+
+    def release(self, layer_ids: Iterable[LayerId]) -> None:
+        """Give back what was acquired."""
+        for layer_id in layer_ids:
+            fd, count = self._held.pop(layer_id)
+            if count > 1:
+                self._held[layer_id] = (fd, count - 1)
+            else:
+                os.close(fd)
+
+    def descriptor(self, layer_id: LayerId) -> int:
+        """The open file of a held layer; it is the store's.  A copy of it holds the layer for as long as it is open."""
+        return self._held[layer_id][0]
+
+    def _hold(self, layer_id: LayerId) -> int:
+        shelf = self._find(layer_id)
+        try:
+            fd = os.open(shelf.path(layer_id), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise NotFoundError(f"there is no layer {layer_id} any more") from error
+        try:
+            if shelf is self._shelf:
+                fcntl.flock(fd, fcntl.LOCK_SH)
+                if os.fstat(fd).st_nlink == 0:
+                    raise NotFoundError(f"there is no layer {layer_id} any more")
+                shelf.touch(layer_id)
+            else:  # one read from far away instead of one for each inode that is looked up
+                start = shelf.facts(layer_id).metadata_offset
+                os.posix_fadvise(fd, start, 0, os.POSIX_FADV_WILLNEED)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    # -- making ----------------------------------------------------------------------------------
+
+    async def add_directory(
+        self,
+        path: Path,
+        *,
+        made_from: str = "directory",
+        parents: tuple[LayerId, ...] = (),
+        compressed: bool = False,
+        progress: Progress | None = None,
+    ) -> LayerId:
+        """A layer of what is in a directory of one file system.
+
+        InvalidArgumentError, ResourceExhaustedError (the quota, the disk), HostUnfitError (it cannot
+        be mounted and compared here).
+        """
+        return await self.add(
+            lambda writer: DirectoryReader(writer).read(path),
+            made_from=made_from,
+            parents=parents,
+            compressed=compressed,
+            progress=progress,
+        )
+
+    async def pack(self, disk: Path, first_uid: int, *, parents: tuple[LayerId, ...] = ()) -> LayerId:
+        """A layer of the upper directory of a sandbox, which is frozen until this returns, cancelled or not.
+
+        `first_uid` on the disk is 0 in the layer.  Raises as `add_directory` does.
+        """
+        return await self.add(
+            lambda writer: DirectoryReader(writer, first_uid).read(disk), made_from="snapshot", parents=parents
+        )
+
+    async def add(
+        self,
+        read: Read,
+        *,
+        made_from: str,
+        parents: tuple[LayerId, ...] = (),
+        compressed: bool = False,
+        progress: Progress | None = None,
+    ) -> LayerId:
+        """A layer of whatever `read` writes, in a thread; cancelling waits until the thread has stopped."""
+        stopped = threading.Event()
+
+        def step(count: int) -> None:
+            if stopped.is_set():
+                raise StateError("the layer is no longer wanted")
+            if progress is not None:
+                progress(count)
+
+        def build() -> LayerId:
+            try:
+                return self._build(read, made_from, parents, step, compressed=compressed)
+            except OSError as error:
+                if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+                    raise ResourceExhaustedError(f"no room for the layer: {error.strerror}") from error
+                raise
+
+        task = asyncio.ensure_future(asyncio.to_thread(build))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            stopped.set()
+            await asyncio.wait([task])
+            with contextlib.suppress(Exception):
+                task.result()
+            raise
+
+    def _build(
+        self, read: Read, made_from: str, parents: tuple[LayerId, ...], step: Progress, *, compressed: bool
+    ) -> LayerId:
+        unchecked = 0
+
+        def written_more(count: int) -> None:
+            nonlocal unchecked
+            step(count)
+            unchecked += count
+            if unchecked > CHECK_BYTES:
+                unchecked = 0
+                with self._shelf.changing():
+                    self._make_room(parents)
+
+        with self._shelf.temporary() as (file, path):
+            with contextlib.closing(ImageWriter(file, bytes_max=self._bytes_max, step=written_more)) as writer:
+                root = read(writer)
+                written = writer.finish(root)
+            verify(file, root)
+            facts = LayerFacts(
+                size_bytes=written.size_bytes,
+                metadata_offset=written.metadata_offset,
+                entries_count=written.entries_count,
+                content_bytes=written.content_bytes,
+                created_at_s=time.time(),
+                made_from=made_from,
+                parents=parents,
+            )
+            if not compressed:
+                return self._name(file, path, facts)
+            with self._shelf.temporary() as (smaller, smaller_path):
+                compress(file, smaller_path)
+                verify(smaller, root)
+                facts = replace(facts, size_bytes=os.fstat(smaller).st_size, metadata_offset=-1)
+                return self._name(smaller, smaller_path, facts)
+
+    def _name(self, file: int, path: Path, facts: LayerFacts) -> LayerId:
+        layer_id = LayerId("sha256:" + Section(file, 0, facts.size_bytes).digest("sha256"))
+        with self._shelf.changing():
+            self._make_room(facts.parents)
+            self._shelf.put(path, layer_id, facts)
+        return layer_id
+
+    # -- images ----------------------------------------------------------------------------------
+
+    async def tag(self, image: Image) -> Image:
+        """Name layers; an older image of that name loses it.  NotFoundError if a layer is not here."""
+        named = replace(image, name=check_image_name(image.name), created_at_s=image.created_at_s or time.time())
+
+        def put() -> None:
+            with self._shelf.changing():
+                for layer_id in named.layers:
+                    self._find(layer_id)
+                self._shelf.put_image(named)
+
+        await asyncio.to_thread(put)
+        return named
+
+    async def untag(self, name: str) -> None:
+        """Forget the name; the layers stay until the room is needed.  NotFoundError."""
+
+        def remove() -> None:
+            with self._shelf.changing():
+                if not self._shelf.remove_image(check_image_name(name)):
+                    raise NotFoundError(f"there is no image {name} of this host; dsec image ls names them")
+
+        await asyncio.to_thread(remove)
+
+    # -- removing --------------------------------------------------------------------------------
+
+    async def remove(self, layer_id: LayerId) -> None:
+        """Remove one layer of this host.  NotFoundError; StateError, with the reason, if it must stay."""
+
+        def remove() -> None:
+            with self._shelf.changing():
+                if not self._shelf.has(layer_id):
+                    raise NotFoundError(f"there is no layer {layer_id} on this host")
+                reason = self._needed().get(layer_id)
+                if reason is None and not self._remove_unheld(layer_id):
+                    reason = "a sandbox or a host agent uses it"
+                if reason is not None:
+                    raise StateError(f"layer {layer_id} must stay: {reason}")
+
+        await asyncio.to_thread(remove)
+
+    async def collect(self) -> list[LayerId]:
+        """Remove every layer that nothing needs, and what dead processes left; the removed layers."""
+
+        def collect() -> list[LayerId]:
+            with self._shelf.changing():
+                self._shelf.sweep()
+                return self._evict(lambda: False)
+
+        return await asyncio.to_thread(collect)
+
+    def _make_room(self, keep: Iterable[LayerId]) -> None:
+        """Evict until the quota is met.  ResourceExhaustedError if what must stay is too much."""
+        if self._shelf.used_bytes() <= self._bytes_max:
+            return
+        self._evict(lambda: self._shelf.used_bytes() <= self._bytes_max, frozenset(keep))
+        if (used := self._shelf.used_bytes()) > self._bytes_max:
+            raise ResourceExhaustedError(
+                f"the layers that must stay, and those being made, take {used} of {self._bytes_max} bytes: "
+                "remove images (dsec image rm), or raise the quota"
+            )
+
+    def _evict(self, is_enough: Callable[[], bool], keep: frozenset[LayerId] = frozenset()) -> list[LayerId]:
+        """Remove what nothing needs, the longest unused first; a parent becomes free with its last child."""
+        removed: list[LayerId] = []
+        tried = set(keep)
+        while not is_enough():
+            needed = self._needed()
+            candidate = next(
+                (layer for layer in self._shelf.layers() if layer not in needed and layer not in tried), None
+            )
+            if candidate is None:
+                break
+            tried.add(candidate)
+            if self._remove_unheld(candidate):
+                removed.append(candidate)
+        return removed
+
+    def _needed(self) -> dict[LayerId, str]:
+        """Layers that an image or another layer is made of, with the reason to say."""
+        needed: dict[LayerId, str] = {}
+        for layer_id, facts in self._shelf.layers().items():
+            needed.update(dict.fromkeys(facts.parents, f"layer {layer_id} was made over it"))
+        for image in self._shelf.images().values():
+            needed.update(dict.fromkeys(image.layers, f"image {image.name} is made of it"))
+        return needed
+
+    def _remove_unheld(self, layer_id: LayerId) -> bool:
+        """Remove a layer that no process holds; False if one does."""
+        try:
+            fd = os.open(self._shelf.path(layer_id), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._shelf.remove(layer_id)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(fd)
+        return True
