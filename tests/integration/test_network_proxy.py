@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -292,6 +293,54 @@ async def test_a_detached_sandbox_reaches_nothing_and_may_be_attached_again(worl
             await world.box.connect()
         await world.allow(LOOPBACK)
         (await world.tunnel(f"127.0.0.1:{port}"))[1].close()
+
+
+class Shelf:
+    """A keeper in this process."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, int] = {}
+
+    async def put(self, key: str, fd: int) -> None:
+        self.kept[key] = os.dup(fd)
+
+    async def drop(self, key: str) -> None:
+        os.close(self.kept.pop(key))
+
+    def copies(self) -> dict[str, int]:
+        return {key: os.dup(fd) for key, fd in self.kept.items()}
+
+
+async def test_a_listener_outlives_its_gateway_and_serves_who_waited(world: World) -> None:
+    shelf = Shelf()
+    await world.gateway.adopt(shelf, {}, ())
+    await world.allow(LOOPBACK)
+    await world.gateway.close()
+    with pytest.raises(OSError, match="in use"):
+        world.box.listen()
+    async with serving(echo) as port:
+        waiting = asyncio.create_task(world.ask(f"CONNECT 127.0.0.1:{port} HTTP/1.1\r\n\r\n".encode()))
+        world.gateway = Gateway(on_decision=world.decisions.append)
+        kept = shelf.copies()
+        await world.gateway.adopt(shelf, kept, [BOX])
+        assert kept == {}
+        await world.allow()
+        assert b" 403 " in await waiting
+        await world.allow(LOOPBACK)
+        (await world.tunnel(f"127.0.0.1:{port}"))[1].close()
+    await world.gateway.detach(BOX)
+    assert shelf.kept == {}
+    world.box.listen().close()
+
+
+async def test_the_listener_of_a_sandbox_that_died_meanwhile_is_given_up(world: World) -> None:
+    shelf = Shelf()
+    await world.gateway.adopt(shelf, {}, ())
+    await world.allow(LOOPBACK)
+    await world.gateway.close()
+    await Gateway().adopt(shelf, shelf.copies(), ())
+    assert shelf.kept == {}
+    world.box.listen().close()
 
 
 async def test_a_sandbox_that_took_the_port_is_found_out(world: World) -> None:

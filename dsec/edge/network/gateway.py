@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from errno import EADDRNOTAVAIL
 
 from dsec.edge.network.config import NetworkConfig
 from dsec.edge.network.listener import PROXY_ADDRESS, PROXY_PORT
-from dsec.edge.network.proxy import Decision, Proxy, Resolver, Shared
+from dsec.edge.network.proxy import KEY_PREFIX, Decision, Keeper, Proxy, Resolver, Shared
 from dsec.edge.network.rules import Address, Allowlist
 from dsec.types import NetworkPolicy, SandboxId
 
@@ -78,15 +78,29 @@ class Gateway:
             proxy = self._proxies[sandbox_id] = Proxy(sandbox_id, self._shared)
         await proxy.apply(allowlist, guest_pid)
 
-    async def detach(self, sandbox_id: SandboxId) -> None:
-        """End every connection of this sandbox and its proxy; nothing happens if it has none."""
+    async def adopt(self, keeper: Keeper, kept: dict[str, int], alive: Collection[SandboxId]) -> None:
+        """Keep listeners in `keeper` from now on, and take over those that `kept` has of sandboxes that are `alive`.
+
+        Clients that connect to one of these wait until `apply` has said what it allows.
+        """
+        self._shared.keeper = keeper
+        for key in [key for key in kept if key.startswith(KEY_PREFIX)]:
+            sandbox_id = SandboxId(key.removeprefix(KEY_PREFIX))
+            self._proxies[sandbox_id] = Proxy(sandbox_id, self._shared, socket.socket(fileno=kept.pop(key)))
+            if sandbox_id not in alive:
+                await self.detach(sandbox_id)
+
+    async def detach(self, sandbox_id: SandboxId) -> bool:
+        """End every connection of this sandbox and its proxy; False if it never had one."""
         proxy = self._proxies.pop(sandbox_id, None)
         if proxy is not None:
-            await proxy.close()
+            await proxy.close(is_over=True)
+        return proxy is not None
 
     async def close(self) -> None:
-        """Detach every sandbox."""
-        await asyncio.gather(*(self.detach(sandbox_id) for sandbox_id in list(self._proxies)))
+        """End every connection; listeners that the keeper has stay for the next process."""
+        proxies, self._proxies = self._proxies, {}
+        await asyncio.gather(*(proxy.close(is_over=False) for proxy in proxies.values()))
         threads, self._threads = self._threads, None
         if threads is not None:
             threads.shutdown(wait=False, cancel_futures=True)

@@ -17,9 +17,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from ipaddress import ip_address
+from typing import Protocol
 
 import msgspec
 
@@ -31,6 +33,7 @@ from dsec.errors import InvalidArgumentError
 from dsec.types import SandboxId
 
 ADDRESSES_COUNT_MAX = 8
+KEY_PREFIX = "network/"
 REASON_CHARACTERS_MAX = 256
 _LINGER_S = 1.0
 
@@ -59,8 +62,22 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     untold_count: int = 0
 
 
+class Keeper(Protocol):
+    """Holds copies of descriptors for the next process (`dsec.edge.keeper`)."""
+
+    async def put(self, key: str, fd: int) -> None:
+        """Keep a copy of `fd`."""
+        ...
+
+    async def drop(self, key: str) -> None:
+        """Keep it no more."""
+        ...
+
+
 class Shared:
     """What the proxies of all sandboxes have in common."""
+
+    keeper: Keeper | None = None
 
     def __init__(self, config: NetworkConfig, resolve: Resolver, on_decision: Callable[[Decision], None]) -> None:
         self.config = config
@@ -70,13 +87,15 @@ class Shared:
 
 
 class Proxy:
-    """The way out of one sandbox; closed until `apply`."""
+    """The way out of one sandbox; closed until `apply`.  `listener`: as an earlier process left it in the keeper."""
 
-    def __init__(self, sandbox_id: SandboxId, shared: Shared) -> None:
+    def __init__(self, sandbox_id: SandboxId, shared: Shared, listener: socket.socket | None = None) -> None:
         self.sandbox_id = sandbox_id
         self.shared = shared
         self.resolves = asyncio.Semaphore(shared.config.resolves_in_flight_max)
         self.allowlist: Allowlist | None = None
+        self._key = KEY_PREFIX + sandbox_id
+        self._listener = listener
         self._server: asyncio.Server | None = None
         self._opening = asyncio.Lock()
         self._connections: dict[asyncio.Task[None], _Connection] = {}
@@ -92,20 +111,35 @@ class Proxy:
             if not connection.is_allowed():
                 task.cancel()
         async with self._opening:
-            if self._server is None and not self._is_closed:
-                listener = await open_listener(guest_pid)
-                self._server = await asyncio.start_server(self._on_client, sock=listener, limit=HEAD_BYTES_MAX)
+            if self._server is not None or self._is_closed:
+                return
+            if self._listener is None:
+                self._listener = await self._open_listener(guest_pid)
+            self._server = await asyncio.start_server(self._on_client, sock=self._listener, limit=HEAD_BYTES_MAX)
 
-    async def close(self) -> None:
-        """Stop listening and end every connection."""
+    async def _open_listener(self, guest_pid: int) -> socket.socket:
+        listener = await open_listener(guest_pid)
+        try:
+            if self.shared.keeper is not None:
+                await self.shared.keeper.put(self._key, listener.fileno())
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+
+    async def close(self, *, is_over: bool) -> None:
+        """End every connection and stop listening; the keeper's copy stays for the next process unless it `is_over`."""
         self._is_closed = True
+        for task in self._connections:
+            task.cancel()
         async with self._opening:
+            if is_over and self._listener is not None and self.shared.keeper is not None:
+                await self.shared.keeper.drop(self._key)
             if self._server is not None:
                 self._server.close()
-        tasks = list(self._connections)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            if self._listener is not None:
+                self._listener.close()
+        await asyncio.gather(*self._connections, return_exceptions=True)
 
     def _on_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         shared, config = self.shared, self.shared.config
