@@ -1,9 +1,8 @@
 /* The guest as pid 1 of a Docker container: `dsec-sandbox guest SOCKET`.
  *
  * Docker has made the namespaces, the root and the cgroup, and holds the limits.  What is left is to
- * reach the Edge over the one socket that it listens on for us, and to give up what no command needs.
- * SYS_RESOURCE and SETPCAP stay with the guest, so that commands can be made to lack them
- * (`shed_privileges`).  Docker's own seccomp profile stays in force beneath ours.
+ * reach the Edge over the one socket that it listens on for us, and to install our seccomp filter above
+ * Docker's own profile.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -110,5 +110,5 @@ static long read_count(const char *file) {
 
 int is_crowded(void) {
     long limit = read_count("pids.max");
-    return limit >= 0 && read_count("pids.current") >= limit;
+    return limit >= 0 && read_count("pids.current") + is_supervising() >= limit; /* a supervisor is one more */
 }

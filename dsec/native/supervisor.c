@@ -13,6 +13,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -25,10 +26,12 @@
 #include <unistd.h>
 
 #include "guest.h"
-#include "sandbox.h"
 
 #define PROCESSES_MAX 32768
 #define STOP_PASSES_MAX 16
+/* How long the guest waits for a supervisor to start its command: 500 x 10 ms. */
+#define START_POLL_MS 10
+#define START_POLLS_MAX 500
 #define KILLED_STATUS 9 /* a wait status: death by SIGKILL */
 
 /* One page of these is shared with the supervisors.  `supervisor` 0: none, or it was killed. */
@@ -78,17 +81,25 @@ static _Noreturn void stay(struct supervised *entry) {
     _exit(0);
 }
 
-/* Both processes are clones, not vforks of the guest: each waits (CLONE_VFORK, or the pipe) until the
- * command has executed or given up, as `launch` promises. */
-static pid_t start_leader(struct supervised *entry) {
+/* In the supervisor's process; returns in the command's, with 0. */
+static pid_t start_leader(struct supervised *entry, int started) {
     prctl(PR_SET_CHILD_SUBREAPER, 1);
-    pid_t leader = (pid_t)syscall(SYS_clone, CLONE_VFORK | SIGCHLD, 0L, 0L, 0L, 0L);
-    if (leader == 0) return 0;
-    entry->leader = leader;
+    pid_t leader = (pid_t)syscall(SYS_clone, SIGCHLD, 0L, 0L, 0L, 0L);
+    if (leader == 0) {
+        close(started);
+        return 0;
+    }
     entry->error = errno;
-    syscall(SYS_close_range, 3, ~0U, 0); /* the pipe too: the guest goes on */
+    entry->leader = leader;
+    syscall(SYS_close_range, 3, ~0U, 0); /* `started` too, which is the word to the guest */
     if (leader < 0) _exit(1);
     stay(entry);
+}
+
+/* Until the supervisor has started its command, or is no more; whoever stops it on its way is undone. */
+static void await_leader(pid_t supervisor, int started) {
+    struct pollfd ready = {started, POLLIN, 0};
+    for (int i = 0; i < START_POLLS_MAX && poll(&ready, 1, START_POLL_MS) <= 0; i++) kill(supervisor, SIGCONT);
 }
 
 pid_t launch_supervised(const struct exec_group *group) {
@@ -96,24 +107,26 @@ pid_t launch_supervised(const struct exec_group *group) {
     int started[2];
     if (pipe2(started, O_CLOEXEC) < 0) return -1;
     pid_t supervisor = (pid_t)syscall(SYS_clone, SIGCHLD, 0L, 0L, 0L, 0L);
-    if (supervisor == 0) return start_leader(entry);
+    if (supervisor == 0) {
+        close(started[0]);
+        return start_leader(entry, started[1]);
+    }
     int error = errno;
     close(started[1]);
-    char byte;
-    while (supervisor > 0 && read(started[0], &byte, 1) < 0 && errno == EINTR) continue;
+    if (supervisor > 0) await_leader(supervisor, started[0]);
     close(started[0]);
-    if (supervisor > 0 && entry->leader > 0) {
-        entry->supervisor = supervisor;
-        return entry->leader;
-    }
-    if (supervisor > 0) waitpid(supervisor, NULL, 0);
+    entry->supervisor = supervisor > 0 ? supervisor : 0;
+    if (supervisor > 0 && entry->leader > 0) return entry->leader;
+    if (supervisor > 0) forget_supervised(group);
     errno = supervisor < 0 ? error : entry->leader < 0 ? entry->error : EAGAIN;
     return -1;
 }
 
 void forget_supervised(const struct exec_group *group) {
-    waitpid(table[group->number].supervisor, NULL, 0);
-    table[group->number].supervisor = 0;
+    struct supervised *entry = &table[group->number];
+    kill(entry->supervisor, SIGKILL); /* it may have been stopped */
+    waitpid(entry->supervisor, NULL, 0);
+    entry->supervisor = 0;
 }
 
 pid_t attribute_end(pid_t reaped, int *status) {
@@ -194,12 +207,4 @@ int has_supervised(const struct exec_group *group) {
     const struct supervised *entry = &table[group->number];
     if (entry->supervisor) kill(entry->supervisor, SIGCONT);
     return signal_tree(entry, SIGKILL) > 0;
-}
-
-/* A command is for the memory killer to take, and has fewer capabilities than the guest. */
-void shed_privileges(void) {
-    int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
-    if (fd < 0 || write(fd, "0", 1) != 1) fail("make the memory killer see a command");
-    close(fd);
-    drop_capabilities();
 }
