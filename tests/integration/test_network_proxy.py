@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -412,6 +413,22 @@ async def test_decisions_are_told_up_to_a_rate_and_then_counted() -> None:
         for _ in range(10):
             assert b" 403 " in await world.ask(b"CONNECT a.example:80 HTTP/1.1\r\n\r\n")
         assert [decision.untold_count for decision in world.decisions] == [0, 0, 0]
+
+
+async def test_decisions_are_lines_of_the_log_that_nobody_inside_can_break(caplog: pytest.LogCaptureFixture) -> None:
+    async with a_world() as world:
+        world.gateway = Gateway()
+        await world.allow(LOOPBACK)
+        with caplog.at_level("INFO"):
+            await world.ask(b"GET http://a\x1b\xffb/ HTTP/1.1\r\n\r\n")
+            await world.ask(b"CONNECT A.example.:80 HTTP/1.1\r\n\r\n")
+        await world.gateway.detach(BOX)
+    told = [json.loads(record.getMessage()) for record in caplog.records]
+    assert [(line["sandbox_id"], line["host"], line["allowed"]) for line in told] == [
+        (BOX, "", False),
+        (BOX, "a.example", False),
+    ]
+    assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
 async def test_lookups_of_one_sandbox_are_bounded() -> None:

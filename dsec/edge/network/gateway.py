@@ -13,10 +13,13 @@ See: docs/adr/0007-network-by-proxy.md.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from errno import EADDRNOTAVAIL
+
+import msgspec
 
 from dsec.edge.network.config import NetworkConfig
 from dsec.edge.network.listener import PROXY_ADDRESS, PROXY_PORT
@@ -25,6 +28,7 @@ from dsec.edge.network.rules import Address, Allowlist
 from dsec.types import NetworkPolicy, SandboxId
 
 _RESOLVER_THREADS_COUNT = 16
+log = logging.getLogger(__name__)
 
 
 def environment(policy: NetworkPolicy) -> dict[str, str]:
@@ -51,8 +55,16 @@ def is_own_address(address: Address) -> bool:
     return True
 
 
+def log_decision(decision: Decision) -> None:
+    """One line of JSON at the level INFO."""
+    log.info("%s", msgspec.json.encode(decision).decode())
+
+
 class Gateway:
-    """The proxies of this host's sandboxes.  `on_decision` must not wait; it is called in the event loop."""
+    """The proxies of this host's sandboxes.
+
+    `on_decision` is called in the event loop and must not wait; without one, decisions are lines of the log.
+    """
 
     def __init__(
         self,
@@ -61,7 +73,7 @@ class Gateway:
         resolve: Resolver | None = None,
     ) -> None:
         self._threads: ThreadPoolExecutor | None = None
-        self._shared = Shared(config or NetworkConfig(), resolve or self._resolve, on_decision or _ignore)
+        self._shared = Shared(config or NetworkConfig(), resolve or self._resolve, on_decision or log_decision)
         self._proxies: dict[SandboxId, Proxy] = {}
 
     async def apply(self, sandbox_id: SandboxId, guest_pid: int, policy: NetworkPolicy) -> None:
@@ -111,7 +123,3 @@ class Gateway:
         loop = asyncio.get_running_loop()
         found = await loop.run_in_executor(self._threads, socket.getaddrinfo, name, None, 0, socket.SOCK_STREAM)
         return [str(entry[4][0]) for entry in found]
-
-
-def _ignore(_decision: Decision) -> None:
-    pass
