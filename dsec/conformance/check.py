@@ -1,7 +1,8 @@
 """A check: one behaviour, a name that states it, and a coroutine that fails if it does not hold.
 
 Checks of kind `port` need no program to run, so that the double passes them too; checks of kind
-`linux` run commands of an ordinary Linux user land.
+`linux` run commands of an ordinary Linux user land.  What a substrate may lack is a feature: it says
+so (`DOCKER_LACKS`, for one), and the checks that need it are left out by name, never passed over.
 
 See: dsec/testing.py, which runs them.
 """
@@ -10,14 +11,26 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
+from dsec.errors import DsecError
 from dsec.sandbox import Sandbox, Substrate
-from dsec.types import OUTPUT_BYTES_MAX, Command, ExecResult, SandboxSpec
+from dsec.types import Command, ExecResult, SandboxSpec
 
 ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
+
+
+Kind = Literal["port", "linux"]
+Feature = Literal[
+    "disk_quota",  # what is written is bounded by `disk_bytes`, in bytes and in files
+    "layers",  # layers may be put together in any order
+    "network",  # an allowlist of destinations
+    "own_mounts",  # no file of the host's is bound into the root
+    "snapshot",  # `Sandbox.snapshot`
+    "user_namespace",  # root inside is nobody outside, and nobody inside can become pid 1's user
+]
 
 
 class NotConformingError(AssertionError):
@@ -28,13 +41,14 @@ class Check(msgspec.Struct, frozen=True):
     """One behaviour; `run` raises NotConformingError if the substrate lacks it."""
 
     name: str
-    kind: Literal["port", "linux"]
+    kind: Kind
+    needs: frozenset[Feature]
     run: Callable[[Substrate], Awaitable[None]]
 
 
-def check(*, kind: Literal["port", "linux"] = "linux") -> Callable[[Callable[[Substrate], Awaitable[None]]], Check]:
+def check(*needs: Feature, kind: Kind = "linux") -> Callable[[Callable[[Substrate], Awaitable[None]]], Check]:
     """Turn a coroutine function into a check of the same name."""
-    return lambda function: Check(function.__name__, kind, function)
+    return lambda function: Check(function.__name__, kind, frozenset(needs), function)
 
 
 def require(condition: object, message: object = "") -> None:
@@ -53,25 +67,24 @@ async def fresh(substrate: Substrate, spec: SandboxSpec | None = None) -> AsyncI
         await sandbox.destroy()
 
 
-async def shell(
-    sandbox: Sandbox,
-    script: str,
-    *,
-    timeout_s: float = 20.0,
-    stdin: bytes = b"",
-    output_bytes_max: int = OUTPUT_BYTES_MAX,
-    merge_stderr: bool = False,
-) -> ExecResult:
-    """Run a bash script."""
-    command = Command(
-        argv=("bash", "-c", script),
-        env=ENV,
-        timeout_s=timeout_s,
-        stdin=stdin,
-        output_bytes_max=output_bytes_max,
-        merge_stderr=merge_stderr,
-    )
-    return await sandbox.exec(command)
+def script(text: str, **more: Any) -> Command:
+    """The command that runs a bash script; `more` are fields of Command."""
+    fields: dict[str, Any] = {"argv": ("bash", "-c", text), "env": ENV, "timeout_s": 20.0}
+    return Command(**fields | more)
+
+
+async def shell(sandbox: Sandbox, text: str, **more: Any) -> ExecResult:
+    """Run a bash script; `more` are fields of Command."""
+    return await sandbox.exec(script(text, **more))
+
+
+async def refusal_of(attempt: Awaitable[object]) -> DsecError:
+    """The error that `attempt` must end with."""
+    try:
+        result = await attempt
+    except DsecError as error:
+        return error
+    raise NotConformingError(f"not refused: {result}")
 
 
 async def python(sandbox: Sandbox, program: str, *, timeout_s: float = 20.0) -> str:
@@ -81,8 +94,8 @@ async def python(sandbox: Sandbox, program: str, *, timeout_s: float = 20.0) -> 
     return result.stdout.data.decode()
 
 
-async def line(sandbox: Sandbox, script: str) -> str:
+async def line(sandbox: Sandbox, text: str, **more: Any) -> str:
     """Stdout of a bash script that must end well, without the last line end."""
-    result = await shell(sandbox, script)
+    result = await shell(sandbox, text, **more)
     require(result.exit_code == 0, result)
     return result.stdout.data.decode().rstrip("\n")

@@ -82,7 +82,7 @@ async def only_own_processes_are_visible(substrate: Substrate) -> None:
         require(await line(sandbox, "ps -o args= -p 1") == "init")
 
 
-@check()
+@check("user_namespace")
 async def pid_one_cannot_be_killed_read_or_limited(substrate: Substrate) -> None:
     async with fresh(substrate) as sandbox:
         for script in (
@@ -95,7 +95,7 @@ async def pid_one_cannot_be_killed_read_or_limited(substrate: Substrate) -> None
         require(await line(sandbox, "echo alive") == "alive")
 
 
-@check()
+@check("user_namespace")
 async def no_user_inside_is_the_one_of_pid_one(substrate: Substrate) -> None:
     async with fresh(substrate) as sandbox:
         before = await line(sandbox, "cut -d' ' -f19 /proc/1/stat; ionice -p 1")
@@ -119,6 +119,11 @@ async def privileges_are_few_and_final(substrate: Substrate) -> None:
         for name in ("CapEff", "CapPrm", "CapBnd", "CapInh", "CapAmb"):
             require(int(status[name], 16) & _FATAL_CAPABILITIES == 0, status)
         require(status["NoNewPrivs"] == "1" and status["Seccomp"] == "2", status)
+
+
+@check("user_namespace")
+async def root_inside_is_nobody_outside(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
         outside = (await line(sandbox, "cat /proc/self/uid_map")).split()
         require(outside[0] == "0" and int(outside[1]) >= 65536, outside)
 
@@ -159,7 +164,7 @@ async def the_network_is_only_localhost(substrate: Substrate) -> None:
     )
     async with fresh(substrate) as sandbox:
         require(await python(sandbox, program) == "['lo']\nb'x'\n")
-        require(await line(sandbox, "tail -n +2 /proc/net/unix | wc -l") == "0", "sockets of others")
+        require(await line(sandbox, "awk 'NR > 1 && NF > 7' /proc/net/unix") == "", "named sockets of others")
 
 
 @check()
@@ -180,11 +185,21 @@ async def the_root_has_nothing_above_or_beneath(substrate: Substrate) -> None:
         "import os\n"
         "for _ in range(50): os.chdir('..')\n"
         "print(sorted(set(os.listdir('.')) ^ set(os.listdir('/'))))\n"
+        "try: os.mkdir('/tmp/esc'); inner = os.open('/', os.O_RDONLY); os.chroot('/tmp/esc')\n"
+        "except OSError as error: print(error.errno)\n"
+    )
+    async with fresh(substrate) as sandbox:
+        require(await python(sandbox, program) == "[]\n1\n")
+
+
+@check("own_mounts")
+async def only_what_a_sandbox_needs_is_mounted(substrate: Substrate) -> None:
+    program = (
         "print(sorted({line.split()[4] for line in open('/proc/self/mountinfo')} - {'/', '/usr', '/dev', '/dev/pts', "
         "'/dev/shm', '/proc'} - {line.split()[4] for line in open('/proc/self/mountinfo') if ' /proc/' in line}))"
     )
     async with fresh(substrate) as sandbox:
-        require(await python(sandbox, program) == "[]\n[]\n")
+        require(await python(sandbox, program) == "[]\n")
 
 
 @check()
@@ -247,11 +262,13 @@ CHECKS: tuple[Check, ...] = (
     no_user_inside_is_the_one_of_pid_one,
     no_environment_of_the_host_is_visible,
     privileges_are_few_and_final,
+    root_inside_is_nobody_outside,
     dangerous_system_calls_are_refused,
     only_sockets_that_the_network_namespace_isolates_exist,
     the_network_is_only_localhost,
     mounts_and_devices_cannot_be_made,
     the_root_has_nothing_above_or_beneath,
+    only_what_a_sandbox_needs_is_mounted,
     what_programs_do_not_need_of_the_host_reads_as_empty,
     the_homes_and_temporary_folders_start_empty,
     programs_changed_by_one_sandbox_stay_whole_in_another,

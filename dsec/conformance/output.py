@@ -9,8 +9,10 @@ import hashlib
 import random
 import time
 
-from dsec.conformance.check import Check, check, fresh, require, shell
-from dsec.sandbox import Substrate
+from dsec.conformance.check import Check, check, fresh, require, script, shell
+from dsec.errors import OutOfRangeError
+from dsec.sandbox import Process, Substrate
+from dsec.types import Stream
 
 
 @check()
@@ -23,8 +25,8 @@ async def stdout_and_stderr_come_apart(substrate: Substrate) -> None:
 @check()
 async def merged_output_keeps_its_order(substrate: Substrate) -> None:
     async with fresh(substrate) as sandbox:
-        script = "for i in 1 2 3 4 5; do echo o$i; echo e$i >&2; done"
-        result = await shell(sandbox, script, merge_stderr=True)
+        both = "for i in 1 2 3 4 5; do echo o$i; echo e$i >&2; done"
+        result = await shell(sandbox, both, merge_stderr=True)
         expected = b"".join(b"o%d\ne%d\n" % (i, i) for i in range(1, 6))
         require(result.stdout.data == expected and result.stderr.data == b"", result)
 
@@ -81,6 +83,71 @@ async def a_flood_leaves_other_sandboxes_well(substrate: Substrate) -> None:
         require((await shell(loud, "echo ok-$((6*7))")).stdout.data == b"ok-42\n", "not well after the flood")
 
 
+async def _whole(process: Process, stream: Stream, bytes_max: int) -> bytes:
+    pieces: list[bytes] = []
+    while piece := await process.read_output(stream, sum(map(len, pieces)), bytes_max):
+        require(len(piece) <= bytes_max, len(piece))
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+@check()
+async def output_is_read_while_the_command_runs(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        text = "echo one; echo fault >&2; until [ -e /tmp/go ]; do sleep 0.02; done; echo two"
+        process = await sandbox.start(script(text))
+        require(await process.read_output("stdout", 0, 100) == b"one\n", "the first line")
+        require(await process.read_output("stderr", 2, 2) == b"ul", "a part of stderr")
+        waiting = asyncio.create_task(process.read_output("stdout", 4, 100))
+        await shell(sandbox, "true")
+        require(not waiting.done(), "it did not wait for more")
+        await shell(sandbox, "touch /tmp/go")
+        require(await waiting == b"two\n" and await process.read_output("stdout", 8, 100) == b"", "the rest")
+        result = await process.wait()
+        require(result.stdout.data == b"one\ntwo\n" and result.stderr.data == b"fault\n", result)
+
+
+@check()
+async def output_is_read_again_after_the_end(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        process = await sandbox.start(script("seq 20000; seq 100 >&2"))
+        await process.wait()
+        counts: dict[Stream, int] = {"stdout": 20_000, "stderr": 100}
+        for stream, count in counts.items():
+            expected = "".join(f"{number}\n" for number in range(1, count + 1)).encode()
+            for bytes_max in (1 << 20, 7777):
+                require(await _whole(process, stream, bytes_max) == expected, (stream, bytes_max))
+            require(await process.read_output(stream, len(expected), 10) == b"", "beyond the end")
+            require(await process.read_output(stream, 1 << 50, 10) == b"", "far beyond the end")
+
+
+@check()
+async def bytes_that_were_dropped_are_refused_and_all_others_are_exact(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        whole = "".join(f"{number}\n" for number in range(1, 30_001)).encode()
+        process = await sandbox.start(script("seq 30000", output_bytes_max=1000))
+        result = await process.wait()
+        require(result.stdout.dropped_bytes == len(whole) - 1000, result.stdout.dropped_bytes)
+        for offset in (0, 400, 499, 500, 501, 5000, len(whole) - 501, len(whole) - 500, len(whole) - 10):
+            try:
+                piece = await process.read_output("stdout", offset, 100)
+            except OutOfRangeError:
+                require(500 <= offset < len(whole) - 500, f"{offset} was kept")
+            else:
+                require(piece and piece == whole[offset : offset + len(piece)], offset)
+
+
+@check()
+async def unread_output_stalls_nobody(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        process = await sandbox.start(script("head -c 200000000 /dev/zero; echo x >&2", timeout_s=60))
+        reading = asyncio.create_task(process.read_output("stderr", 0, 10))
+        require((await shell(sandbox, "echo beside")).stdout.data == b"beside\n", "the next command")
+        require(await reading == b"x\n", "stderr behind a flood of stdout")
+        result = await process.wait()
+        require(result.stdout.total_bytes == 200_000_000, result.stdout.total_bytes)
+
+
 CHECKS: tuple[Check, ...] = (
     stdout_and_stderr_come_apart,
     merged_output_keeps_its_order,
@@ -89,4 +156,8 @@ CHECKS: tuple[Check, ...] = (
     long_output_keeps_head_and_tail_and_counts_the_rest,
     output_at_the_bound_is_whole_and_one_byte_more_is_not,
     a_flood_leaves_other_sandboxes_well,
+    output_is_read_while_the_command_runs,
+    output_is_read_again_after_the_end,
+    bytes_that_were_dropped_are_refused_and_all_others_are_exact,
+    unread_output_stalls_nobody,
 )

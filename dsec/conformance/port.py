@@ -4,19 +4,10 @@
 
 from __future__ import annotations
 
-from dsec.conformance.check import Check, check, fresh, require
-from dsec.errors import DsecError, InvalidArgumentError, SandboxLostError
-from dsec.sandbox import Sandbox, Substrate
+from dsec.conformance.check import Check, check, fresh, refusal_of, require
+from dsec.errors import InvalidArgumentError, SandboxLostError
+from dsec.sandbox import Substrate
 from dsec.types import STDIN_BYTES_MAX, Command, SandboxSpec
-
-
-async def _refusal_of(sandbox: Sandbox, command: Command) -> DsecError:
-    try:
-        result = await sandbox.exec(command)
-    except DsecError as error:
-        return error
-    require(False, f"not refused: {result}")
-    raise AssertionError
 
 
 @check(kind="port")
@@ -36,7 +27,7 @@ async def destroy_is_safe_to_call_twice(substrate: Substrate) -> None:
 async def a_destroyed_sandbox_is_lost(substrate: Substrate) -> None:
     sandbox = await substrate.create(SandboxSpec())
     await sandbox.destroy()
-    error = await _refusal_of(sandbox, Command(argv=("true",)))
+    error = await refusal_of(sandbox.exec(Command(argv=("true",))))
     require(isinstance(error, SandboxLostError), error)
 
 
@@ -54,7 +45,7 @@ async def a_command_that_cannot_be_run_is_refused_with_its_reason(substrate: Sub
     }
     async with fresh(substrate) as sandbox:
         for words, command in bad.items():
-            error = await _refusal_of(sandbox, command)
+            error = await refusal_of(sandbox.exec(command))
             require(isinstance(error, InvalidArgumentError) and words.split()[0] in str(error), (words, error))
         require((await sandbox.exec(Command(argv=("/bin/true",)))).exit_code == 0)
 
@@ -62,7 +53,7 @@ async def a_command_that_cannot_be_run_is_refused_with_its_reason(substrate: Sub
 @check(kind="port")
 async def an_argument_above_the_kernels_limit_is_refused_and_the_sandbox_lives(substrate: Substrate) -> None:
     async with fresh(substrate) as sandbox:
-        error = await _refusal_of(sandbox, Command(argv=("/bin/true", "a" * 131_072)))
+        error = await refusal_of(sandbox.exec(Command(argv=("/bin/true", "a" * 131_072))))
         require(isinstance(error, InvalidArgumentError) and "argv[1]" in str(error), error)
         require((await sandbox.exec(Command(argv=("/bin/true", "a" * 131_071)))).exit_code == 0)
 

@@ -92,7 +92,7 @@ async def no_command_can_hide_from_the_oom_killer(substrate: Substrate) -> None:
         await _require_well(sandbox)
 
 
-@check()
+@check("disk_quota")
 async def a_full_disk_is_an_error_inside_and_the_sandbox_lives(substrate: Substrate) -> None:
     async with fresh(substrate, _SMALL) as sandbox:
         for place in ("/tmp", "/usr/lib", "/dev/shm"):  # one quota for all that is written
@@ -103,7 +103,7 @@ async def a_full_disk_is_an_error_inside_and_the_sandbox_lives(substrate: Substr
             require((60 << 20) <= size <= (64 << 20), size)
 
 
-@check()
+@check("disk_quota")
 async def endless_small_files_are_bounded_too(substrate: Substrate) -> None:
     async with fresh(substrate, _SMALL) as sandbox:
         program = "import itertools\nfor i in itertools.count(): open(f'/tmp/f{i}', 'w').close()"

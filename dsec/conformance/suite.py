@@ -5,10 +5,12 @@ See: dsec/conformance/check.py for what a check is.
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
+
 import msgspec
 
-from dsec.conformance import execution, isolation, output, port, resources
-from dsec.conformance.check import Check, NotConformingError
+from dsec.conformance import execution, isolation, lifecycle, output, port, processes, resources, terminals, users
+from dsec.conformance.check import Check, Feature, NotConformingError
 from dsec.errors import DsecError
 from dsec.sandbox import Substrate
 
@@ -16,6 +18,10 @@ SANDBOX_CHECKS: tuple[Check, ...] = (
     *port.CHECKS,
     *execution.CHECKS,
     *output.CHECKS,
+    *processes.CHECKS,
+    *terminals.CHECKS,
+    *users.CHECKS,
+    *lifecycle.CHECKS,
     *isolation.CHECKS,
     *resources.CHECKS,
 )
@@ -28,10 +34,15 @@ class Outcome(msgspec.Struct, frozen=True):
     problem: str = ""
 
 
-async def check_sandbox(substrate: Substrate) -> list[Outcome]:
-    """Run every check of the suite against an open substrate, one after the other."""
+def checks_for(lacks: AbstractSet[Feature] = frozenset()) -> tuple[Check, ...]:
+    """The checks that a substrate must pass which says that it lacks these features."""
+    return tuple(check for check in SANDBOX_CHECKS if not check.needs & lacks)
+
+
+async def check_sandbox(substrate: Substrate, lacks: AbstractSet[Feature] = frozenset()) -> list[Outcome]:
+    """Run every check for a substrate without these features against it, open, one after the other."""
     outcomes = []
-    for check in SANDBOX_CHECKS:
+    for check in checks_for(lacks):
         try:
             await check.run(substrate)
         except (NotConformingError, DsecError) as error:

@@ -1,16 +1,26 @@
 """A check that is written is a check that runs."""
 
-from dsec.conformance import execution, isolation, output, port, resources
+import importlib
+import pkgutil
+
+from dsec import conformance
 from dsec.conformance.check import Check
+from dsec.conformance.suite import checks_for
 from dsec.testing import SANDBOX_CHECKS
 
 
 def test_every_check_of_the_suite_is_in_its_list_once() -> None:
-    written = [
-        value
-        for module in (port, execution, output, isolation, resources)
-        for value in vars(module).values()
-        if isinstance(value, Check)
+    modules = [
+        importlib.import_module(f"dsec.conformance.{found.name}")
+        for found in pkgutil.iter_modules(conformance.__path__)
     ]
+    written = [value for module in modules for value in vars(module).values() if isinstance(value, Check)]
     assert len(SANDBOX_CHECKS) == len({check.name for check in SANDBOX_CHECKS})
     assert {check.name for check in written} == {check.name for check in SANDBOX_CHECKS}
+
+
+def test_what_a_substrate_lacks_leaves_out_the_checks_that_need_it_and_no_other() -> None:
+    left_out = set(SANDBOX_CHECKS) - set(checks_for({"snapshot", "disk_quota"}))
+    assert left_out == {check for check in SANDBOX_CHECKS if check.needs & {"snapshot", "disk_quota"}}
+    assert left_out
+    assert checks_for() == SANDBOX_CHECKS
