@@ -28,7 +28,7 @@ from dsec.types import (
 from dsec.views import CommandView, CreateRequest, HostView, SandboxView
 
 STREAMS: dict[int, Stream] = {pb.STREAM_UNSPECIFIED: "stdout", pb.STDOUT: "stdout", pb.STDERR: "stderr"}
-STREAM_NUMBERS = {"stdout": pb.STDOUT, "stderr": pb.STDERR}
+STREAM_NUMBERS: dict[Stream, pb.Stream] = {"stdout": pb.STDOUT, "stderr": pb.STDERR}
 _SPEC_SCALARS = ("base", "cpu_weight", "memory_bytes", "disk_bytes", "pids_count_max", "cpu_cores", "hostname")
 
 

@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from dsec.terminal import visible
 from rollout.ledger import Ledger
 from rollout.machine import Phase
 from rollout.record import TrajectoryRecord
@@ -28,12 +29,6 @@ _RATE_WINDOW_S = 3.0
 _BAR_WIDTH = 60
 _FILE_WIDTH = 160
 LINE_INTERVAL_S = 30.0
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def visible(text: str) -> str:
-    """The text with control and direction-changing characters written out."""
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def make_console() -> Console:

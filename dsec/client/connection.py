@@ -44,7 +44,7 @@ _OPTIONS: list[tuple[str, Any]] = [
 class Patience(msgspec.Struct, frozen=True):
     """How long a call is repeated: where no Edge ever answered, where it was lost, and where it is full."""
 
-    connect_s: float = 5.0
+    connect_s: float = 3.0
     lost_s: float = 60.0
     busy_s: float = 0.0
 

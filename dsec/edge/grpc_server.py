@@ -149,10 +149,10 @@ class EdgeServicer(pb_grpc.EdgeServicer):
             for view in self._edge.commands(request.sandbox_id):
                 yield _brief(messages.info_message(view))
 
-    async def GetTrajectory(self, request: pb.SandboxRef, context: Context) -> AsyncIterator[pb.TrajectoryEntry]:
+    async def GetTrajectory(self, request: pb.SandboxRef, context: Context) -> AsyncIterator[pb.CommandInfo]:
         async with _answering(context, "GetTrajectory"):
-            async for entry in self._edge.trajectory(request.sandbox_id):
-                yield messages.entry_message(entry)
+            async for view in self._edge.trajectory(request.sandbox_id):
+                yield messages.info_message(view)
 
     async def GrantLease(self, request: pb.GrantLeaseRequest, context: Context) -> pb.Done:
         grant = self._edge.grant_lease(request.owner, request.epoch, request.ttl_s)

@@ -342,20 +342,6 @@ class ResizeRequest(_message.Message):
     size: TtySize
     def __init__(self, sandbox_id: _Optional[str] = ..., key: _Optional[str] = ..., size: _Optional[_Union[TtySize, _Mapping]] = ...) -> None: ...
 
-class TrajectoryEntry(_message.Message):
-    __slots__ = ("key", "number", "command", "state", "result")
-    KEY_FIELD_NUMBER: _ClassVar[int]
-    NUMBER_FIELD_NUMBER: _ClassVar[int]
-    COMMAND_FIELD_NUMBER: _ClassVar[int]
-    STATE_FIELD_NUMBER: _ClassVar[int]
-    RESULT_FIELD_NUMBER: _ClassVar[int]
-    key: str
-    number: int
-    command: Command
-    state: str
-    result: ExecResult
-    def __init__(self, key: _Optional[str] = ..., number: _Optional[int] = ..., command: _Optional[_Union[Command, _Mapping]] = ..., state: _Optional[str] = ..., result: _Optional[_Union[ExecResult, _Mapping]] = ...) -> None: ...
-
 class GrantLeaseRequest(_message.Message):
     __slots__ = ("owner", "epoch", "ttl_s")
     OWNER_FIELD_NUMBER: _ClassVar[int]

@@ -142,7 +142,7 @@ class EdgeStub:
         self.GetTrajectory = channel.unary_stream(
                 '/dsec.pb.v1.Edge/GetTrajectory',
                 request_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.SandboxRef.SerializeToString,
-                response_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.TrajectoryEntry.FromString,
+                response_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.CommandInfo.FromString,
                 _registered_method=True)
         self.GrantLease = channel.unary_unary(
                 '/dsec.pb.v1.Edge/GrantLease',
@@ -311,7 +311,8 @@ class EdgeServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetTrajectory(self, request, context):
-        """The trajectory log of a sandbox, also of one that has ended.
+        """Every command with its result, from the log, also of a sandbox that has ended; in the order of their ends, then
+        those without one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -449,7 +450,7 @@ def add_EdgeServicer_to_server(servicer, server):
             'GetTrajectory': grpc.unary_stream_rpc_method_handler(
                     servicer.GetTrajectory,
                     request_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.SandboxRef.FromString,
-                    response_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.TrajectoryEntry.SerializeToString,
+                    response_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.CommandInfo.SerializeToString,
             ),
             'GrantLease': grpc.unary_unary_rpc_method_handler(
                     servicer.GrantLease,
@@ -1060,7 +1061,7 @@ class Edge:
             target,
             '/dsec.pb.v1.Edge/GetTrajectory',
             dsec_dot_pb_dot_v1_dot_edge__pb2.SandboxRef.SerializeToString,
-            dsec_dot_pb_dot_v1_dot_edge__pb2.TrajectoryEntry.FromString,
+            dsec_dot_pb_dot_v1_dot_edge__pb2.CommandInfo.FromString,
             options,
             channel_credentials,
             insecure,

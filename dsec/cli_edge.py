@@ -1,0 +1,95 @@
+"""Commands for the Edge of this host: `dsec edge serve` and `dsec edge status`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import msgspec
+
+from dsec.address import default_directory, default_url
+from dsec.cli_sandbox import JSON_OPTION, example
+from dsec.terminal import render_columns
+
+
+@click.group(short_help="The host agent: serve it, or look at it.", epilog=example("dsec edge serve"))
+def edge() -> None:
+    """The host agent that makes sandboxes, keeps their log, and is there again after a crash."""
+
+
+@edge.command(
+    short_help="Serve this host's sandboxes over gRPC.",
+    epilog=example(
+        "dsec edge serve",
+        "dsec edge serve --directory /srv/dsec --listen unix:/run/dsec/edge.sock \\",
+        "    --listen tls:0.0.0.0:7700 --token-file token --tls-cert edge.pem --tls-key edge.key",
+    ),
+)
+@click.option("--directory", type=click.Path(path_type=Path), help=f"Its state  [default: {default_directory()}]")
+@click.option(
+    "--listen",
+    "urls",
+    multiple=True,
+    metavar="URL",
+    help=f"unix:PATH, tcp:HOST:PORT or tls:HOST:PORT, any number  [default: {default_url()}]",
+)
+@click.option("--token-file", type=click.Path(path_type=Path), help="What tcp and tls ask for  [default: DSEC_API_KEY]")
+@click.option("--tls-cert", type=click.Path(path_type=Path), help="The certificate and its chain, PEM.")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key, PEM.")
+@click.option("--substrate", type=click.Choice(["container", "docker"]), default="container", show_default=True)
+@click.option("--destroy-on-exit", is_flag=True, help="End the sandboxes too, when a signal ends the Edge.")
+@click.option("--json", "as_json", is_flag=True, help="Say that it is ready as one JSON object.")
+def serve(
+    directory: Path | None,
+    urls: Sequence[str],
+    token_file: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    substrate: str,
+    destroy_on_exit: bool,
+    as_json: bool,
+) -> None:
+    """Serve this host's sandboxes (dsec.pb.v1.Edge, health, reflection) until SIGINT or SIGTERM comes.
+
+    Its sandboxes live on then, as after a crash, and the next `dsec edge serve` takes them up; with nobody there for
+    a while they end.  A unix socket is for our own user only; tcp and tls ask for a token.
+    """
+    from dsec.edge import main
+
+    options = main.ServeOptions(
+        directory=directory or default_directory(),
+        urls=tuple(urls) or (default_url(),),
+        token=main.read_token(token_file),
+        certificate=main.read_certificate(tls_cert, tls_key),
+        substrate=substrate,
+        destroys_on_exit=destroy_on_exit,
+    )
+
+    def tell(ready: main.Ready) -> None:
+        if as_json:
+            click.echo(msgspec.json.encode(ready))
+        else:
+            click.echo(
+                f"dsec: serving {', '.join(ready.urls)}; state in {ready.directory}; {ready.adopted} sandboxes taken up"
+            )
+
+    left = asyncio.run(main.serve(options, tell))
+    if left:
+        click.echo(f"dsec: {left} sandboxes live on; the next `dsec edge serve` takes them up", err=True)
+
+
+@edge.command(short_help="What the host has, and what of it is used.", epilog=example("dsec edge status --json"))
+@JSON_OPTION
+def status(as_json: bool) -> None:
+    """What the host of an Edge has, and what of it is used."""
+    from dsec.client.host import host_view
+
+    view = asyncio.run(host_view())
+    if as_json:
+        click.echo(msgspec.json.encode(view))
+        return
+    rows = [(name, f"{view.used.get(name, 0):,.0f}", f"{total:,.0f}") for name, total in sorted(view.total.items())]
+    rows += [(f"sandboxes {state}", str(count), "") for state, count in sorted(view.sandboxes.items())]
+    click.echo(render_columns(("WHAT", "USED", "OF"), rows))

@@ -1,0 +1,228 @@
+"""Commands for what runs in a sandbox: `dsec exec`, `logs` and `trajectory`."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+import msgspec
+
+from dsec.cli_sandbox import connected, example
+from dsec.client.commands import CommandResult, RunOptions
+from dsec.client.sandbox import AsyncSandbox
+from dsec.client.terminal import relay, terminal_size, write_all
+from dsec.errors import DsecError
+from dsec.terminal import render_columns, visible
+from dsec.types import ExecResult
+from dsec.views import CommandView
+
+TIMEOUT_S_MAX = 7 * 86_400.0
+FAILED_CODE = 125
+"""As `docker run`: dsec itself failed, and the command's own exit code is not known."""
+
+
+class ExecCommand(click.Command):
+    """Says 125 where dsec itself failed: every other code may be the command's."""
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        """Parse; bad usage is a failure of ours."""
+        try:
+            return super().make_context(*args, **options)
+        except click.UsageError as error:
+            error.show()
+            sys.exit(FAILED_CODE)
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run; an error of ours is a line on stderr and 125."""
+        try:
+            return super().invoke(ctx)
+        except DsecError as error:
+            click.echo(f"dsec: {visible(str(error))}", err=True)
+            sys.exit(FAILED_CODE)
+
+
+def _parse_envs(context: click.Context, parameter: click.Parameter, pairs: Sequence[str]) -> dict[str, str]:
+    envs = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            value = os.environ.get(name, "")
+        if not name:
+            raise click.BadParameter(f"{pair!r} is not NAME=VALUE or NAME", context, parameter)
+        envs[name] = value
+    return envs
+
+
+@click.command(
+    "exec",
+    cls=ExecCommand,
+    short_help="Run a command in a sandbox.",
+    epilog=example(
+        "dsec exec ID -- ls -l /",
+        "dsec exec ID --timeout-s 60 --json -- bash -c 'make test 2>&1'",
+        "dsec exec -it ID -- bash",
+        "tar -c . | dsec exec -i ID -- tar -x -C /srv",
+    ),
+)
+@click.option("--timeout-s", type=float, default=TIMEOUT_S_MAX, help="Kill its tree after so long  [default: 7 days]")
+@click.option("--key", default="", help="Run it once: the same key gives the same result for ever.")
+@click.option("-w", "--cwd", default="/", show_default=True, help="Where it runs.")
+@click.option("-e", "--env", "envs", multiple=True, metavar="NAME[=VALUE]", callback=_parse_envs, help="A variable.")
+@click.option("-u", "--user", default="", help="A name of the sandbox's own, UID or UID:GID  [default: root]")
+@click.option("-i", "--interactive", is_flag=True, help="Pass our stdin on.")
+@click.option("-t", "--tty", "has_tty", is_flag=True, help="Give it a terminal.")
+@click.option("-d", "--detach", is_flag=True, help="Print its key and leave it running.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object when it has ended, and exit with 0.")
+@click.argument("sandbox_id", metavar="ID")
+@click.argument("argv", metavar="CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
+def exec_(
+    sandbox_id: str,
+    argv: Sequence[str],
+    timeout_s: float,
+    key: str,
+    cwd: str,
+    envs: dict[str, str],
+    user: str,
+    interactive: bool,
+    has_tty: bool,
+    detach: bool,
+    as_json: bool,
+) -> None:
+    """Run a command in a sandbox; its output, and its exit code, are ours.
+
+    No shell is between: say `bash -c '...'` for one.  Exit code 125: dsec itself failed.  An interrupt kills the
+    command.  With --json: exit_code, stdout and stderr (base64), truncated, timed_out, oom, duration_s, key.
+    """
+    if has_tty and not os.isatty(0):
+        raise click.UsageError("-t needs a terminal on stdin")
+    if has_tty and (as_json or detach):
+        raise click.UsageError("-t goes with neither --json nor --detach")
+    options = RunOptions(cwd=cwd, envs=envs, user=user, timeout_s=timeout_s, stdin=interactive)
+
+    async def run(sandbox: AsyncSandbox) -> CommandResult | str:
+        if has_tty:
+            size = terminal_size()
+            handle = await sandbox.pty.create(argv, rows=size.rows, columns=size.columns, key=key, **options)
+            return await relay(handle, feeds_stdin=interactive, has_tty=True)
+        if as_json and not interactive:
+            return await sandbox.commands.run(argv, key=key, **options)
+        handle = await sandbox.commands.run(argv, background=True, key=key, **options)
+        if detach:
+            return handle.key
+        return await relay(handle, feeds_stdin=interactive, has_tty=False, is_quiet=as_json)
+
+    ended = _interruptible(connected(sandbox_id, run))
+    if isinstance(ended, str):
+        click.echo(ended)
+    elif as_json:
+        click.echo(msgspec.json.encode(result_fields(ended.raw) | {"key": ended.key}))
+    else:
+        if ended.timed_out:
+            click.echo(f"dsec: timed out after {timeout_s:g} s and was killed", err=True)
+        sys.exit(ended.exit_code)
+
+
+def _interruptible(running: Any) -> Any:
+    """What a coroutine gives; SIGINT and SIGTERM cancel it, and then end us with 130 or 143."""
+
+    async def run() -> Any:
+        task = asyncio.ensure_future(running)
+        stopped_by: list[signal.Signals] = []
+
+        def stop(number: signal.Signals) -> None:
+            stopped_by.append(number)
+            task.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, stop, number)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            sys.exit(128 + (stopped_by or [signal.SIGTERM])[0])
+
+    return asyncio.run(run())
+
+
+def result_fields(result: ExecResult) -> dict[str, object]:
+    """A result as JSON: output in base64, what was kept of it, and how long it was."""
+    return {
+        "exit_code": result.exit_code,
+        "stdout": base64.b64encode(result.stdout.data).decode(),
+        "stderr": base64.b64encode(result.stderr.data).decode(),
+        "truncated": result.stdout.is_truncated or result.stderr.is_truncated,
+        "stdout_bytes": result.stdout.total_bytes,
+        "stderr_bytes": result.stderr.total_bytes,
+        "timed_out": result.timed_out,
+        "oom": result.oom_killed,
+        "duration_s": result.duration_s,
+    }
+
+
+@click.command(short_help="Print the output of a command.", epilog=example("dsec logs ID KEY", "dsec logs ID '#3'"))
+@click.argument("sandbox_id", metavar="ID")
+@click.argument("key")
+def logs(sandbox_id: str, key: str) -> None:
+    """Print what a command wrote, from its first byte until it ends; `dsec trajectory` shows the keys."""
+
+    async def run(sandbox: AsyncSandbox) -> None:
+        handle = await sandbox.commands.connect(key)
+        async for event in handle.follow():
+            if not isinstance(event, CommandResult):
+                write_all(1 if event[0] == "stdout" else 2, event[1])
+
+    _interruptible(connected(sandbox_id, run))
+
+
+@click.command(
+    short_help="Print every command of a sandbox and what came of it.",
+    epilog=example("dsec trajectory ID", "dsec trajectory ID --json | jq .key"),
+)
+@click.argument("sandbox_id", metavar="ID")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each command.")
+def trajectory(sandbox_id: str, as_json: bool) -> None:
+    """Print every command of a sandbox and what came of it; it outlives the sandbox."""
+
+    async def run(sandbox: AsyncSandbox) -> list[CommandView]:
+        return sorted([view async for view in sandbox.trajectory()], key=lambda view: view.number)
+
+    views = asyncio.run(connected(sandbox_id, run))
+    if as_json:
+        for view in views:
+            click.echo(msgspec.json.encode(_fields(view)))
+    else:
+        click.echo(render_columns(("NO", "KEY", "STATE", "EXIT", "SECONDS", "COMMAND"), list(map(_row, views))))
+
+
+def _fields(view: CommandView) -> dict[str, object]:
+    command = view.command
+    return {
+        "number": view.number,
+        "key": view.key,
+        "state": view.state,
+        "argv": list(map(printable, command.argv)),
+        "cwd": printable(command.cwd),
+        "env": {printable(name): printable(value) for name, value in command.env.items()},
+        "user": command.user,
+        "stdin_bytes": len(command.stdin),
+        "timeout_s": command.timeout_s,
+        **({} if view.result is None else result_fields(view.result)),
+    }
+
+
+def _row(view: CommandView) -> tuple[str, ...]:
+    result = view.result
+    how = ("", "") if result is None else (str(result.exit_code), f"{result.duration_s:.3f}")
+    command = shlex.join(map(printable, view.command.argv))
+    return str(view.number), view.key, view.state, *how, command if len(command) <= 100 else command[:97] + "..."
+
+
+def printable(text: str) -> str:
+    """A text of the kernel's with its bytes that are not UTF-8 replaced."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")

@@ -1,0 +1,221 @@
+"""Commands for sandboxes of an Edge: `dsec create`, `pause`, `resume`, `snapshot`, `fork`, `network`, `rm`, `ps`.
+
+Every command takes the Edge from DSEC_API_URL and DSEC_API_KEY, else this host's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import click
+import msgspec
+
+from dsec.client.connection import connect
+from dsec.client.sandbox import AsyncSandbox, CreateOptions
+from dsec.client.substrate import RemoteSandbox
+from dsec.terminal import render_columns
+from dsec.types import SandboxId
+from dsec.views import SandboxView
+
+MIB = 1 << 20
+JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def example(*lines: str) -> str:
+    """The end of a command's help."""
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _parse_labels(context: click.Context, parameter: click.Parameter, pairs: Sequence[str]) -> dict[str, str]:
+    labels = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not name or not separator:
+            raise click.BadParameter(f"{pair!r} is not NAME=VALUE", context, parameter)
+        labels[name] = value
+    return labels
+
+
+def label_option(text: str) -> Callable[[Any], Any]:
+    """`--label NAME=VALUE`, any number of times."""
+    return click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", callback=_parse_labels, help=text)
+
+
+async def connected(sandbox_id: str, use: Callable[[AsyncSandbox], Awaitable[Any]]) -> Any:
+    """What `use` makes of a sandbox; the connection is closed after.  Whether it lives, the first call says."""
+    sandbox = AsyncSandbox(connect(), SandboxId(sandbox_id))
+    try:
+        return await use(sandbox)
+    finally:
+        await sandbox.close()
+
+
+def print_ids(ids: Sequence[str], *, as_json: bool) -> None:
+    """One a line, or a JSON list."""
+    click.echo(msgspec.json.encode(list(ids)) if as_json else "\n".join(ids))
+
+
+@click.command(
+    short_help="Make a sandbox and print its id.",
+    epilog=example("dsec create --memory-mib 1024 --allow pypi.org:443", "id=$(dsec create --label job=7)"),
+)
+@click.option("--base", default="host", show_default=True, help="`host`, or a layer with an operating system.")
+@click.option("--layer", "layers", multiple=True, help="A layer over the base; the topmost first.")
+@click.option("--memory-mib", type=click.IntRange(16), help="Memory, the disk's pages included  [default: 512]")
+@click.option("--disk-mib", type=click.IntRange(1), help="Disk  [default: three quarters of the memory]")
+@click.option("--cpus", type=float, help="Cores  [default: 1]")
+@click.option("--allow", multiple=True, metavar="RULE", help="It may connect to HOST[:PORT], *.HOST or CIDR.")
+@label_option("To find it by.")
+@click.option("--idle-timeout-s", type=float, help="Ends after so long without a command  [default: never]")
+@click.option("--lifetime-s", type=float, help="Ends after so long  [default: never]")
+@click.option("--owner", default="", help="The lease that it lives under.")
+@click.option("--epoch", type=click.IntRange(0), default=0, help="Of the lease.")
+@click.option("--request-id", default="", help="The same id gives the same sandbox, also after a crash.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole sandbox as one JSON object.")
+def create(
+    base: str,
+    layers: Sequence[str],
+    memory_mib: int | None,
+    disk_mib: int | None,
+    cpus: float | None,
+    allow: Sequence[str],
+    labels: dict[str, str],
+    idle_timeout_s: float | None,
+    lifetime_s: float | None,
+    owner: str,
+    epoch: int,
+    request_id: str,
+    as_json: bool,
+) -> None:
+    """Make a sandbox and print its id; it lives until `dsec rm`, or as long as the options say."""
+    options = CreateOptions(
+        base=base,
+        layers=layers,
+        network=allow,
+        metadata=labels,
+        idle_timeout_s=idle_timeout_s,
+        timeout_s=lifetime_s,
+        owner=owner,
+        epoch=epoch,
+        request_id=request_id,
+    )
+    if memory_mib is not None:
+        options["memory_bytes"] = memory_mib * MIB
+    if disk_mib is not None:
+        options["disk_bytes"] = disk_mib * MIB
+    if cpus is not None:
+        options["cpu"] = cpus
+
+    async def run() -> SandboxView | str:
+        sandbox = await AsyncSandbox.create(**options)
+        try:
+            return await sandbox.view() if as_json else sandbox.id
+        finally:
+            await sandbox.close()
+
+    made = asyncio.run(run())
+    click.echo(msgspec.json.encode(made) if isinstance(made, SandboxView) else made)
+
+
+def _each(ids: Sequence[str], use: Callable[[RemoteSandbox], Awaitable[None]]) -> None:
+    """Do something with every sandbox, all at once; the first error is raised after all were tried."""
+
+    async def run() -> None:
+        async def one(sandbox_id: str) -> None:
+            await connected(sandbox_id, lambda sandbox: use(sandbox.remote))
+
+        outcomes = await asyncio.gather(*map(one, ids), return_exceptions=True)
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
+
+    asyncio.run(run())
+
+
+@click.command(short_help="Stop all that runs in a sandbox.", epilog=example("dsec pause ID"))
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+def pause(ids: Sequence[str]) -> None:
+    """Stop every process in a sandbox and give its memory back; the next command resumes it."""
+    _each(ids, RemoteSandbox.pause)
+
+
+@click.command(short_help="Let a paused sandbox go on.", epilog=example("dsec resume ID"))
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+def resume(ids: Sequence[str]) -> None:
+    """Let a paused sandbox go on."""
+    _each(ids, RemoteSandbox.resume)
+
+
+@click.command(short_help="End sandboxes.", epilog=example("dsec rm ID", "dsec rm $(dsec ps -q)"))
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+def rm(ids: Sequence[str]) -> None:
+    """End sandboxes and all that runs in them; their trajectories stay."""
+    _each(ids, RemoteSandbox.destroy)
+
+
+@click.command(
+    short_help="Keep what was written in a sandbox, as a layer.",
+    epilog=example("layer=$(dsec snapshot ID)", "dsec create --layer $layer"),
+)
+@click.argument("sandbox_id", metavar="ID")
+@JSON_OPTION
+def snapshot(sandbox_id: str, as_json: bool) -> None:
+    """Pack what was written in a sandbox as a layer, and print the layer's id."""
+    layer = asyncio.run(connected(sandbox_id, lambda sandbox: sandbox.snapshot()))
+    click.echo(msgspec.json.encode({"layer": layer}) if as_json else layer)
+
+
+@click.command(
+    short_help="Make sandboxes that go on from another.", epilog=example("dsec fork ID", "dsec fork ID --count 8")
+)
+@click.argument("sandbox_id", metavar="ID")
+@click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="How many; all or none.")
+@label_option("To find them by.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of ids.")
+def fork(sandbox_id: str, count: int, labels: dict[str, str], as_json: bool) -> None:
+    """Make sandboxes that go on from what was written in this one, and print their ids."""
+
+    async def run(sandbox: AsyncSandbox) -> list[str]:
+        forks = await sandbox.fork(count, metadata=labels, idle_timeout_s=None)
+        for made in forks:
+            await made.close()
+        return [made.id for made in forks]
+
+    print_ids(asyncio.run(connected(sandbox_id, run)), as_json=as_json)
+
+
+@click.command(
+    short_help="Replace a sandbox's network allowlist.",
+    epilog=example("dsec network ID --allow pypi.org:443 --allow '*.debian.org'", "dsec network ID"),
+)
+@click.argument("sandbox_id", metavar="ID")
+@click.option("--allow", multiple=True, metavar="RULE", help="HOST[:PORT], *.HOST or CIDR; none: nowhere.")
+def network(sandbox_id: str, allow: Sequence[str]) -> None:
+    """Replace a sandbox's network allowlist; connections that it no longer allows are closed."""
+    asyncio.run(connected(sandbox_id, lambda sandbox: sandbox.update_network(allow)))
+
+
+@click.command(short_help="List sandboxes.", epilog=example("dsec ps", "dsec ps --label job=7 --json"))
+@label_option("Only those that have it.")
+@click.option("-q", "--quiet", is_flag=True, help="Ids only.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON list.")
+def ps(labels: dict[str, str], quiet: bool, as_json: bool) -> None:
+    """List living sandboxes."""
+    views = asyncio.run(AsyncSandbox.list(labels))
+    if as_json:
+        click.echo(msgspec.json.encode(views))
+    elif quiet:
+        click.echo("".join(f"{view.id}\n" for view in views), nl=False)
+    else:
+        head = ("ID", "STATE", "BASE", "MEMORY", "COMMANDS", "OWNER", "LABELS")
+        click.echo(render_columns(head, [_row(view) for view in views]))
+
+
+def _row(view: SandboxView) -> tuple[str, ...]:
+    base = view.spec.base or (view.spec.layers[-1] if view.spec.layers else "")
+    labels = ",".join(f"{name}={value}" for name, value in sorted(view.labels.items()))
+    memory = f"{view.spec.memory_bytes / MIB:.0f}M"
+    owner = f"{view.owner}/{view.epoch}" if view.owner else ""
+    return view.id, view.state, base[:19], memory, str(view.commands_count), owner, labels

@@ -1,0 +1,192 @@
+"""`AsyncSandbox`: a sandbox as a Python program uses it, over gRPC to an Edge.
+
+    async with await AsyncSandbox.create() as sandbox:
+        result = await sandbox.commands.run("echo hello")
+
+See: dsec/client/blocking.py for the same without `await`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Self, TypedDict, Unpack
+
+import msgspec
+
+from dsec import messages
+from dsec.client.commands import AsyncCommands, AsyncPty
+from dsec.client.connection import Connection, Patience, connect
+from dsec.client.policy import parse_policy
+from dsec.client.substrate import RemoteSandbox, create_remote
+from dsec.errors import SandboxLostError
+from dsec.pb.v1 import edge_pb2 as pb
+from dsec.types import LayerId, NetworkPolicy, SandboxId, SandboxSpec
+from dsec.views import CommandView, CreateRequest, SandboxView
+
+BUSY_S = 30.0
+"""How long a create waits for room on a full host."""
+IDLE_TIMEOUT_S = 3600.0
+"""A sandbox that its client forgot, or could not end, ends by itself."""
+Network = NetworkPolicy | Iterable[str]
+"""An allowlist, or its rules as text (`pypi.org:443`, `*.debian.org`, `10.0.0.0/8:80,443`)."""
+
+
+class CreateOptions(TypedDict, total=False):
+    """What a sandbox is made of; what is left out has the default of `dsec.types.SandboxSpec`.
+
+    `base` is "host" or a layer with an operating system; `timeout_s` is its whole lifetime and
+    `idle_timeout_s` how long it may go without a command (default: an hour; None: for ever); `envs` are
+    given to every command that this object runs.
+    """
+
+    base: str
+    layers: Sequence[str]
+    timeout_s: float | None
+    idle_timeout_s: float | None
+    envs: Mapping[str, str]
+    metadata: Mapping[str, str]
+    cpu: float
+    memory_bytes: int
+    disk_bytes: int
+    network: Network
+    owner: str
+    epoch: int
+    request_id: str
+
+
+def make_request(options: CreateOptions) -> CreateRequest:
+    """The request that these options are."""
+    base = options.get("base", "host")
+    layers = [*options.get("layers", ()), *([] if base in ("host", "") else [base])]
+    spec = SandboxSpec(
+        base="host" if base == "host" else "",
+        layers=tuple(map(LayerId, layers)),
+        network=parse_policy(options.get("network", ())),
+    )
+    limits: dict[str, float | int] = {}
+    if "cpu" in options:
+        limits["cpu_cores"] = options["cpu"]
+    if "memory_bytes" in options:
+        limits |= {"memory_bytes": options["memory_bytes"], "disk_bytes": options["memory_bytes"] * 3 // 4}
+    if "disk_bytes" in options:
+        limits["disk_bytes"] = options["disk_bytes"]
+    return CreateRequest(
+        spec=msgspec.structs.replace(spec, **limits),
+        request_id=options.get("request_id", ""),
+        labels=dict(options.get("metadata", {})),
+        owner=options.get("owner", ""),
+        epoch=options.get("epoch", 0),
+        idle_timeout_s=options.get("idle_timeout_s", IDLE_TIMEOUT_S),
+        lifetime_s=options.get("timeout_s"),
+    )
+
+
+class AsyncSandbox:
+    """One sandbox; made by `create` and `connect`, ended by `kill` or at the end of `async with`."""
+
+    def __init__(self, connection: Connection, sandbox_id: SandboxId, envs: Mapping[str, str] | None = None) -> None:
+        self._connection = connection
+        self._is_closed = False
+        self.remote = RemoteSandbox(connection, sandbox_id)
+        self.commands = AsyncCommands(self.remote, envs or {})
+        self.pty = AsyncPty(self.commands, self.remote)
+
+    @classmethod
+    async def create(cls, *, url: str = "", token: str = "", **options: Unpack[CreateOptions]) -> Self:
+        """A fresh sandbox of the Edge at `url` (default: DSEC_API_URL, else this host's Edge), ready for commands.
+
+        ResourceExhaustedError when the host has been full for `BUSY_S`, UnreachableError, InvalidArgumentError,
+        NotFoundError (a layer that is not there).  Cancelled, it leaves none.
+        """
+        request = make_request(options)
+        connection = connect(url, token)
+        try:
+            remote = await create_remote(connection, request, Patience(busy_s=BUSY_S))
+        except BaseException:
+            await connection.close()
+            raise
+        return cls(connection, remote.id, options.get("envs"))
+
+    @classmethod
+    async def connect(
+        cls, sandbox_id: str, *, url: str = "", token: str = "", envs: Mapping[str, str] | None = None
+    ) -> Self:
+        """A sandbox that lives.  NotFoundError, SandboxLostError."""
+        sandbox = cls(connect(url, token), SandboxId(sandbox_id), envs)
+        try:
+            view = await sandbox.view()
+            if view.reason:
+                raise SandboxLostError(f"sandbox {sandbox_id} has ended: {view.reason}")
+        except BaseException:
+            await sandbox.close()
+            raise
+        return sandbox
+
+    @classmethod
+    async def list(
+        cls, metadata: Mapping[str, str] | None = None, *, url: str = "", token: str = ""
+    ) -> list[SandboxView]:
+        """Living sandboxes that have all of `metadata`."""
+        connection = connect(url, token)
+        try:
+            replies = connection.stream("List", pb.ListRequest(labels=metadata or {}))
+            return [messages.sandbox_of(reply) async for reply in replies]
+        finally:
+            await connection.close()
+
+    @property
+    def id(self) -> SandboxId:
+        """Names it for ever."""
+        return self.remote.id
+
+    async def view(self) -> SandboxView:
+        """Its state, limits and labels."""
+        return await self.remote.view()
+
+    async def kill(self) -> None:
+        """End it, and all that runs in it; safe to call twice."""
+        if not self._is_closed:
+            await self.remote.destroy()
+            await self.close()
+
+    async def close(self) -> None:
+        """Let it live, and disconnect; safe to call twice."""
+        if not self._is_closed:
+            self._is_closed = True
+            await self._connection.close()
+
+    async def pause(self) -> None:
+        """Stop all that runs in it and give its memory back; the next command resumes it."""
+        await self.remote.pause()
+
+    async def resume(self) -> None:
+        """Let it go on."""
+        await self.remote.resume()
+
+    async def snapshot(self) -> LayerId:
+        """What was written in it, as a layer: `create(layers=[layer])` goes on from there."""
+        return await self.remote.snapshot()
+
+    async def fork(self, count: int = 1, **options: Unpack[CreateOptions]) -> Sequence[Self]:
+        """Sandboxes that go on from what was written in this one: all of them, or none and an error."""
+        forks = await self.remote.fork(count, make_request(options))
+        envs = {**self.commands.envs, **options.get("envs", {})}
+        return [type(self)(self._connection.use(), sandbox_id, envs) for sandbox_id in forks]
+
+    async def update_network(self, network: Network) -> None:
+        """Replace its allowlist; connections that it no longer allows are closed."""
+        await self.remote.update_network(parse_policy(network))
+
+    async def trajectory(self) -> AsyncIterator[CommandView]:
+        """Every command and what came of it, in order; it outlives the sandbox."""
+        async for info in self._connection.stream("GetTrajectory", pb.SandboxRef(sandbox_id=self.id)):
+            yield messages.info_of(info)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.kill()

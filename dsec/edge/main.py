@@ -1,0 +1,121 @@
+"""Composition: an Edge of this host, what it is made of, and where it listens."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from dsec.edge.config import SubstrateConfig
+from dsec.edge.edge_config import EdgeConfig
+from dsec.edge.grpc_server import Server, start_server
+from dsec.edge.images.store import LayerStore
+from dsec.edge.listen import Certificate, Listen, make_listen
+from dsec.edge.service import Edge
+from dsec.edge.substrates.container import ContainerSubstrate
+from dsec.errors import InvalidArgumentError
+from dsec.sandbox import Substrate
+
+
+class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What `dsec edge serve` was asked for."""
+
+    directory: Path
+    urls: tuple[str, ...]
+    token: str = ""
+    certificate: Certificate | None = None
+    substrate: str = "container"
+    destroys_on_exit: bool = False
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True):
+    """Said once every address is served."""
+
+    urls: list[str]
+    directory: str
+    adopted: int
+    pid: int
+
+
+def read_certificate(chain: Path | None, key: Path | None) -> Certificate | None:
+    """The pair, or None for none.  InvalidArgumentError for half of one, or a file that cannot be read."""
+    if chain is None and key is None:
+        return None
+    if chain is None or key is None:
+        raise InvalidArgumentError("--tls-cert and --tls-key belong together")
+    try:
+        return Certificate(chain.read_bytes(), key.read_bytes())
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot read the certificate: {error}") from error
+
+
+def read_token(path: Path | None) -> str:
+    """What is in the file, or in DSEC_API_KEY without one.  InvalidArgumentError if it cannot be read."""
+    if path is None:
+        return os.environ.get("DSEC_API_KEY", "")
+    try:
+        return path.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(f"cannot read the token: {error}") from error
+
+
+async def make_substrate(name: str, directory: Path, config: EdgeConfig) -> Substrate:
+    """The substrate of that name, keeping what it needs below `directory`; not open yet."""
+    if name == "docker":
+        from dsec.edge.substrates.docker import DockerSubstrate
+
+        return DockerSubstrate(owner=str(directory))
+    layers = LayerStore(directory / "layers")
+    await layers.open()
+    substrate_config = SubstrateConfig(sandboxes_count_max=config.sandboxes_count_max)
+    return ContainerSubstrate(substrate_config, layers=layers, state_dir=directory)
+
+
+async def serve(options: ServeOptions, tell: Callable[[Ready], None]) -> int:
+    """Serve until SIGINT or SIGTERM; gives how many sandboxes live on.
+
+    InvalidArgumentError for an address that cannot be, before anything is touched.
+    """
+    listens = [make_listen(url, options.token, options.certificate) for url in options.urls]
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        options.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot keep state in {options.directory}: {error.strerror}") from error
+    config = EdgeConfig()
+    substrate = await make_substrate(options.substrate, options.directory, config)
+    edge = Edge(options.directory, substrate, config)
+    await edge.open()
+    try:
+        left = await _serve(edge, listens, options, stop, tell)
+    except BaseException:
+        await edge.detach()
+        raise
+    if options.destroys_on_exit:
+        await edge.close()
+        return 0
+    await edge.detach()
+    return left
+
+
+async def _serve(
+    edge: Edge, listens: list[Listen], options: ServeOptions, stop: asyncio.Event, tell: Callable[[Ready], None]
+) -> int:
+    servers: list[Server] = []
+    try:
+        for listen in listens:
+            server = await start_server(edge, listen)
+            servers.append(server)
+        living = len(edge.list({}))
+        urls = [server.url for server in servers]
+        tell(Ready(urls=urls, directory=str(options.directory), adopted=living, pid=os.getpid()))
+        await stop.wait()
+    finally:
+        await asyncio.gather(*(server.stop() for server in servers))
+    return len(edge.list({}))

@@ -1,0 +1,27 @@
+"""Text for a terminal.  What comes from a model, a sandbox or a client is hostile: controls are shown, never sent."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """The text with control and direction-changing characters written out."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def visible_line(text: str) -> str:
+    """As `visible`, line ends and tabs too."""
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def render_columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain table: one line a row, columns two spaces apart, every cell made visible."""
+    lines = [tuple(head), *(tuple(map(visible_line, row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

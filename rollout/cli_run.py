@@ -1,0 +1,272 @@
+"""Commands for runs: `dsec run`, `show`, `log` and `serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+import msgspec
+from click.core import ParameterSource
+from rich.console import Console
+from rich.live import Live
+
+import wal.__main__ as wal_cli
+from dsec import trajectory
+from rollout import journal
+from rollout.batch import REQUEST_ID, Batch, run_batch
+from rollout.bench.tasks import Task
+from rollout.config import RolloutConfig
+from rollout.engine import Sampling
+from rollout.errors import JournalError, RequestError
+from rollout.events import AgentKind, Job, Limits, Thinking
+from rollout.grpc_server import start_server
+from rollout.jobs import load_any, make_job
+from rollout.ledger import Ledger
+from rollout.main import load_tokenizer, make_service
+from rollout.record import trajectory_record
+from rollout.screen import LiveTable, make_console, print_summary, render_overview, render_trajectory
+from rollout.service import RolloutService
+
+_LOGGED_OPTIONS: dict[str, Callable[[Job], object]] = {
+    "agent": lambda job: job.agent,
+    "group_size": lambda job: job.groups[0].size,
+    "seed": lambda job: job.sampling.seed,
+    "temperature": lambda job: job.sampling.temperature,
+    "thinking": lambda job: job.thinking,
+    "turns_max": lambda job: job.limits.turns_count_max,
+}
+"""Options that a run keeps for its whole life, and where its job has them."""
+
+RUN_EXAMPLE = """\b
+Examples:
+  dsec run --out runs/first
+  dsec run my/tasks --group-size 8 --temperature 1 --seed 7 --out runs/second
+  dsec run --resume --out runs/second
+  dsec run --agent oracle --out runs/oracle --json"""
+
+SHOW_EXAMPLE = """\b
+Examples:
+  dsec show runs/first
+  dsec show runs/first bug-1-000
+  dsec show runs/first --json | jq .reward"""
+
+
+@click.command(short_help="Roll the model out on tasks.", epilog=RUN_EXAMPLE)
+@click.argument("tasks_dir", required=False, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory  [default: runs/TIME]")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Finish the run that --out holds, with its own tasks and options (or start it, if it holds none).",
+)
+@click.option(
+    "--agent",
+    type=click.Choice(["model", "oracle", "nop"]),
+    default="model",
+    show_default=True,
+    help="oracle runs the task's own solution, nop does nothing: a sound task gives them 1 and 0.",
+)
+@click.option("--group-size", type=int, default=1, show_default=True, help="Rollouts of each task, 1 to 1024.")
+@click.option("--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Rollouts at once.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling; the same seed, the same tokens.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy; else 0.001 to 10.")
+@click.option("--thinking", type=click.Choice(["none", "high", "max"]), default="high", show_default=True)
+@click.option("--turns-max", type=int, default=16, show_default=True, help="Model turns of one rollout.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object, nothing else.")
+def run(
+    tasks_dir: Path | None,
+    out: Path | None,
+    resume: bool,
+    agent: AgentKind,
+    group_size: int,
+    concurrency: int,
+    seed: int,
+    temperature: float,
+    thinking: Thinking,
+    turns_max: int,
+    as_json: bool,
+) -> None:
+    """Roll the model out on tasks, each in a sandbox.
+
+    TASKS_DIR is a task folder, a folder of them, or the name of a bundled task; without it all bundled tasks run.
+
+    A task is a folder in Harbor's format (docs/formats/task.md).  Results lie in the run directory:
+    summary.json, trajectories.arrow, and the log in wal/.
+    """
+    if resume and out is None:
+        raise RequestError("--resume needs --out: which run shall be finished?")
+    if out == Path():
+        raise RequestError("--out names no directory of its own (an unset variable?): say for example --out runs/first")
+    directory = out or Path("runs") / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+
+    def job_for(tasks: Sequence[Task]) -> Job:
+        return make_job(
+            REQUEST_ID,
+            tasks,
+            group_size=group_size,
+            agent=agent,
+            thinking=thinking,
+            sampling=Sampling(temperature=temperature, seed=seed),
+            limits=Limits(turns_count_max=turns_max),
+        )
+
+    batch = Batch(
+        directory=directory,
+        make_job=job_for,
+        load_tasks=lambda: load_any(tasks_dir),
+        check_logged=lambda job: check_same(click.get_current_context(), directory, job),
+        resume=resume,
+        config=RolloutConfig(concurrency=concurrency),
+    )
+    console = Console(stderr=True)
+    table = LiveTable()
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+
+        def draw(service: RolloutService, elapsed_s: float) -> None:
+            if as_json:
+                return
+            if console.is_terminal:
+                live.update(table.render(service, elapsed_s), refresh=True)
+            elif (line := table.line(service, elapsed_s)) is not None:
+                click.echo(line, err=True)
+
+        outcome = asyncio.run(run_batch(batch, draw))
+    if as_json:
+        click.echo(msgspec.json.encode(outcome.summary))
+    else:
+        print_summary(make_console(), outcome.summary, directory, _program(), has_worked=outcome.has_worked)
+    if outcome.stopped_by is not None:
+        again = f"{_program()} {shlex.join(['run', '--resume', '--out', str(directory)])}"
+        click.echo(f"stopped by {outcome.stopped_by.name}; finish with: {again}", err=True)
+        sys.exit(128 + outcome.stopped_by)
+    sys.exit(1 if outcome.summary.infra_failures else 0)
+
+
+def check_same(ctx: click.Context, directory: Path, job: Job) -> None:
+    """RequestError if the command line names a value that differs from the run's own; what it leaves out passes."""
+    way_out = f"to finish {directory} leave it out; for another run choose another --out"
+    for name, logged_of in _LOGGED_OPTIONS.items():
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            given, logged, option = ctx.params[name], logged_of(job), "--" + name.replace("_", "-")
+            if given != logged:
+                raise RequestError(f"{option} {given}: {directory} was begun with {option} {logged}; {way_out}")
+    folder: Path | None = ctx.params["tasks_dir"]
+    if folder is not None:
+        given_tasks = {task.name: task.digest for task in load_any(folder)}
+        logged_tasks = {group.task: group.task_digest for group in job.groups}
+        if names := sorted({name for name, _ in given_tasks.items() ^ logged_tasks.items()}):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise RequestError(
+                f"TASKS_DIR {folder}: {directory} was begun with other tasks (different: {names[0]}{more}); {way_out}"
+            )
+
+
+@click.command(short_help="Print trajectories of a run.", epilog=SHOW_EXAMPLE)
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("rollout", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each rollout.")
+def show(directory: Path, rollout: str | None, as_json: bool) -> None:
+    """Print trajectories of a run: all in a table, or ROLLOUT (an id or a task name) turn by turn."""
+    ledger = Ledger.read(_log_of(directory), load_tokenizer())
+    chosen = sorted(ledger.rollouts) if rollout is None else [_resolve(ledger, rollout)]
+    records = [trajectory_record(ledger, rollout_id) for rollout_id in chosen]
+    if as_json:
+        for record in records:
+            click.echo(msgspec.json.encode(record))
+    elif rollout is None:
+        make_console().print(render_overview(records))
+        click.echo(f"one of them, turn by turn: {_program()} show {shlex.quote(str(directory))} ROLLOUT")
+    else:
+        make_console().print(render_trajectory(records[0], ledger.tasks[records[0].task_digest].instruction))
+
+
+@click.command(
+    "log",
+    short_help="Print the log of a run, record by record.",
+    epilog="\b\nExample:\n  dsec log runs/first | head -20",
+)
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each record.")
+@click.option("--verify", is_flag=True, help="Only check the log.")
+@click.option("--stats", is_flag=True, help="Only print counts and sizes.")
+def log_(directory: Path, as_json: bool, verify: bool, stats: bool) -> None:
+    """Print the log of a run, record by record, with offsets; exit 1 on corruption."""
+    flags = [flag for flag, is_set in (("--json", as_json), ("--verify", verify), ("--stats", stats)) if is_set]
+    ours = {kind: functools.partial(_told, kind) for kind in (journal.KIND, trajectory.KIND)}
+    sys.exit(wal_cli.main([str(_log_of(directory)), *flags], decoders=ours))
+
+
+def _told(kind: int, payload: bytes) -> object:
+    """A record for printing.  ValueError, which shows it as undecodable."""
+    try:
+        return msgspec.to_builtins(journal.decode(kind, payload))
+    except JournalError as error:
+        raise ValueError(str(error)) from error
+
+
+@click.command(
+    short_help="Serve rollouts over gRPC.",
+    epilog="\b\nExample:\n  dsec serve --out runs/server --listen 127.0.0.1:7710",
+)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/server"), show_default=True)
+@click.option("--listen", default="127.0.0.1:7710", show_default=True, help="HOST:PORT; port 0 takes a free one.")
+@click.option("--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Rollouts at once.")
+def serve(out: Path, listen: str, concurrency: int) -> None:
+    """Serve rollouts over gRPC (rollout.pb.v1.RolloutService, health, reflection) until a signal comes.
+
+    Unfinished rollouts of the directory's log are taken up at once.  The port has no authentication:
+    listen on a loopback or private address only.
+    """
+    asyncio.run(_serve(out, listen, RolloutConfig(concurrency=concurrency)))
+
+
+async def _serve(directory: Path, listen: str, config: RolloutConfig) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with make_service(directory, config) as service:
+        await service.start()
+        server = await start_server(service, listen)
+        where = f"{listen.rpartition(':')[0]}:{server.port}"
+        click.echo(f"dsec: serving {where}, log {directory}/wal, {service.running_count} rollouts taken up")
+        stopped, broken = asyncio.create_task(stop.wait()), asyncio.create_task(service.failed())
+        await asyncio.wait([stopped, broken], return_when=asyncio.FIRST_COMPLETED)
+        await server.stop()
+        stopped.cancel()
+        if broken.done():
+            broken.result()
+        broken.cancel()
+
+
+def _program() -> str:
+    """How this program can be called from here: `dsec` if that is what the PATH finds, else its path."""
+    own = Path(sys.argv[0]).absolute()
+    found = shutil.which("dsec")
+    if found is not None and Path(found).resolve() == own.resolve():
+        return "dsec"
+    return shlex.quote(os.path.relpath(own) if own.is_relative_to(Path.cwd()) else str(own))
+
+
+def _log_of(directory: Path) -> Path:
+    log = directory if next(directory.glob("*.wal"), None) else directory / "wal"
+    if not log.is_dir():
+        raise RequestError(f"{directory} holds no run: there is no {log}")
+    return log
+
+
+def _resolve(ledger: Ledger, name: str) -> str:
+    """The rollout that a person means by `name`: an id, its end, or a task with one rollout."""
+    found = [i for i in sorted(ledger.rollouts) if f"/{i}".endswith((f"/{name}", f"/{name}.0"))]
+    if len(found) != 1:
+        known = ", ".join(sorted(ledger.rollouts)[:5])
+        raise RequestError(f"{name!r} names {len(found)} rollouts of this log, not one; there are {known} ...")
+    return found[0]
