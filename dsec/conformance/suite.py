@@ -9,7 +9,18 @@ from collections.abc import Set as AbstractSet
 
 import msgspec
 
-from dsec.conformance import execution, isolation, lifecycle, output, port, processes, resources, terminals, users
+from dsec.conformance import (
+    execution,
+    isolation,
+    lifecycle,
+    network,
+    output,
+    port,
+    processes,
+    resources,
+    terminals,
+    users,
+)
 from dsec.conformance.check import Check, Feature, NotConformingError
 from dsec.errors import DsecError
 from dsec.sandbox import Substrate
@@ -22,6 +33,7 @@ SANDBOX_CHECKS: tuple[Check, ...] = (
     *terminals.CHECKS,
     *users.CHECKS,
     *lifecycle.CHECKS,
+    *network.CHECKS,
     *isolation.CHECKS,
     *resources.CHECKS,
 )
