@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import stat
 import tarfile
+from collections.abc import Iterator
 from typing import IO, cast
 
 from dsec.edge.images import content
@@ -61,18 +62,17 @@ class _Archive(tarfile.TarFile):
     members: list[tarfile.TarInfo]
 
 
-def read_archive(stream: Stream, writer: ImageWriter, *, is_lowest: bool = False) -> Node:
-    """The tree of a tar stream, taken to its end.  In the lowest layer there is nothing to hide.
+def members(stream: Stream) -> Iterator[tarfile.TarInfo]:
+    """The entries of a tar stream, to its very end; what of an entry's data is not taken is skipped.
 
-    InvalidArgumentError for anything that is no tar, or that no layer can have.
+    InvalidArgumentError for anything that is no tar.
     """
     headers = _Headers(stream)
-    tree = Tree()
     try:
         archive = _Archive(fileobj=cast("IO[bytes]", headers), encoding="utf-8", errors="surrogateescape")
         while (member := archive.next()) is not None:
             archive.members.clear()
-            _add(tree, member, stream, writer, is_lowest=is_lowest)
+            yield member
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise InvalidArgumentError(f"not a tar archive, or a damaged one: {error}") from error
     if any(headers.last):  # `tarfile` takes a broken header for the end; the end is zeros
@@ -80,6 +80,16 @@ def read_archive(stream: Stream, writer: ImageWriter, *, is_lowest: bool = False
     while padding := stream.take(HEADER_BYTES_MAX):
         if padding != bytes(len(padding)):
             raise InvalidArgumentError("a damaged tar archive: something follows its end")
+
+
+def read_archive(stream: Stream, writer: ImageWriter, *, is_lowest: bool = False) -> Node:
+    """The tree of a tar stream.  In the lowest layer there is nothing to hide.
+
+    InvalidArgumentError for anything that is no tar, or that no layer can have.
+    """
+    tree = Tree()
+    for member in members(stream):
+        _add(tree, member, stream, writer, is_lowest=is_lowest)
     return tree.finish()
 
 

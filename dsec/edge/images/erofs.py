@@ -117,7 +117,7 @@ class ImageWriter:
             return self._write_chunks(blocks, size, state)
         first = self._take_blocks(size)
         for offset, block in self._tracked(state, blocks):
-            _write_all(self._file, block, first * BLOCK + offset)
+            write_all(self._file, block, first * BLOCK + offset)
         return Data(size, state.digest(), block=first)
 
     def _write_chunks(self, blocks: Blocks, size: int, state: hashlib._Hash) -> Data:
@@ -131,7 +131,7 @@ class ImageWriter:
             index = offset >> bits
             if table[index] < 0:
                 table[index] = self._take_blocks(min(chunk, size - index * chunk))
-            _write_all(self._file, block, table[index] * BLOCK + offset % chunk)
+            write_all(self._file, block, table[index] * BLOCK + offset % chunk)
         return Data(size, state.digest(), chunk_bits=bits, chunks=tuple(table))
 
     def _tracked(self, state: hashlib._Hash, blocks: Blocks) -> Blocks:
@@ -185,7 +185,7 @@ class ImageWriter:
             payload = _encode_directory(inode) if node.is_directory else node.target
             if inode.block < 0:
                 return (_INLINE if payload else _PLAIN), 0, len(payload), payload
-            _write_all(self._file, payload, inode.block * BLOCK)
+            write_all(self._file, payload, inode.block * BLOCK)
             return _PLAIN, inode.block, len(payload), b""
         if data.chunk_bits:
             table = struct.pack(f"<{len(data.chunks)}I", *(_HOLE if block < 0 else block for block in data.chunks))
@@ -200,10 +200,11 @@ class ImageWriter:
             _MAGIC, 0, _COMPAT_MTIME, 12, 0, inodes[0].nid, len(inodes), 0, 0, self._next_block, metadata_block, 0,
             bytes(16), bytes(16), _INCOMPAT_CHUNKS if self._has_chunks else 0, 0, 0, 0, 0, 0, 0, 0,
         )  # fmt: skip
-        _write_all(self._file, encoded, _SUPERBLOCK_OFFSET)
+        write_all(self._file, encoded, _SUPERBLOCK_OFFSET)
 
 
-def _write_all(file: int, data: bytes, offset: int) -> None:
+def write_all(file: int, data: bytes, offset: int) -> None:
+    """Write every byte at `offset` of an open file."""
     view = memoryview(data)
     while view:
         written = os.pwrite(file, view, offset)

@@ -41,6 +41,16 @@ class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
     entrypoint: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
 
+    def over(self, lower: ImageConfig) -> ImageConfig:
+        """What this says, and where it says nothing, what the lower one does."""
+        return ImageConfig(
+            env={**lower.env, **self.env},
+            workdir=self.workdir if self.workdir != "/" else lower.workdir,
+            user=self.user or lower.user,
+            entrypoint=self.entrypoint or lower.entrypoint,
+            command=self.command or lower.command,
+        )
+
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
     """A name for layers, the topmost first as in `SandboxSpec.layers`."""

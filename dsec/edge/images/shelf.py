@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
+import time
 import urllib.parse
 import uuid
 from collections.abc import Iterator
@@ -18,8 +20,14 @@ from pathlib import Path
 
 import msgspec
 
+from dsec.edge.images import content
+from dsec.edge.images.erofs import write_all
 from dsec.edge.images.facts import Image, LayerFacts, check_layer_id
+from dsec.edge.images.streams import Section
+from dsec.errors import HostUnfitError
 from dsec.types import LayerId
+
+UNLOCKED_S_MAX = 86_400
 
 
 class Shelf:
@@ -87,6 +95,30 @@ class Shelf:
         os.rename(temporary, target)
         _sync_directory(self._layers)
 
+    def receive(self, source: Shelf, layer_id: LayerId) -> None:
+        """Copy a layer of another shelf here, without any lock: a rename is enough for those who only read.
+
+        HostUnfitError if what arrived is not the layer.
+        """
+        if self.has(layer_id):
+            return
+        self.make()
+        path = self._temporary / f"{uuid.uuid4().hex}.copy"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with source.path(layer_id).open("rb") as original:
+                size = os.fstat(original.fileno()).st_size
+                for offset, block in content.of_file(original.fileno(), size):
+                    write_all(fd, block, offset)
+                os.ftruncate(fd, size)
+            os.fsync(fd)
+            if descriptor_id(fd) != layer_id:
+                raise HostUnfitError(f"layer {layer_id} did not arrive whole in {self._directory}")
+            self.put(path, layer_id, source.facts(layer_id))
+        finally:
+            os.close(fd)
+            path.unlink(missing_ok=True)
+
     def remove(self, layer_id: LayerId) -> None:
         """Remove a layer, under the lock: first the file that makes it one."""
         self.path(layer_id).unlink(missing_ok=True)
@@ -133,11 +165,23 @@ class Shelf:
             path.unlink(missing_ok=True)
             os.close(fd)
 
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A new directory that is gone afterwards, or when its maker is dead."""
+        with self.temporary() as (_, path):
+            directory = path.with_suffix(".tree")
+            directory.mkdir(mode=0o755)
+            try:
+                yield directory
+            finally:
+                shutil.rmtree(directory)
+
     def sweep(self) -> int:
         """Remove what dead writers left, under the lock: temporary files, and facts of layers that never came."""
         count = 0
         for path in self._temporary.iterdir():
             if _is_abandoned(path):
+                shutil.rmtree(path.with_suffix(".tree"), ignore_errors=True)
                 path.unlink(missing_ok=True)
                 count += 1
         for path in self._layers.glob("*.json"):
@@ -173,7 +217,23 @@ class Shelf:
             os.close(fd)
 
 
+def descriptor_id(fd: int) -> LayerId:
+    """The layer that an open file is."""
+    return LayerId("sha256:" + Section(fd, 0, os.fstat(fd).st_size).digest("sha256"))
+
+
+def file_id(path: Path) -> LayerId:
+    """The layer that a file is."""
+    with path.open("rb") as file:
+        return descriptor_id(file.fileno())
+
+
 def _is_abandoned(path: Path) -> bool:
+    """True for a temporary file whose writer is dead; for one without a lock that is after a day."""
+    if path.suffix != ".part":
+        with contextlib.suppress(OSError):
+            return path.is_file() and time.time() - path.stat().st_mtime > UNLOCKED_S_MAX
+        return False
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:

@@ -27,15 +27,15 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from dsec.edge.images import quota
 from dsec.edge.images.compress import compress
 from dsec.edge.images.directory import DirectoryReader
 from dsec.edge.images.erofs import ImageWriter
-from dsec.edge.images.facts import Image, LayerFacts, check_image_name, is_layer_id
-from dsec.edge.images.shelf import Shelf
-from dsec.edge.images.streams import Section
-from dsec.edge.images.tree import Node
+from dsec.edge.images.facts import Image, ImageConfig, LayerFacts, check_image_name, is_layer_id
+from dsec.edge.images.shelf import Shelf, descriptor_id, file_id
+from dsec.edge.images.tree import Node, below
 from dsec.edge.images.verify import verify
-from dsec.errors import NotFoundError, ResourceExhaustedError, StateError
+from dsec.errors import HostUnfitError, NotFoundError, ResourceExhaustedError, StateError
 from dsec.types import LayerId
 
 BYTES_MAX = 1 << 42
@@ -90,6 +90,10 @@ class LayerStore:
         """Every layer, the one of this host that was used longest ago first."""
         return {**(self._shared.layers() if self._shared else {}), **self._shelf.layers()}
 
+    def made_from(self, source: str) -> LayerId | None:
+        """The layer that was made from exactly this source, if it is here."""
+        return next((layer_id for layer_id, facts in self.layers().items() if facts.made_from == source), None)
+
     def images(self) -> dict[str, Image]:
         """Every image by name; one of this host goes before a shared one."""
         return {**(self._shared.images() if self._shared else {}), **self._shelf.images()}
@@ -107,6 +111,37 @@ class LayerStore:
             return self.image(reference)
         layer_id = LayerId(reference)
         return Image(name="", layers=(layer_id, *self.facts(layer_id).parents))
+
+    def compose(self, name: str, references: Iterable[str]) -> Image:
+        """An image of others and of layers, the topmost first; how it runs is theirs, the topmost's before the others'.
+
+        NotFoundError.
+        """
+        found = [self.resolve(reference) for reference in references]
+        config = ImageConfig()
+        for image in reversed(found):
+            config = image.config.over(config)
+        layers = dict.fromkeys(layer for image in found for layer in image.layers)
+        return Image(name=name, layers=tuple(layers), config=config, source=" ".join(image.name for image in found))
+
+    async def check(self, layer_ids: Iterable[LayerId]) -> None:
+        """Read layers again.  HostUnfitError if one is no longer what its name says."""
+        for layer_id in layer_ids:
+            path = self.path(layer_id)
+            if await asyncio.to_thread(file_id, path) != layer_id:
+                raise HostUnfitError(f"{path} was changed: it is no longer what it is called")
+
+    async def publish(self, image: Image) -> None:
+        """Copy an image's layers, and its name if it has one, to the shared directory.
+
+        NotFoundError; StateError if there is no such directory.
+        """
+        if self._shared is None:
+            raise StateError("there is no shared directory to publish to (DSEC_IMAGES_SHARED)")
+        for layer_id in image.layers:
+            await asyncio.to_thread(self._shared.receive, self._find(layer_id), layer_id)
+        if image.name:
+            await asyncio.to_thread(self._shared.put_image, image)
 
     def used_bytes(self) -> int:
         """What this host's layers take on its disk."""
@@ -165,18 +200,19 @@ class LayerStore:
         self,
         path: Path,
         *,
+        at: str = "/",
         made_from: str = "directory",
         parents: tuple[LayerId, ...] = (),
         compressed: bool = False,
         progress: Progress | None = None,
     ) -> LayerId:
-        """A layer of what is in a directory of one file system.
+        """A layer of what is in a directory of one file system; in the layer it is `at`.
 
         InvalidArgumentError, ResourceExhaustedError (the quota, the disk), HostUnfitError (it cannot
         be mounted and compared here).
         """
         return await self.add(
-            lambda writer: DirectoryReader(writer).read(path),
+            lambda writer: below(os.fsencode(at), DirectoryReader(writer).read(path)),
             made_from=made_from,
             parents=parents,
             compressed=compressed,
@@ -191,6 +227,10 @@ class LayerStore:
         return await self.add(
             lambda writer: DirectoryReader(writer, first_uid).read(disk), made_from="snapshot", parents=parents
         )
+
+    def staging(self) -> contextlib.AbstractContextManager[Path]:
+        """A directory on the store's disk to put a tree together in; gone afterwards, also if we die."""
+        return self._shelf.staging()
 
     async def add(
         self,
@@ -240,7 +280,7 @@ class LayerStore:
             if unchecked > CHECK_BYTES:
                 unchecked = 0
                 with self._shelf.changing():
-                    self._make_room(parents)
+                    quota.make_room(self._shelf, self._bytes_max, parents)
 
         with self._shelf.temporary() as (file, path):
             with contextlib.closing(ImageWriter(file, bytes_max=self._bytes_max, step=written_more)) as writer:
@@ -265,9 +305,9 @@ class LayerStore:
                 return self._name(smaller, smaller_path, facts)
 
     def _name(self, file: int, path: Path, facts: LayerFacts) -> LayerId:
-        layer_id = LayerId("sha256:" + Section(file, 0, facts.size_bytes).digest("sha256"))
+        layer_id = descriptor_id(file)
         with self._shelf.changing():
-            self._make_room(facts.parents)
+            quota.make_room(self._shelf, self._bytes_max, facts.parents)
             self._shelf.put(path, layer_id, facts)
         return layer_id
 
@@ -305,8 +345,8 @@ class LayerStore:
             with self._shelf.changing():
                 if not self._shelf.has(layer_id):
                     raise NotFoundError(f"there is no layer {layer_id} on this host")
-                reason = self._needed().get(layer_id)
-                if reason is None and not self._remove_unheld(layer_id):
+                reason = quota.needed(self._shelf).get(layer_id)
+                if reason is None and not quota.remove_unheld(self._shelf, layer_id):
                     reason = "a sandbox or a host agent uses it"
                 if reason is not None:
                     raise StateError(f"layer {layer_id} must stay: {reason}")
@@ -319,57 +359,6 @@ class LayerStore:
         def collect() -> list[LayerId]:
             with self._shelf.changing():
                 self._shelf.sweep()
-                return self._evict(lambda: False)
+                return quota.evict(self._shelf, lambda: False)
 
         return await asyncio.to_thread(collect)
-
-    def _make_room(self, keep: Iterable[LayerId]) -> None:
-        """Evict until the quota is met.  ResourceExhaustedError if what must stay is too much."""
-        if self._shelf.used_bytes() <= self._bytes_max:
-            return
-        self._evict(lambda: self._shelf.used_bytes() <= self._bytes_max, frozenset(keep))
-        if (used := self._shelf.used_bytes()) > self._bytes_max:
-            raise ResourceExhaustedError(
-                f"the layers that must stay, and those being made, take {used} of {self._bytes_max} bytes: "
-                "remove images (dsec image rm), or raise the quota"
-            )
-
-    def _evict(self, is_enough: Callable[[], bool], keep: frozenset[LayerId] = frozenset()) -> list[LayerId]:
-        """Remove what nothing needs, the longest unused first; a parent becomes free with its last child."""
-        removed: list[LayerId] = []
-        tried = set(keep)
-        while not is_enough():
-            needed = self._needed()
-            candidate = next(
-                (layer for layer in self._shelf.layers() if layer not in needed and layer not in tried), None
-            )
-            if candidate is None:
-                break
-            tried.add(candidate)
-            if self._remove_unheld(candidate):
-                removed.append(candidate)
-        return removed
-
-    def _needed(self) -> dict[LayerId, str]:
-        """Layers that an image or another layer is made of, with the reason to say."""
-        needed: dict[LayerId, str] = {}
-        for layer_id, facts in self._shelf.layers().items():
-            needed.update(dict.fromkeys(facts.parents, f"layer {layer_id} was made over it"))
-        for image in self._shelf.images().values():
-            needed.update(dict.fromkeys(image.layers, f"image {image.name} is made of it"))
-        return needed
-
-    def _remove_unheld(self, layer_id: LayerId) -> bool:
-        """Remove a layer that no process holds; False if one does."""
-        try:
-            fd = os.open(self._shelf.path(layer_id), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._shelf.remove(layer_id)
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(fd)
-        return True

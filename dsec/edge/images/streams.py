@@ -46,6 +46,10 @@ class Section(io.RawIOBase):
         self._position += count
         return count
 
+    def skip(self, count: int) -> None:
+        """Go on by `count` bytes without reading them."""
+        self._position = min(self._position + count, self._end)
+
     def digest(self, algorithm: str) -> str:
         """Of all that is left, in hex digits."""
         state = hashlib.new(algorithm)
@@ -55,11 +59,23 @@ class Section(io.RawIOBase):
 
 
 class Stream:
-    """Bytes in order, no more than `bytes_max` of them, and their sha256."""
+    """Bytes in order, no more than `bytes_max` of them, and their sha256.
 
-    def __init__(self, read: Callable[[int], bytes | None], bytes_max: int) -> None:
+    `is_packed`: they come out of a decompressor.  With `skip`, skipped bytes are neither read nor in the sha256.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], bytes | None],
+        bytes_max: int,
+        *,
+        is_packed: bool = False,
+        skip: Callable[[int], None] | None = None,
+    ) -> None:
+        self.is_packed = is_packed
         self._read = read
         self._bytes_max = bytes_max
+        self._skip = skip
         self._state = hashlib.sha256()
         self.position = 0
 
@@ -86,6 +102,10 @@ class Stream:
 
     def skip(self, count: int) -> None:
         """Go on by `count` bytes, or to the end."""
+        if self._skip is not None:
+            self._skip(count)
+            self.position += count
+            return
         while count > 0 and (block := self.take(min(count, _COPY_BYTES))):
             count -= len(block)
 
@@ -102,10 +122,10 @@ def unpacked(section: Section, bytes_max: int) -> Iterator[Stream]:
     magic = buffered.peek(4)[:4]
     if magic == _ZSTD:
         with _unzstd(buffered) as read:
-            yield Stream(read, bytes_max)
+            yield Stream(read, bytes_max, is_packed=True)
     elif magic[:2] == _GZIP:
         with gzip.GzipFile(fileobj=buffered) as unzipped:
-            yield Stream(unzipped.read, bytes_max)
+            yield Stream(unzipped.read, bytes_max, is_packed=True)
     else:
         yield Stream(buffered.read, bytes_max)
 

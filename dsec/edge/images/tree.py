@@ -76,6 +76,15 @@ def parts(path: bytes) -> tuple[bytes, ...]:
     return names
 
 
+def below(path: bytes, node: Node) -> Node:
+    """A tree in which `node` is at `path`."""
+    for name in reversed(parts(path)):
+        parent = directory()
+        parent.children[name] = node
+        node = parent
+    return node
+
+
 class Tree:
     """A tree under construction, filled by path in any order; a name given twice is the later node's."""
 

@@ -1,0 +1,26 @@
+"""Knobs of the store of layers, each also an environment variable `DSEC_IMAGES_<NAME>`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from dsec.edge.images.store import LayerStore
+
+
+class ImagesConfig(BaseSettings):
+    """Where layers are: `directory` on a local file system, of `bytes_max` in all (None: what the disk has), and
+    `shared`, a store on any POSIX mount that this host only reads.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="DSEC_IMAGES_", frozen=True)
+
+    directory: Path = Path("/var/lib/dsec/images")
+    bytes_max: int | None = Field(default=None, ge=1)
+    shared: Path | None = None
+
+    def store(self) -> LayerStore:
+        """The store, not yet open."""
+        return LayerStore(self.directory, self.bytes_max, shared=self.shared)
