@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsec.edge.config import SubstrateConfig
+from dsec.edge.images.host import check_images
 from dsec.edge.linux import cgroup
 from dsec.edge.linux.host import check_host
 
@@ -20,16 +21,17 @@ from dsec.edge.linux.host import check_host
 @click.option("--json", "as_json", is_flag=True, help="One JSON list of findings.")
 def doctor(as_json: bool) -> None:
     """Say what this host has for sandboxes, what is missing, and how to get it; exit 3 if it is unfit."""
-    findings = check_host()
+    findings = [*check_host(), *check_images()]
     if as_json:
         click.echo(msgspec.json.encode(findings))
     else:
         table = Table("check", "", "seen", "way out")
         for finding in findings:
-            mark = "[green]ok[/]" if finding.ok else "[red]missing[/]"
+            missing = "[yellow]optional[/]" if finding.optional else "[red]missing[/]"
+            mark = "[green]ok[/]" if finding.ok else missing
             table.add_row(finding.name, mark, finding.detail, "" if finding.ok else finding.remedy)
         Console().print(table)
-    sys.exit(0 if all(finding.ok for finding in findings) else 3)
+    sys.exit(0 if all(finding.ok or finding.optional for finding in findings) else 3)
 
 
 @click.command(short_help="Remove what killed runs left on this host.", epilog="\b\nExample:\n  dsec gc")

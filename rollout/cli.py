@@ -25,6 +25,7 @@ COMMANDS = {
     **dict.fromkeys(("create", "pause", "resume", "snapshot", "fork", "rm", "network", "ps"), "dsec.cli_sandbox"),
     **dict.fromkeys(("exec", "logs", "trajectory"), "dsec.cli_exec"),
     "edge": "dsec.cli_edge",
+    "image": "dsec.cli_image",
     **dict.fromkeys(("doctor", "gc"), "dsec.cli"),
 }
 """Command -> module; its name there is the command's, with `_` after it where Python has it already."""
@@ -33,6 +34,7 @@ SETTING_PREFIXES = {
     "SubstrateConfig": "DSEC_EDGE_",
     "EdgeConfig": "DSEC_EDGE_",
     "NetworkConfig": "DSEC_NETWORK_",
+    "ImagesConfig": "DSEC_IMAGES_",
 }
 """Of the environment variables, by the name of the settings class."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,12 +25,16 @@ _PROGRAMS = {"/usr/bin/python3": "python3", "/usr/bin/bash": "bash", "/usr/bin/t
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One check: what was looked at, whether it is well, what was seen, and what to do if not."""
+    """One check: what was looked at, whether it is well, what was seen, and what to do if not.
+
+    An `optional` one that is not well takes something away, and leaves the host fit for the rest.
+    """
 
     name: str
     ok: bool
     detail: str
     remedy: str = ""
+    optional: bool = False
 
 
 def _root() -> Finding:
@@ -136,3 +141,17 @@ def require_fit_host(config: SubstrateConfig) -> None:
     if lacking:
         lines = [f"{finding.name}: {finding.detail}; {finding.remedy}" for finding in lacking]
         raise HostUnfitError("this host cannot run sandboxes:\n  " + "\n  ".join(lines))
+
+
+def raise_files_limit(count: int) -> None:
+    """Let this process have `count` descriptors.  HostUnfitError where the host does not allow it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= count:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, max(count, hard)))
+    except (OSError, ValueError) as error:
+        raise HostUnfitError(
+            f"so many sandboxes need {count} open files, and this process may have {hard}: "
+            f"raise its hard limit (ulimit -Hn {count}, LimitNOFILE= of its unit), or lower sandboxes_count_max"
+        ) from error
