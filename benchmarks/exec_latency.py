@@ -17,11 +17,10 @@ import asyncio
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 
 from contenders import (
     Contender,
@@ -45,7 +44,6 @@ from dsec.types import Command, SandboxSpec
 TRUE = ("/bin/true",)
 SIZES = {"256_kib": 256 << 10, "16_mib": 16 << 20}
 IN_FLIGHT = 16
-EDGE_START_S = 30.0
 Exec = Callable[[tuple[str, ...], int], Awaitable[None]]
 """Run an argv, whose output has so many bytes, to its end."""
 
@@ -95,11 +93,14 @@ async def over_grpc() -> AsyncIterator[Exec]:
     """The Python client, and an Edge in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="dsec-edge-") as place:
         url = f"unix:{place}/edge.sock"
+        serve = ("edge", "serve", "--directory", f"{place}/state", "--listen", url, "--destroy-on-exit")
         edge = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "rollout.cli", "edge", "serve", "--directory", f"{place}/state", "--listen", url
+            sys.executable, "-c", "from rollout.cli import main; main()", *serve, stdout=subprocess.PIPE
         )
         try:
-            async with await connected(url) as sandbox:
+            if edge.stdout is None or not await edge.stdout.readline():
+                raise RuntimeError("the Edge does not start")
+            async with await AsyncSandbox.create(url=url) as sandbox:
 
                 async def run(argv: tuple[str, ...], count: int) -> None:
                     result = await sandbox.commands.run(argv, output_bytes_max=max(count, 1))
@@ -109,16 +110,6 @@ async def over_grpc() -> AsyncIterator[Exec]:
         finally:
             edge.terminate()
             await edge.wait()
-
-
-async def connected(url: str) -> AsyncSandbox:
-    """A sandbox of the Edge that is about to listen at `url`."""
-    ends_at = time.monotonic() + EDGE_START_S
-    while not Path(url.removeprefix("unix:")).exists():
-        if time.monotonic() > ends_at:
-            raise RuntimeError("the Edge does not start")
-        await asyncio.sleep(0.05)
-    return await AsyncSandbox.create(url=url)
 
 
 async def take_turns(execs: dict[str, Exec], rounds: int, figures: Figures) -> None:
