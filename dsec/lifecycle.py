@@ -53,6 +53,7 @@ class EndReason(StrEnum):
 _S, _H = State, Happening
 TRANSITIONS: dict[tuple[State, Happening], State] = {
     (_S.CREATING, _H.READY): _S.RUNNING,
+    (_S.CREATING, _H.USE): _S.CREATING,  # a branch runs its past before it is ready
     (_S.CREATING, _H.STOP): _S.STOPPING,
     (_S.RUNNING, _H.USE): _S.RUNNING,
     (_S.RUNNING, _H.SNAPSHOT): _S.RUNNING,

@@ -50,7 +50,7 @@ async def incarnate(
     try:
         await sandbox.record(SandboxCreated(trajectory.session, trajectory.incarnation + 1, spec))
         for key, entry in list(trajectory.entries.items()):
-            if entry.result is None or entry.command is None or not is_wanted(key):
+            if entry.result is None or not is_wanted(key):
                 continue
             again = await (await sandbox.sandbox.start(entry.command, sandbox.take_number())).wait()
             difference = first_difference(entry.result, again)

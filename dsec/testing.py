@@ -14,10 +14,9 @@ See: dsec/sandbox.py, dsec/conformance.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import inspect
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
 
@@ -312,7 +311,7 @@ class FakeClock:
 
     def __init__(self, wall_s: float = 1_000_000.0, boot_s: float = 100.0, boot_id: str = "boot-1") -> None:
         self.wall_time_s, self.boot_time_s, self.boot_id = wall_s, boot_s, boot_id
-        self._waiting: set[asyncio.Event] = set()
+        self._tick = asyncio.Event()
 
     def wall_s(self) -> float:
         """See Clock; set `wall_time_s` to make it jump."""
@@ -324,23 +323,19 @@ class FakeClock:
 
     async def wait(self, event: asyncio.Event, _timeout_s: float | None) -> None:
         """See Clock: until the event, or the next `advance`."""
-        with self._waited(event) as woken:
-            await woken.wait()
+        waits = [asyncio.ensure_future(event.wait()), asyncio.ensure_future(self._tick.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     def advance(self, seconds: float) -> None:
         """Time passes; everybody who waits looks again."""
         self.boot_time_s += seconds
         self.wall_time_s += seconds
-        for event in list(self._waiting):
-            event.set()
-
-    @contextlib.contextmanager
-    def _waited(self, event: asyncio.Event) -> Iterator[asyncio.Event]:
-        self._waiting.add(event)
-        try:
-            yield event
-        finally:
-            self._waiting.discard(event)
+        self._tick.set()
+        self._tick = asyncio.Event()
 
 
 async def _awaited(answer: ExecResult | Awaitable[ExecResult]) -> ExecResult:

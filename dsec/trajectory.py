@@ -32,6 +32,9 @@ from dsec.types import Command, ExecResult, Output, SandboxSpec
 KIND = 3
 """Record kind of the trajectory schema in a log."""
 
+BRIEF_CHARS_MAX = 2048
+"""Of argv and env together: what a fold without contents keeps of a command."""
+
 Append = Callable[[int, bytes], Awaitable[int]]
 """`append(kind, payload)`: returns the record's number once it is durable."""
 
@@ -163,12 +166,12 @@ def digest_of(command: Command) -> bytes:
 class Entry:
     """One command of a session: what was asked, and what came of it.
 
-    `result` is None until it finished; `command` is None, and the result says only how long the
-    output was, in a fold that keeps no contents: the records of these lsns have the whole.
+    `result` is None until it finished.  In a fold that keeps no contents both are only what a list
+    shows, without what the command read and wrote: the records of these lsns have the whole.
     """
 
     digest: bytes
-    command: Command | None
+    command: Command
     number: int = 0
     state: Literal["running", "finished", "refused", "unknown"] = "running"
     result: ExecResult | None = None
@@ -225,15 +228,16 @@ class Trajectory:
     def forget_contents(self) -> None:
         """Drop what only a rebuild needs (inputs and outputs); counts and keys stay.  For a closed session."""
         for entry in self.entries.values():
-            if entry.command is not None:
-                entry.command = msgspec.structs.replace(entry.command, stdin=b"")
+            entry.command = msgspec.structs.replace(entry.command, stdin=b"")
             entry.result = None
 
     def _start(self, record: CommandStarted, lsn: int) -> None:
         digest = digest_of(record.command)
         entry = self.entries.get(record.key)
         if entry is None:
-            entry = self.entries[record.key] = Entry(digest, record.command if self.keeps_contents else None)
+            entry = self.entries[record.key] = Entry(
+                digest, record.command if self.keeps_contents else brief(record.command)
+            )
         if entry.digest != digest:
             raise DivergedError(f"{self.session}: key {record.key!r} was used for another command")
         if entry.state != "finished":
@@ -254,6 +258,18 @@ class Trajectory:
             return self.entries[key]
         except KeyError:
             raise DivergedError(f"{self.session}: key {key!r} ended before it started") from None
+
+
+def brief(command: Command) -> Command:
+    """A command as a list shows it: without its input, and with long texts cut."""
+    command = msgspec.structs.replace(command, stdin=b"")
+    if (
+        sum(map(len, command.argv)) + sum(map(len, command.env)) + sum(map(len, command.env.values()))
+        <= BRIEF_CHARS_MAX
+    ):
+        return command
+    argv = tuple(text if len(text) <= 64 else text[:64] + "..." for text in command.argv[:16])
+    return msgspec.structs.replace(command, argv=argv, env={})
 
 
 def bare(result: ExecResult) -> ExecResult:

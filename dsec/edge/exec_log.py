@@ -71,12 +71,14 @@ class DurableSandbox:
         on_lost: Callable[[], None] | None = None,
         now: Callable[[], float] = time.time,
         shape: Callable[[Command], Command] = lambda command: command,
+        keep: Callable[[Process], None] = lambda _process: None,
     ) -> None:
         """Wrap a sandbox whose incarnation is already in the trajectory.
 
         `recall` reads what a trajectory without contents points to; `wake` is awaited right before a
         command starts; `on_lost` hears that the sandbox died under a command; `shape` is how a
-        command is run, where that differs from how it was asked for and logged (bounds).
+        command is run, where that differs from how it was asked for and logged (bounds); `keep` gets each
+        process that ended.
         """
         self.sandbox = sandbox
         self.trajectory = trajectory
@@ -85,23 +87,26 @@ class DurableSandbox:
         self._recall = recall
         self._wake = wake
         self._on_lost = on_lost
-        self._now = now
+        self.now = now
+        self.last_number = trajectory.last_number
+        """Of the commands that were ever begun, also those that were not recorded yet."""
         self._shape = shape
-        self._last_number = trajectory.last_number
+        self._keep = keep
 
-    async def exec(self, key: str, command: Command) -> ExecResult:
+    async def exec(self, key: str, command: Command, number: int | None = None) -> ExecResult:
         """Run `command` once under `key`, or answer from the log.
 
         Raises DivergedError (the key belongs to another command), OutcomeUnknownError (it started
         on this incarnation and its end is not known), and what `Process.wait` raises.
         """
-        running = self.begin(key, command)
+        running = self.begin(key, command, number)
         return await self.result(key) if running is None else await running.wait()
 
-    def begin(self, key: str, command: Command) -> Running | None:
+    def begin(self, key: str, command: Command, number: int | None = None) -> Running | None:
         """The command under way under `key`, begun now if the key is new; None if it has finished.
 
-        An empty key is a new one, `#` and the command's number.  Raises as `exec` does before anything runs.
+        An empty key is a new one, `#` and the command's number, which is the next if none is given.
+        Raises as `exec` does before anything runs.
         """
         encode_command(command)
         digest = digest_of(command)
@@ -118,15 +123,15 @@ class DurableSandbox:
                     return None
                 if self.trajectory.is_open_here(entry):
                     raise self._unknown(key)
-        number = self.take_number()
+        number = self.take_number(number)
         running = Running(key or f"#{number}", number, command, digest)
         self._begin(running, self._run(running))
         return running
 
-    def take_number(self) -> int:
-        """The next command's number."""
-        self._last_number += 1
-        return self._last_number
+    def take_number(self, number: int | None = None) -> int:
+        """The next command's number, or one above all before."""
+        self.last_number = self.last_number + 1 if number is None else max(self.last_number, number)
+        return self.last_number if number is None else number
 
     async def result(self, key: str) -> ExecResult:
         """The durable result of a finished key; waits for one that runs.  NotFoundError, OutcomeUnknownError."""
@@ -147,8 +152,8 @@ class DurableSandbox:
         if (running := self.running.get(key)) is not None:
             return running.command
         entry = self.entry(key)
-        if entry.command is not None or self._recall is None:
-            return entry.command or Command(argv=())
+        if self.trajectory.keeps_contents or self._recall is None:
+            return entry.command
         started = await self._recall(entry.started_lsn)
         if not isinstance(started, CommandStarted):
             raise DivergedError(f"lsn {entry.started_lsn} does not hold the start of key {key!r}")
@@ -177,7 +182,7 @@ class DurableSandbox:
         try:
             process = await self.sandbox.resume_process(entry.number, self._shape(command))
         except OutcomeUnknownError:
-            await self.record(CommandUnknown(*self._session, key, self._now()))
+            await self.record(CommandUnknown(*self._session, key, self.now()))
             return
         except SandboxLostError:
             self._lose()
@@ -203,7 +208,7 @@ class DurableSandbox:
         running.end.add_done_callback(_see)
 
     async def _run(self, running: Running) -> ExecResult:
-        await self.record(CommandStarted(*self._session, running.key, running.command, running.number, self._now()))
+        await self.record(CommandStarted(*self._session, running.key, running.command, running.number, self.now()))
         return await self._perform(running, None)
 
     async def _perform(self, running: Running, process: Process | None) -> ExecResult:
@@ -215,17 +220,18 @@ class DurableSandbox:
                 process = await self.sandbox.start(self._shape(running.command), running.number)
             running.process.set_result(process)
             result = await process.wait()
+            self._keep(process)
         except OutcomeUnknownError:
-            await self.record(CommandUnknown(*self._session, running.key, self._now()))
+            await self.record(CommandUnknown(*self._session, running.key, self.now()))
             raise
         except SandboxLostError:
             self._lose()
             raise
         except DsecError as error:
             if error.command_started == "no":
-                await self.record(CommandRefused(*self._session, running.key, f"{error.code}: {error}", self._now()))
+                await self.record(CommandRefused(*self._session, running.key, f"{error.code}: {error}", self.now()))
             raise
-        await self.record(CommandFinished(*self._session, running.key, result, self._now()))
+        await self.record(CommandFinished(*self._session, running.key, result, self.now()))
         return result
 
     async def stop(self) -> None:

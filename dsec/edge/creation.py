@@ -1,0 +1,259 @@
+"""Making sandboxes: asked once, made once, or not at all.
+
+The journal knows a request before the substrate does, and a tombstone stops it at whatever point it
+has reached: before it came, while the substrate works, or when the sandbox is there already.  So a
+client that cancels, or is killed, or comes back and asks again, finds one sandbox or none.
+
+Invariants:
+1. The same request id gives the same sandbox; with another request it is a DivergedError.
+2. A create that fails leaves nothing, and its request id may be used again.
+3. The sandboxes of a fork become ready in one record: all of them or none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from msgspec import structs
+
+from dsec.edge.admission import amounts_of
+from dsec.edge.commands import check_spec
+from dsec.edge.history import Outline
+from dsec.edge.journal import Known, RequestCancelled, SandboxEnded, SandboxReady, SandboxRequested
+from dsec.edge.leases import Leases, check_lease
+from dsec.edge.live import LiveSandbox, check_text
+from dsec.edge.registry import Registry
+from dsec.errors import DivergedError, InvalidArgumentError, StateError
+from dsec.lifecycle import EndReason
+from dsec.replay import first_difference
+from dsec.trajectory import CommandFinished, CommandStarted
+from dsec.types import SandboxId, SandboxSpec
+from dsec.views import CreateRequest, SandboxView
+from wal import settled
+
+REQUEST_ID_BYTES_MAX = 256
+LABEL_BYTES_MAX = 256
+TIMEOUT_S_MAX = 365 * 86_400.0
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for under one request: so many sandboxes, and what they go on from."""
+
+    request: CreateRequest
+    spec: SandboxSpec
+    count: int = 1
+    origin: str = ""
+    origin_key: str = ""
+
+    def fits(self, known: Known) -> bool:
+        """Whether the sandbox was made for this wish."""
+        made = known.requested
+        asked = (made.request, made.members_count, made.origin, made.origin_key)
+        return asked == (self.request, self.count, self.origin, self.origin_key)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a sandbox is made of at last, and the commands that it must run again first."""
+
+    spec: SandboxSpec
+    past: tuple[Outline, ...] = ()
+
+
+Prepare = Callable[[], Awaitable[Ground]]
+
+
+class Creation:
+    """Creates, forks and branches of one Edge."""
+
+    def __init__(self, registry: Registry, leases: Leases) -> None:
+        self._registry = registry
+        self._leases = leases
+        self._under_way: dict[str, tuple[Wish, asyncio.Task[list[SandboxView]]]] = {}
+        self._is_closed = False
+
+    async def create(self, request: CreateRequest) -> SandboxView:
+        """One fresh sandbox."""
+        self._check(request)
+
+        async def prepare() -> Ground:
+            return Ground(request.spec)
+
+        return (await self._once(Wish(request, request.spec), prepare))[0]
+
+    async def fork(self, live: LiveSandbox, count: int, request: CreateRequest) -> list[SandboxView]:
+        """`count` sandboxes that go on from what this one has written; all or none."""
+        self._check(request)
+        if not 1 <= count <= self._registry.config.forks_count_max:
+            raise InvalidArgumentError(f"count {count} is not in [1, {self._registry.config.forks_count_max}]")
+        spec = live.known.spec
+
+        async def prepare() -> Ground:
+            layer = await live.snapshot()
+            return Ground(structs.replace(spec, layers=(layer, *spec.layers)))
+
+        return await self._once(Wish(request, spec, count, origin=live.known.id), prepare)
+
+    async def branch(self, known: Known, key: str, request: CreateRequest) -> SandboxView:
+        """A sandbox in the state after command `key` of this one, which may have ended.
+
+        From the newest snapshot before it, by a compared replay of the commands since.  NotFoundError
+        (the key), StateError (those commands overlapped, or one has no known end), DivergedError.
+        """
+        self._check(request)
+        spec = known.spec
+
+        async def prepare() -> Ground:
+            newest, past = await asyncio.to_thread(self._registry.history.past, known, key)
+            layers = spec.layers if newest is None else (newest.layer, *spec.layers)
+            return Ground(structs.replace(spec, layers=layers), past)
+
+        return (await self._once(Wish(request, spec, origin=known.id, origin_key=key), prepare))[0]
+
+    async def cancel(self, request_id: str) -> None:
+        """Whatever was, is being or will be made under this id shall not be; done when nothing of it is left."""
+        check_text("request_id", request_id, REQUEST_ID_BYTES_MAX)
+        registry = self._registry
+        if request_id not in registry.ledger.cancelled:
+            await registry.log.append(RequestCancelled(request_id, registry.now()))
+        if request_id in self._under_way:
+            task = self._under_way[request_id][1]
+            task.cancel()
+            await asyncio.wait([task])
+        made = [registry.live.get(sandbox_id) for sandbox_id in registry.ledger.requests.get(request_id, ())]
+        ends = [registry.end(live, EndReason.CANCELLED) for live in made if live is not None]
+        await asyncio.gather(*map(asyncio.shield, ends))
+
+    async def close(self) -> None:
+        """Make nothing more, and drop what is being made."""
+        self._is_closed = True
+        tasks = [task for _, task in self._under_way.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _once(self, wish: Wish, prepare: Prepare) -> list[SandboxView]:
+        """Fulfil a wish; the same request id asks for the same sandboxes, also while they are being made."""
+        ledger, request_id = self._registry.ledger, wish.request.request_id
+        name = request_id or f"anonymous {secrets.token_hex(8)}"
+        if request_id in ledger.cancelled:
+            raise StateError(f"request {request_id!r} was cancelled")
+        under_way = self._under_way.get(name)
+        if under_way is None and request_id in ledger.requests:
+            made = [ledger.sandboxes[sandbox_id] for sandbox_id in ledger.requests[request_id]]
+            if not all(map(wish.fits, made)):
+                raise DivergedError(f"request id {request_id!r} was used for another request")
+            return [self._registry.view(known) for known in made]
+        if under_way is None:
+            if self._is_closed:
+                raise StateError("the Edge is closing")
+            task = self._registry.spawn(self._make(wish, prepare), f"create {name}")
+            task.add_done_callback(lambda _: self._under_way.pop(name))
+            under_way = self._under_way[name] = (wish, task)
+        if under_way[0] != wish:
+            raise DivergedError(f"request id {request_id!r} was used for another request")
+        try:
+            return await asyncio.shield(under_way[1])
+        except asyncio.CancelledError:
+            if not request_id:  # nobody could ever ask for it
+                under_way[1].cancel()
+            raise
+
+    async def _make(self, wish: Wish, prepare: Prepare) -> list[SandboxView]:
+        registry = self._registry
+        self._leases.require(wish.request.owner, wish.request.epoch)
+        asked = amounts_of(wish.spec, wish.count)
+        await registry.admission.enter(asked)
+        try:
+            ground = await prepare()
+        except BaseException:
+            registry.admission.leave(asked)
+            raise
+        births = [registry.spawn(self._bear(wish, ground.spec), "birth") for _ in range(wish.count)]
+        try:
+            made: list[LiveSandbox] = await asyncio.gather(*births)
+            for outline in ground.past:
+                await self._replay(made[0], outline)
+            self._leases.require(wish.request.owner, wish.request.epoch)
+            ids = tuple(live.known.id for live in made)
+            await registry.log.append(SandboxReady(ids, registry.now()), is_refusable=True)
+            self._leases.require(wish.request.owner, wish.request.epoch)  # it may have lapsed meanwhile
+        except BaseException as error:
+            await settled(self._unmake(wish, births, error))
+            raise
+        for live in made:
+            registry.watch(live)
+        return [registry.view(live.known) for live in made]
+
+    async def _bear(self, wish: Wish, spec: SandboxSpec) -> LiveSandbox:
+        """One sandbox, not yet ready; on any failure nothing of it is left."""
+        registry = self._registry
+        asked = amounts_of(wish.spec)
+        sandbox_id = SandboxId(f"{registry.config.id_prefix}{secrets.token_hex(8)}")
+        requested = SandboxRequested(
+            sandbox_id=sandbox_id,
+            request=wish.request,
+            spec=spec,
+            at_s=registry.now(),
+            members_count=wish.count,
+            origin=wish.origin,
+            origin_key=wish.origin_key,
+        )
+        try:
+            await settled(registry.log.append(requested, is_refusable=True))
+            sandbox = await registry.substrate.create(spec, sandbox_id)
+        except BaseException as error:
+            if sandbox_id in registry.ledger.sandboxes:
+                ended = SandboxEnded(sandbox_id, self._reason(wish), registry.now(), str(error)[:1000])
+                await settled(registry.log.append(ended))
+            registry.admission.leave(asked)
+            raise
+        return registry.adopt(registry.ledger.sandboxes[sandbox_id], sandbox, asked)
+
+    async def _replay(self, live: LiveSandbox, outline: Outline) -> None:
+        """Run a command of the past again and compare.  DivergedError."""
+        history = self._registry.history
+        started, finished = await history.record(outline.started_lsn), await history.record(outline.finished_lsn)
+        if not (isinstance(started, CommandStarted) and isinstance(finished, CommandFinished)):
+            raise DivergedError(f"the journal does not hold command {outline.key!r} where it was")
+        if started.command.keep_stdin_open or started.command.tty is not None:
+            raise StateError(f"command {outline.key!r} read from its client: it cannot be run again")
+        again = await live.durable.exec(outline.key, started.command, outline.number)
+        if (difference := first_difference(finished.result, again)) is not None:
+            raise DivergedError(f"replay of {outline.key!r} differs from the log: {difference}")
+
+    async def _unmake(self, wish: Wish, births: list[asyncio.Task[LiveSandbox]], error: BaseException) -> None:
+        for birth in births:
+            birth.cancel()
+        results = await asyncio.gather(*births, return_exceptions=True)
+        reason = self._reason(wish)
+        ends = [self._registry.end(live, reason, str(error)) for live in results if isinstance(live, LiveSandbox)]
+        await asyncio.gather(*map(asyncio.shield, ends))
+
+    def _reason(self, wish: Wish) -> EndReason:
+        if wish.request.request_id in self._registry.ledger.cancelled:
+            return EndReason.CANCELLED
+        return EndReason.FAILED
+
+    def _check(self, request: CreateRequest) -> None:
+        """InvalidArgumentError if nothing can be made of this."""
+        config = self._registry.config
+        check_spec(request.spec)
+        if request.request_id:
+            check_text("request_id", request.request_id, REQUEST_ID_BYTES_MAX)
+        if request.owner or request.epoch:
+            check_lease(request.owner, request.epoch)
+        if len(request.labels) > config.labels_count_max:
+            raise InvalidArgumentError(f"{len(request.labels)} labels, more than {config.labels_count_max}")
+        for name, value in request.labels.items():
+            check_text("a label's name", name, LABEL_BYTES_MAX)
+            if value:
+                check_text(f"label {name}", value, LABEL_BYTES_MAX)
+        for what, span_s in (("idle_timeout_s", request.idle_timeout_s), ("lifetime_s", request.lifetime_s)):
+            if span_s is not None and not (math.isfinite(span_s) and 0 < span_s <= TIMEOUT_S_MAX):
+                raise InvalidArgumentError(f"{what} {span_s} is not in (0, {TIMEOUT_S_MAX}]")

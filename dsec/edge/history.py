@@ -1,0 +1,181 @@
+"""Reading back what memory let go: one record by its lsn, or the whole trajectory of a sandbox.
+
+A reader takes no lock, so all of this also works beside a running Edge, and without any.
+
+See: docs/formats/edge_journal.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import wal
+from dsec import trajectory
+from dsec.edge.edge_log import LOG
+from dsec.edge.journal import (
+    KIND,
+    EdgeOpened,
+    EdgeRecord,
+    JournalRecord,
+    Known,
+    LeaseEnded,
+    LeaseGranted,
+    RequestCancelled,
+    SandboxEnded,
+    SandboxReady,
+    SnapshotTaken,
+    decode,
+)
+from dsec.errors import NotFoundError, StateError
+from dsec.trajectory import CommandFinished, CommandRefused, CommandStarted, CommandUnknown, TrajectoryRecord
+from dsec.views import CommandView
+
+
+@dataclass(slots=True)
+class Outline:
+    """Where the records of a command lie; `finished_lsn` is 0 if it has no known end."""
+
+    key: str
+    number: int
+    started_lsn: int
+    finished_lsn: int = 0
+
+
+class History:
+    """Trajectory records by lsn, the newest results of them in memory."""
+
+    def __init__(self, directory: Path, bytes_max: int, storage: wal.Storage | None = None) -> None:
+        """`directory` is the Edge's; at most `bytes_max` bytes of output are kept."""
+        self._directory = directory / LOG
+        self._storage = storage
+        self._bytes_max = bytes_max
+        self._bytes = 0
+        self._kept: OrderedDict[int, CommandFinished] = OrderedDict()
+
+    def remember(self, lsn: int, record: CommandFinished) -> None:
+        """Keep a result that somebody may ask for again; the ones that were asked for longest ago go."""
+        self._kept[lsn] = record
+        self._bytes += _size(record)
+        while self._bytes > self._bytes_max:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= _size(oldest)
+
+    async def record(self, lsn: int) -> TrajectoryRecord:
+        """The trajectory record of an lsn.  wal.DroppedError if retention dropped it, wal.CorruptError."""
+        if lsn in self._kept:
+            self._kept.move_to_end(lsn)
+            return self._kept[lsn]
+        payload = await asyncio.to_thread(self._read, lsn)
+        return trajectory.decode(payload)
+
+    def past(self, known: Known, key: str) -> tuple[SnapshotTaken | None, tuple[Outline, ...]]:
+        """What makes the state after command `key`: the newest snapshot before it, and the commands since.
+
+        NotFoundError (no such key), StateError (the commands are no sequence that could be run again).
+        """
+        outlines: dict[str, Outline] = {}
+        snapshots: list[SnapshotTaken] = []
+        for lsn, record in read_records(
+            self._directory.parent, known.id, first_lsn=known.first_lsn, storage=self._storage
+        ):
+            match record:
+                case CommandStarted():
+                    outlines[record.key] = Outline(record.key, record.number, lsn)
+                case CommandFinished():
+                    outlines[record.key].finished_lsn = lsn
+                case CommandRefused():
+                    outlines.pop(record.key, None)
+                case SnapshotTaken(after=int()):
+                    snapshots.append(record)
+        if key not in outlines:
+            raise NotFoundError(f"sandbox {known.id} has no command with key {key!r}")
+        target = outlines[key].number
+        usable = [snapshot for snapshot in snapshots if (snapshot.after or 0) <= target]
+        newest = max(usable, key=lambda snapshot: snapshot.after or 0, default=None)
+        done = (newest.after or 0) if newest is not None else 0
+        past = sorted((o for o in outlines.values() if done < o.number <= target), key=lambda o: o.number)
+        for outline, following in itertools.zip_longest(past, past[1:]):
+            if not outline.finished_lsn or (following and following.started_lsn < outline.finished_lsn):
+                raise StateError(
+                    f"command {outline.key!r} of sandbox {known.id} has no known end, or others ran beside it: "
+                    "branch from a snapshot that was taken later, or from an earlier command"
+                )
+        return newest, tuple(past)
+
+    def _read(self, lsn: int) -> bytes:
+        for record in wal.Reader(self._directory, after_lsn=lsn - 1, storage=self._storage):
+            if record.lsn == lsn:
+                return record.payload
+            break
+        raise NotFoundError(f"lsn {lsn} is not in {self._directory} any more")
+
+
+def read_records(
+    directory: Path, sandbox_id: str, *, first_lsn: int = 1, storage: wal.Storage | None = None
+) -> Iterator[tuple[int, JournalRecord]]:
+    """The records of one sandbox and their lsns, in order."""
+    name = sandbox_id.encode(errors="replace")
+    for record in wal.Reader(directory / LOG, after_lsn=first_lsn - 1, storage=storage):
+        if record.kind in (KIND, trajectory.KIND) and name in record.payload:
+            value = decode(record.kind, record.payload)
+            if sandbox_id in names_of(value):
+                yield record.lsn, value
+
+
+def names_of(record: JournalRecord) -> tuple[str, ...]:
+    """The sandboxes that a record is about."""
+    match record:
+        case SandboxReady():
+            return record.sandbox_ids
+        case EdgeOpened() | LeaseGranted() | LeaseEnded() | RequestCancelled():
+            return ()
+        case _:
+            return (record.sandbox_id if isinstance(record, EdgeRecord) else record.session,)
+
+
+def read_trajectory(
+    directory: Path, sandbox_id: str, *, first_lsn: int = 1, storage: wal.Storage | None = None
+) -> Iterator[CommandView]:
+    """The commands of a sandbox from the journal of the Edge at `directory`, running or not.
+
+    In the order of their ends, then those without one: `unknown` if nobody will ever say, else
+    `running`.  Memory is that of the commands under way.  NotFoundError if the journal knows no such sandbox.
+    """
+    started: dict[str, CommandStarted] = {}
+    is_known = is_ended = False
+    for _, record in read_records(directory, sandbox_id, first_lsn=first_lsn, storage=storage):
+        is_known = True
+        match record:
+            case SandboxEnded():
+                is_ended = True
+            case CommandStarted():
+                started[record.key] = record
+            case CommandFinished() if record.key in started:
+                yield _view(started.pop(record.key), record)
+            case CommandRefused():
+                started.pop(record.key, None)
+            case CommandUnknown() if record.key in started:
+                yield _view(started.pop(record.key), None, "unknown")
+    if not is_known:
+        raise NotFoundError(f"the journal in {directory} has no sandbox {sandbox_id!r}")
+    for start in started.values():
+        yield _view(start, None, "unknown" if is_ended else "running")
+
+
+def _view(
+    start: CommandStarted, end: CommandFinished | None, state: Literal["running", "finished", "unknown"] = "finished"
+) -> CommandView:
+    return CommandView(
+        key=start.key, number=start.number, command=start.command, state=state, result=end.result if end else None
+    )
+
+
+def _size(record: CommandFinished) -> int:
+    result = record.result
+    return 512 + len(record.key) + sum(len(o.head) + len(o.tail) for o in (result.stdout, result.stderr))
