@@ -10,19 +10,25 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 import msgspec
+
+from dsec.types import SandboxSpec
 
 NO_SLOT = 0xFFFFFFFF
 PACKET_BYTES_MAX = 65536
 INLINE_BODY_BYTES_MAX = 32768
 ERRNO_MAX = 4095
+KEPT_COUNT_MAX = 32768
+KEY_BYTES_MAX = 255
+UIDS_PER_SLOT = 65536
 
 EXEC_HAS_STDIN, EXEC_MERGE_STDERR, EXEC_BODY_IN_FD, EXEC_KILL_OTHERS, EXEC_TTY = 1, 2, 4, 8, 16
 INIT_KEPT = 1
 CREATE_HOST_USR = 1
+DESTROY_NETWORK = 1
 EXIT_TIMED_OUT, EXIT_OOM_KILLED = 1, 2
 
 
@@ -111,6 +117,11 @@ def encode_u32(*values: int) -> bytes:
     return struct.pack(f"<{len(values)}I", *values)
 
 
+def encode_u64(value: int) -> bytes:
+    """A little-endian 64 bit number."""
+    return struct.pack("<Q", value)
+
+
 def encode_string(text: str | bytes) -> bytes:
     """A string as the C side reads it without copying: length, bytes, one zero byte."""
     data = os.fsencode(text)
@@ -123,22 +134,23 @@ def encode_strings(texts: Iterable[str | bytes]) -> bytes:
     return struct.pack("<I", len(parts)) + b"".join(parts)
 
 
-def encode_init(hierarchies: Iterable[tuple[str, str]]) -> bytes:
+def encode_init(hierarchies: Iterable[tuple[str, str]], flags: int = 0) -> bytes:
     """INIT; each hierarchy is (parent directory, our directory's name)."""
     pairs = [encode_string(parent) + encode_string(name) for parent, name in hierarchies]
-    return encode_u32(MessageType.INIT, len(pairs)) + b"".join(pairs)
+    return encode_u32(MessageType.INIT, flags, len(pairs)) + b"".join(pairs)
 
 
-def encode_create(slot: int, disk_bytes: int, hostname: str, plan: CgroupPlan) -> bytes:
-    """CREATE."""
-    head = encode_u32(MessageType.CREATE, slot) + struct.pack("<Q", disk_bytes)
-    names = b"".join(map(encode_string, (hostname, plan.guest_group, plan.command_group)))
+def encode_create(slot: int, spec: SandboxSpec, layers: Sequence[int], plan: CgroupPlan) -> bytes:
+    """CREATE; `layers` are the spec's, by the numbers under which they are mounted."""
+    head = encode_u32(MessageType.CREATE, slot) + struct.pack("<Q", spec.disk_bytes)
+    names = b"".join(map(encode_string, (spec.hostname, plan.guest_group, plan.command_group)))
     oom = encode_u32(plan.oom_hierarchy) + encode_string(plan.oom_file)
+    below = encode_u32(CREATE_HOST_USR * (spec.base == "host"), len(layers), *layers)
     steps = [
         encode_u32(step.operation, step.hierarchy) + encode_string(step.path) + encode_string(step.value)
         for step in plan.operations
     ]
-    return head + names + oom + encode_u32(len(steps)) + b"".join(steps)
+    return head + names + oom + below + encode_u32(len(steps)) + b"".join(steps)
 
 
 def encode_exec_body(timeout_ms: int, cwd: bytes, argv: Iterable[bytes], env: Iterable[bytes]) -> bytes:

@@ -1,7 +1,7 @@
 """The client of the spawner: the root process that makes and ends sandboxes.
 
-One spawner serves one substrate.  Requests are matched to answers by slot, since a slot has at
-most one request under way.
+One spawner serves one substrate at a time.  Requests are matched to answers by slot (or layer number), since
+each has at most one request under way.  Its cgroup directories are named after its process.
 
 See: dsec/native/protocol.h, dsec/native/spawner.c.
 """
@@ -12,10 +12,14 @@ import asyncio
 import contextlib
 import os
 import socket
-import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
+from dsec.edge.linux import cgroup
+from dsec.edge.native_process import NativeProcess
 from dsec.edge.native_wire import (
+    DESTROY_NETWORK,
+    INIT_KEPT,
     NO_SLOT,
     CgroupPlan,
     MalformedMessageError,
@@ -29,6 +33,8 @@ from dsec.edge.packets import PacketSocket, make_memory_file
 from dsec.errors import HostUnfitError, SpawnError
 from dsec.types import SandboxSpec
 
+_LAYER_ANSWERS = (MessageType.MOUNTED, MessageType.UNMOUNTED, MessageType.MOUNT_FAILED)
+
 
 def step_error(reader: MessageReader) -> str:
     """Step and error text of a FAILED message, whose type and slot were read."""
@@ -37,43 +43,55 @@ def step_error(reader: MessageReader) -> str:
 
 
 class Spawner:
-    """A running spawner.  Start it with `start`; `close` ends it and every sandbox it made."""
+    """A running spawner; `start` one, or `adopt` one that lived on.  `close` ends it and every sandbox it made.
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    `first_uid` is the user of the host that is root in slot 0.  After `adopt`, `alive` has the pid of the guest in
+    each slot that is not free (0: it is being removed), and `mounted` the numbers of the layers that are mounted.
+    """
+
+    def __init__(self, process: NativeProcess, name: str, places: Sequence[Path], connection: socket.socket) -> None:
+        self.name = name
+        self.first_uid = 0
+        self.alive: dict[int, int] = {}
+        self.mounted: set[int] = set()
         self._process = process
-        self._packets: PacketSocket | None = None
+        self._places = tuple(places)
         loop = asyncio.get_running_loop()
         self._inited: asyncio.Future[None] = loop.create_future()
+        self._synced: asyncio.Future[None] | None = None
         self._created: dict[int, asyncio.Future[tuple[socket.socket, int]]] = {}
         self._gone: dict[int, asyncio.Future[None]] = {}
+        self._layers: dict[int, asyncio.Future[None]] = {}
+        self.connection = connection
+        self._packets = PacketSocket(connection, self._on_packet, self._on_close)
 
     @classmethod
-    async def start(cls, binary: Path, hierarchies: list[tuple[str, str]], skeleton: bytes) -> Spawner:
-        """Start the process and wait until its file system stands.  HostUnfitError names the failing step."""
+    async def start(
+        cls, binary: Path, found: cgroup.Hierarchies, cgroup_parent: str, skeleton: bytes, *, is_kept: bool = False
+    ) -> Spawner:
+        """Start the process and wait until its file system stands.  HostUnfitError names the failing step.
+
+        `is_kept`: it outlives this process, as long as somebody has `connection`.
+        """
+        places = cgroup.parents(found, cgroup_parent)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            number = str(theirs.fileno())
             try:
-                process = subprocess.Popen(  # noqa: ASYNC220  (fork and exec of a small static binary: a millisecond)
-                    [str(binary), "spawner", number],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    start_new_session=True,
-                    env={},
-                )
-            except OSError as error:
+                process = NativeProcess.start(binary, "spawner", [theirs.fileno()])
+            except BaseException:
                 ours.close()
-                raise HostUnfitError(f"{binary} cannot be started: {error}") from error
-        spawner = cls(process)
-        spawner._packets = PacketSocket(ours, spawner._on_packet, spawner._on_close)
+                raise
+        spawner = cls(process, cgroup.owner_name(process.pid), places, ours)
         file = make_memory_file("skeleton", skeleton)
         try:
-            await spawner._packets.send(encode_init(hierarchies), [file])
+            cgroup.make_owner_directories(found, cgroup_parent, spawner.name)
+            hierarchies = [(str(place), spawner.name) for place in places]
+            await spawner._packets.send(encode_init(hierarchies, INIT_KEPT * is_kept), [file])
             await spawner._inited
-        except ConnectionError as error:
+        except OSError as error:
             await spawner.close()
-            raise HostUnfitError(f"{binary} ended at once") from error
+            reason = "it ended at once" if isinstance(error, ConnectionError) else f"cannot make a cgroup: {error}"
+            raise HostUnfitError(f"{binary} cannot serve: {reason}") from error
         except BaseException:
             await spawner.close()
             raise
@@ -81,25 +99,53 @@ class Spawner:
             os.close(file)
         return spawner
 
+    @classmethod
+    async def adopt(cls, connection: socket.socket, pid: int, name: str, places: Sequence[Path]) -> Spawner | None:
+        """Go on with a spawner of an earlier process; None if it has ended.  Takes ownership of `connection`."""
+        try:
+            process = NativeProcess(pid)
+        except ProcessLookupError:
+            connection.close()
+            return None
+        if cgroup.owner_name(pid) != name:  # another process has its pid
+            process.forget()
+            connection.close()
+            return None
+        spawner = cls(process, name, places, connection)
+        spawner._inited.set_result(None)
+        spawner._synced = asyncio.get_running_loop().create_future()
+        try:
+            await spawner._packets.send(encode_u32(MessageType.SYNC))
+            await spawner._synced
+        except (ConnectionError, SpawnError):
+            await spawner.close()
+            return None
+        finally:
+            spawner._synced = None
+        return spawner
+
     @property
     def is_alive(self) -> bool:
         """False once the control socket is closed."""
-        return self._packets is not None and self._packets.is_open
+        return self._packets.is_open
 
     @property
     def pid(self) -> int:
         """Process id of the spawner on the host."""
         return self._process.pid
 
-    async def create(self, slot: int, spec: SandboxSpec, plan: CgroupPlan) -> tuple[socket.socket, int]:
+    async def create(
+        self, slot: int, spec: SandboxSpec, plan: CgroupPlan, layers: Sequence[int] = ()
+    ) -> tuple[socket.socket, int]:
         """Our end of the guest's socket and its pid on the host; the guest then sets itself up.  SpawnError.
 
-        `gone(slot)` resolves when the slot is free again, also after an error.
+        `layers` are numbers of mounted ones, the topmost first.  `gone(slot)` resolves when the slot is free again,
+        also after an error.
         """
         loop = asyncio.get_running_loop()
         gone = self._gone[slot] = loop.create_future()
         try:
-            await self._send(encode_create(slot, spec.disk_bytes, spec.hostname, plan))
+            await self._send(encode_create(slot, spec, layers, plan))
         except BaseException:
             gone.set_result(None)  # the spawner never heard of it
             raise
@@ -110,48 +156,110 @@ class Spawner:
             created.add_done_callback(_discard)
             raise
 
-    async def destroy(self, slot: int) -> None:
-        """Kill the sandbox in `slot` and return when nothing is left of it.  SpawnError if the spawner is gone."""
-        gone = self._gone[slot]
+    async def destroy(self, slot: int, *, had_network: bool = False) -> None:
+        """Kill the sandbox in `slot` and return when nothing is left of it.  SpawnError if the spawner is gone.
+
+        `had_network`: it had a way out, and no other sandbox gets its network namespace.
+        """
+        gone = self._gone.get(slot)
+        if gone is None:
+            return  # it never had a sandbox
         if not gone.done():
-            await self._send(encode_u32(MessageType.DESTROY, slot))
+            await self._send(encode_u32(MessageType.DESTROY, slot, DESTROY_NETWORK * had_network))
         await asyncio.shield(gone)
 
     def gone(self, slot: int) -> asyncio.Future[None]:
         """Resolves when the slot's last sandbox has left nothing behind (SpawnError: the spawner died)."""
         return self._gone[slot]
 
-    async def close(self) -> None:
-        """End the spawner and wait for it; it kills all sandboxes and removes its cgroups first."""
-        if self._packets is not None:
-            self._packets.close()
-        self._fail_all("the spawner was closed")
-        await asyncio.to_thread(self._process.wait)
+    async def mount(self, layer: int, image: int) -> None:
+        """Mount an EROFS image, an open file, under a number that is free.  SpawnError."""
+        await self._ask_layer(layer, MessageType.MOUNT, [image])
+        self.mounted.add(layer)
 
-    async def _send(self, data: bytes) -> None:
-        if self._packets is None:
-            raise SpawnError("the spawner was not started")
+    async def unmount(self, layer: int) -> None:
+        """Free a layer's number; sandboxes that have the layer keep it.  SpawnError."""
+        self.mounted.discard(layer)
+        await self._ask_layer(layer, MessageType.UNMOUNT)
+
+    async def _ask_layer(self, layer: int, kind: MessageType, fds: Sequence[int] = ()) -> None:
+        answer = self._layers[layer] = asyncio.get_running_loop().create_future()
+        await self._send(encode_u32(kind, layer), fds)
+        await asyncio.shield(answer)
+
+    async def close(self) -> None:
+        """End the spawner and wait for it; it kills all sandboxes and removes its cgroups first.
+
+        Nobody else may have `connection` any more.
+        """
+        self._packets.close()
+        self._fail_all("the spawner was closed")
+        await self._process.ended()
+        for place in self._places:
+            await asyncio.to_thread(cgroup.remove_tree, place / self.name)
+
+    def detach(self) -> None:
+        """Leave the spawner to whoever has a copy of `connection`."""
+        self._packets.close()
+        self._fail_all("the spawner was left to another process")
+        self._process.forget()
+
+    async def _send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         try:
-            await self._packets.send(data)
+            await self._packets.send(data, fds)
         except ConnectionError as error:
-            raise SpawnError("the spawner is gone: open a new substrate") from error
+            raise SpawnError("the spawner is gone") from error
 
     def _on_packet(self, data: bytes, fds: list[int]) -> None:
         reader = MessageReader(data)
-        kind, slot = reader.u32(), reader.u32()
-        if kind == MessageType.INITED and not self._inited.done():
-            self._inited.set_result(None)
-        elif kind == MessageType.CREATED and slot in self._created and fds:
+        kind = reader.u32()
+        number = NO_SLOT if kind == MessageType.SYNCED else reader.u32()
+        if kind == MessageType.CREATED and number in self._created and fds:
             pid = reader.u32()
-            self._created.pop(slot).set_result((socket.socket(fileno=fds.pop(0)), pid))
-        elif kind == MessageType.GONE and slot in self._gone and not self._gone[slot].done():
-            self._gone[slot].set_result(None)
-        elif kind == MessageType.FAILED and slot == NO_SLOT and not self._inited.done():
-            self._inited.set_exception(HostUnfitError(f"the spawner cannot start: {step_error(reader)}"))
-        elif kind == MessageType.FAILED and slot in self._created:
-            self._created.pop(slot).set_exception(SpawnError(step_error(reader)))
+            self._created.pop(number).set_result((socket.socket(fileno=fds.pop(0)), pid))
+        elif kind == MessageType.GONE and number in self._gone and not self._gone[number].done():
+            self._gone[number].set_result(None)
+        elif kind == MessageType.FAILED and number in self._created:
+            self._created.pop(number).set_exception(SpawnError(step_error(reader)))
+        elif kind in _LAYER_ANSWERS and number in self._layers:
+            self._settle_layer(kind, number, reader)
+        elif self._synced is not None:
+            self._on_sync(kind, number, reader)
+        elif not self._inited.done():
+            self._on_start(kind, number, reader)
         else:
-            raise MalformedMessageError(f"the spawner sent a message of type {kind} for slot {slot}")
+            raise MalformedMessageError(f"the spawner sent a message of type {kind} for number {number}")
+
+    def _settle_layer(self, kind: int, number: int, reader: MessageReader) -> None:
+        answer = self._layers.pop(number)
+        if kind == MessageType.MOUNT_FAILED:
+            answer.set_exception(SpawnError(step_error(reader)))
+            answer.exception()
+        else:
+            answer.set_result(None)
+
+    def _on_start(self, kind: int, number: int, reader: MessageReader) -> None:
+        if kind == MessageType.INITED:
+            self.first_uid = number
+            self._inited.set_result(None)
+        elif kind == MessageType.FAILED:
+            self._inited.set_exception(HostUnfitError(f"the spawner cannot start: {step_error(reader)}"))
+        else:
+            raise MalformedMessageError(f"a spawner that starts sent a message of type {kind}")
+
+    def _on_sync(self, kind: int, number: int, reader: MessageReader) -> None:
+        """The state; before it may come answers to the process that asked before us, of which nothing is needed."""
+        if kind == MessageType.INITED:
+            self.first_uid = number
+        elif kind == MessageType.ALIVE:
+            self.alive[number] = reader.u32()
+            self._gone[number] = asyncio.get_running_loop().create_future()
+        elif kind == MessageType.MOUNTED:
+            self.mounted.add(number)
+        elif kind == MessageType.UNMOUNTED:
+            self.mounted.discard(number)
+        elif kind == MessageType.SYNCED and self._synced is not None and not self._synced.done():
+            self._synced.set_result(None)
 
     def _on_close(self) -> None:
         self._fail_all("the spawner died")
@@ -160,14 +268,11 @@ class Spawner:
         if not self._inited.done():
             self._inited.set_exception(HostUnfitError(reason))
             self._inited.exception()
-        for created in self._created.values():
-            if not created.done():
-                created.set_exception(SpawnError(reason))
-                created.exception()
-        for gone in self._gone.values():
-            if not gone.done():
-                gone.set_exception(SpawnError(reason))
-                gone.exception()
+        waiting = [self._synced, *self._created.values(), *self._gone.values(), *self._layers.values()]
+        for future in waiting:
+            if future is not None and not future.done():
+                future.set_exception(SpawnError(reason))
+                future.exception()
 
 
 def _discard(created: asyncio.Future[tuple[socket.socket, int]]) -> None:

@@ -2,7 +2,8 @@
  *
  *   /base/usr    the host's /usr, read only, without what is mounted below it
  *   /base/proc   the host's /proc, to write uid maps and to open namespaces
- *   /lower, /work, /root   empty mount points that each sandbox uses in its own copy
+ *   /base/layers/<n>       layers (layers.c)
+ *   /base/lower/<n>, /work, /usr, /root   empty mount points that each sandbox uses in its own copy
  *   /empty       what hides a directory of /proc
  *
  * The skeleton (etc, root, home, tmp ...) that Python sent stays in memory, and each sandbox unpacks
@@ -16,6 +17,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -81,14 +83,31 @@ int unpack_skeleton(const char *directory) {
 #define STEP(name, expression) \
     if ((expression) < 0) return name
 
+void name_layer(uint32_t layer, char path[LAYER_PATH_BYTES_MAX]) {
+    snprintf(path, LAYER_PATH_BYTES_MAX, "/base/layers/%u", layer);
+}
+
+static const char *make_lower_places(void) {
+    STEP("mkdir /base/lower", mkdir("base/lower", 0755));
+    for (int i = 0; i <= SANDBOX_LAYERS_COUNT_MAX; i++) { /* one more for the host's /usr */
+        char path[64];
+        snprintf(path, sizeof path, "base/lower/%d", i);
+        STEP("mkdir below /base/lower", mkdir(path, 0755));
+    }
+    return NULL;
+}
+
 static const char *fill_base(void) {
-    static const char *const directories[] = {"lower", "work", "root", "base", "empty"};
+    static const char *const directories[] = {"work", "usr", "root", "base", "empty"};
     STEP("chdir to the staging directory", chdir(STAGING));
     for (size_t i = 0; i < sizeof directories / sizeof *directories; i++)
         STEP("mkdir in the spawner's root", mkdir(directories[i], 0755));
     STEP("mount /base", mount("base", "base", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=64k"));
     STEP("mkdir /base/usr", mkdir("base/usr", 0755));
     STEP("mkdir /base/proc", mkdir("base/proc", 0755));
+    STEP("mkdir /base/layers", mkdir("base/layers", 0755));
+    const char *step = make_lower_places();
+    if (step) return step;
     STEP("bind /usr", mount("/usr", "base/usr", NULL, MS_BIND, NULL));
     STEP("make /usr read only",
          mount(NULL, "base/usr", NULL, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV, NULL));

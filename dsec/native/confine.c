@@ -85,15 +85,14 @@ static void enter_user_namespace(int user_namespace, uint32_t guest_uid) {
     MUST("join the user namespace", setns(user_namespace, CLONE_NEWUSER));
 }
 
-void drop_capabilities(void) {
+static void drop_capabilities(void) {
     for (int capability = 0; prctl(PR_CAPBSET_READ, capability) >= 0; capability++)
         if (!(KEPT_CAPABILITIES & CAPABILITY(capability)))
             MUST("drop a bounding capability", prctl(PR_CAPBSET_DROP, capability));
     set_capabilities("capset", KEPT_CAPABILITIES);
 }
 
-void confine(const struct sandbox_setup *setup) {
-    const char *hostname = setup->request->hostname;
+void confine(const char *hostname, const struct sandbox_setup *setup) {
     MUST("sethostname", sethostname(hostname, strlen(hostname)));
     set_limits();
     raise_loopback();

@@ -9,6 +9,7 @@
 int main(int argc, char **argv) {
     if (argc == 3) remember_title(argv[0], argv[argc - 1] + strlen(argv[argc - 1]));
     if (argc == 3 && strcmp(argv[1], "spawner") == 0) return spawner_main(atoi(argv[2]));
+    if (argc == 5 && strcmp(argv[1], "keeper") == 0) return keeper_main(atoi(argv[2]), atoi(argv[3]), atoi(argv[4]));
     if (argc == 3 && strcmp(argv[1], "guest") == 0) return docker_main(argv[2]);
     fprintf(stderr, "usage: dsec-sandbox spawner FD   (started by the dsec Python package, see protocol.h)\n");
     return 2;

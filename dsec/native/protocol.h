@@ -23,7 +23,7 @@
  *   DESTROY  u32 slot, u32 flags (DESTROY_*)
  *   MOUNT    u32 layer      + fd: an EROFS image; the number is Python's, below LAYERS_COUNT_MAX
  *   UNMOUNT  u32 layer      no later CREATE names it; sandboxes that have it keep it
- *   SYNC                    asks what there is: ALIVE for each sandbox, then SYNCED
+ *   SYNC                    asks what there is: INITED again, MOUNTED for each layer, ALIVE for each sandbox, then SYNCED
  *
  * spawner -> Python
  *   INITED   u32 the first host uid of slot 0

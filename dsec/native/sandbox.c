@@ -11,8 +11,7 @@
 
 #include "sandbox.h"
 
-/* Where the guest's fds lie; below FDS_HIGH nothing else is open while they are moved there. */
-enum guest_fd { FD_NULL = 0, FD_CONTROL = 3, FD_COMMAND_GROUP = 4, FD_OOM = 5, FD_JOIN_FIRST = 6 };
+/* Below this nothing is open while the guest's fds are moved to their places (enum guest_fd). */
 #define FDS_HIGH 2048
 
 static int control_fd;
@@ -82,8 +81,7 @@ static void hide_cgroup_names(const struct sandbox_setup *setup, const int *join
 
 /* Opens with the host's credentials what the guest will use with its own few; the cgroup checks
  * look at who opened.  Returns the count of v1 groups to join. */
-static int arrange_fds(struct sandbox_setup *setup) {
-    const struct create_request *request = setup->request;
+static int arrange_fds(const struct create_request *request, struct sandbox_setup *setup) {
     int joins[HIERARCHIES_COUNT_MAX], joins_count = 0;
     control_fd = lift(setup->control, "lift the control fd");
     setup->control = control_fd;
@@ -109,13 +107,14 @@ static void open_null(void) {
     if (open("/dev/null", O_RDWR) != FD_NULL || dup(FD_NULL) != 1 || dup(FD_NULL) != 2) fail("open /dev/null");
 }
 
-void become_sandbox(const struct sandbox_setup *given) {
+void become_sandbox(const struct create_request *request, const struct sandbox_setup *given) {
     struct sandbox_setup setup = *given;
     control_fd = setup.control;
-    int joins_count = arrange_fds(&setup);
-    build_rootfs(&setup);
+    enter_network(&setup);
+    int joins_count = arrange_fds(request, &setup);
+    build_rootfs(request, &setup);
     open_null();
-    confine(&setup);
+    confine(request->hostname, &setup);
     control_fd = FD_CONTROL;
     if (syscall(SYS_close_range, FD_JOIN_FIRST + joins_count, ~0U, 0) < 0) fail("close_range");
     hide_title();

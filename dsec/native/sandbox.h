@@ -11,7 +11,8 @@ struct create_request {
     uint32_t slot;
     uint64_t disk_bytes;
     const char *hostname, *guest_group, *command_group, *oom_file;
-    uint32_t oom_hierarchy;
+    uint32_t oom_hierarchy, flags;
+    uint32_t layers_count, layers[SANDBOX_LAYERS_COUNT_MAX]; /* mounted ones, the topmost first */
     struct reader operations; /* checked, at its count */
 };
 
@@ -21,14 +22,17 @@ struct hierarchies {
     uint32_t count;
 };
 
-/* -- spawner.c, docker.c, guest.c: the roles; guest_main never returns */
+/* -- spawner.c, keeper.c, docker.c, guest.c: the roles; guest_main never returns */
 int spawner_main(int control);
+int keeper_main(int listener, int connection, int keep_s);
 int docker_main(const char *socket_path);
 _Noreturn void guest_main(int control, int command_group, int oom_file, const int *joins, int joins_count);
 
 /* -- base.c: the spawner's own file system view.  Each returns NULL, or the step that failed with errno. */
 const char *build_base(int skeleton_fd);
 int unpack_skeleton(const char *directory); /* 0, or -1 with errno; the caller's fsuid owns what is made */
+#define LAYER_PATH_BYTES_MAX 32
+void name_layer(uint32_t layer, char path[LAYER_PATH_BYTES_MAX]); /* where it is mounted */
 
 /* -- cgroups.c */
 const char *apply_cgroup_operations(struct reader operations, const struct hierarchies *all, uint32_t owner_uid);
@@ -41,18 +45,19 @@ int create_user_namespace(int proc, uint32_t first_uid);
 
 /* -- sandbox.c: the child between clone3 and pid 1; reports a failing step on `control` and exits */
 struct sandbox_setup {
-    const struct create_request *request;
     const struct hierarchies *hierarchies;
     int control, user_namespace;
+    int network; /* to be entered; -1: the process was born in one of its own */
+    int proc;    /* the host's, as long as the sandbox is not built */
     uint32_t first_uid;
 };
-_Noreturn void become_sandbox(const struct sandbox_setup *setup);
+_Noreturn void become_sandbox(const struct create_request *request, const struct sandbox_setup *setup);
 
-/* -- rootfs.c, confine.c: the two halves of that.  They end by `fail`. */
-void build_rootfs(const struct sandbox_setup *setup);
-void confine(const struct sandbox_setup *setup);
+/* -- networks.c, rootfs.c, confine.c: the steps of that, in order.  They end by `fail`. */
+void enter_network(const struct sandbox_setup *setup);
+void build_rootfs(const struct create_request *request, const struct sandbox_setup *setup);
+void confine(const char *hostname, const struct sandbox_setup *setup);
 void set_limits(void);
-void drop_capabilities(void);
 _Noreturn void fail(const char *step);
 void report_failures_on(int control);
 void remember_title(char *start, char *end); /* where ps finds our command line */

@@ -5,8 +5,8 @@ controllers there.  Each limit (memory, pids, cpu) is set where the host has tha
 cgroup2, or on a v1 hierarchy.  The guest (pid 1) stays outside of all limits: the kernel's OOM
 killer can only choose among the commands, and a busy command cannot keep the guest from ending it.
 
-Our directories are named `dsec-<boot>-<pid namespace>-<pid>-<start time>-<n>` after the process
-that owns them, so that anyone can tell a dead owner's leftovers from a living one's sandboxes.
+Our directories are named `dsec-<boot>-<pid namespace>-<pid>-<start time>` after the spawner that owns
+them, so that anyone can tell a dead owner's leftovers from a living one's sandboxes.
 
 Invariants:
     1. `sweep` never touches a directory whose owner lives, or whose owner it cannot see.
@@ -17,9 +17,9 @@ See: dsec/native/protocol.h, docs/threat_model.md.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import re
+import select
 import signal
 import time
 from pathlib import Path
@@ -31,17 +31,22 @@ from dsec.types import SandboxSpec
 
 CONTROLLERS = ("memory", "pids", "cpu")
 CPU_PERIOD_US = 100_000
+WEIGHT_DEFAULT = 100
 SWEEP_S_MAX = 5.0
-_OWNER = re.compile(r"dsec-(?P<boot>[0-9a-f]{8})-(?P<pidns>\d+)-(?P<pid>\d+)-(?P<start>\d+)-\d+")
-_serial = itertools.count()
+FREEZE_S_MAX = 5.0
+_OWNER = re.compile(r"dsec-(?P<boot>[0-9a-f]{8})-(?P<pidns>\d+)-(?P<pid>\d+)-(?P<start>\d+)")
 
 
 class Hierarchies(msgspec.Struct, frozen=True):
-    """Mounted cgroup file systems: cgroup2 with the controllers it offers, and v1 mounts by controller."""
+    """Mounted cgroup file systems: cgroup2 with the controllers it offers, and v1 mounts by controller.
+
+    `blkio` is the v1 mount that weighs disk access, where a disk's scheduler does (BFQ).
+    """
 
     unified: Path | None
     unified_controllers: frozenset[str]
     v1: dict[str, Path]
+    blkio: Path | None = None
 
     @property
     def missing(self) -> list[str]:
@@ -51,7 +56,13 @@ class Hierarchies(msgspec.Struct, frozen=True):
     @property
     def limit_mounts(self) -> dict[str, Path]:
         """The v1 mounts that carry a limit, in the order of the wire (after cgroup2)."""
-        return {name: self.v1[name] for name in CONTROLLERS if name not in self.unified_controllers}
+        mounts = {name: self.v1[name] for name in CONTROLLERS if name not in self.unified_controllers}
+        return mounts if self.blkio is None else {**mounts, "blkio": self.blkio}
+
+    @property
+    def weighs_io(self) -> bool:
+        """Whether disks are shared by weight; elsewhere `cpu_weight` is of the processors alone."""
+        return self.blkio is not None or "io" in self.unified_controllers
 
 
 def detect(mountinfo: str | None = None) -> Hierarchies:
@@ -59,6 +70,7 @@ def detect(mountinfo: str | None = None) -> Hierarchies:
     text = Path("/proc/self/mountinfo").read_text() if mountinfo is None else mountinfo
     unified: Path | None = None
     v1: dict[str, Path] = {}
+    blkio: Path | None = None
     for line in text.splitlines():
         left, _, right = line.partition(" - ")
         mount = Path(left.split()[4])
@@ -68,23 +80,28 @@ def detect(mountinfo: str | None = None) -> Hierarchies:
         elif kind == "cgroup":
             for name in set(options.split(",")) & set(CONTROLLERS):
                 v1.setdefault(name, mount)
+            if "blkio" in options.split(",") and _has_bfq():
+                blkio = mount
     offered: frozenset[str] = frozenset()
     if unified is not None:
         with contextlib.suppress(OSError):
             offered = frozenset((unified / "cgroup.controllers").read_text().split())
-    return Hierarchies(unified, offered & set(CONTROLLERS), v1)
+    return Hierarchies(unified, offered & {*CONTROLLERS, "io"}, v1, None if "io" in offered else blkio)
+
+
+def _has_bfq() -> bool:
+    return any("[bfq]" in path.read_text() for path in Path("/sys/block").glob("*/queue/scheduler"))
 
 
 def parents(found: Hierarchies, cgroup_parent: str) -> list[Path]:
-    """The directories below which ours are made: cgroup2's first, then one for each v1 limit."""
+    """The directories below which ours are made: cgroup2's first, then one for each v1 limit.  FileNotFoundError."""
     if found.unified is None:
         raise FileNotFoundError("no cgroup2 file system is mounted")
     return [mount / cgroup_parent for mount in (found.unified, *found.limit_mounts.values())]
 
 
-def make_owner_directories(found: Hierarchies, cgroup_parent: str) -> list[tuple[str, str]]:
-    """Make this process's directory in each hierarchy and give (parent, name) pairs.  OSError."""
-    name = owner_name()
+def make_owner_directories(found: Hierarchies, cgroup_parent: str, name: str) -> None:
+    """Make an owner's directory in each of `parents`, leaving none if one fails.  OSError."""
     enabled = _enabling(found)
     places = parents(found, cgroup_parent)
     try:
@@ -98,7 +115,6 @@ def make_owner_directories(found: Hierarchies, cgroup_parent: str) -> list[tuple
         for parent in places:
             remove_tree(parent / name)
         raise
-    return [(str(parent), name) for parent in places]
 
 
 def _enabling(found: Hierarchies) -> str:
@@ -121,7 +137,7 @@ def plan_sandbox(found: Hierarchies, slot: int, spec: SandboxSpec) -> CgroupPlan
     for index, name in enumerate(found.limit_mounts, 1):
         steps.append(CgroupOperation(Operation.MKDIR, index, box))
         steps += _limits_v1(name, index, box, spec)
-    steps += _limits_v2(found.unified_controllers, commands, spec)
+    steps += _limits_v2(found.unified_controllers, box, commands, spec)
     oom_hierarchy, oom_file = 0, f"{commands}/memory.events"
     if "memory" not in found.unified_controllers:
         oom_hierarchy, oom_file = 1 + list(found.limit_mounts).index("memory"), f"{box}/memory.oom_control"
@@ -137,14 +153,23 @@ def _limits_v1(controller: str, index: int, box: str, spec: SandboxSpec) -> list
         ]
     if controller == "pids":
         return [CgroupOperation(Operation.WRITE, index, f"{box}/pids.max", str(spec.pids_count_max))]
+    is_weighed = spec.cpu_weight != WEIGHT_DEFAULT
+    if controller == "blkio":
+        weight = CgroupOperation(
+            Operation.WRITE_IF_PRESENT, index, f"{box}/blkio.bfq.weight", str(min(spec.cpu_weight, 1000))
+        )
+        return [weight] * is_weighed
     quota = str(int(spec.cpu_cores * CPU_PERIOD_US))
+    shares = CgroupOperation(Operation.WRITE, index, f"{box}/cpu.shares", str(max(2, spec.cpu_weight * 1024 // 100)))
     return [
         CgroupOperation(Operation.WRITE, index, f"{box}/cpu.cfs_period_us", str(CPU_PERIOD_US)),
         CgroupOperation(Operation.WRITE, index, f"{box}/cpu.cfs_quota_us", quota),
+        *[shares] * is_weighed,
     ]
 
 
-def _limits_v2(offered: frozenset[str], commands: str, spec: SandboxSpec) -> list[CgroupOperation]:
+def _limits_v2(offered: frozenset[str], box: str, commands: str, spec: SandboxSpec) -> list[CgroupOperation]:
+    """Limits are those of the commands; weights are the box's, whose rivals are the other boxes."""
     quota = f"{int(spec.cpu_cores * CPU_PERIOD_US)} {CPU_PERIOD_US}"
     values = [
         ("memory", Operation.WRITE, f"{commands}/memory.max", str(spec.memory_bytes)),
@@ -152,7 +177,56 @@ def _limits_v2(offered: frozenset[str], commands: str, spec: SandboxSpec) -> lis
         ("pids", Operation.WRITE, f"{commands}/pids.max", str(spec.pids_count_max)),
         ("cpu", Operation.WRITE, f"{commands}/cpu.max", quota),
     ]
+    if spec.cpu_weight != WEIGHT_DEFAULT:
+        values += [
+            ("cpu", Operation.WRITE, f"{box}/cpu.weight", str(spec.cpu_weight)),
+            ("io", Operation.WRITE_IF_PRESENT, f"{box}/io.weight", f"default {spec.cpu_weight}"),
+        ]
     return [CgroupOperation(operation, 0, path, value) for name, operation, path, value in values if name in offered]
+
+
+# -- pausing -------------------------------------------------------------------------------------
+
+
+class Box(msgspec.Struct, frozen=True):
+    """The cgroups of one sandbox that lives: that of its processes (cgroup2), and that of its memory."""
+
+    tracker: Path
+    memory: Path
+
+    def freeze(self) -> bool:
+        """Stop every process in it; blocks until all stand still, False if that took longer than FREEZE_S_MAX."""
+        (self.tracker / "cgroup.freeze").write_text("1")
+        deadline = time.monotonic() + FREEZE_S_MAX
+        with open(self.tracker / "cgroup.events") as events:
+            changed = select.poll()
+            changed.register(events, select.POLLPRI)
+            while "frozen 1" not in events.read():
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    return False
+                changed.poll(left_s * 1000)
+                events.seek(0)
+        return True
+
+    def thaw(self) -> None:
+        """Let every process go on."""
+        (self.tracker / "cgroup.freeze").write_text("0")
+
+    def reclaim(self) -> None:
+        """Give back to the host what memory can be had again from a file: blocks while the kernel looks for it."""
+        for name, request in (("memory.reclaim", "1T"), ("memory.force_empty", "0")):
+            with contextlib.suppress(OSError):  # not there, or less was found than asked for
+                with open(self.memory / name, "r+") as file:
+                    file.write(request)
+                return
+
+
+def box_of(found: Hierarchies, cgroup_parent: str, owner: str, slot: int) -> Box:
+    """Where the cgroups of the sandbox in `slot` are."""
+    places = dict(zip(("", *found.limit_mounts), parents(found, cgroup_parent), strict=True))
+    memory = places.get("memory", places[""])
+    return Box(places[""] / owner / f"s{slot}", memory / owner / f"s{slot}")
 
 
 # -- owners and leftovers ----------------------------------------------------------------------
@@ -175,10 +249,9 @@ def _start_time(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def owner_name() -> str:
-    """A directory name for this process, new at every call."""
-    pid = os.getpid()
-    return f"dsec-{_boot_id()}-{_pid_namespace()}-{pid}-{_start_time(pid)}-{next(_serial)}"
+def owner_name(pid: int) -> str:
+    """The directory name of a process, which no other process ever has."""
+    return f"dsec-{_boot_id()}-{_pid_namespace()}-{pid}-{_start_time(pid)}"
 
 
 def is_leftover(name: str) -> bool:

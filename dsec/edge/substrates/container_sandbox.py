@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from errno import E2BIG
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -20,11 +22,11 @@ import msgspec
 from dsec.edge.commands import encode_command
 from dsec.edge.config import SubstrateConfig
 from dsec.edge.guest import Exited, Guest, Refused
-from dsec.edge.linux import cgroup
+from dsec.edge.keeper import Keeper
 from dsec.edge.native_wire import EXIT_OOM_KILLED, EXIT_TIMED_OUT, Stage
 from dsec.edge.network.gateway import Gateway, environment
-from dsec.edge.spawner import Spawner
 from dsec.edge.substrates.processes import Pipes, crowded, exit_code_of
+from dsec.edge.substrates.seats import Seat
 from dsec.errors import DsecError, InvalidArgumentError, ResourceExhaustedError, SandboxLostError
 from dsec.types import Command, ExecResult, NetworkPolicy, SandboxId, SandboxSpec
 
@@ -36,40 +38,37 @@ class SandboxHost(Protocol):
 
     config: SubstrateConfig
     scratch: bytearray
+    gateway: Gateway
+    keeper: Keeper | None
+    state_dir: Path | None
 
-    @property
-    def hierarchies(self) -> cgroup.Hierarchies:
-        """The host's cgroup hierarchies."""
-        ...
-
-    @property
-    def gateway(self) -> Gateway:
-        """The sandboxes' way out."""
-        ...
-
-    async def release(self, spawner: Spawner, slot: int) -> None:
-        """End what `spawner` has in `slot` and free it."""
+    async def release(self, sandbox: ContainerSandbox, *, had_network: bool) -> None:
+        """End what is in the sandbox's slot and free it."""
         ...
 
 
 class ContainerSandbox:
     """One container; made by `ContainerSubstrate.create`.  Implements `dsec.sandbox.Sandbox`."""
 
-    def __init__(self, substrate: SandboxHost, spawner: Spawner, slot: int, sandbox_id: SandboxId) -> None:
+    def __init__(self, substrate: SandboxHost, seat: Seat) -> None:
+        self.seat = seat
         self._substrate = substrate
-        self._spawner = spawner
-        self._slot = slot
-        self._id = sandbox_id
+        self._id = SandboxId("")
+        self._spec = SandboxSpec()
         self._guest: Guest | None = None
         self._host_pid = 0
-        self._network = NetworkPolicy()
         self._destroying: asyncio.Task[None] | None = None
         self._execs = asyncio.Semaphore(substrate.config.execs_in_flight_max)
 
     @property
     def id(self) -> SandboxId:
-        """Unique on this host."""
+        """Unique on this host; empty until the sandbox is handed out."""
         return self._id
+
+    @property
+    def spec(self) -> SandboxSpec:
+        """What it is, with its present network."""
+        return self._spec
 
     @property
     def host_pid(self) -> int:
@@ -77,20 +76,50 @@ class ContainerSandbox:
         return self._host_pid
 
     async def set_up(self, spec: SandboxSpec) -> None:
-        """Make the container in our slot; on any failure the slot is given back.  SpawnError."""
+        """Make the container in our slot, without a network; on any failure the slot is given back.  SpawnError."""
         try:
-            plan = cgroup.plan_sandbox(self._substrate.hierarchies, self._slot, spec)
-            connection, self._host_pid = await self._spawner.create(self._slot, spec, plan)
+            connection, self._host_pid = await self.seat.create(spec)
             self._guest = Guest(connection, self._on_lost)
             await self._guest.ready()
-            await self.update_network(spec.network)
+        except BaseException:
+            self._start_destroying()
+            raise
+        self._spec = msgspec.structs.replace(spec, network=NetworkPolicy())
+
+    async def hand_out(self, sandbox_id: SandboxId, spec: SandboxSpec) -> None:
+        """Give it its id and network; from here on it outlives this process.  It is destroyed if that fails."""
+        self._id = sandbox_id
+        try:
+            await self._apply_network(spec.network)
+            await self.seat.keep(sandbox_id, self._spec)
         except BaseException:
             self._start_destroying()
             raise
 
+    async def adopt(
+        self, connection: socket.socket, host_pid: int, sandbox_id: SandboxId, spec: SandboxSpec, files: dict[str, int]
+    ) -> None:
+        """Go on with a container that an earlier process made; `files` are its running commands' descriptors.
+
+        On any failure it is destroyed.  SandboxLostError.
+        """
+        self._id, self._spec, self._host_pid = sandbox_id, spec, host_pid
+        self._guest = Guest(connection, self._on_lost)
+        try:
+            await self._apply_network(spec.network)
+        except BaseException:
+            self._start_destroying()
+            raise
+
+    def detach(self) -> None:
+        """Leave it to the next process."""
+        if self._guest is not None:
+            self._guest.close()
+            self._guest = None
+
     async def exec(self, command: Command) -> ExecResult:
         """See `dsec.sandbox.Sandbox.exec`."""
-        command = msgspec.structs.replace(command, env=environment(self._network) | command.env)
+        command = msgspec.structs.replace(command, env=environment(self._spec.network) | command.env)
         body = encode_command(command)
         async with self._execs:
             if self._guest is None or self._destroying is not None:
@@ -146,10 +175,14 @@ class ContainerSandbox:
 
     async def update_network(self, policy: NetworkPolicy) -> None:
         """See `dsec.sandbox.Sandbox.update_network`.  StateError if a process of the sandbox has the proxy's port."""
+        await self._apply_network(policy)
+        await self.seat.keep(self._id, self._spec)
+
+    async def _apply_network(self, policy: NetworkPolicy) -> None:
         if self._guest is None or self._destroying is not None:
             raise SandboxLostError(f"sandbox {self._id} was destroyed, or died")
         await self._substrate.gateway.apply(self._id, self._host_pid, policy)
-        self._network = policy
+        self._spec = msgspec.structs.replace(self._spec, network=policy)
 
     async def destroy(self) -> None:
         """See `dsec.sandbox.Sandbox.destroy`."""
@@ -164,7 +197,7 @@ class ContainerSandbox:
         return self._destroying
 
     async def _destroy(self) -> None:
+        had_network = await self._substrate.gateway.detach(self._id)
+        await self._substrate.release(self, had_network=had_network)
         if self._guest is not None:
             self._guest.close()
-        await self._substrate.gateway.detach(self._id)
-        await self._substrate.release(self._spawner, self._slot)

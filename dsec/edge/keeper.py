@@ -1,0 +1,225 @@
+"""The client of the keeper: a process that holds copies of our descriptors while we are dead.
+
+What is kept has a key, which says what it is (docs/architecture.md, "Surviving the Edge").  A keeper that was killed
+is replaced, and gets everything again: nothing is lost as long as one of the two lives.
+
+See: dsec/native/protocol.h, dsec/native/keeper.c.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from dsec.edge.native_process import NativeProcess
+from dsec.edge.native_wire import (
+    KEPT_COUNT_MAX,
+    KEY_BYTES_MAX,
+    MalformedMessageError,
+    MessageReader,
+    MessageType,
+    encode_string,
+    encode_u32,
+)
+from dsec.edge.packets import PacketSocket
+from dsec.errors import DsecError, HostUnfitError, ResourceExhaustedError
+
+ATTACH_TIMEOUT_S = 10.0
+log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """A connection to the keeper that listens on `path`; make it with `open`.
+
+    `kept` is what an earlier process left: the descriptors are the taker's, who calls `drop` before closing one.
+    """
+
+    def __init__(self, binary: Path, path: Path, keep_s: int) -> None:
+        self._binary = binary
+        self._path = path
+        self._keep_s = keep_s
+        self._packets: PacketSocket | None = None
+        self._process: NativeProcess | None = None
+        self._held: dict[str, tuple[int, int]] = {}  # key -> (token, fd)
+        self._free_tokens = list(range(KEPT_COUNT_MAX - 1, -1, -1))
+        self._listed: asyncio.Future[None] | None = None
+        self._healing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.kept: dict[str, int] = {}
+
+    @classmethod
+    async def open(cls, binary: Path, path: Path, keep_s: int) -> Keeper:
+        """Connect to the keeper of `path`, or start one that ends `keep_s` seconds after its last user.
+
+        HostUnfitError, also where another living process uses it.
+        """
+        keeper = cls(binary, path, keep_s)
+        try:
+            if not await keeper._attach():
+                await keeper._start()
+        except BaseException:
+            keeper.close()
+            raise
+        return keeper
+
+    @property
+    def pid(self) -> int:
+        """Process id of the keeper; -1 while there is none."""
+        return -1 if self._process is None else self._process.pid
+
+    async def put(self, key: str, fd: int) -> None:
+        """Keep a copy of `fd`; ours must stay open until `drop`.  ResourceExhaustedError, HostUnfitError."""
+        if len(os.fsencode(key)) > KEY_BYTES_MAX:
+            raise ValueError(f"the key {key[:80]!r}… is too long")
+        if key not in self._held and not self._free_tokens:
+            raise ResourceExhaustedError(f"the keeper holds {KEPT_COUNT_MAX} descriptors already")
+        token = self._held[key][0] if key in self._held else self._free_tokens.pop()
+        self._held[key] = token, fd
+        if not await self._send_put(key):
+            await self._heal()
+
+    async def drop(self, key: str) -> None:
+        """Keep it no more; nothing if it is not kept."""
+        token, _ = self._held.pop(key, (-1, -1))
+        if token < 0:
+            return
+        self._free_tokens.append(token)
+        if self._packets is not None:
+            with contextlib.suppress(ConnectionError):  # a new keeper is not told of it
+                await self._packets.send(encode_u32(MessageType.DROP, token))
+
+    def close(self) -> None:
+        """Leave the keeper to the next process; it ends at once if nothing is kept.  Safe to call twice."""
+        for task in self._tasks:
+            task.cancel()
+        if self._packets is not None:
+            self._packets.close()
+        if self._process is not None:
+            self._process.forget()
+        self._packets = self._process = None
+
+    # -- the connection ------------------------------------------------------------------------
+
+    async def _attach(self) -> bool:
+        """Whether a keeper listens; then `kept` has what it holds."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.setblocking(False)
+        try:
+            with _short_name(self._path) as name:
+                connection.connect(name)
+            (pid,) = struct.unpack_from("i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            self._process = NativeProcess(pid)
+        except (FileNotFoundError, ConnectionRefusedError, ProcessLookupError):
+            connection.close()
+            return False
+        except OSError as error:
+            connection.close()
+            raise HostUnfitError(f"{self._path} cannot be used: {error}") from error
+        self._listed = asyncio.get_running_loop().create_future()
+        self._packets = PacketSocket(connection, self._on_packet, self._on_close)
+        try:
+            async with asyncio.timeout(ATTACH_TIMEOUT_S):
+                await self._packets.send(encode_u32(MessageType.LIST))
+                await self._listed
+        except ConnectionError:  # it ended just now
+            self._release_kept()
+            return False
+        except TimeoutError as error:
+            raise HostUnfitError(f"the keeper of {self._path} serves another process") from error
+        finally:
+            self._listed = None
+        used = {token for token, _ in self._held.values()}
+        self._free_tokens = [token for token in self._free_tokens if token not in used]
+        return True
+
+    def _release_kept(self) -> None:
+        for fd in self.kept.values():
+            os.close(fd)
+        self.kept.clear()
+        self._held.clear()
+
+    async def _start(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            try:
+                self._path.unlink(missing_ok=True)
+                with _short_name(self._path) as name:
+                    listener.bind(name)
+                self._path.chmod(0o600)
+                fds = listener.fileno(), theirs.fileno()
+                self._process = NativeProcess.start(self._binary, "keeper", fds, str(self._keep_s))
+            except OSError as error:
+                ours.close()
+                raise HostUnfitError(f"no keeper can listen on {self._path}: {error}") from error
+            except HostUnfitError:
+                ours.close()
+                raise
+        self._packets = PacketSocket(ours, self._on_packet, self._on_close)
+
+    async def _send_put(self, key: str) -> bool:
+        """False if there is no keeper."""
+        token, fd = self._held[key]
+        if self._packets is None:
+            return False
+        try:
+            await self._packets.send(encode_u32(MessageType.PUT, token) + encode_string(key), [fd])
+        except ConnectionError:
+            return False
+        return True
+
+    async def _heal(self) -> None:
+        """Start another keeper, if there is none, and give it everything."""
+        async with self._healing:
+            if self._packets is not None and self._packets.is_open:
+                return
+            process, self._process, self._packets = self._process, None, None
+            if process is not None:
+                await process.ended()
+            await self._start()
+            for key in list(self._held):
+                if key in self._held and not await self._send_put(key):
+                    raise HostUnfitError(f"the keeper of {self._path} ends at once")
+            log.warning("the keeper had ended: another one holds %d descriptors now", len(self._held))
+
+    async def _heal_alone(self) -> None:
+        try:
+            await self._heal()
+        except DsecError:
+            log.exception("sandboxes will not survive a restart: there is no keeper")
+
+    def _on_close(self) -> None:
+        if self._listed is not None:
+            if not self._listed.done():
+                self._listed.set_exception(ConnectionResetError("the keeper ended"))
+            return
+        task = asyncio.create_task(self._heal_alone(), name="heal the keeper")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _on_packet(self, data: bytes, fds: list[int]) -> None:
+        reader = MessageReader(data)
+        kind = reader.u32()
+        if kind == MessageType.KEPT and fds and self._listed is not None:
+            token, key = reader.u32(), reader.string()
+            self.kept[key] = fd = fds.pop(0)
+            self._held[key] = token, fd
+        elif kind == MessageType.SYNCED and self._listed is not None and not self._listed.done():
+            self._listed.set_result(None)
+        else:
+            raise MalformedMessageError(f"the keeper sent a message of type {kind}")
+
+
+@contextlib.contextmanager
+def _short_name(path: Path) -> Iterator[str]:
+    """A name of at most 108 bytes for a socket, however deep it lies."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)

@@ -1,0 +1,250 @@
+/* The spawner's sandboxes: made, ended, and reported gone, by slot.
+ *
+ * A create is a few file writes and one clone3; the child builds its sandbox by itself and reports
+ * to Python on the guest socket, so creates run side by side and nothing here waits for them.
+ *
+ * Invariants:
+ *   1. A slot is reported GONE after its last process was reaped and its last cgroup removed.
+ *   2. The user namespace of a slot is used by one sandbox at a time; while a sandbox runs it is the guest that keeps
+ *      it (and its network), so that the fd table, which every child copies, does not grow with N.
+ *   3. No step looks at all slots but `end_slots` and SYNC.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/sched.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "spawner.h"
+
+#define USERS_KEPT_MAX 128 /* user namespaces of free slots */
+#define PID_BUCKETS_COUNT 8192
+
+enum slot_state { SLOT_FREE = 0, SLOT_ALIVE, SLOT_REMOVING };
+
+struct slot {
+    enum slot_state state;
+    pid_t pid;
+    int users, network; /* namespaces of a dead sandbox; -1: none kept */
+    struct slot *next;  /* with the same pid bucket */
+};
+
+static struct slot slots[SLOTS_COUNT_MAX];
+static struct slot *by_pid[PID_BUCKETS_COUNT];
+static uint32_t removing[SLOTS_COUNT_MAX], removing_count, users_kept;
+
+void open_slots(void) {
+    for (uint32_t i = 0; i < SLOTS_COUNT_MAX; i++) slots[i].users = slots[i].network = -1;
+}
+
+static uint32_t index_of(const struct slot *slot) {
+    return (uint32_t)(slot - slots);
+}
+
+/* -- create ------------------------------------------------------------------------------------ */
+
+static int parse_create(struct reader *in, struct create_request *out) {
+    out->slot = take_u32(in);
+    out->disk_bytes = take_u64(in);
+    out->hostname = take_string(in, NULL);
+    out->guest_group = take_string(in, NULL);
+    out->command_group = take_string(in, NULL);
+    out->oom_hierarchy = take_u32(in);
+    out->oom_file = take_string(in, NULL);
+    out->flags = take_u32(in);
+    out->layers_count = take_u32(in);
+    if (in->bad || out->layers_count > SANDBOX_LAYERS_COUNT_MAX) return -1;
+    for (uint32_t i = 0; i < out->layers_count; i++)
+        if (!is_mounted(out->layers[i] = take_u32(in))) return -1;
+    out->operations = *in;
+    if (in->bad || out->slot >= SLOTS_COUNT_MAX || slots[out->slot].state != SLOT_FREE) return -1;
+    if (!(out->flags & CREATE_HOST_USR) && out->layers_count == 0) return -1;
+    if (out->oom_hierarchy >= spawner.hierarchies.count) return -1;
+    return check_cgroup_operations(out->operations, spawner.hierarchies.count);
+}
+
+static int take_users(struct slot *slot, uint32_t uid) {
+    int users = slot->users;
+    if (users < 0) return create_user_namespace(spawner.proc, uid);
+    slot->users = -1;
+    users_kept--;
+    return users;
+}
+
+/* The process itself, with its namespaces' fds open; they are the caller's. */
+static pid_t clone_guest(const struct create_request *request, struct sandbox_setup *setup, int group) {
+    uint64_t flags = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_INTO_CGROUP;
+    struct clone_args args = {
+        .flags = setup->network < 0 ? flags | CLONE_NEWNET : flags,
+        .exit_signal = SIGCHLD,
+        .cgroup = (uint64_t)group,
+    };
+    pid_t pid = (pid_t)syscall(SYS_clone3, &args, sizeof args);
+    if (pid == 0) become_sandbox(request, setup);
+    return pid;
+}
+
+/* Steps of a create; on failure gives the step, with errno, and leaves the slot's cgroups to the caller. */
+static const char *spawn(const struct create_request *request, int *guest_socket) {
+    struct slot *slot = &slots[request->slot];
+    uint32_t uid = spawner.first_uid + request->slot * UIDS_PER_SLOT;
+    const char *step = apply_cgroup_operations(request->operations, &spawner.hierarchies, uid + GUEST_UID);
+    if (step) return step;
+    int group = openat(spawner.hierarchies.fds[0], request->guest_group, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (group < 0) return "open the guest's cgroup";
+    int pair[2] = {-1, -1}, users = take_users(slot, uid), network = -1;
+    pid_t pid = -1;
+    if (users < 0) {
+        step = "create a user namespace";
+    } else if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) {
+        step = "make the guest socket";
+    } else {
+        network = take_network();
+        struct sandbox_setup setup = {&spawner.hierarchies, pair[1], users, network, spawner.proc, uid};
+        pid = clone_guest(request, &setup, group);
+        if (pid < 0) step = "clone3";
+    }
+    int error = errno, used[] = {group, users, network, pair[1], pid < 0 ? pair[0] : -1};
+    for (size_t i = 0; i < sizeof used / sizeof *used; i++)
+        if (used[i] >= 0) close(used[i]);
+    errno = error;
+    if (step) return step;
+    slot->pid = pid;
+    slot->state = SLOT_ALIVE;
+    slot->next = by_pid[pid % PID_BUCKETS_COUNT];
+    by_pid[pid % PID_BUCKETS_COUNT] = slot;
+    *guest_socket = pair[0];
+    return NULL;
+}
+
+static void begin_removal(struct slot *slot) {
+    slot->state = SLOT_REMOVING;
+    removing[removing_count++] = index_of(slot);
+}
+
+int on_create(struct reader *in) {
+    struct create_request request;
+    if (parse_create(in, &request) < 0) return -1;
+    int guest_socket;
+    const char *step = spawn(&request, &guest_socket);
+    if (step) {
+        int result = report_failure(MSG_FAILED, request.slot, step, errno);
+        begin_removal(&slots[request.slot]);
+        return result;
+    }
+    struct message out = {.length = 0};
+    put_u32(&out, MSG_CREATED);
+    put_u32(&out, request.slot);
+    put_u32(&out, (uint32_t)slots[request.slot].pid);
+    int result = send_message(spawner.control, &out, guest_socket);
+    close(guest_socket);
+    return result;
+}
+
+/* -- destroy ----------------------------------------------------------------------------------- */
+
+/* A namespace of the guest, to be used again: -1 if it has not left ours yet. */
+static int open_namespace(pid_t pid, const char *kind, const struct stat *ours) {
+    char path[64];
+    struct stat theirs;
+    snprintf(path, sizeof path, "%d/ns/%s", pid, kind);
+    int fd = openat(spawner.proc, path, O_RDONLY | O_CLOEXEC);
+    if (fd >= 0 && (fstat(fd, &theirs) < 0 || theirs.st_ino == ours->st_ino)) {
+        close(fd);
+        fd = -1;
+    }
+    return fd;
+}
+
+int on_destroy(struct reader *in) {
+    uint32_t index = take_u32(in), flags = take_u32(in);
+    if (in->bad || index >= SLOTS_COUNT_MAX) return -1;
+    struct slot *slot = &slots[index];
+    if (slot->state != SLOT_ALIVE) return 0; /* GONE was sent, or will be */
+    if (slot->users < 0 && users_kept < USERS_KEPT_MAX) {
+        slot->users = open_namespace(slot->pid, "user", &spawner.own_users);
+        users_kept += slot->users >= 0;
+    }
+    if (slot->network < 0 && !(flags & DESTROY_NETWORK))
+        slot->network = open_namespace(slot->pid, "net", &spawner.own_network);
+    kill(slot->pid, SIGKILL);
+    return 0;
+}
+
+static struct slot *take_by_pid(pid_t pid) {
+    for (struct slot **at = &by_pid[pid % PID_BUCKETS_COUNT]; *at; at = &(*at)->next) {
+        struct slot *found = *at;
+        if (found->pid != pid) continue;
+        *at = found->next;
+        return found;
+    }
+    return NULL;
+}
+
+void reap(void) {
+    pid_t pid;
+    while ((pid = waitpid(-1, NULL, WNOHANG)) > 0) {
+        struct slot *slot = take_by_pid(pid);
+        if (!slot) continue;
+        if (slot->network >= 0) keep_network(slot->network);
+        slot->network = -1;
+        begin_removal(slot);
+    }
+}
+
+static int remove_cgroups(uint32_t slot) {
+    char name[32];
+    int result = 0;
+    snprintf(name, sizeof name, "s%u", slot);
+    for (uint32_t i = 0; i < spawner.hierarchies.count; i++)
+        if (remove_cgroup_tree(spawner.hierarchies.fds[i], name) < 0) result = -1;
+    return result;
+}
+
+int finish_removals(void) {
+    for (uint32_t i = 0; i < removing_count;) {
+        uint32_t slot = removing[i];
+        if (remove_cgroups(slot) < 0) {
+            i++;
+            continue;
+        }
+        removing[i] = removing[--removing_count];
+        slots[slot].state = SLOT_FREE;
+        if (report(MSG_GONE, slot) < 0) return -1;
+    }
+    return 0;
+}
+
+int is_removing(void) {
+    return removing_count > 0;
+}
+
+/* -- all of them ------------------------------------------------------------------------------- */
+
+int on_sync(void) {
+    if (report(MSG_INITED, spawner.first_uid) < 0 || report_layers() < 0) return -1;
+    for (uint32_t i = 0; i < SLOTS_COUNT_MAX; i++) {
+        if (slots[i].state == SLOT_FREE) continue;
+        struct message out = {.length = 0};
+        put_u32(&out, MSG_ALIVE);
+        put_u32(&out, i);
+        put_u32(&out, slots[i].state == SLOT_ALIVE ? (uint32_t)slots[i].pid : 0);
+        if (send_message(spawner.control, &out, -1) < 0) return -1;
+    }
+    return report(MSG_SYNCED, 0);
+}
+
+void end_slots(void) {
+    for (uint32_t i = 0; i < SLOTS_COUNT_MAX; i++)
+        if (slots[i].state == SLOT_ALIVE) kill(slots[i].pid, SIGKILL);
+    while (waitpid(-1, NULL, 0) > 0 || errno == EINTR) {
+    }
+}

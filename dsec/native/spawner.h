@@ -1,0 +1,41 @@
+/* What the files of the spawner share: itself, its slots, its layers and its spare network namespaces. */
+#ifndef DSEC_SPAWNER_H
+#define DSEC_SPAWNER_H
+
+#include <sys/stat.h>
+
+#include "sandbox.h"
+
+struct spawner {
+    int control, proc; /* proc: the host's /proc */
+    uint32_t first_uid;
+    struct stat own_users, own_network; /* namespaces; what a sandbox must not have */
+    struct hierarchies hierarchies;
+};
+extern struct spawner spawner;
+
+/* -- spawner.c: 0, or -1 when Python is gone */
+int report(enum message_type type, uint32_t value);
+int report_failure(enum message_type type, uint32_t number, const char *step, int error);
+
+/* -- slots.c: the messages of that name; -1 ends the connection */
+void open_slots(void);
+int on_create(struct reader *in);
+int on_destroy(struct reader *in);
+int on_sync(void);
+void reap(void);
+int finish_removals(void);
+int is_removing(void);
+void end_slots(void); /* kills and reaps all */
+
+/* -- layers.c */
+int on_mount(struct reader *in, int image);
+int on_unmount(struct reader *in);
+int is_mounted(uint32_t layer);
+int report_layers(void);
+
+/* -- networks.c: namespaces of dead sandboxes */
+void keep_network(int network); /* the fd is ours now */
+int take_network(void);         /* an fd, or -1: none */
+
+#endif
