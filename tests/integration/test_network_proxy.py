@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from dsec.edge.network.config import NetworkConfig
+from dsec.edge.network.decisions import Decision
 from dsec.edge.network.gateway import Gateway
 from dsec.edge.network.listener import PROXY_ADDRESS, PROXY_PORT, enter_network
-from dsec.edge.network.proxy import Decision
 from dsec.errors import InvalidArgumentError, SandboxLostError, StateError
 from dsec.types import NetworkPolicy, NetworkRule, SandboxId
 

@@ -13,22 +13,19 @@ See: docs/adr/0007-network-by-proxy.md.
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from errno import EADDRNOTAVAIL
 
-import msgspec
-
 from dsec.edge.network.config import NetworkConfig
+from dsec.edge.network.decisions import Decision, log_decision
 from dsec.edge.network.listener import PROXY_ADDRESS, PROXY_PORT
-from dsec.edge.network.proxy import KEY_PREFIX, Decision, Keeper, Proxy, Resolver, Shared
+from dsec.edge.network.proxy import KEY_PREFIX, Keeper, Proxy, Resolver, Shared
 from dsec.edge.network.rules import Address, Allowlist
 from dsec.types import NetworkPolicy, SandboxId
 
 _RESOLVER_THREADS_COUNT = 16
-log = logging.getLogger(__name__)
 
 
 def environment(policy: NetworkPolicy) -> dict[str, str]:
@@ -53,11 +50,6 @@ def is_own_address(address: Address) -> bool:
     except OSError as error:
         return error.errno != EADDRNOTAVAIL
     return True
-
-
-def log_decision(decision: Decision) -> None:
-    """One line of JSON at the level INFO."""
-    log.info("%s", msgspec.json.encode(decision).decode())
 
 
 class Gateway:

@@ -26,6 +26,7 @@ from typing import Protocol
 import msgspec
 
 from dsec.edge.network.config import NetworkConfig
+from dsec.edge.network.decisions import Decision
 from dsec.edge.network.dialects import HEAD_BYTES_MAX, PIECE_BYTES, Client, Refusal, Request, copy_body
 from dsec.edge.network.listener import open_listener
 from dsec.edge.network.rules import Address, Allowlist, Host
@@ -41,25 +42,6 @@ _Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 Resolver = Callable[[str], Awaitable[list[str]]]
 """The addresses of a name, the best first.  OSError."""
-
-
-class Decision(msgspec.Struct, frozen=True, kw_only=True):
-    """What was decided about a connection, and again, with `is_end` and its bytes, when an allowed one ended.
-
-    `untold_count` decisions of this sandbox went before it that nobody was told.
-    """
-
-    at_s: float
-    sandbox_id: SandboxId
-    host: str = ""
-    port: int = 0
-    address: str = ""
-    allowed: bool = False
-    reason: str = ""
-    is_end: bool = False
-    sent_bytes: int = 0
-    received_bytes: int = 0
-    untold_count: int = 0
 
 
 class Keeper(Protocol):
