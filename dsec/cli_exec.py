@@ -79,7 +79,7 @@ def _parse_envs(context: click.Context, parameter: click.Parameter, pairs: Seque
 @click.option("-i", "--interactive", is_flag=True, help="Pass our stdin on.")
 @click.option("-t", "--tty", "has_tty", is_flag=True, help="Give it a terminal.")
 @click.option("-d", "--detach", is_flag=True, help="Print its key and leave it running.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object when it has ended, and exit with 0.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object when it has ended.")
 @click.argument("sandbox_id", metavar="ID")
 @click.argument("argv", metavar="CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
 def exec_(
@@ -121,12 +121,12 @@ def exec_(
     ended = _interruptible(connected(sandbox_id, run))
     if isinstance(ended, str):
         click.echo(ended)
-    elif as_json:
+        return
+    if as_json:
         click.echo(msgspec.json.encode(result_fields(ended.raw) | {"key": ended.key}))
-    else:
-        if ended.timed_out:
-            click.echo(f"dsec: timed out after {timeout_s:g} s and was killed", err=True)
-        sys.exit(ended.exit_code)
+    elif ended.timed_out:
+        click.echo(f"dsec: timed out after {timeout_s:g} s and was killed", err=True)
+    sys.exit(ended.exit_code)
 
 
 def _interruptible(running: Any) -> Any:

@@ -9,6 +9,7 @@ command's code through, and says 125 where it failed itself.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import logging
@@ -51,6 +52,7 @@ class DsecGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(COMMANDS[cmd_name])
+        gc.freeze()  # modules stay to the end: no collection need look at them, the last one least of all
         command: click.Command = getattr(module, f"{cmd_name}_", None) or getattr(module, cmd_name)
         return command
 
