@@ -12,7 +12,7 @@ import re
 from dsec.edge.native_wire import encode_exec_body
 from dsec.edge.network.rules import Allowlist
 from dsec.errors import InvalidArgumentError
-from dsec.types import STDIN_BYTES_MAX, Command, SandboxSpec
+from dsec.types import STDIN_BYTES_MAX, Command, SandboxSpec, TtySize
 
 ARG_BYTES_MAX = 131_071  # MAX_ARG_STRLEN less its zero byte
 ARGS_BYTES_MAX = 2_000_000  # a quarter of the 8 MiB stack, less what the kernel puts there
@@ -20,6 +20,7 @@ TIMEOUT_S_MAX = 7 * 86_400.0
 OUTPUT_BYTES_MAX_MAX = 64 << 20
 MEMORY_BYTES_MIN = 16 << 20
 DISK_BYTES_MIN = 1 << 20
+TTY_SIDE_MAX = 0xFFFF
 _HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -57,7 +58,16 @@ def encode_command(command: Command) -> bytes:
     total = sum(len(data) + 9 for data in argv + env)
     if total > ARGS_BYTES_MAX:
         raise InvalidArgumentError(f"argv and env need {total} bytes, more than {ARGS_BYTES_MAX}")
-    return encode_exec_body(math.ceil(command.timeout_s * 1000), _encode("cwd", command.cwd), argv, env)
+    size = command.tty or TtySize()
+    check_tty_size(size.rows, size.columns)
+    cwd, user = _encode("cwd", command.cwd), _encode("user", command.user)
+    return encode_exec_body(math.ceil(command.timeout_s * 1000), (size.rows, size.columns), cwd, user, argv, env)
+
+
+def check_tty_size(rows: int, columns: int) -> None:
+    """InvalidArgumentError if no terminal can have this size."""
+    if not (0 < rows <= TTY_SIDE_MAX and 0 < columns <= TTY_SIDE_MAX):
+        raise InvalidArgumentError(f"a terminal of {rows} x {columns} is not within 1..{TTY_SIDE_MAX} each way")
 
 
 def check_spec(spec: SandboxSpec) -> None:

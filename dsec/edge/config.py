@@ -24,7 +24,8 @@ class SubstrateConfig(BaseSettings):
     ("" is its root).  `answer_grace_s` is how long after a command's timeout the guest may take to
     answer before the sandbox counts as lost.  `keep_s` is how long sandboxes wait for the next Edge when theirs has
     died (see `ContainerSubstrate`).  `warm_count` sandboxes are made ahead for whoever asks for one like the last.
-    `layer_idle_s` is how long a layer that no sandbox uses stays mounted.
+    `spool_bytes_max` is how much of one stream of a command is kept on disk, and `spool_sandbox_bytes_max` how
+    much of all the ended commands of a sandbox.  `layer_idle_s` is how long a layer that no sandbox uses stays mounted.
     """
 
     model_config = SettingsConfigDict(env_prefix="DSEC_EDGE_", frozen=True)
@@ -34,6 +35,8 @@ class SubstrateConfig(BaseSettings):
     execs_in_flight_max: int = Field(default=16, ge=1, le=EXECS_COUNT_MAX)
     create_timeout_s: float = Field(default=60.0, gt=0)
     answer_grace_s: float = Field(default=30.0, gt=0)
+    spool_bytes_max: int = Field(default=64 << 20, ge=0)
+    spool_sandbox_bytes_max: int = Field(default=1 << 30, ge=0)
     keep_s: int = Field(default=600, ge=1, le=7 * 86_400)
     warm_count: int = Field(default=0, ge=0, le=256)
     layer_idle_s: float = Field(default=60.0, ge=0)

@@ -30,6 +30,7 @@ INIT_KEPT = 1
 CREATE_HOST_USR = 1
 DESTROY_NETWORK = 1
 EXIT_TIMED_OUT, EXIT_OOM_KILLED = 1, 2
+FD_DISK = 6
 
 
 class MalformedMessageError(ValueError):
@@ -153,9 +154,12 @@ def encode_create(slot: int, spec: SandboxSpec, layers: Sequence[int], plan: Cgr
     return head + names + oom + below + encode_u32(len(steps)) + b"".join(steps)
 
 
-def encode_exec_body(timeout_ms: int, cwd: bytes, argv: Iterable[bytes], env: Iterable[bytes]) -> bytes:
-    """The body of EXEC; it travels inline or in a memfd."""
-    return struct.pack("<Q", timeout_ms) + encode_string(cwd) + encode_strings(argv) + encode_strings(env)
+def encode_exec_body(
+    timeout_ms: int, size: tuple[int, int], cwd: bytes, user: bytes, argv: Iterable[bytes], env: Iterable[bytes]
+) -> bytes:
+    """The body of EXEC; it travels inline or in a memfd.  `size` is that of the terminal: rows, columns."""
+    head = struct.pack("<QII", timeout_ms, *size) + encode_string(cwd) + encode_string(user)
+    return head + encode_strings(argv) + encode_strings(env)
 
 
 class MessageReader:

@@ -53,6 +53,10 @@ class PacketSocket:
         """False after EOF, an error, or `close`."""
         return self._is_open
 
+    def fileno(self) -> int:
+        """Of the connection; -1 once it is closed."""
+        return self._socket.fileno()
+
     async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send one packet; waits while the other end is behind.  ConnectionError if it is gone."""
         async with self._send_order:

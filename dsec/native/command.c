@@ -1,17 +1,19 @@
 /* The child side of a command: from the guest's process to execve.
  *
- * The guest waits (CLONE_VFORK) until the child has executed or given up, and learns why from one
- * shared page: a command whose directory is missing never started, and the caller is told so.
+ * A pipe that execve closes tells the guest that the command runs, or why not: a command whose directory is
+ * missing never started, and the caller is told so.  Root inside may stop any process but pid 1, so a
+ * child can stand still on its way: the guest wakes it, and waits for a bounded time only.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
 #include <linux/sched.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/mman.h>
+#include <sys/fsuid.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -19,18 +21,20 @@
 
 #include "guest.h"
 #include "seccomp.h"
+#include "toolbox.h"
 
 #define CLONE_ATTEMPTS_MAX 16
+/* A child that has not executed after this long (500 x 10 ms) counts as started: its own deadline ends it. */
+#define START_POLL_MS 10
+#define START_POLLS_MAX 500
 
-static struct refusal *shared;
+enum child_fd { FD_STATUS = 3 };
 
-void open_launchpad(void) {
-    shared = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (shared == MAP_FAILED) _exit(1);
-}
+static int status_pipe; /* in the child: where a refusal is written */
 
 static _Noreturn void refuse(uint32_t stage) {
-    *shared = (struct refusal){stage, errno};
+    struct refusal refusal = {stage, errno};
+    if (write(status_pipe, &refusal, sizeof refusal) < 0) _exit(127);
     _exit(127);
 }
 
@@ -76,21 +80,57 @@ static _Noreturn void report_unexecuted(const char *name) {
 
 static void take_fds(const struct command_fds *fds) {
     if (dup2(fds->in, 0) < 0 || dup2(fds->out, 1) < 0 || dup2(fds->err, 2) < 0) refuse(STAGE_REQUEST);
-    if (syscall(SYS_close_range, 3, ~0U, 0) < 0) refuse(STAGE_REQUEST);
+    if (status_pipe != FD_STATUS && dup3(status_pipe, FD_STATUS, O_CLOEXEC) < 0) refuse(STAGE_REQUEST);
+    status_pipe = FD_STATUS;
+    if (syscall(SYS_close_range, FD_STATUS + 1, ~0U, 0) < 0) refuse(STAGE_REQUEST);
+}
+
+/* The terminal becomes the command's three descriptors, and Python gets the other end. */
+static void take_terminal(const struct launch *what, const struct user *user, struct command_fds *fds) {
+    setfsgid(user->gid);
+    setfsuid(user->uid);
+    int slave, master = open_terminal(what->body->rows, what->body->columns, &slave);
+    if (master < 0) refuse(STAGE_TTY);
+    struct message out = {.length = 0};
+    put_u32(&out, MSG_TTY);
+    put_u32(&out, what->id);
+    if (send_message(what->control, &out, master) < 0) refuse(STAGE_TTY);
+    *fds = (struct command_fds){slave, slave, slave};
+}
+
+static void become(const struct user *user) {
+    if (setgroups(user->groups_count, user->groups) < 0) refuse(STAGE_USER);
+    if (setresgid(user->gid, user->gid, user->gid) < 0 || setresuid(user->uid, user->uid, user->uid) < 0)
+        refuse(STAGE_USER);
+}
+
+/* Files are read with the rights of the sandbox's root, not with those of pid 1. */
+static void look_up(const char *name, struct user *user) {
+    setfsgid(0);
+    setfsuid(0);
+    if (find_user(name, user) < 0) refuse(STAGE_USER);
 }
 
 static _Noreturn void run(const struct launch *what) {
-    if (is_supervising()) shed_privileges();
+    struct command_fds fds = what->fds;
+    struct user user;
     for (int i = 0; i < what->joins_count; i++)
         if (write(what->joins[i], "0", 1) < 0) refuse(STAGE_GROUP);
     setsid();
-    take_fds(&what->fds);
+    look_up(what->body->user, &user);
+    if (what->flags & EXEC_TTY) take_terminal(what, &user, &fds);
+    take_fds(&fds);
     umask(022);
-    if (setgroups(0, NULL) < 0 || setresgid(0, 0, 0) < 0 || setresuid(0, 0, 0) < 0) refuse(STAGE_REQUEST);
+    become(&user);
     if (chdir(what->body->cwd) < 0) refuse(STAGE_CWD);
     sigset_t none;
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
+    if (strcmp(what->body->argv[0], TOOLBOX_NAME) == 0) {
+        close(FD_STATUS);
+        forget_clone3_key();
+        _exit(toolbox_main(what->body->argv, what->body->env));
+    }
     execute(what->body);
     report_unexecuted(what->body->argv[0]);
 }
@@ -99,7 +139,7 @@ static _Noreturn void run(const struct launch *what) {
  * host.  A fork bomb dies and grows, so its count can have fallen when we look: then try again. */
 static pid_t clone_command(const struct launch *what, struct refusal *refusal) {
     struct clone_args args = {
-        .flags = CLONE_INTO_CGROUP | CLONE_VFORK,
+        .flags = CLONE_INTO_CGROUP,
         .exit_signal = SIGCHLD,
         .cgroup = (uint64_t)what->group->directory,
     };
@@ -116,14 +156,33 @@ static pid_t clone_command(const struct launch *what, struct refusal *refusal) {
     return -1;
 }
 
+/* Whether the child gave up, and why.  The pipe ends without a word when it has executed, or died. */
+static int has_given_up(pid_t pid, int status, struct refusal *refusal) {
+    for (int i = 0; i < START_POLLS_MAX; i++) {
+        struct pollfd ready = {status, POLLIN, 0};
+        if (poll(&ready, 1, START_POLL_MS) > 0) return read(status, refusal, sizeof *refusal) == sizeof *refusal;
+        kill(pid, SIGCONT);
+    }
+    return 0;
+}
+
 pid_t launch(const struct launch *what, struct refusal *refusal) {
-    *shared = (struct refusal){0, 0};
+    int ends[2];
+    *refusal = (struct refusal){STAGE_FORK, EMFILE};
+    if (pipe2(ends, O_CLOEXEC) < 0) return -1;
+    status_pipe = ends[1];
     pid_t pid = clone_command(what, refusal);
     if (pid == 0) run(what);
-    if (pid < 0) return -1;
-    *refusal = *shared;
-    if (refusal->stage == 0) return pid;
-    if (is_supervising()) forget_supervised(what->group);
-    else waitpid(pid, NULL, 0);
-    return -1;
+    close(ends[1]);
+    if (pid > 0) {
+        *refusal = (struct refusal){0, 0};
+        if (has_given_up(pid, ends[0], refusal)) {
+            kill(pid, SIGKILL); /* it may have been stopped */
+            if (is_supervising()) forget_supervised(what->group);
+            else waitpid(pid, NULL, 0);
+            pid = -1;
+        }
+    }
+    close(ends[0]);
+    return pid;
 }

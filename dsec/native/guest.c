@@ -6,7 +6,7 @@
  * scores a workspace while a killed tree still writes to it.
  *
  * Invariants:
- *   1. Each accepted EXEC is answered by exactly one EXITED or REFUSED.
+ *   1. Each accepted EXEC is answered by one EXITED or REFUSED, and by the same again at a SYNC soon after.
  *   2. At EOF on the control socket the guest exits, and the kernel kills everything in its pid namespace.
  */
 #define _GNU_SOURCE
@@ -62,20 +62,32 @@ static uint64_t count_oom_kills(void) {
     return line ? strtoull(line + 9, NULL, 10) : 0;
 }
 
-static void reply(enum message_type type, uint32_t id, uint32_t first, uint32_t second) {
+static void reply(enum message_type type, const uint32_t *values, size_t count) {
     struct message out = {.length = 0};
     put_u32(&out, type);
-    put_u32(&out, id);
-    put_u32(&out, first);
-    put_u32(&out, second);
+    for (size_t i = 0; i < count; i++) put_u32(&out, values[i]);
     if (send_message(control, &out, -1) < 0) _exit(0);
+}
+
+static void answer(const struct end *end) {
+    reply(end->type, (uint32_t[]){end->id, end->first, end->second}, 3);
+}
+
+static void end_with(enum message_type type, uint32_t id, uint32_t first, uint32_t second) {
+    struct end end = {type, id, first, second};
+    remember_end(&end);
+    answer(&end);
+}
+
+static void refuse(uint32_t id, enum refusal_stage stage, int error) {
+    end_with(MSG_REFUSED, id, stage, (uint32_t)error);
 }
 
 static void finish(struct command *command) {
     if (count_oom_kills() > command->oom_kills_before) command->flags |= EXIT_OOM_KILLED;
     release_group(&command->group);
     command->state = COMMAND_NONE;
-    reply(MSG_EXITED, command->id, (uint32_t)command->wait_status, command->flags);
+    end_with(MSG_EXITED, command->id, (uint32_t)command->wait_status, command->flags);
 }
 
 static void kill_tree(struct command *command, uint64_t now) {
@@ -136,9 +148,10 @@ static int advance(void) {
 /* The fds of an EXEC in order; 0, or -1 if their count is not what the flags say. */
 static int sort_fds(uint32_t flags, const int *fds, int count, int *body, struct command_fds *out) {
     int at = 0;
-    int expected = 1 + !!(flags & EXEC_BODY_IN_FD) + !!(flags & EXEC_HAS_STDIN) + !(flags & EXEC_MERGE_STDERR);
-    if (count != expected) return -1;
+    int streams = flags & EXEC_TTY ? 0 : 1 + !!(flags & EXEC_HAS_STDIN) + !(flags & EXEC_MERGE_STDERR);
+    if (count != streams + !!(flags & EXEC_BODY_IN_FD)) return -1;
     *body = flags & EXEC_BODY_IN_FD ? fds[at++] : -1;
+    if (flags & EXEC_TTY) return 0;
     out->in = flags & EXEC_HAS_STDIN ? fds[at++] : 0;
     out->out = fds[at++];
     out->err = flags & EXEC_MERGE_STDERR ? out->out : fds[at];
@@ -160,16 +173,16 @@ static uint8_t *read_body(int fd, size_t *length) {
 static void start(uint32_t id, uint32_t flags, struct reader *in, const struct command_fds *fds) {
     struct exec_body body;
     struct command *command = NULL;
-    if ((flags & EXEC_KILL_OTHERS) && kill_others() < 0) return reply(MSG_REFUSED, id, STAGE_ALONE, EBUSY);
+    if ((flags & EXEC_KILL_OTHERS) && kill_others() < 0) return refuse(id, STAGE_ALONE, EBUSY);
     for (int i = 0; i < EXECS_COUNT_MAX && !command; i++)
         if (commands[i].state == COMMAND_NONE) command = &commands[i];
-    if (!command) return reply(MSG_REFUSED, id, STAGE_COMMANDS, EAGAIN);
-    if (parse_exec_body(in, &body) < 0) return reply(MSG_REFUSED, id, STAGE_REQUEST, EBADMSG);
+    if (!command) return refuse(id, STAGE_COMMANDS, EAGAIN);
+    if (parse_exec_body(in, &body) < 0) return refuse(id, STAGE_REQUEST, EBADMSG);
     *command = (struct command){.id = id, .oom_kills_before = count_oom_kills()};
     if (acquire_group(&command->group) < 0) {
-        reply(MSG_REFUSED, id, STAGE_GROUP, (uint32_t)errno);
+        refuse(id, STAGE_GROUP, errno);
     } else {
-        struct launch what = {&body, *fds, &command->group, joins, joins_count};
+        struct launch what = {&body, id, flags, *fds, &command->group, joins, joins_count, control};
         struct refusal refusal;
         command->pid = launch(&what, &refusal);
         if (command->pid > 0) {
@@ -177,7 +190,7 @@ static void start(uint32_t id, uint32_t flags, struct reader *in, const struct c
             command->deadline_ms = now_ms() + body.timeout_ms;
         } else {
             release_group(&command->group);
-            reply(MSG_REFUSED, id, refusal.stage, (uint32_t)refusal.error);
+            refuse(id, refusal.stage, refusal.error);
         }
     }
     free(body.argv);
@@ -185,26 +198,52 @@ static void start(uint32_t id, uint32_t flags, struct reader *in, const struct c
 
 static void on_exec(struct reader *in, const int *fds, int fds_count) {
     uint32_t id = take_u32(in), flags = take_u32(in);
-    struct command_fds own;
+    struct command_fds own = {0, 1, 2};
     int body_fd;
     if (in->bad || sort_fds(flags, fds, fds_count, &body_fd, &own) < 0)
-        return reply(MSG_REFUSED, id, STAGE_REQUEST, EPROTO);
+        return refuse(id, STAGE_REQUEST, EPROTO);
     if (body_fd < 0) return start(id, flags, in, &own);
     size_t length = 0;
     uint8_t *data = read_body(body_fd, &length);
-    if (!data) return reply(MSG_REFUSED, id, STAGE_REQUEST, E2BIG);
+    if (!data) return refuse(id, STAGE_REQUEST, E2BIG);
     struct reader body = {data, data + length, 0};
     start(id, flags, &body, &own);
     free(data);
 }
 
-static void on_kill(struct reader *in) {
-    uint32_t id = take_u32(in);
+static struct command *find_running(uint32_t id) {
     for (int i = 0; i < EXECS_COUNT_MAX; i++)
-        if (commands[i].state == COMMAND_RUNNING && commands[i].id == id) kill_tree(&commands[i], now_ms());
+        if (commands[i].state == COMMAND_RUNNING && commands[i].id == id) return &commands[i];
+    return NULL;
 }
 
-static void on_control(void) {
+static void on_kill(struct reader *in) {
+    struct command *command = find_running(take_u32(in));
+    if (command) kill_tree(command, now_ms());
+}
+
+static void on_signal(struct reader *in) {
+    struct command *command = find_running(take_u32(in));
+    uint32_t number = take_u32(in);
+    if (command && number > 0 && number < NSIG) kill(-command->pid, (int)number);
+}
+
+static void on_extend(struct reader *in) {
+    uint64_t span = take_u64(in);
+    for (int i = 0; i < EXECS_COUNT_MAX; i++) commands[i].deadline_ms += span;
+}
+
+static void on_sync(void) {
+    for (int i = 0; i < EXECS_COUNT_MAX; i++)
+        if (commands[i].state != COMMAND_NONE) reply(MSG_RUNNING, &commands[i].id, 1);
+    each_end(answer);
+    reply(MSG_SYNCED, NULL, 0);
+}
+
+/* One packet; 0 if there was none. */
+static int on_control(void) {
+    struct pollfd ready = {control, POLLIN, 0};
+    if (poll(&ready, 1, 0) <= 0) return 0;
     int fds[PACKET_FDS_MAX], fds_count;
     ssize_t length = receive_packet(control, packet, sizeof packet, fds, &fds_count);
     if (length <= 0) _exit(0);
@@ -212,9 +251,13 @@ static void on_control(void) {
     switch (take_u32(&in)) {
     case MSG_EXEC: on_exec(&in, fds, fds_count); break;
     case MSG_KILL: on_kill(&in); break;
+    case MSG_SIGNAL: on_signal(&in); break;
+    case MSG_EXTEND: on_extend(&in); break;
+    case MSG_SYNC: on_sync(); break;
     default: _exit(1);
     }
     for (int i = 0; i < fds_count; i++) close(fds[i]);
+    return 1;
 }
 
 static int block_signals(void) {
@@ -231,10 +274,9 @@ void guest_main(int control_fd, int command_group, int oom_fd, const int *join_f
     prctl(PR_SET_NAME, "init");
     int signals = block_signals();
     open_groups(command_group);
-    open_launchpad();
-    struct message ready = {.length = 0};
-    put_u32(&ready, MSG_READY);
-    if (signals < 0 || send_message(control, &ready, -1) < 0) _exit(1);
+    open_terminals();
+    if (signals < 0) _exit(1);
+    reply(MSG_READY, NULL, 0);
     for (;;) {
         struct pollfd fds[2] = {{control, POLLIN, 0}, {signals, POLLIN, 0}};
         poll(fds, 2, advance());
@@ -243,6 +285,7 @@ void guest_main(int control_fd, int command_group, int oom_fd, const int *join_f
             while (read(signals, info, sizeof info) > 0) {
             }
         reap();
-        if (fds[0].revents) on_control();
+        /* All that was sent, before time is looked at: after a pause EXTEND lies here, and the deadlines are long over. */
+        while (on_control()) continue;
     }
 }

@@ -1,4 +1,4 @@
-/* The guest's two halves: the loop (guest.c), and groups and the child side of a command. */
+/* The guest's parts: the loop (guest.c), the groups, and the child side of a command. */
 #ifndef DSEC_GUEST_H
 #define DSEC_GUEST_H
 
@@ -30,7 +30,14 @@ void kill_supervised(const struct exec_group *group);
 pid_t launch_supervised(const struct exec_group *group); /* 0 in the command's process, -1 with errno */
 void forget_supervised(const struct exec_group *group);  /* it was refused after it was launched */
 pid_t attribute_end(pid_t reaped, int *status);
-void shed_privileges(void);
+
+/* -- ends.c: the last ENDED_COUNT_MAX answers, for a Python that was not there to hear them */
+struct end {
+    enum message_type type; /* MSG_EXITED or MSG_REFUSED */
+    uint32_t id, first, second;
+};
+void remember_end(const struct end *end);
+void each_end(void (*visit)(const struct end *end)); /* the oldest first */
 
 /* -- command.c: runs in the guest; the fds are the command's, closed by the caller */
 struct command_fds {
@@ -38,16 +45,29 @@ struct command_fds {
 };
 struct launch {
     const struct exec_body *body;
-    struct command_fds fds;
+    uint32_t id, flags;
+    struct command_fds fds; /* unused with EXEC_TTY */
     const struct exec_group *group;
     const int *joins;
-    int joins_count;
+    int joins_count, control;
 };
 struct refusal {
     uint32_t stage; /* 0: started */
     int error;
 };
-void open_launchpad(void);
 pid_t launch(const struct launch *what, struct refusal *refusal); /* pid, or -1 and the refusal */
+
+/* -- tty.c: in the child */
+void open_terminals(void);                                      /* before any command could touch /dev/pts */
+int open_terminal(uint32_t rows, uint32_t columns, int *slave); /* the master, or -1 with errno */
+
+/* -- user.c: in the child */
+#define USER_GROUPS_COUNT_MAX 64
+struct user {
+    uint32_t uid, gid;
+    uint32_t groups[USER_GROUPS_COUNT_MAX];
+    size_t groups_count;
+};
+int find_user(const char *text, struct user *out); /* 0, or -1 with errno */
 
 #endif

@@ -186,3 +186,7 @@ int install_seccomp(void) {
 pid_t guest_clone3(struct clone_args *args, uint64_t args_bytes) {
     return (pid_t)syscall(SYS_clone3, args, args_bytes, 0L, 0L, clone3_key[0], clone3_key[1]);
 }
+
+void forget_clone3_key(void) {
+    explicit_bzero(clone3_key, sizeof clone3_key);
+}

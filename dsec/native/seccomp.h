@@ -12,5 +12,6 @@ int install_seccomp(void);
 /* clone3 with the key that the filter asks for; commands get ENOSYS and fall back to clone. */
 struct clone_args;
 pid_t guest_clone3(struct clone_args *args, uint64_t args_bytes);
+void forget_clone3_key(void); /* in a child that goes on without execve */
 
 #endif

@@ -72,7 +72,10 @@ static void take_strings(struct reader *in, uint32_t count, char **vector) {
 
 int parse_exec_body(struct reader *in, struct exec_body *body) {
     body->timeout_ms = take_u64(in);
+    body->rows = take_u32(in);
+    body->columns = take_u32(in);
     body->cwd = take_string(in, NULL);
+    body->user = take_string(in, NULL);
     struct reader first = *in;
     uint32_t argc = take_u32(&first);
     take_strings(&first, argc, NULL);

@@ -29,7 +29,8 @@ void put_string(struct message *out, const char *text);
 /* What EXEC asks for; the strings point into the body, `argv` and `env` are one allocation. */
 struct exec_body {
     uint64_t timeout_ms;
-    const char *cwd;
+    uint32_t rows, columns; /* of its terminal */
+    const char *cwd, *user;
     char **argv, **env;
 };
 

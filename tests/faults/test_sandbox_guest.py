@@ -27,8 +27,8 @@ def serve(guest):
     guest.send(encode_u32(MessageType.READY))
     while packet := socket.recv_fds(guest, 65536, 4)[0]:
         words = MessageReader(packet)
-        exec_id = [words.u32() for _ in range(5)][1]
-        words.string()
+        exec_id = [words.u32() for _ in range(7)][1]
+        words.string(), words.string()
         argv = [words.string() for _ in range(words.u32())]
         answer = encode_u32(MessageType.EXITED, exec_id, 0, 0)
         if argv[0] == "answer":

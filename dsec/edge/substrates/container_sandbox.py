@@ -1,36 +1,31 @@
-"""One container: the meeting of the guest's answers, the command's pipes and the caller's patience.
+"""One container of the native spawner: made in a slot, handed out under an id, stopped and packed through its cgroups.
 
-Invariants:
-    1. A sandbox that cannot be used any more is destroyed by itself; every later call says so (SandboxLostError).
-    2. An exec closes every pipe it opened, however it ends.
-
-See: docs/architecture.md "Sandbox", dsec/native/guest.c, dsec/edge/substrates/container.py.
+See: docs/architecture.md "Sandbox", dsec/edge/substrates/guest_sandbox.py, dsec/edge/substrates/container.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 import socket
-import time
-from errno import E2BIG
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
-from dsec.edge.commands import encode_command
 from dsec.edge.config import SubstrateConfig
-from dsec.edge.guest import Exited, Guest, Refused
 from dsec.edge.keeper import Keeper
-from dsec.edge.native_wire import EXIT_OOM_KILLED, EXIT_TIMED_OUT, Stage
+from dsec.edge.native_wire import FD_DISK
 from dsec.edge.network.gateway import Gateway, environment
-from dsec.edge.substrates.processes import Pipes, crowded, exit_code_of
+from dsec.edge.spool import Spool
+from dsec.edge.substrates.guest_sandbox import GuestSandbox, whole
+from dsec.edge.substrates.layer_mounts import Layers
+from dsec.edge.substrates.processes import GuestProcess
 from dsec.edge.substrates.seats import Seat
-from dsec.errors import DsecError, InvalidArgumentError, ResourceExhaustedError, SandboxLostError
-from dsec.types import Command, ExecResult, NetworkPolicy, SandboxId, SandboxSpec
-
-_LOST_STAGES = (Stage.REQUEST, Stage.GROUP, Stage.ALONE)
+from dsec.edge.substrates.streams import Keeping
+from dsec.errors import HostUnfitError, ResourceExhaustedError
+from dsec.types import Command, LayerId, NetworkPolicy, SandboxId, SandboxSpec
 
 
 class SandboxHost(Protocol):
@@ -40,6 +35,7 @@ class SandboxHost(Protocol):
     scratch: bytearray
     gateway: Gateway
     keeper: Keeper | None
+    layers: Layers | None
     state_dir: Path | None
 
     async def release(self, sandbox: ContainerSandbox, *, had_network: bool) -> None:
@@ -47,23 +43,15 @@ class SandboxHost(Protocol):
         ...
 
 
-class ContainerSandbox:
+class ContainerSandbox(GuestSandbox):
     """One container; made by `ContainerSubstrate.create`.  Implements `dsec.sandbox.Sandbox`."""
 
     def __init__(self, substrate: SandboxHost, seat: Seat) -> None:
+        super().__init__(substrate.config, Keeping(SandboxId(""), substrate.scratch))
         self.seat = seat
         self._substrate = substrate
-        self._id = SandboxId("")
         self._spec = SandboxSpec()
-        self._guest: Guest | None = None
         self._host_pid = 0
-        self._destroying: asyncio.Task[None] | None = None
-        self._execs = asyncio.Semaphore(substrate.config.execs_in_flight_max)
-
-    @property
-    def id(self) -> SandboxId:
-        """Unique on this host; empty until the sandbox is handed out."""
-        return self._id
 
     @property
     def spec(self) -> SandboxSpec:
@@ -75,12 +63,13 @@ class ContainerSandbox:
         """Process id of the guest on the host."""
         return self._host_pid
 
+    # -- birth -----------------------------------------------------------------------------------
+
     async def set_up(self, spec: SandboxSpec) -> None:
         """Make the container in our slot, without a network; on any failure the slot is given back.  SpawnError."""
         try:
             connection, self._host_pid = await self.seat.create(spec)
-            self._guest = Guest(connection, self._on_lost)
-            await self._guest.ready()
+            await self._connect(connection)
         except BaseException:
             self._start_destroying()
             raise
@@ -88,7 +77,7 @@ class ContainerSandbox:
 
     async def hand_out(self, sandbox_id: SandboxId, spec: SandboxSpec) -> None:
         """Give it its id and network; from here on it outlives this process.  It is destroyed if that fails."""
-        self._id = sandbox_id
+        self._name(sandbox_id)
         try:
             await self._apply_network(spec.network)
             await self.seat.keep(sandbox_id, self._spec)
@@ -97,81 +86,35 @@ class ContainerSandbox:
             raise
 
     async def adopt(
-        self, connection: socket.socket, host_pid: int, sandbox_id: SandboxId, spec: SandboxSpec, files: dict[str, int]
+        self,
+        connection: socket.socket,
+        host_pid: int,
+        sandbox_id: SandboxId,
+        spec: SandboxSpec,
+        files: Mapping[str, int],
     ) -> None:
         """Go on with a container that an earlier process made; `files` are its running commands' descriptors.
 
         On any failure it is destroyed.  SandboxLostError.
         """
-        self._id, self._spec, self._host_pid = sandbox_id, spec, host_pid
-        self._guest = Guest(connection, self._on_lost)
-        try:
-            await self._apply_network(spec.network)
-        except BaseException:
-            self._start_destroying()
-            raise
+        self._name(sandbox_id)
+        self._spec, self._host_pid = spec, host_pid
+        self._adopt(connection, files)
 
-    def detach(self) -> None:
-        """Leave it to the next process."""
-        if self._guest is not None:
-            self._guest.close()
-            self._guest = None
+    def _name(self, sandbox_id: SandboxId) -> None:
+        self._id = sandbox_id
+        spool, config = None, self._config
+        if self._substrate.state_dir is not None:
+            directory = self._substrate.state_dir / "spool" / sandbox_id
+            spool = Spool(directory, config.spool_bytes_max, config.spool_sandbox_bytes_max)
+        self._keeping = Keeping(sandbox_id, self._substrate.scratch, self._substrate.keeper, spool)
 
-    async def exec(self, command: Command) -> ExecResult:
-        """See `dsec.sandbox.Sandbox.exec`."""
-        command = msgspec.structs.replace(command, env=environment(self._spec.network) | command.env)
-        body = encode_command(command)
-        async with self._execs:
-            if self._guest is None or self._destroying is not None:
-                raise SandboxLostError(f"sandbox {self._id} was destroyed, or died")
-            return await self._run(self._guest, command, body)
+    # -- life ------------------------------------------------------------------------------------
 
-    async def _run(self, guest: Guest, command: Command, body: bytes) -> ExecResult:
-        started = time.monotonic()
-        pipes = Pipes(command, self._substrate.scratch)
-        try:
-            try:
-                exec_id = await guest.start(command, body, pipes.theirs)
-            finally:
-                pipes.close_theirs()
-            answer = await self._answer(guest, exec_id, command.timeout_s)
-            if isinstance(answer, Refused):
-                if answer.stage == Stage.CROWDED:
-                    return crowded(command, time.monotonic() - started)
-                raise self._refusal(answer, command)
-            stdout, stderr = pipes.finish()
-        finally:
-            pipes.close()
-        timed_out = bool(answer.flags & EXIT_TIMED_OUT)
-        return ExecResult(
-            exit_code=137 if timed_out else exit_code_of(answer.wait_status),
-            stdout=stdout,
-            stderr=stderr,
-            timed_out=timed_out,
-            oom_killed=bool(answer.flags & EXIT_OOM_KILLED),
-            duration_s=time.monotonic() - started,
-        )
-
-    async def _answer(self, guest: Guest, exec_id: int, timeout_s: float) -> Exited | Refused:
-        try:
-            async with asyncio.timeout(timeout_s + self._substrate.config.answer_grace_s):
-                return await guest.answer(exec_id)
-        except TimeoutError as error:
-            self._start_destroying()
-            raise SandboxLostError(f"the guest of sandbox {self._id} stopped answering") from error
-
-    def _refusal(self, answer: Refused, command: Command) -> DsecError:
-        """Whose fault it was that the command did not start; a sandbox that cannot start commands is destroyed."""
-        text = os.strerror(answer.errno)
-        if answer.stage == Stage.CWD:
-            return InvalidArgumentError(f"cwd {command.cwd!r}: {text}")
-        if answer.stage == Stage.EXEC and answer.errno == E2BIG:
-            return InvalidArgumentError(f"argv and env: {text}")
-        what = f"the command could not be started ({answer.stage.name.lower()}): {text}"
-        if answer.stage in _LOST_STAGES:
-            self._start_destroying()
-            return SandboxLostError(f"sandbox {self._id} no longer works: {what}")
-        return ResourceExhaustedError(what)
+    async def start(self, command: Command, number: int | None = None) -> GuestProcess:
+        """See `dsec.sandbox.Sandbox.start`."""
+        shaped = msgspec.structs.replace(command, env=environment(self._spec.network) | command.env)
+        return await super().start(shaped, number)
 
     async def update_network(self, policy: NetworkPolicy) -> None:
         """See `dsec.sandbox.Sandbox.update_network`.  StateError if a process of the sandbox has the proxy's port."""
@@ -179,24 +122,31 @@ class ContainerSandbox:
         await self.seat.keep(self._id, self._spec)
 
     async def _apply_network(self, policy: NetworkPolicy) -> None:
-        if self._guest is None or self._destroying is not None:
-            raise SandboxLostError(f"sandbox {self._id} was destroyed, or died")
+        self._living()
         await self._substrate.gateway.apply(self._id, self._host_pid, policy)
         self._spec = msgspec.structs.replace(self._spec, network=policy)
 
-    async def destroy(self) -> None:
-        """See `dsec.sandbox.Sandbox.destroy`."""
-        await asyncio.shield(self._start_destroying())
+    async def snapshot(self) -> LayerId:
+        """See `dsec.sandbox.Sandbox.snapshot`."""
+        layers = self._substrate.layers
+        if layers is None:
+            raise HostUnfitError("snapshots need a store of layers, and this substrate was made without one")
+        disk = Path(f"/proc/{self._host_pid}/fd/{FD_DISK}/root")
+        async with self._standing_still():
+            return await whole(layers.pack(disk, self.seat.first_uid, parents=self._spec.layers))
 
-    def _on_lost(self) -> None:
-        self._start_destroying()
+    async def _freeze(self) -> None:
+        if not await asyncio.to_thread(self.seat.box.freeze):
+            raise ResourceExhaustedError(f"the processes of sandbox {self._id} cannot be stopped now")
 
-    def _start_destroying(self) -> asyncio.Task[None]:
-        if self._destroying is None:
-            self._destroying = asyncio.create_task(self._destroy(), name=f"destroy {self._id}")
-        return self._destroying
+    async def _thaw(self) -> None:
+        with contextlib.suppress(OSError):  # its cgroups went with it
+            self.seat.box.thaw()
 
-    async def _destroy(self) -> None:
+    async def _reclaim(self) -> None:
+        await asyncio.to_thread(self.seat.box.reclaim)
+
+    async def _release(self) -> None:
         had_network = await self._substrate.gateway.detach(self._id)
         await self._substrate.release(self, had_network=had_network)
         if self._guest is not None:

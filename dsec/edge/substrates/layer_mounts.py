@@ -14,6 +14,7 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from dsec.edge.config import LAYERS_COUNT_MAX
@@ -36,6 +37,10 @@ class Layers(Protocol):
 
     def descriptor(self, layer_id: LayerId) -> int:
         """The open file of a held layer."""
+        ...
+
+    async def pack(self, disk: Path, first_uid: int, *, parents: tuple[LayerId, ...] = ()) -> LayerId:
+        """A layer of the upper directory of a sandbox that stands still; `first_uid` on it is 0 in the layer."""
         ...
 
 

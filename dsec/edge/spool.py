@@ -1,0 +1,178 @@
+"""Output on disk: what a command writes goes into a file, whole up to a limit, and outlives this process.
+
+A pipe is emptied into its file by splice(2): what has left the pipe is in the file, so a killed Edge loses
+no byte and its successor goes on where the file ends.  A file is made at the first byte.  Beyond the limit (or a
+full disk) a stream is drained into memory, of which the last bytes are kept and all are counted; that
+count does not outlive the process: after it the total is a lower bound.
+
+See: dsec/edge/capture.py; docs/architecture.md, "Sandbox".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from dsec.edge.capture import Tail
+from dsec.errors import OutOfRangeError
+from dsec.types import Output, Stream
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EROFS}
+_FILE_BYTES = 4096  # what a file costs beside its bytes
+SUFFIXES: dict[Stream, str] = {"stdout": "out", "stderr": "err"}
+
+
+class SpooledOutput:
+    """A stream in a file.  Implements `dsec.edge.capture.Sink`.
+
+    `bytes_max` bounds what `output` gives, `file_bytes_max` the file.
+    """
+
+    def __init__(self, path: Path, bytes_max: int, file_bytes_max: int) -> None:
+        self._path = path
+        self._bytes_max = bytes_max
+        self._file_bytes_max = file_bytes_max
+        self._fd = -1
+        self._size = path.stat().st_size if path.exists() else 0
+        self._beyond = 0
+        self._tail = Tail(max(bytes_max // 2, 1))
+
+    @property
+    def size_bytes(self) -> int:
+        """How much lies on disk."""
+        return self._size
+
+    def drain(self, fd: int, scratch: memoryview) -> int:
+        """See `dsec.edge.capture.Sink`."""
+        room = self._file_bytes_max - self._size
+        if room > 0:
+            try:
+                self._open()
+                flags = os.SPLICE_F_NONBLOCK
+                count = os.splice(fd, self._fd, min(room, len(scratch)), offset_dst=self._size, flags=flags)
+            except OSError as error:
+                if error.errno not in _FULL and error.errno != errno.EINVAL:
+                    raise
+                if error.errno in _FULL:
+                    self._file_bytes_max = self._size
+            else:
+                self._size += count
+                return count
+        count = os.readv(fd, [scratch])  # a terminal cannot be spliced
+        self.add(scratch[:count])
+        return count
+
+    def add(self, data: memoryview) -> None:
+        """Take the next bytes of the stream."""
+        room = min(self._file_bytes_max - self._size, len(data))
+        try:
+            if room > 0:
+                self._open()
+            while room > 0:
+                count = os.pwrite(self._fd, data[:room], self._size)
+                self._size, room, data = self._size + count, room - count, data[count:]
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            self._file_bytes_max = self._size
+        if data:
+            self._beyond += len(data)
+            self._tail.add(data)
+
+    def _open(self) -> None:
+        if self._fd < 0:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+    def _pread(self, offset: int, count: int) -> bytes:
+        if count <= 0:
+            return b""
+        try:
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError as error:
+            raise OutOfRangeError("this output was kept on disk, and has made room for later ones") from error
+        try:
+            parts = []
+            while count > 0 and (part := os.pread(fd, min(count, 1 << 20), offset)):
+                parts.append(part)
+                offset, count = offset + len(part), count - len(part)
+        finally:
+            os.close(fd)
+        return b"".join(parts)
+
+    def read(self, offset: int, bytes_max: int) -> bytes:
+        """See `dsec.edge.capture.Sink`."""
+        if offset < self._size:
+            return self._pread(offset, min(bytes_max, self._size - offset))
+        tail = self._tail.data
+        start = self._size + self._beyond - len(tail)
+        if offset < start:
+            raise OutOfRangeError(f"bytes {offset} to {start - 1} were counted, not kept")
+        return tail[offset - start : offset - start + bytes_max]
+
+    def output(self) -> Output:
+        """See `dsec.edge.capture.Sink`."""
+        total, tail = self._size + self._beyond, self._tail.data
+        if total <= self._bytes_max and len(tail) == self._beyond:
+            return Output(head=self._pread(0, self._size) + tail)
+        tail_bytes_max = self._bytes_max // 2
+        head = self._pread(0, min(self._size, self._bytes_max - tail_bytes_max))
+        tail = tail[max(0, len(tail) - tail_bytes_max) :]
+        if len(tail) == self._beyond:  # the file has what comes before it
+            more = min(tail_bytes_max - len(tail), self._size - len(head))
+            tail = self._pread(self._size - more, more) + tail
+        return Output(head=head, tail=tail, dropped_bytes=total - len(head) - len(tail))
+
+    def close(self) -> None:
+        """See `dsec.edge.capture.Sink`."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class Spool:
+    """The directory of one sandbox's outputs; when they need more than `bytes_max`, the oldest make room.
+
+    No directory is made before the first byte.
+    """
+
+    def __init__(self, directory: Path, file_bytes_max: int, bytes_max: int) -> None:
+        self._directory = directory
+        self._file_bytes_max = file_bytes_max
+        self._bytes_max = bytes_max
+        self._ended: dict[Path, int] = {}
+        self._ended_bytes = 0
+        if directory.exists():
+            for path in sorted(directory.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+                self._add(path)
+
+    def open(self, number: int, stream: Stream, bytes_max: int) -> SpooledOutput:
+        """The output of command `number`, which goes on if an earlier process began it."""
+        path = self._path(number, stream)
+        self._ended_bytes -= self._ended.pop(path, 0)
+        return SpooledOutput(path, bytes_max, self._file_bytes_max)
+
+    def end(self, number: int) -> None:
+        """The command has ended: its outputs may make room for later ones."""
+        for stream in SUFFIXES:
+            with contextlib.suppress(FileNotFoundError):
+                self._add(self._path(number, stream))
+        while self._ended_bytes > self._bytes_max:
+            path = next(iter(self._ended))
+            self._ended_bytes -= self._ended.pop(path)
+            path.unlink(missing_ok=True)
+
+    def _add(self, path: Path) -> None:
+        self._ended[path] = path.stat().st_size + _FILE_BYTES
+        self._ended_bytes += self._ended[path]
+
+    def remove(self) -> None:
+        """Remove all of it."""
+        if self._directory.exists():
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _path(self, number: int, stream: Stream) -> Path:
+        return self._directory / f"{number}.{SUFFIXES[stream]}"

@@ -1,0 +1,332 @@
+"""A sandbox whose pid 1 is our guest: everything about commands, whoever made the place that they run in.
+
+What a kind of sandbox adds: how it is made, stopped and let go on (`_freeze`, `_thaw`), and ended (`_release`).
+
+Invariants:
+    1. A sandbox that cannot be used any more is destroyed by itself; every later call says so (SandboxLostError).
+    2. A command closes every pipe it opened, however it ends.
+    3. A message is sent to a guest that runs: whoever wants to tell it something resumes it first.
+    4. Time that a sandbox is paused for counts for no timeout: neither the guest's, nor ours for its answer.
+
+See: docs/architecture.md "Sandbox", dsec/native/guest.c.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from typing import TypeVar
+from weakref import WeakValueDictionary
+
+from dsec.edge.capture import Dispose
+from dsec.edge.commands import encode_command
+from dsec.edge.config import SubstrateConfig
+from dsec.edge.guest import Answer, Guest, Remembered
+from dsec.edge.substrates.processes import GuestProcess
+from dsec.edge.substrates.streams import Keeping, Streams
+from dsec.errors import InvalidArgumentError, OutcomeUnknownError, SandboxLostError
+from dsec.types import Command, ExecResult, SandboxId
+
+ENDED_COUNT_MAX = 128
+"""Ends that a guest remembers."""
+NUMBER_MAX = 0xFFFFFFFF
+PAUSED_POLL_S = 0.1
+_PAUSED = (0, "paused")
+_T = TypeVar("_T")
+
+
+class GuestSandbox(ABC):
+    """The half of a sandbox that talks to its guest."""
+
+    def __init__(self, config: SubstrateConfig, keeping: Keeping) -> None:
+        self._id = SandboxId("")
+        self._config = config
+        self._keeping = keeping
+        self._guest: Guest | None = None
+        self._destroying: asyncio.Task[None] | None = None
+        self._execs = asyncio.Semaphore(config.execs_in_flight_max)
+        self._processes: dict[int, GuestProcess] = {}
+        self._known: WeakValueDictionary[int, GuestProcess] = WeakValueDictionary()
+        self._last_number = 0
+        self._is_adopted = False
+        self._remembered: Remembered | None = None
+        self._gate = asyncio.Lock()
+        self._paused_at: float | None = None
+        self._paused_s = 0.0
+        self._pause_note: tuple[int, Dispose] | None = None
+
+    @property
+    def id(self) -> SandboxId:
+        """Unique on this host."""
+        return self._id
+
+    # -- what a kind of sandbox adds -------------------------------------------------------------
+
+    @abstractmethod
+    async def _freeze(self) -> None:
+        """Stop every process in it, the guest too.  ResourceExhaustedError; what was stopped then is let go on."""
+
+    @abstractmethod
+    async def _thaw(self) -> None:
+        """Let every process go on."""
+
+    @abstractmethod
+    async def _reclaim(self) -> None:
+        """Give back memory that processes which stand still do not need."""
+
+    @abstractmethod
+    async def _release(self) -> None:
+        """Kill everything inside, free every resource, and close the guest."""
+
+    # -- the guest -------------------------------------------------------------------------------
+
+    async def _connect(self, connection: socket.socket) -> None:
+        """Talk to a fresh guest, and wait until it has set itself up.  SpawnError."""
+        self._guest = Guest(connection, self._on_lost, self._on_terminal)
+        await self._guest.ready()
+
+    def _adopt(self, connection: socket.socket, files: Mapping[str, int]) -> None:
+        """Talk to the guest of an earlier process; `files` are what that kept of its commands."""
+        self._is_adopted = True
+        self._keeping.adopt(files)
+        self._guest = Guest(connection, self._on_lost, self._on_terminal)
+        self._paused_at = self._keeping.left_since(*_PAUSED)
+        self._pause_note = self._keeping.take(*_PAUSED)
+
+    def _living(self) -> Guest:
+        if self._guest is None or self._destroying is not None:
+            raise SandboxLostError(f"sandbox {self._id} was destroyed, or died")
+        return self._guest
+
+    def _on_terminal(self, number: int, master: int) -> None:
+        process = self._processes.get(number)
+        if process is not None:
+            process.attach(master)
+        else:  # sent to an earlier process, which did not live to read it
+            self._keeping.adopt({f"{number}/tty/{round(time.monotonic() * 1000)}": master})
+
+    def _on_lost(self) -> None:
+        self._start_destroying()
+
+    def give_up(self, reason: str) -> SandboxLostError:
+        """See `ProcessOwner`."""
+        self._start_destroying()
+        return SandboxLostError(f"sandbox {self._id} no longer works: {reason}")
+
+    async def awake(self) -> Guest:
+        """See `ProcessOwner`."""
+        await self.resume()
+        return self._living()
+
+    async def answer(self, number: int, timeout_s: float) -> Answer:
+        """See `ProcessOwner`."""
+        guest = self._living()
+        waiting = guest.answer(number)
+        deadline = time.monotonic() + timeout_s + self._config.answer_grace_s - self._paused_in_all_s()
+        try:
+            while not waiting.done():
+                left_s = deadline + self._paused_in_all_s() - time.monotonic()
+                if left_s <= 0:
+                    raise self.give_up("its guest stopped answering")
+                await asyncio.wait([waiting], timeout=max(left_s, PAUSED_POLL_S))
+            return waiting.result()
+        finally:
+            guest.forget(number)
+
+    # -- commands --------------------------------------------------------------------------------
+
+    async def exec(self, command: Command) -> ExecResult:
+        """See `dsec.sandbox.Sandbox.exec`."""
+        async with self._execs:
+            process = await self.start(command)
+            try:
+                if command.tty is not None or command.keep_stdin_open:
+                    await process.close_stdin()  # nobody else can
+                return await process.wait()
+            except asyncio.CancelledError:
+                if self._guest is not None:
+                    self._guest.kill_now(process.number)
+                raise
+
+    async def start(self, command: Command, number: int | None = None) -> GuestProcess:
+        """See `dsec.sandbox.Sandbox.start`."""
+        body = encode_command(command)
+        number = await self._take_number(number)
+        streams = Streams(number, command, self._keeping)
+        await streams.open()
+        try:
+            async with self._gate:
+                guest = self._living()
+                await self._resume()
+                await guest.start(number, command, body, streams.theirs)
+        except BaseException:
+            streams.close()
+            raise
+        streams.close_theirs()
+        process = self._follow(GuestProcess(self, number, command, streams, time.monotonic()))
+        if command.tty is not None:
+            await self._attached(process)
+        return process
+
+    async def _attached(self, process: GuestProcess) -> None:
+        try:
+            await process.attached()
+        except asyncio.CancelledError:
+            if self._guest is not None:
+                self._guest.kill_now(process.number)
+            raise
+
+    def _follow(self, process: GuestProcess) -> GuestProcess:
+        number = process.number
+        self._processes[number] = self._known[number] = process
+
+        def forget() -> None:
+            self._processes.pop(number, None)
+            self._keeping.end(number)
+
+        process.on_end(forget)
+        return process
+
+    async def _take_number(self, number: int | None) -> int:
+        self._living()
+        if number is None:
+            await self._remember()
+            number = self._last_number + 1
+        if not 1 <= number <= NUMBER_MAX or number in self._known:
+            raise InvalidArgumentError(f"{number} cannot be the number of a new command")
+        self._last_number = max(self._last_number, number)
+        return number
+
+    async def _remember(self) -> Remembered:
+        """What the guest knows of an earlier process's commands; asked for once, of a guest that runs."""
+        if self._remembered is None and self._is_adopted:
+            async with self._gate:
+                guest, was_paused = self._living(), self._paused_at is not None
+                await self._resume()
+                self._remembered = self._remembered or await guest.sync()
+                if was_paused:
+                    await self._pause()
+            self._last_number = max(self._last_number, *self._remembered.running, *self._remembered.ended, 0)
+        self._remembered = self._remembered or Remembered()
+        return self._remembered
+
+    async def resume_process(self, number: int, command: Command) -> GuestProcess | None:
+        """See `dsec.sandbox.Sandbox.resume_process`."""
+        remembered = await self._remember()
+        if (process := self._known.get(number)) is not None:
+            return process
+        if number not in remembered.running and number not in remembered.ended:
+            if number > self._last_number or (self._is_adopted and len(remembered.ended) < ENDED_COUNT_MAX):
+                return None
+            raise OutcomeUnknownError(f"command {number} ended longer ago than sandbox {self._id} remembers")
+        self._living().resume(number)
+        begun_s = self._keeping.left_since(number, "tty" if command.tty else "stdout")
+        streams = Streams(number, command, self._keeping)
+        is_whole = streams.resume()
+        begun_s = time.monotonic() if begun_s is None else begun_s
+        return self._follow(GuestProcess(self, number, command, streams, begun_s, is_cut=not is_whole))
+
+    # -- pausing ---------------------------------------------------------------------------------
+
+    async def pause(self) -> None:
+        """See `dsec.sandbox.Sandbox.pause`."""
+        async with self._gate:
+            self._living()
+            await self._pause()
+            await self._reclaim()
+
+    @asynccontextmanager
+    async def _standing_still(self) -> AsyncIterator[None]:
+        """Nothing inside runs, and nothing makes it run, in this block."""
+        async with self._gate:
+            self._living()
+            was_paused = self._paused_at is not None
+            await self._pause()
+            try:
+                yield
+            finally:
+                if not was_paused:
+                    await self._resume()
+
+    async def resume(self) -> None:
+        """See `dsec.sandbox.Sandbox.resume`."""
+        self._living()
+        if self._paused_at is not None or self._gate.locked():
+            async with self._gate:
+                self._living()
+                await self._resume()
+
+    async def _pause(self) -> None:
+        if self._paused_at is not None:
+            return
+        self._paused_at = time.monotonic()
+        try:
+            await whole(self._freeze())
+            fd = os.dup(self._living().fileno())
+            self._pause_note = fd, os.close
+            self._pause_note = fd, await self._keeping.keep(*_PAUSED, fd)
+        except BaseException:
+            await self._resume()
+            raise
+
+    async def _resume(self) -> None:
+        """The guest finds EXTEND before it looks at its clock again."""
+        if self._paused_at is None:
+            return
+        span_s = time.monotonic() - self._paused_at
+        await self._living().extend(span_s)
+        self._paused_s += span_s
+        self._paused_at = None
+        await whole(self._thaw())
+        note, self._pause_note = self._pause_note, None
+        if note is not None:
+            note[1](note[0])
+
+    def _paused_in_all_s(self) -> float:
+        return self._paused_s + (0.0 if self._paused_at is None else time.monotonic() - self._paused_at)
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    async def destroy(self) -> None:
+        """See `dsec.sandbox.Sandbox.destroy`."""
+        await asyncio.shield(self._start_destroying())
+
+    def _start_destroying(self) -> asyncio.Task[None]:
+        if self._destroying is None:
+            self._destroying = asyncio.create_task(self._destroy(), name=f"destroy {self._id}")
+        return self._destroying
+
+    async def _destroy(self) -> None:
+        await self._release()
+        for process in list(self._processes.values()):
+            await process.ended()
+        note, self._pause_note = self._pause_note, None
+        if note is not None:
+            note[1](note[0])
+        await self._keeping.close()
+
+    def detach(self) -> None:
+        """Leave it to the next process."""
+        self._keeping.detach()
+        for process in list(self._processes.values()):
+            process.detach()
+        if self._pause_note is not None:
+            os.close(self._pause_note[0])
+        if self._guest is not None:
+            self._guest.close()
+            self._guest = None
+
+
+async def whole(work: Coroutine[None, None, _T]) -> _T:
+    """Do all of it, also if the caller is cancelled meanwhile."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
