@@ -168,17 +168,27 @@ def snapshot(sandbox_id: str, as_json: bool) -> None:
 
 
 @click.command(
-    short_help="Make sandboxes that go on from another.", epilog=example("dsec fork ID", "dsec fork ID --count 8")
+    short_help="Make sandboxes that go on from another.",
+    epilog=example("dsec fork ID", "dsec fork ID --count 8", "dsec fork ID --after KEY"),
 )
 @click.argument("sandbox_id", metavar="ID")
 @click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="How many; all or none.")
+@click.option("--after", metavar="KEY", help="Go on from its state after this command; it may have ended since.")
 @label_option("To find them by.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of ids.")
-def fork(sandbox_id: str, count: int, labels: dict[str, str], as_json: bool) -> None:
-    """Make sandboxes that go on from what was written in this one, and print their ids."""
+def fork(sandbox_id: str, count: int, after: str | None, labels: dict[str, str], as_json: bool) -> None:
+    """Make sandboxes that go on from what was written in this one, and print their ids.
+
+    With --after the state is made again: from a snapshot and the commands since, every result compared.
+    """
 
     async def run(sandbox: AsyncSandbox) -> list[str]:
-        forks = await sandbox.fork(count, metadata=labels, idle_timeout_s=None)
+        options = CreateOptions(metadata=labels, idle_timeout_s=None)
+        if after is None:
+            forks = await sandbox.fork(count, **options)
+        else:
+            first = await sandbox.branch(after, **options)
+            forks = [first, *(await first.fork(count - 1, **options) if count > 1 else ())]
         for made in forks:
             await made.close()
         return [made.id for made in forks]

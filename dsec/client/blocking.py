@@ -271,6 +271,10 @@ class Sandbox:
         """Sandboxes that go on from what was written in this one: all of them, or none and an error."""
         return [type(self)(fork) for fork in LOOP.run(self._sandbox.fork(count, **options))]
 
+    def branch(self, key: str, **options: Unpack[CreateOptions]) -> Self:
+        """A sandbox in the state after the command that was run under `key`; works after this one's end, too."""
+        return type(self)(LOOP.run(self._sandbox.branch(key, **options)))
+
     def update_network(self, network: Network) -> None:
         """Replace its allowlist; connections that it no longer allows are closed."""
         LOOP.run(self._sandbox.update_network(network))

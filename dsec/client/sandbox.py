@@ -174,6 +174,14 @@ class AsyncSandbox:
         envs = {**self.commands.envs, **options.get("envs", {})}
         return [type(self)(self._connection.use(), sandbox_id, envs) for sandbox_id in forks]
 
+    async def branch(self, key: str, **options: Unpack[CreateOptions]) -> Self:
+        """A sandbox in the state after the command that was run under `key`; works after this one's end, too.
+
+        Made from the newest snapshot before it and a replay whose every result is compared.  DivergedError.
+        """
+        sandbox_id = await self.remote.branch(key, make_request(options))
+        return type(self)(self._connection.use(), sandbox_id, {**self.commands.envs, **options.get("envs", {})})
+
     async def update_network(self, network: Network) -> None:
         """Replace its allowlist; connections that it no longer allows are closed."""
         await self.remote.update_network(parse_policy(network))

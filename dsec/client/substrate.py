@@ -244,6 +244,12 @@ class RemoteSandbox:
         reply = await self._connection.call("Fork", request, timeout_s=SLOW_CALL_TIMEOUT_S, patience=self._patience)
         return [SandboxId(sandbox.id) for sandbox in reply.sandboxes]
 
+    async def branch(self, key: str, options: CreateRequest) -> SandboxId:
+        """A sandbox in the state after the command `key` of this one, which may have ended.  DivergedError."""
+        request = pb.BranchRequest(sandbox_id=self._id, key=key, create=messages.create_message(options))
+        reply = await self._connection.call("Branch", request, timeout_s=None, patience=self._patience)
+        return SandboxId(reply.id)
+
     async def update_network(self, policy: NetworkPolicy) -> None:
         """See `dsec.sandbox.Sandbox.update_network`."""
         request = pb.UpdateNetworkRequest(sandbox_id=self._id, policy=messages.policy_message(policy))

@@ -85,6 +85,11 @@ class EdgeServicer(pb_grpc.EdgeServicer):
             views = await self._edge.fork(request.sandbox_id, request.count, messages.create_of(request.create))
             return pb.Sandboxes(sandboxes=map(messages.sandbox_message, views))
 
+    async def Branch(self, request: pb.BranchRequest, context: Context) -> pb.Sandbox:
+        async with _answering(context, "Branch"):
+            view = await self._edge.branch(request.sandbox_id, request.key, messages.create_of(request.create))
+            return messages.sandbox_message(view)
+
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.Done:
         return await _done(context, "Cancel", self._edge.cancel(request.request_id))
 

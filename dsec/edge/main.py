@@ -13,7 +13,6 @@ import msgspec
 from dsec.edge.edge_config import EdgeConfig
 from dsec.edge.grpc_server import Server, start_server
 from dsec.edge.listen import Certificate, Listen, make_listen
-from dsec.edge.network.decisions import keep_decisions
 from dsec.edge.service import Edge
 from dsec.errors import InvalidArgumentError
 from dsec.sandbox import Substrate
@@ -66,7 +65,7 @@ async def make_substrate(name: str, directory: Path, config: EdgeConfig) -> Subs
     if name == "docker":
         from dsec.edge.substrates.docker import DockerSubstrate
 
-        return DockerSubstrate(owner=str(directory))
+        return DockerSubstrate()
     from dsec.edge.config import SubstrateConfig
     from dsec.edge.images.store import LayerStore
     from dsec.edge.substrates.container import ContainerSubstrate
@@ -90,7 +89,6 @@ async def serve(options: ServeOptions, tell: Callable[[Ready], None]) -> int:
         options.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidArgumentError(f"cannot keep state in {options.directory}: {error.strerror}") from error
-    keep_decisions(options.directory / "network.log")
     config = EdgeConfig()
     substrate = await make_substrate(options.substrate, options.directory, config)
     edge = Edge(options.directory, substrate, config)

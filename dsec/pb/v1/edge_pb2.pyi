@@ -155,6 +155,16 @@ class ForkRequest(_message.Message):
     create: CreateRequest
     def __init__(self, sandbox_id: _Optional[str] = ..., count: _Optional[int] = ..., create: _Optional[_Union[CreateRequest, _Mapping]] = ...) -> None: ...
 
+class BranchRequest(_message.Message):
+    __slots__ = ("sandbox_id", "key", "create")
+    SANDBOX_ID_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    CREATE_FIELD_NUMBER: _ClassVar[int]
+    sandbox_id: str
+    key: str
+    create: CreateRequest
+    def __init__(self, sandbox_id: _Optional[str] = ..., key: _Optional[str] = ..., create: _Optional[_Union[CreateRequest, _Mapping]] = ...) -> None: ...
+
 class CancelRequest(_message.Message):
     __slots__ = ("request_id",)
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]

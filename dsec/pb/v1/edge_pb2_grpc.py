@@ -74,6 +74,11 @@ class EdgeStub:
                 request_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.ForkRequest.SerializeToString,
                 response_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.Sandboxes.FromString,
                 _registered_method=True)
+        self.Branch = channel.unary_unary(
+                '/dsec.pb.v1.Edge/Branch',
+                request_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.BranchRequest.SerializeToString,
+                response_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.Sandbox.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/dsec.pb.v1.Edge/Cancel',
                 request_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.CancelRequest.SerializeToString,
@@ -214,6 +219,14 @@ class EdgeServicer:
 
     def Fork(self, request, context):
         """Sandboxes that go on from what was written in this one: all of them, or none and an error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Branch(self, request, context):
+        """A sandbox in the state after one command of this one, which may have ended: made again from the newest snapshot
+        before it and a compared replay (DATA_LOSS where it differs).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -381,6 +394,11 @@ def add_EdgeServicer_to_server(servicer, server):
                     servicer.Fork,
                     request_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.ForkRequest.FromString,
                     response_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.Sandboxes.SerializeToString,
+            ),
+            'Branch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Branch,
+                    request_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.BranchRequest.FromString,
+                    response_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.Sandbox.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
@@ -684,6 +702,33 @@ class Edge:
             '/dsec.pb.v1.Edge/Fork',
             dsec_dot_pb_dot_v1_dot_edge__pb2.ForkRequest.SerializeToString,
             dsec_dot_pb_dot_v1_dot_edge__pb2.Sandboxes.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Branch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dsec.pb.v1.Edge/Branch',
+            dsec_dot_pb_dot_v1_dot_edge__pb2.BranchRequest.SerializeToString,
+            dsec_dot_pb_dot_v1_dot_edge__pb2.Sandbox.FromString,
             options,
             channel_credentials,
             insecure,
