@@ -31,7 +31,8 @@ from dsec.edge.history import read_trajectory
 from dsec.edge.journal import Known, NetworkDecided
 from dsec.edge.leases import Leases
 from dsec.edge.live import check_key
-from dsec.edge.network.proxy import Decision
+from dsec.edge.network.decisions import Decision
+from dsec.edge.network.gateway import Networked
 from dsec.edge.recovery import recover
 from dsec.edge.registry import Registry
 from dsec.errors import DivergedError, HostUnfitError, NotFoundError, OutcomeUnknownError, SandboxLostError
@@ -66,6 +67,8 @@ class Edge:
         self._registry = Registry(directory, substrate, self.config, clock or HostClock(), storage)
         self._leases = Leases(self._registry)
         self._creation = Creation(self._registry, self._leases)
+        if isinstance(substrate, Networked):
+            substrate.gateway.on_decision = self.note_network
 
     async def open(self) -> None:
         """Lock and fold the journal, start the substrate, take over what lived on.

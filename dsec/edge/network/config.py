@@ -27,5 +27,5 @@ class NetworkConfig(BaseSettings):
     connect_timeout_s: float = Field(default=15.0, gt=0)
     idle_timeout_s: float = Field(default=300.0, gt=0)
     connection_s_max: float = Field(default=86_400.0, gt=0)
-    decisions_per_s_max: float = Field(default=20.0, gt=0)
-    decisions_burst_max: int = Field(default=200, ge=1)
+    decisions_per_s_max: float = Field(default=1.0, gt=0)
+    decisions_burst_max: int = Field(default=500, ge=1)

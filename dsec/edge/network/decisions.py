@@ -1,20 +1,17 @@
-"""What was decided about a sandbox's connections, and where it is told: the logger `dsec.network`, one line each.
+"""What was decided about a sandbox's connections, and how it is told: in the Edge's journal, else as lines of a log.
 
-What a client said is in it only as a host in normal form, or as a quoted part of a reason; JSON escapes the rest,
-so no line can be forged from inside.
+What a client said is in it only as a host in normal form, or as a quoted part of a reason; JSON escapes the rest, so
+that no line can be forged from inside.
 """
 
 from __future__ import annotations
 
 import logging
-from logging.handlers import RotatingFileHandler
-from pathlib import Path
 
 import msgspec
 
 from dsec.types import SandboxId
 
-LOG_BYTES_MAX = 64 << 20
 log = logging.getLogger("dsec.network")
 
 
@@ -40,10 +37,3 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 def log_decision(decision: Decision) -> None:
     """One line of JSON at the level INFO."""
     log.info("%s", msgspec.json.encode(decision).decode())
-
-
-def keep_decisions(path: Path) -> None:
-    """Write decisions to a file, and nowhere else; the one before it, of at most LOG_BYTES_MAX, is kept beside it."""
-    log.addHandler(RotatingFileHandler(path, maxBytes=LOG_BYTES_MAX, backupCount=1, encoding="utf-8"))
-    log.setLevel(logging.INFO)
-    log.propagate = False

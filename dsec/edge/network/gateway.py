@@ -17,6 +17,7 @@ import socket
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from errno import EADDRNOTAVAIL
+from typing import Protocol, runtime_checkable
 
 from dsec.edge.network.config import NetworkConfig
 from dsec.edge.network.decisions import Decision, log_decision
@@ -55,17 +56,18 @@ def is_own_address(address: Address) -> bool:
 class Gateway:
     """The proxies of this host's sandboxes.
 
-    `on_decision` is called in the event loop and must not wait; without one, decisions are lines of the log.
+    `on_decision` is called in the event loop and must not wait.
     """
 
     def __init__(
         self,
         config: NetworkConfig | None = None,
-        on_decision: Callable[[Decision], None] | None = None,
+        on_decision: Callable[[Decision], None] = log_decision,
         resolve: Resolver | None = None,
     ) -> None:
         self._threads: ThreadPoolExecutor | None = None
-        self._shared = Shared(config or NetworkConfig(), resolve or self._resolve, on_decision or log_decision)
+        self.on_decision = on_decision
+        self._shared = Shared(config or NetworkConfig(), resolve or self._resolve, self._tell)
         self._proxies: dict[SandboxId, Proxy] = {}
 
     async def apply(self, sandbox_id: SandboxId, guest_pid: int, policy: NetworkPolicy) -> None:
@@ -109,9 +111,19 @@ class Gateway:
         if threads is not None:
             threads.shutdown(wait=False, cancel_futures=True)
 
+    def _tell(self, decision: Decision) -> None:
+        self.on_decision(decision)
+
     async def _resolve(self, name: str) -> list[str]:
         if self._threads is None:  # a lookup blocks its thread: never one that the rest of the host agent uses
             self._threads = ThreadPoolExecutor(_RESOLVER_THREADS_COUNT, thread_name_prefix="resolve")
         loop = asyncio.get_running_loop()
         found = await loop.run_in_executor(self._threads, socket.getaddrinfo, name, None, 0, socket.SOCK_STREAM)
         return [str(entry[4][0]) for entry in found]
+
+
+@runtime_checkable
+class Networked(Protocol):
+    """A substrate whose sandboxes have a way out."""
+
+    gateway: Gateway
