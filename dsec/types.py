@@ -24,6 +24,16 @@ TOOLBOX = "/.dsec/toolbox"
 
 Stream = Literal["stdout", "stderr"]
 
+Feature = Literal[
+    "disk_quota",  # what is written is bounded by `disk_bytes`, in bytes and in files
+    "layers",  # layers may be put together in any order
+    "network",  # an allowlist of destinations
+    "own_mounts",  # no file of the host's is bound into the root
+    "snapshot",  # `Sandbox.snapshot`
+    "user_namespace",  # root inside is nobody outside, and nobody inside can become pid 1's user
+]
+"""What a substrate may say that it lacks: differences are stated, not hidden (dsec/conformance)."""
+
 
 class Output(msgspec.Struct, frozen=True):
     """One stream of a command: the first `head` bytes, the last `tail` bytes, and the count between.
@@ -66,8 +76,8 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     PATH of `env`); `env` is the whole environment; `cwd` must exist; `stdin` (at most
     STDIN_BYTES_MAX bytes) is followed by end of file.  With `merge_stderr` stderr goes to
     stdout in order, and `ExecResult.stderr` stays empty.  `output_bytes_max` bounds each stream.
-    `user` is a name of the sandbox's own /etc/passwd, or `uid` or `uid:gid` in digits ("" is root); one that
-    does not exist is an InvalidArgumentError.  With `keep_stdin_open` the command reads, after `stdin`,
+    `user` is a name of the sandbox's own /etc/passwd, or `uid` or `uid:gid` in digits ("" is root; without a gid
+    it is that of the account, or the uid itself); one that does not exist is an InvalidArgumentError.  With `keep_stdin_open` the command reads, after `stdin`,
     what `Process.write_stdin` sends until `close_stdin`.  With `tty` it runs on a terminal of that size:
     its output is one stream (stdout), and what `write_stdin` sends is typed.
     With `kill_others` every other process of the sandbox, background ones included, is killed and

@@ -17,20 +17,12 @@ import msgspec
 
 from dsec.errors import DsecError
 from dsec.sandbox import Sandbox, Substrate
-from dsec.types import Command, ExecResult, SandboxSpec
+from dsec.types import Command, ExecResult, Feature, SandboxSpec
 
 ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
 
 
 Kind = Literal["port", "linux"]
-Feature = Literal[
-    "disk_quota",  # what is written is bounded by `disk_bytes`, in bytes and in files
-    "layers",  # layers may be put together in any order
-    "network",  # an allowlist of destinations
-    "own_mounts",  # no file of the host's is bound into the root
-    "snapshot",  # `Sandbox.snapshot`
-    "user_namespace",  # root inside is nobody outside, and nobody inside can become pid 1's user
-]
 
 
 class NotConformingError(AssertionError):

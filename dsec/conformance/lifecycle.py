@@ -30,7 +30,7 @@ for top in ("/srv", "/home", "/root", "/opt", "/etc", "/var/tmp", "/usr/share/ba
       if path in ("/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/etc/mtab"): continue
       size = s.st_size if stat.S_ISREG(s.st_mode) else 0
       links = s.st_nlink if stat.S_ISREG(s.st_mode) else 0
-      when = s.st_mtime_ns if stat.S_ISREG(s.st_mode) else 0
+      when = int(s.st_mtime) if stat.S_ISREG(s.st_mode) else 0
       print(repr(path), oct(s.st_mode), s.st_uid, s.st_gid, size, links, when, what)
 """
 _WRITE = """
@@ -38,7 +38,7 @@ set -e
 mkdir -p /srv/d/e; echo one > /srv/a; printf '' > /srv/empty; ln -s a /srv/link; ln -s /no/where /srv/broken
 echo two > '/srv/a b\t"é'; ln /srv/a /srv/d/hard; chmod 6751 /srv/d/hard; chmod 1777 /srv/d; chown 77:88 /srv/empty
 mkfifo -m 640 /srv/fifo; chmod 000 /srv/d/e; touch -d 2001-02-03T04:05:06.789Z /srv/d/hard
-head -c 50000000 /dev/urandom > /srv/large; truncate -s 3000000000 /srv/sparse; echo x >> /etc/profile
+head -c 50000000 /dev/urandom > /srv/large; truncate -s 30000000 /srv/sparse; echo x >> /etc/profile
 mkdir /usr/local/new; echo tool > /usr/local/new/tool
 """
 

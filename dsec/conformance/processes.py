@@ -44,7 +44,7 @@ async def commands_are_numbered_by_the_sandbox_or_by_the_caller(substrate: Subst
         again = await sandbox.resume_process(7, command)
         require(again is not None and again.number == 7, again)
         require(again is not None and (await again.wait()).exit_code == 0, "the resumed command has no result")
-        require(await sandbox.resume_process(4, command) is None, "a command that nobody started was resumed")
+        require(await sandbox.resume_process(9, command) is None, "a command that nobody started was resumed")
 
 
 @check(kind="port")

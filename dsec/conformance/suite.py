@@ -21,9 +21,10 @@ from dsec.conformance import (
     terminals,
     users,
 )
-from dsec.conformance.check import Check, Feature, NotConformingError
+from dsec.conformance.check import Check, NotConformingError
 from dsec.errors import DsecError
 from dsec.sandbox import Substrate
+from dsec.types import Feature
 
 SANDBOX_CHECKS: tuple[Check, ...] = (
     *port.CHECKS,

@@ -42,3 +42,17 @@ class SubstrateConfig(BaseSettings):
     layer_idle_s: float = Field(default=60.0, ge=0)
     cgroup_parent: str = Field(default="", pattern=r"^([\w.@:-]+(/[\w.@:-]+)*)?$")
     binary_path: Path = NATIVE_BINARY
+
+
+class DockerConfig(SubstrateConfig):
+    """Bounds of the Docker substrate, each also an environment variable `DSEC_DOCKER_<NAME>`.
+
+    `url` is Docker's socket ("": what DOCKER_HOST says, or the usual place); its daemon must see this
+    host's files.  `image` is what base "host" means ("": made once of this host's own programs).
+    """
+
+    model_config = SettingsConfigDict(env_prefix="DSEC_DOCKER_", frozen=True)
+
+    url: str = ""
+    image: str = ""
+    call_timeout_s: float = Field(default=300.0, gt=0)

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import socket
 import struct
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from dsec.edge.packets import PacketSocket
 from dsec.errors import DsecError, HostUnfitError, ResourceExhaustedError
 
 ATTACH_TIMEOUT_S = 10.0
+_OTHER_FILES_COUNT = 64
 log = logging.getLogger(__name__)
 
 
@@ -47,6 +49,7 @@ class Keeper:
         self._packets: PacketSocket | None = None
         self._process: NativeProcess | None = None
         self._held: dict[str, tuple[int, int]] = {}  # key -> (token, fd)
+        self._count_max = KEPT_COUNT_MAX
         self._free_tokens = list(range(KEPT_COUNT_MAX - 1, -1, -1))
         self._listed: asyncio.Future[None] | None = None
         self._healing = asyncio.Lock()
@@ -64,7 +67,7 @@ class Keeper:
             if not await keeper._attach():
                 await keeper._start()
         except BaseException:
-            keeper.close()
+            keeper._abandon()
             raise
         return keeper
 
@@ -77,8 +80,10 @@ class Keeper:
         """Keep a copy of `fd`; ours must stay open until `drop`.  ResourceExhaustedError, HostUnfitError."""
         if len(os.fsencode(key)) > KEY_BYTES_MAX:
             raise ValueError(f"the key {key[:80]!r}… is too long")
-        if key not in self._held and not self._free_tokens:
-            raise ResourceExhaustedError(f"the keeper holds {KEPT_COUNT_MAX} descriptors already")
+        if key not in self._held and len(self._held) >= self._count_max:
+            raise ResourceExhaustedError(
+                f"the keeper can hold {self._count_max} descriptors and does: raise the hard limit of open files"
+            )
         token = self._held[key][0] if key in self._held else self._free_tokens.pop()
         self._held[key] = token, fd
         if not await self._send_put(key):
@@ -94,49 +99,72 @@ class Keeper:
             with contextlib.suppress(ConnectionError):  # a new keeper is not told of it
                 await self._packets.send(encode_u32(MessageType.DROP, token))
 
-    def close(self) -> None:
-        """Leave the keeper to the next process; it ends at once if nothing is kept.  Safe to call twice."""
+    async def close(self) -> None:
+        """Leave the keeper to the next process; with nothing kept it ends, and this waits for it.  Safe to call twice."""
         for task in self._tasks:
             task.cancel()
+        packets, self._packets = self._packets, None
+        process, self._process = self._process, None
+        if packets is not None:
+            packets.close()
+        if process is not None:
+            if self._held:
+                process.forget()
+            else:
+                await process.ended()
+
+    # -- the connection ------------------------------------------------------------------------
+
+    def _abandon(self) -> None:
+        """It serves another process, or is none of ours yet."""
         if self._packets is not None:
             self._packets.close()
         if self._process is not None:
             self._process.forget()
-        self._packets = self._process = None
-
-    # -- the connection ------------------------------------------------------------------------
 
     async def _attach(self) -> bool:
         """Whether a keeper listens; then `kept` has what it holds."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.setblocking(False)
         try:
-            with _short_name(self._path) as name:
+            with short_name(self._path) as name:
                 connection.connect(name)
             (pid,) = struct.unpack_from("i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            self._process = NativeProcess(pid)
+            self._watch(NativeProcess(pid))
         except (FileNotFoundError, ConnectionRefusedError, ProcessLookupError):
             connection.close()
             return False
         except OSError as error:
             connection.close()
             raise HostUnfitError(f"{self._path} cannot be used: {error}") from error
-        self._listed = asyncio.get_running_loop().create_future()
         self._packets = PacketSocket(connection, self._on_packet, self._on_close)
         try:
             async with asyncio.timeout(ATTACH_TIMEOUT_S):
-                await self._packets.send(encode_u32(MessageType.LIST))
-                await self._listed
+                await self._list()
         except ConnectionError:  # it ended just now
             self._release_kept()
             return False
         except TimeoutError as error:
             raise HostUnfitError(f"the keeper of {self._path} serves another process") from error
-        finally:
-            self._listed = None
         used = {token for token, _ in self._held.values()}
         self._free_tokens = [token for token in self._free_tokens if token not in used]
         return True
+
+    async def _list(self) -> None:
+        """Ask what is kept, and wait for all of it.  ConnectionError."""
+        if self._packets is None:
+            raise ConnectionError("there is no keeper")
+        self._listed = asyncio.get_running_loop().create_future()
+        try:
+            await self._packets.send(encode_u32(MessageType.LIST))
+            await self._listed
+        finally:
+            self._listed = None
+
+    def _watch(self, process: NativeProcess) -> None:
+        self._process = process
+        _, files_max = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        self._count_max = min(KEPT_COUNT_MAX, files_max - _OTHER_FILES_COUNT)
 
     def _release_kept(self) -> None:
         for fd in self.kept.values():
@@ -145,15 +173,16 @@ class Keeper:
         self._held.clear()
 
     async def _start(self) -> None:
+        """Start a keeper, and wait until it listens: another process that finds nobody starts one too."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             try:
                 self._path.unlink(missing_ok=True)
-                with _short_name(self._path) as name:
+                with short_name(self._path) as name:
                     listener.bind(name)
                 self._path.chmod(0o600)
                 fds = listener.fileno(), theirs.fileno()
-                self._process = NativeProcess.start(self._binary, "keeper", fds, str(self._keep_s))
+                self._watch(NativeProcess.start(self._binary, "keeper", fds, str(self._keep_s)))
             except OSError as error:
                 ours.close()
                 raise HostUnfitError(f"no keeper can listen on {self._path}: {error}") from error
@@ -161,6 +190,10 @@ class Keeper:
                 ours.close()
                 raise
         self._packets = PacketSocket(ours, self._on_packet, self._on_close)
+        try:
+            await self._list()
+        except ConnectionError as error:
+            raise HostUnfitError(f"the keeper of {self._path} ends at once") from error
 
     async def _send_put(self, key: str) -> bool:
         """False if there is no keeper."""
@@ -216,7 +249,7 @@ class Keeper:
 
 
 @contextlib.contextmanager
-def _short_name(path: Path) -> Iterator[str]:
+def short_name(path: Path) -> Iterator[str]:
     """A name of at most 108 bytes for a socket, however deep it lies."""
     directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
