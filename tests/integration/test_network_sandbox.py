@@ -1,7 +1,10 @@
 """Programs in real sandboxes and their way out: none, by environment, changed by phase, gone with the sandbox."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -111,3 +114,21 @@ async def test_nothing_of_the_network_stays_with_the_host(substrate: ContainerSu
     result = await plain.exec(Command(argv=("/usr/bin/python3", "-c", connect)))
     assert b"ConnectionRefusedError" in result.stderr.data
     await plain.destroy()
+
+
+async def test_the_way_out_lives_on_with_its_sandbox(tmp_path: Path, url: str) -> None:
+    first = ContainerSubstrate(state_dir=tmp_path)
+    await first.open()
+    made = [await first.create(SandboxSpec(network=policy)) for policy in (LOOPBACK, NetworkPolicy())]
+    await made[1].update_network(LOOPBACK)
+    dead = await first.create(SandboxSpec(network=LOOPBACK))
+    await first.detach()
+    os.kill(dead.host_pid, signal.SIGKILL)
+    second = ContainerSubstrate(state_dir=tmp_path)
+    await second.open()
+    try:
+        assert second.adopted().keys() == {sandbox.id for sandbox in made}
+        for sandbox in second.adopted().values():
+            assert (await sandbox.exec(fetch(url))).stdout.data == b"page"
+    finally:
+        await second.close()

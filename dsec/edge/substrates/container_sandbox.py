@@ -100,6 +100,11 @@ class ContainerSandbox(GuestSandbox):
         self._name(sandbox_id)
         self._spec, self._host_pid = spec, host_pid
         self._adopt(connection, files)
+        try:
+            await self._apply_network(spec.network)
+        except BaseException:
+            self._start_destroying()
+            raise
 
     def _name(self, sandbox_id: SandboxId) -> None:
         self._id = sandbox_id
