@@ -114,7 +114,8 @@ class Connection:
         if self._has_answered:
             return UnreachableError(f"the connection to the Edge at {self.url} broke: {failure}")
         return UnreachableError(
-            f"no Edge answers at {self.url}: start one with `dsec edge serve`, or set DSEC_API_URL ({failure})"
+            f"no Edge answers at {self.url} ({str(failure).rpartition('error: ')[2]}): "
+            "start one with `dsec edge serve`, or set DSEC_API_URL"
         )
 
     def use(self) -> Connection:
