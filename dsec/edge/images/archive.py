@@ -19,7 +19,7 @@ from typing import IO, cast
 from dsec.edge.images import content
 from dsec.edge.images.erofs import ImageWriter
 from dsec.edge.images.streams import Stream
-from dsec.edge.images.tree import Node, Tree
+from dsec.edge.images.tree import CAPABILITY, Node, Tree, plain_capability
 from dsec.errors import InvalidArgumentError
 
 HEADER_BYTES_MAX = 1 << 20
@@ -130,8 +130,10 @@ def _node(member: tarfile.TarInfo, stream: Stream, writer: ImageWriter) -> Node:
         node.xattrs = {
             _bytes(key[len(_XATTR) :]): _bytes(value)
             for key, value in member.pax_headers.items()
-            if key.startswith((_XATTR + "user.", _XATTR + "security.capability"))
+            if key.startswith(_XATTR + "user.")
         }
+        if (value := member.pax_headers.get(_XATTR + CAPABILITY.decode())) is not None:
+            node.xattrs[CAPABILITY] = plain_capability(_bytes(value))
     return node
 
 

@@ -15,17 +15,16 @@ from pathlib import Path
 
 from dsec.edge.images import content
 from dsec.edge.images.erofs import ImageWriter
-from dsec.edge.images.tree import DEPTH_MAX, OPAQUE, Node, Tree
+from dsec.edge.images.tree import CAPABILITY, DEPTH_MAX, OPAQUE, Node, Tree, plain_capability
 from dsec.errors import HostUnfitError, InvalidArgumentError
 
 IDS_COUNT = 65536
 _NOBODY = 65534
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOATIME
-_KEPT_XATTRS = {b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default", OPAQUE}
+_KEPT_XATTRS = {CAPABILITY, b"system.posix_acl_access", b"system.posix_acl_default", OPAQUE}
 _UNSUPPORTED_XATTRS = {b"trusted.overlay.redirect", b"trusted.overlay.metacopy"}
 _ACL_ENTRY = struct.Struct("<HHI")
 _ACL_USER, _ACL_GROUP = 0x02, 0x08
-_CAPABILITY_2 = 0x02000000
 
 
 class DirectoryReader:
@@ -108,17 +107,14 @@ class DirectoryReader:
 
     def _shifted(self, name: bytes, value: bytes) -> bytes:
         """The value with its owners as the layer has them."""
-        if self._first_id == 0:
-            return value
-        if name.startswith(b"system.posix_acl"):
+        if name == CAPABILITY:
+            return plain_capability(value)
+        if self._first_id and name.startswith(b"system.posix_acl"):
             entries = [
                 _ACL_ENTRY.pack(tag, permissions, self._id(owner) if tag in {_ACL_USER, _ACL_GROUP} else owner)
                 for tag, permissions, owner in _ACL_ENTRY.iter_unpack(value[4:])
             ]
             return value[:4] + b"".join(entries)
-        if name == b"security.capability" and len(value) == 24:  # version 3: for one user namespace's root, now any
-            magic = struct.unpack_from("<I", value)[0]
-            return struct.pack("<I", magic & 0x00FFFFFF | _CAPABILITY_2) + value[4:20]
         return value
 
 

@@ -251,7 +251,10 @@ def _payload_bytes(inode: _Inode) -> int:
     node = inode.node
     if node.data is not None:
         return node.data.size if node.data.inline >= 0 else 0
-    return sum(map(_filled_bytes, _directory_blocks(inode))) if node.is_directory else len(node.target)
+    if not node.is_directory:
+        return len(node.target)
+    *full, last = _directory_blocks(inode)
+    return BLOCK * len(full) + sum(_DIRENT.size + len(name) for name, _ in last)
 
 
 def _directory_blocks(inode: _Inode) -> list[list[tuple[bytes, _Inode]]]:
@@ -267,10 +270,6 @@ def _directory_blocks(inode: _Inode) -> list[list[tuple[bytes, _Inode]]]:
         room -= needed
         blocks[-1].append(entry)
     return blocks
-
-
-def _filled_bytes(block: list[tuple[bytes, _Inode]]) -> int:
-    return sum(_DIRENT.size + len(name) for name, _ in block)
 
 
 def _encode_directory(inode: _Inode) -> bytes:
@@ -290,10 +289,9 @@ def _encode_xattrs(xattrs: dict[bytes, bytes]) -> bytes:
         return b""
     encoded = bytearray(_XATTR_HEADER_BYTES)
     for name, value in sorted(xattrs.items()):
-        prefix = next((prefix for prefix in _XATTR_NAMES if name.startswith(prefix)), b"")
-        index, rest = _XATTR_WHOLE.get(name, _XATTR_NAMES.get(prefix, 0)), name[len(prefix) :]
-        rest = b"" if name in _XATTR_WHOLE else rest
-        if not index or len(rest) > 255 or len(value) > 0xFFFF:
+        prefix = next((prefix for prefix in _XATTR_NAMES if name.startswith(prefix)), name)
+        index, rest = _XATTR_NAMES.get(prefix) or _XATTR_WHOLE.get(name, 0), name[len(prefix) :]
+        if not index or not (rest or name in _XATTR_WHOLE) or len(rest) > 255 or len(value) > 0xFFFF:
             raise InvalidArgumentError(f"an attribute that no layer can have: {name[:100]!r}, {len(value)} bytes")
         encoded += _XATTR.pack(len(rest), index, len(value)) + rest + value
         encoded += bytes(-len(encoded) % 4)

@@ -20,6 +20,8 @@ ENTRIES_COUNT_MAX = 4_000_000
 DEPTH_MAX = 256
 NAME_BYTES_MAX = 255
 OPAQUE = b"trusted.overlay.opaque"
+CAPABILITY = b"security.capability"
+_CAPABILITY_SIZES = {2: 20, 3: 24}
 
 
 class Data(msgspec.Struct, frozen=True):
@@ -74,6 +76,16 @@ def parts(path: bytes) -> tuple[bytes, ...]:
     if len(names) > DEPTH_MAX:
         raise InvalidArgumentError(f"a path of more than {DEPTH_MAX} names: {path[:200]!r}")
     return names
+
+
+def plain_capability(value: bytes) -> bytes:
+    """The value of CAPABILITY without the user namespace that its version 3 names.
+
+    InvalidArgumentError for one that the kernel would not show again.
+    """
+    if _CAPABILITY_SIZES.get(value[3] if len(value) > 3 else 0) != len(value):
+        raise InvalidArgumentError(f"file capabilities of a kind that is not known: {value[:24]!r}")
+    return value[:3] + b"\2" + value[4:20]
 
 
 def below(path: bytes, node: Node) -> Node:
