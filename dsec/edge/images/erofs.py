@@ -243,7 +243,7 @@ def _place(inodes: list[_Inode]) -> int:
         inode.nid = position // _SLOT
         position += inode.head_bytes + (4 * len(data.chunks) if data and data.chunk_bits else inline)
         position += -position % _SLOT
-    return position
+    return position + _SLOT  # fsck.erofs 1.5 looks for attributes behind the last inode, too
 
 
 def _payload_bytes(inode: _Inode) -> int:
