@@ -39,7 +39,7 @@ mkdir -p /srv/d/e; echo one > /srv/a; printf '' > /srv/empty; ln -s a /srv/link;
 echo two > '/srv/a b\t"é'; ln /srv/a /srv/d/hard; chmod 6751 /srv/d/hard; chmod 1777 /srv/d; chown 77:88 /srv/empty
 mkfifo -m 640 /srv/fifo; chmod 000 /srv/d/e; touch -d 2001-02-03T04:05:06.789Z /srv/d/hard
 head -c 50000000 /dev/urandom > /srv/large; truncate -s 30000000 /srv/sparse; echo x >> /etc/profile
-mkdir /usr/local/new; echo tool > /usr/local/new/tool
+mkdir -p /usr/local/new; echo tool > /usr/local/new/tool
 """
 
 

@@ -90,6 +90,7 @@ async def a_shell_on_a_terminal_controls_its_jobs(substrate: Substrate) -> None:
         await process.write_stdin(b"PS1=; stty -echo; echo at-$((6*7))\n")
         offset = await _until(process, b"at-42")
         await process.write_stdin(b"sleep 300\n")
+        await line(sandbox, "until pgrep -x sleep > /dev/null; do sleep 0.02; done")  # before, the key would be bash's
         await process.write_stdin(b"\x1a")
         offset = await _until(process, b"Stopped", offset)
         await process.write_stdin(b"kill %1; wait; echo over; exit 9\n")

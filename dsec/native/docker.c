@@ -21,12 +21,19 @@
 #define MUST(step, expression) \
     if ((expression) < 0) fail(step)
 
+/* The control socket comes over the one that we can reach: both ends of that would show, with the Edge's path,
+ * in this network namespace's list of sockets; a pair that the Edge made does not. */
 static int reach_edge(const char *path) {
     struct sockaddr_un name = {.sun_family = AF_UNIX};
-    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-    if (fd < 0 || strlen(path) >= sizeof name.sun_path) return -1;
+    int meeting = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    if (meeting < 0 || strlen(path) >= sizeof name.sun_path) return -1;
     strcpy(name.sun_path, path);
-    return connect(fd, (struct sockaddr *)&name, sizeof name) < 0 ? -1 : fd;
+    if (connect(meeting, (struct sockaddr *)&name, sizeof name) < 0) return -1;
+    char byte;
+    int fds[PACKET_FDS_MAX], count;
+    if (receive_packet(meeting, &byte, sizeof byte, fds, &count) < 0 || count != 1) return -1;
+    close(meeting);
+    return fds[0];
 }
 
 /* cgroup v1 has a directory for each controller, cgroup2 one for all. */

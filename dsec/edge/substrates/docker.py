@@ -271,7 +271,7 @@ class DockerSubstrate:
         keeper, self.keeper = self.keeper, None
         engine, self._engine = self._engine, None
         if keeper is not None:
-            keeper.close()
+            await keeper.close()
         if engine is not None:
             await asyncio.to_thread(engine.close)
             with contextlib.suppress(OSError):

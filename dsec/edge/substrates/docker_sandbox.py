@@ -107,8 +107,8 @@ class DockerSandbox(GuestSandbox):
                 listener.setblocking(False)
                 self._making = asyncio.create_task(self._substrate.make(self.name, self._spec, path))
                 await asyncio.shield(self._making)
-                connection = await self._accept(listener)
-            self._host_pid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+                with await self._accept(listener) as meeting:
+                    connection = self._meet(meeting)
             await self._connect(connection)
             await self._apply_network(self._spec.network)
             await self._keep()
@@ -124,6 +124,14 @@ class DockerSandbox(GuestSandbox):
             except TimeoutError:
                 if end := await self._substrate.end_of(self.name):
                     raise SpawnError(f"the container ended before it connected: {end}") from None
+
+    def _meet(self, meeting: socket.socket) -> socket.socket:
+        """Give the guest its end of a control socket; ours comes back."""
+        self._host_pid = struct.unpack("3i", meeting.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            socket.send_fds(meeting, [b"\0"], [theirs.fileno()])
+        return ours
 
     async def take_over(self, kept: KeptSandbox) -> None:
         """Go on with a container that an earlier process made.  On any failure it is destroyed.  SandboxLostError."""
