@@ -36,7 +36,7 @@ from contenders import (
     split,
 )
 
-from dsec import AsyncSandbox
+from dsec.client.sandbox import AsyncSandbox
 from dsec.edge.config import SubstrateConfig
 from dsec.edge.substrates.container import ContainerSubstrate
 from dsec.types import Command, SandboxSpec
