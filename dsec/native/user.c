@@ -114,6 +114,7 @@ int find_user(const char *text, struct user *out) {
     struct text names = read_file("/etc/passwd");
     int result = names.length ? find_line(names, is_number ? NULL : text, out->uid, &name, out) : -1;
     if (result == 0) add_groups(name, out);
+    else out->gid = out->uid;
     free((void *)names.at);
     return result == 0 || is_number ? 0 : (errno = ENOENT, -1);
 }
