@@ -5,16 +5,13 @@ import contextlib
 import json
 import os
 import socket
-import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from dsec.edge.network.config import NetworkConfig
-from dsec.edge.network.decisions import Decision
 from dsec.edge.network.gateway import Gateway
-from dsec.edge.network.listener import PROXY_ADDRESS, PROXY_PORT, enter_network
 from dsec.errors import InvalidArgumentError, SandboxLostError, StateError
 from dsec.types import NetworkPolicy, NetworkRule, SandboxId
 
@@ -25,91 +22,8 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-class Box:
-    """A process in a network namespace of its own, which has nothing but a loopback."""
-
-    def __init__(self) -> None:
-        script = "ip link set lo up && echo ready && exec cat"
-        self._process = subprocess.Popen(
-            ["unshare", "--net", "sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == b"ready\n"
-        self.pid = self._process.pid
-
-    def close(self) -> None:
-        self._process.communicate()
-
-    def _run(self, work: Callable[[], socket.socket]) -> socket.socket:
-        def inside() -> socket.socket:
-            enter_network(self.pid)
-            return work()
-
-        with ThreadPoolExecutor(1) as fresh:
-            return fresh.submit(inside).result()
-
-    async def connect(self) -> Streams:
-        made = self._run(lambda: socket.create_connection((PROXY_ADDRESS, PROXY_PORT)))
-        return await asyncio.open_connection(sock=made)
-
-    def listen(self) -> socket.socket:
-        return self._run(lambda: socket.create_server((PROXY_ADDRESS, PROXY_PORT)))
-
-
-class World:
-    """A gateway with one box; names end in 127.0.0.1, but for `inwards.example`."""
-
-    def __init__(self, config: NetworkConfig) -> None:
-        self.box = Box()
-        self.decisions: list[Decision] = []
-        self.looked_up: list[str] = []
-        self.ended: asyncio.Queue[Decision] = asyncio.Queue()
-        self.gateway = Gateway(config, self._on_decision, self._resolve)
-
-    def _on_decision(self, decision: Decision) -> None:
-        self.decisions.append(decision)
-        if decision.is_end:
-            self.ended.put_nowait(decision)
-
-    async def _resolve(self, name: str) -> list[str]:
-        self.looked_up.append(name)
-        if name == "nowhere.example":
-            raise socket.gaierror(socket.EAI_NONAME, "no such name")
-        return ["169.254.169.254", "127.0.0.2"] if name == "inwards.example" else ["127.0.0.1"]
-
-    async def allow(self, *rules: NetworkRule) -> None:
-        await self.gateway.apply(BOX, self.box.pid, NetworkPolicy(rules=rules))
-
-    async def ask(self, data: bytes) -> bytes:
-        """Everything that comes back to `data`, until the other side ends."""
-        reader, writer = await self.box.connect()
-        writer.write(data)
-        try:
-            return await reader.read()
-        finally:
-            writer.close()
-
-    async def tunnel(self, target: str) -> Streams:
-        reader, writer = await self.box.connect()
-        writer.write(f"CONNECT {target} HTTP/1.1\r\n\r\n".encode())
-        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 200 Connection established\r\n\r\n"
-        return reader, writer
-
-
-@contextlib.asynccontextmanager
-async def a_world(**bounds: float) -> AsyncIterator[World]:
-    world = World(NetworkConfig(**bounds))
-    try:
-        yield world
-    finally:
-        await world.gateway.close()
-        world.box.close()
-
-
-@pytest.fixture
-async def world() -> AsyncIterator[World]:
-    async with a_world() as made:
-        yield made
+World = Any  # of conftest.py
+Worlds = Callable[..., contextlib.AbstractAsyncContextManager[Any]]
 
 
 @contextlib.asynccontextmanager
@@ -255,7 +169,7 @@ async def test_a_tighter_policy_ends_what_it_no_longer_allows_and_nothing_else(w
             writer.close()
 
 
-async def test_a_policy_that_changes_while_a_name_is_looked_up_holds() -> None:
+async def test_a_policy_that_changes_while_a_name_is_looked_up_holds(a_world: Worlds) -> None:
     started, go_on = asyncio.Event(), asyncio.Event()
 
     async def resolve(_name: str) -> list[str]:
@@ -360,7 +274,7 @@ async def test_the_hosts_own_network_is_never_listened_on(world: World) -> None:
         await child.wait()
 
 
-async def test_connections_of_one_sandbox_are_bounded() -> None:
+async def test_connections_of_one_sandbox_are_bounded(a_world: Worlds) -> None:
     async with a_world(sandbox_connections_count_max=2) as world, serving(echo) as port:
         await world.allow(LOOPBACK)
         held = [await world.tunnel(f"127.0.0.1:{port}") for _ in range(2)]
@@ -378,13 +292,13 @@ async def test_connections_of_one_sandbox_are_bounded() -> None:
 @pytest.mark.parametrize(
     "sent", [b"", b"GET", b"GET http://a.example/ HTTP/1.1\r\n" + b"a: b\r\n" * 100, b"\x05", b"\x05\xff\x00"]
 )
-async def test_a_client_that_never_ends_its_request_is_let_go(sent: bytes) -> None:
+async def test_a_client_that_never_ends_its_request_is_let_go(a_world: Worlds, sent: bytes) -> None:
     async with a_world(request_timeout_s=0.05) as world:
         await world.allow(LOOPBACK)
         assert await world.ask(sent) == b""
 
 
-async def test_an_idle_connection_and_one_that_reads_nothing_end() -> None:
+async def test_an_idle_connection_and_one_that_reads_nothing_end(a_world: Worlds) -> None:
     async def flood(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
             while True:
@@ -407,7 +321,7 @@ async def test_a_head_without_end_is_refused(world: World) -> None:
     assert b" 400 " in await world.ask(b"GET http://a.example/ HTTP/1.1\r\n" + b"a: b\r\n" * 30_000)
 
 
-async def test_decisions_are_told_up_to_a_rate_and_then_counted() -> None:
+async def test_decisions_are_told_up_to_a_rate_and_then_counted(a_world: Worlds) -> None:
     async with a_world(decisions_burst_max=3, decisions_per_s_max=1e-9) as world:
         await world.allow(LOOPBACK)
         for _ in range(10):
@@ -415,14 +329,14 @@ async def test_decisions_are_told_up_to_a_rate_and_then_counted() -> None:
         assert [decision.untold_count for decision in world.decisions] == [0, 0, 0]
 
 
-async def test_decisions_are_lines_of_the_log_that_nobody_inside_can_break(caplog: pytest.LogCaptureFixture) -> None:
-    async with a_world() as world:
-        world.gateway = Gateway()
-        await world.allow(LOOPBACK)
-        with caplog.at_level("INFO"):
-            await world.ask(b"GET http://a\x1b\xffb/ HTTP/1.1\r\n\r\n")
-            await world.ask(b"CONNECT A.example.:80 HTTP/1.1\r\n\r\n")
-        await world.gateway.detach(BOX)
+async def test_decisions_are_lines_of_the_log_that_nobody_inside_can_break(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.gateway = Gateway()
+    await world.allow(LOOPBACK)
+    with caplog.at_level("INFO"):
+        await world.ask(b"GET http://a\x1b\xffb/ HTTP/1.1\r\n\r\n")
+        await world.ask(b"CONNECT A.example.:80 HTTP/1.1\r\n\r\n")
     told = [json.loads(record.getMessage()) for record in caplog.records]
     assert [(line["sandbox_id"], line["host"], line["allowed"]) for line in told] == [
         (BOX, "", False),
@@ -431,7 +345,7 @@ async def test_decisions_are_lines_of_the_log_that_nobody_inside_can_break(caplo
     assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
-async def test_lookups_of_one_sandbox_are_bounded() -> None:
+async def test_lookups_of_one_sandbox_are_bounded(a_world: Worlds) -> None:
     running: list[str] = []
     two = asyncio.Event()
 
