@@ -41,6 +41,7 @@ from dsec.types import Command, SandboxSpec
 TRUE = Command(argv=("/bin/true",))
 KERNEL_FLOOR_MS = 1.7
 WARM_COUNT = 64
+WARM_UP_S = 1.0
 BURST = "burst_create_and_first_exec"
 
 
@@ -67,10 +68,17 @@ async def container_birth(contender: Contender) -> str:
     return name
 
 
+async def warm_up(substrate: ContainerSubstrate) -> None:
+    """Make what the first sandboxes would pay for, and let the pool fill, where there is one."""
+    await (await birth(substrate)).destroy()
+    await asyncio.sleep(WARM_UP_S)
+
+
 async def take_turns(others: dict[str, Contender], rounds: int, figures: Figures) -> None:
     """One at a time; Docker, which needs a second a round, in every tenth."""
     cold, warm = await open_substrate(), await open_substrate(WARM_COUNT)
-    await (await birth(warm)).destroy()  # says what is to be made ahead
+    await warm_up(cold)
+    await warm_up(warm)
     for index in range(rounds):
         for variant, substrate in (("dsec", cold), ("dsec_warm", warm)):
             sandbox = await figures.time(variant, "create_and_first_exec", birth(substrate))
@@ -91,7 +99,7 @@ async def burst(others: dict[str, Contender], count: int, figures: Figures) -> d
     found: dict[str, dict[str, Value]] = {"burst_creates_per_s": {}, "burst_destroys_per_s": {}}
     for contender, warm_count in (("dsec", 0), ("dsec_warm", WARM_COUNT)):
         substrate = await open_substrate(warm_count)
-        await (await birth(substrate)).destroy()
+        await warm_up(substrate)
         sandboxes: list[Sandbox] = []
 
         async def one(_: int) -> None:
