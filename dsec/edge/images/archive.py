@@ -96,6 +96,8 @@ def read_archive(stream: Stream, writer: ImageWriter, *, is_lowest: bool = False
 def _add(tree: Tree, member: tarfile.TarInfo, stream: Stream, writer: ImageWriter, *, is_lowest: bool) -> None:
     path = _bytes(member.name)
     directory, _, name = path.rstrip(b"/").rpartition(b"/")
+    if any(part.startswith(_AUFS) for part in directory.split(b"/")):
+        return  # the books that an old storage driver kept
     if name.startswith(_WHITEOUT):
         if is_lowest:
             return

@@ -8,6 +8,7 @@ attributes that mean something to that one mount: all but `opaque` are dropped.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import struct
@@ -97,8 +98,14 @@ class DirectoryReader:
         return host_id - self._first_id if 0 <= host_id - self._first_id < IDS_COUNT else _NOBODY
 
     def _xattrs(self, fd: int) -> dict[bytes, bytes]:
-        kept = {}
-        for name in map(os.fsencode, os.listxattr(fd)):
+        kept: dict[bytes, bytes] = {}
+        try:
+            names = os.listxattr(fd)
+        except OSError as error:
+            if error.errno == errno.ENOTSUP:  # a file system without any
+                return kept
+            raise
+        for name in map(os.fsencode, names):
             if name in _UNSUPPORTED_XATTRS:
                 raise HostUnfitError(f"the overlay wrote {name.decode()}: mount it with redirect_dir=off,metacopy=off")
             if name in _KEPT_XATTRS or name.startswith(b"user."):

@@ -22,7 +22,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -33,7 +33,7 @@ from dsec.edge.images.directory import DirectoryReader
 from dsec.edge.images.erofs import ImageWriter
 from dsec.edge.images.facts import Image, ImageConfig, LayerFacts, check_image_name, is_layer_id
 from dsec.edge.images.shelf import Shelf, descriptor_id, file_id
-from dsec.edge.images.tree import Node, below
+from dsec.edge.images.tree import Node, below, hide_missing
 from dsec.edge.images.verify import verify
 from dsec.errors import HostUnfitError, NotFoundError, ResourceExhaustedError, StateError
 from dsec.types import LayerId
@@ -219,14 +219,21 @@ class LayerStore:
             progress=progress,
         )
 
-    async def pack(self, disk: Path, first_uid: int, *, parents: tuple[LayerId, ...] = ()) -> LayerId:
+    async def pack(
+        self, disk: Path, first_uid: int, *, parents: tuple[LayerId, ...] = (), beneath: Sequence[str] = ()
+    ) -> LayerId:
         """A layer of the upper directory of a sandbox, which is frozen until this returns, cancelled or not.
 
-        `first_uid` on the disk is 0 in the layer.  Raises as `add_directory` does.
+        `first_uid` on the disk is 0 in the layer.  What of the paths `beneath` is not on the disk was removed: it
+        is hidden where the layer lies over them.  Raises as `add_directory` does.
         """
-        return await self.add(
-            lambda writer: DirectoryReader(writer, first_uid).read(disk), made_from="snapshot", parents=parents
-        )
+
+        def read(writer: ImageWriter) -> Node:
+            root = DirectoryReader(writer, first_uid).read(disk)
+            hide_missing(root, beneath)
+            return root
+
+        return await self.add(read, made_from="snapshot", parents=parents)
 
     def staging(self) -> contextlib.AbstractContextManager[Path]:
         """A directory on the store's disk to put a tree together in; gone afterwards, also if we die."""
@@ -256,7 +263,7 @@ class LayerStore:
             except OSError as error:
                 if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
                     raise ResourceExhaustedError(f"no room for the layer: {error.strerror}") from error
-                raise
+                raise HostUnfitError(f"the layer cannot be made: {error}") from error
 
         task = asyncio.ensure_future(asyncio.to_thread(build))
         try:

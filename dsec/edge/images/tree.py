@@ -10,7 +10,9 @@ Invariants:
 
 from __future__ import annotations
 
+import os
 import stat
+from collections.abc import Iterable
 
 import msgspec
 
@@ -76,6 +78,17 @@ def parts(path: bytes) -> tuple[bytes, ...]:
     if len(names) > DEPTH_MAX:
         raise InvalidArgumentError(f"a path of more than {DEPTH_MAX} names: {path[:200]!r}")
     return names
+
+
+def hide_missing(root: Node, paths: Iterable[str]) -> None:
+    """Whiteouts for those of `paths` (parents first) that a tree lacks, and that will lie beneath it."""
+    for path in paths:
+        *above, name = parts(os.fsencode(path))
+        node: Node | None = root
+        for part in above:
+            node = node.children.get(part) if node is not None else None
+        if node is not None and node.is_directory:
+            node.children.setdefault(name, whiteout())
 
 
 def plain_capability(value: bytes) -> bytes:

@@ -36,7 +36,7 @@ def verify(image: int, root: Node) -> None:
         os.close(mount)
 
 
-def _compare_directory(fd: int, node: Node, path: str, seen: dict[int, int]) -> None:
+def _compare_directory(fd: int, node: Node, path: str, seen: dict[tuple[str, int], int]) -> None:
     _compare(path, "attributes", _xattrs(fd), node.xattrs)
     with os.scandir(fd) as entries:
         shown = {os.fsencode(entry.name): entry for entry in entries}
@@ -45,8 +45,8 @@ def _compare_directory(fd: int, node: Node, path: str, seen: dict[int, int]) -> 
         child, place = node.children[name], f"{path}{entry.name}"
         found = entry.stat(follow_symlinks=False)
         _compare_status(place, found, child)
-        if seen.setdefault(id(child), found.st_ino) != found.st_ino:
-            raise HostUnfitError(f"the layer read back differs at {place!r}: a hard link went elsewhere")
+        pair = (seen.setdefault(("node", id(child)), found.st_ino), seen.setdefault(("inode", found.st_ino), id(child)))
+        _compare(place, "hard link", pair, (found.st_ino, id(child)))
         if stat.S_ISLNK(child.mode):
             _compare(place, "target", os.fsencode(os.readlink(entry.name, dir_fd=fd)), child.target)
         if child.data is None and not child.is_directory:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import stat
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -106,3 +108,28 @@ def show() -> Callable[[Path], Shown]:
         return found
 
     return show
+
+
+class Tar:
+    """A tar archive in the making."""
+
+    def __init__(self, **options: object) -> None:
+        self._bytes = io.BytesIO()
+        self._tar = tarfile.TarFile(fileobj=self._bytes, mode="w", format=tarfile.PAX_FORMAT, **options)
+
+    def add(self, name: str, data: bytes = b"", *, kind: bytes = tarfile.REGTYPE, **fields: object) -> Tar:
+        member = tarfile.TarInfo(name)
+        member.type, member.size = kind, len(data)
+        for field, value in fields.items():
+            setattr(member, field, value)
+        self._tar.addfile(member, io.BytesIO(data))
+        return self
+
+    def bytes(self) -> bytes:
+        self._tar.close()
+        return self._bytes.getvalue()
+
+
+@pytest.fixture
+def tar() -> type[Tar]:
+    return Tar
