@@ -16,6 +16,7 @@ import msgspec
 
 from dsec.edge.config import SubstrateConfig
 from dsec.edge.keeper import Keeper
+from dsec.edge.linux import skeleton
 from dsec.edge.native_wire import FD_DISK
 from dsec.edge.network.gateway import Gateway, environment
 from dsec.edge.spool import Spool
@@ -137,8 +138,11 @@ class ContainerSandbox(GuestSandbox):
         if layers is None:
             raise HostUnfitError("snapshots need a store of layers, and this substrate was made without one")
         disk = Path(f"/proc/{self._host_pid}/fd/{FD_DISK}/root")
+        # Without layers the skeleton lies on the disk itself, and what was removed of it left no whiteout.
+        is_plain = self._spec.base == "host" and not self._spec.layers
+        beneath = [entry.path for entry in skeleton.entries()] if is_plain else []
         async with self._standing_still():
-            return await whole(layers.pack(disk, self.seat.first_uid, parents=self._spec.layers))
+            return await whole(layers.pack(disk, self.seat.first_uid, parents=self._spec.layers, beneath=beneath))
 
     async def _freeze(self) -> None:
         if not await asyncio.to_thread(self.seat.box.freeze):

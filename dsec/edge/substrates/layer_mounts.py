@@ -39,8 +39,13 @@ class Layers(Protocol):
         """The open file of a held layer."""
         ...
 
-    async def pack(self, disk: Path, first_uid: int, *, parents: tuple[LayerId, ...] = ()) -> LayerId:
-        """A layer of the upper directory of a sandbox that stands still; `first_uid` on it is 0 in the layer."""
+    async def pack(
+        self, disk: Path, first_uid: int, *, parents: tuple[LayerId, ...] = (), beneath: Sequence[str] = ()
+    ) -> LayerId:
+        """A layer of the upper directory of a sandbox that stands still; `first_uid` on it is 0 in the layer.
+
+        What of `beneath` is not on the disk was removed.
+        """
         ...
 
 
