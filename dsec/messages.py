@@ -80,16 +80,20 @@ def spec_of(message: pb.SandboxSpec) -> SandboxSpec:
 
 
 def create_message(request: CreateRequest) -> pb.CreateRequest:
-    """A request for a sandbox."""
-    return pb.CreateRequest(
-        spec=spec_message(request.spec),
-        request_id=request.request_id,
-        labels=request.labels,
-        owner=request.owner,
-        epoch=request.epoch,
-        idle_timeout_s=request.idle_timeout_s,
-        lifetime_s=request.lifetime_s,
-    )
+    """A request for a sandbox.  InvalidArgumentError for what no message can hold."""
+    spec = spec_message(request.spec)
+    try:
+        return pb.CreateRequest(
+            spec=spec,
+            request_id=request.request_id,
+            labels=request.labels,
+            owner=request.owner,
+            epoch=request.epoch,
+            idle_timeout_s=request.idle_timeout_s,
+            lifetime_s=request.lifetime_s,
+        )
+    except ValueError as error:
+        raise InvalidArgumentError(f"a text or a number of the request: {error}") from error
 
 
 def create_of(message: pb.CreateRequest) -> CreateRequest:
@@ -138,8 +142,8 @@ def sandbox_of(message: pb.Sandbox) -> SandboxView:
 
 def command_message(command: Command) -> pb.Command:
     """A command.  InvalidArgumentError if a text of it is nothing that a kernel could get."""
-    tty = None if command.tty is None else pb.TtySize(rows=command.tty.rows, columns=command.tty.columns)
     try:
+        tty = None if command.tty is None else pb.TtySize(rows=command.tty.rows, columns=command.tty.columns)
         return pb.Command(
             argv=[_kernel_bytes(f"argv[{index}]", text) for index, text in enumerate(command.argv)],
             cwd=_kernel_bytes("cwd", command.cwd),
@@ -154,7 +158,9 @@ def command_message(command: Command) -> pb.Command:
             tty=tty,
         )
     except ValueError as error:
-        raise InvalidArgumentError(f"user, a variable's name or output_bytes_max cannot be sent: {error}") from error
+        raise InvalidArgumentError(
+            f"user, a variable's name, output_bytes_max or tty cannot be sent: {error}"
+        ) from error
 
 
 def command_of(message: pb.Command) -> Command:

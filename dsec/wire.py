@@ -70,8 +70,11 @@ STATUS: dict[str, grpc.StatusCode] = {
 
 
 def status_of(error: CodedError) -> tuple[grpc.StatusCode, str]:
-    """The gRPC status and the details text of one of our errors, cut to what every client takes as a header."""
-    details = f"{error.code}: {error}".encode(errors="backslashreplace")[:DETAILS_BYTES_MAX]
+    """The gRPC status and the details of one of our errors; a long one loses its middle, for it becomes a header."""
+    details = f"{error.code}: {error}".encode(errors="backslashreplace")
+    if len(details) > DETAILS_BYTES_MAX:
+        half = DETAILS_BYTES_MAX // 2
+        details = details[:half] + b" ... " + details[-half:]
     return STATUS.get(error.code, grpc.StatusCode.INTERNAL), details.decode(errors="ignore")
 
 

@@ -75,8 +75,13 @@ class Connection:
         is_repeatable: bool = True,
         patience: Patience = Patience(),  # noqa: B008 - frozen
     ) -> Any:
-        """One unary call, repeated as the module says.  Raises the server's errors, and UnreachableError."""
+        """One unary call, repeated as the module says.  Raises the server's errors, and UnreachableError.
+
+        One that is not to be repeated is not sent before there is a connection.
+        """
         retry = Retry(self, patience, is_repeatable=is_repeatable)
+        if not is_repeatable:
+            await self._connected(patience)
         while True:
             try:
                 reply = await getattr(self.stub, name)(request, timeout=timeout_s, metadata=self._metadata)
@@ -97,6 +102,14 @@ class Connection:
             raise self._failure(error) from None
         finally:
             call.cancel()
+
+    async def _connected(self, patience: Patience) -> None:
+        broken = UnreachableError(f"the connection to the Edge at {self.url} broke")
+        try:
+            async with asyncio.timeout(self.patience_s(broken, patience)):
+                await self._channel.channel_ready()
+        except TimeoutError:
+            raise broken from None
 
     def patience_s(self, error: DsecError, patience: Patience) -> float:
         """How long a call that met this error may be repeated."""

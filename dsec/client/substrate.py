@@ -9,14 +9,23 @@ See: dsec/sandbox.py, proto/dsec/pb/v1/edge.proto.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
 import msgspec
 
 from dsec import messages
-from dsec.client.connection import CALL_TIMEOUT_S, Connection, Patience, Retry, connect
-from dsec.errors import InvalidArgumentError, NotFoundError, OutcomeUnknownError, OutOfRangeError, UnreachableError
+from dsec.client.connection import Connection, Patience, Retry, connect
+from dsec.errors import (
+    InvalidArgumentError,
+    NotFoundError,
+    OutcomeUnknownError,
+    OutOfRangeError,
+    SandboxLostError,
+    UnreachableError,
+)
 from dsec.pb.v1 import edge_pb2 as pb
 from dsec.types import (
     Command,
@@ -33,6 +42,8 @@ from dsec.wire import READ_BYTES_MAX
 
 STDIN_BYTES_MAX = 1 << 20
 """Of input in one message."""
+ABANDON_S = 2.0
+"""How long somebody who gives up waits for an Edge that is away."""
 SLOW_CALL_TIMEOUT_S = 600.0
 """For calls that the Edge may queue, or that pack a disk."""
 
@@ -187,18 +198,14 @@ class RemoteSandbox:
     async def exec(self, command: Command, key: str = "") -> ExecResult:
         """See `dsec.sandbox.Sandbox.exec`.  The same key gives the same result for ever; runs once."""
         request = self._request(command, key)
-        try:
-            reply = await self._connection.call("Exec", request, timeout_s=None, patience=self._patience)
-        except asyncio.CancelledError:
-            await asyncio.shield(self._abandon(request))
-            raise
+        reply = await self._unless_cancelled("Exec", request, timeout_s=None)
         process = RemoteProcess(self._connection, self._id, request.key, 0, command)
         return await process.completed(messages.result_of(reply))
 
     async def start(self, command: Command, number: int | None = None, key: str = "") -> RemoteProcess:
         """See `dsec.sandbox.Sandbox.start`."""
         request = self._request(command, key or ("" if number is None else _key_of(number)))
-        info = await self._connection.call("Start", request, timeout_s=SLOW_CALL_TIMEOUT_S, patience=self._patience)
+        info = await self._unless_cancelled("Start", request, timeout_s=SLOW_CALL_TIMEOUT_S)
         return RemoteProcess(self._connection, self._id, info.key, info.number if number is None else number, command)
 
     async def resume_process(self, number: int, command: Command) -> RemoteProcess | None:
@@ -263,12 +270,19 @@ class RemoteSandbox:
         message = messages.command_message(command)
         return pb.ExecRequest(sandbox_id=self._id, key=key or fresh_name(), command=message)
 
-    async def _abandon(self, request: pb.ExecRequest) -> None:
-        """Kill what nobody waits for any more, if it began at all."""
+    async def _unless_cancelled(self, name: str, request: pb.ExecRequest, timeout_s: float | None) -> Any:
+        """Begin a command; if its caller gives up meanwhile, kill it."""
         try:
-            await self._connection.call("Kill", pb.CommandRef(sandbox_id=self._id, key=request.key))
-        except NotFoundError:
-            return
+            return await self._connection.call(name, request, timeout_s=timeout_s, patience=self._patience)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._abandon(request.key))
+            raise
+
+    async def _abandon(self, key: str) -> None:
+        """Kill what nobody waits for any more, if it began at all, and there still is an Edge to ask."""
+        with contextlib.suppress(NotFoundError, SandboxLostError, UnreachableError):
+            reference = pb.CommandRef(sandbox_id=self._id, key=key)
+            await self._connection.call("Kill", reference, patience=Patience(lost_s=ABANDON_S))
 
 
 def _key_of(number: int) -> str:
@@ -287,10 +301,14 @@ async def create_remote(
     try:
         reply = await connection.call("Create", message, timeout_s=SLOW_CALL_TIMEOUT_S, patience=patience)
     except asyncio.CancelledError:
-        cancel = connection.call("Cancel", pb.CancelRequest(request_id=request.request_id), timeout_s=CALL_TIMEOUT_S)
-        await asyncio.shield(cancel)
+        await asyncio.shield(_cancel(connection, request.request_id))
         raise
     return RemoteSandbox(connection, SandboxId(reply.id), patience)
+
+
+async def _cancel(connection: Connection, request_id: str) -> None:
+    with contextlib.suppress(UnreachableError):
+        await connection.call("Cancel", pb.CancelRequest(request_id=request_id), patience=Patience(lost_s=ABANDON_S))
 
 
 class RemoteSubstrate:
