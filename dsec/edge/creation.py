@@ -160,6 +160,9 @@ class Creation:
         try:
             return await asyncio.shield(under_way[1])
         except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if under_way[1].cancelled() and caller is not None and not caller.cancelling():
+                raise StateError(f"request {request_id!r} was cancelled, or the Edge is closing") from None
             if not request_id:  # nobody could ever ask for it
                 under_way[1].cancel()
             raise

@@ -31,19 +31,21 @@ class Leases:
         self._registry = registry
         self._ledger = registry.ledger
         self._lock = asyncio.Lock()
-        self._grace_until_s = 0.0
+        self._not_before: dict[str, float] = {}
+        """Owner -> when its lease may lapse at the earliest, where no Edge was there to renew it."""
         self.deadlines = Deadlines(registry.clock, registry.now, self._on_due)
 
     def start(self) -> None:
         """Watch those of the journal; owners get a moment to renew what ran out while no Edge was there."""
-        self._grace_until_s = self._registry.now() + self._registry.config.lease_grace_s
+        grace_until_s = self._registry.now() + self._registry.config.lease_grace_s
         for owner, lease in self._ledger.leases.items():
             if lease.is_live:
-                self.deadlines.put(owner, self._end_of(lease))
+                self._not_before[owner] = grace_until_s
+                self.deadlines.put(owner, self._end_of(owner, lease))
         self.deadlines.start()
 
-    def _end_of(self, lease: Lease) -> float:
-        return max(lease.expires_at_s, self._grace_until_s)
+    def _end_of(self, owner: str, lease: Lease) -> float:
+        return max(lease.expires_at_s, self._not_before.get(owner, 0.0))
 
     def require(self, owner: str, epoch: int) -> None:
         """StateError unless this lease is live."""
@@ -68,6 +70,7 @@ class Leases:
                 self.require(owner, epoch)
             record = LeaseGranted(owner, epoch, self._registry.now() + ttl_s)
             await self._registry.log.append(record, is_refusable=lease is None)
+            self._not_before.pop(owner, None)
             self.deadlines.put(owner, record.expires_at_s)
         if lease is not None and lease.epoch < epoch:
             self._reap(owner, f"epoch {epoch} took its place")
@@ -87,15 +90,15 @@ class Leases:
         lease = self._ledger.leases.get(owner)
         if lease is None or not lease.is_live:
             return None
-        if self._end_of(lease) > self._registry.now():
-            return self._end_of(lease)
+        if self._end_of(owner, lease) > self._registry.now():
+            return self._end_of(owner, lease)
         self._registry.spawn(self._lapse(owner), f"lease of {owner} lapses")
         return None
 
     async def _lapse(self, owner: str) -> None:
         async with self._lock:
             lease = self._ledger.leases.get(owner)
-            if lease is None or not lease.is_live or self._end_of(lease) > self._registry.now():
+            if lease is None or not lease.is_live or self._end_of(owner, lease) > self._registry.now():
                 return  # it was renewed at the last moment
             await self._registry.log.append(LeaseEnded(owner, lease.epoch, self._registry.now()))
         self._reap(owner, "its lease was not renewed")

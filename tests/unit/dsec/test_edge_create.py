@@ -1,0 +1,231 @@
+"""Creating and ending: once for each request, or not at all, whatever comes between."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from dsec.edge.service import Edge
+from dsec.errors import (
+    DivergedError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+    SandboxLostError,
+    SpawnError,
+    StateError,
+)
+from dsec.testing import FakeSandbox, FakeSubstrate
+from dsec.types import Command, SandboxId, SandboxSpec
+from dsec.views import CreateRequest
+
+LS = Command(argv=("ls",))
+
+
+class HeldSubstrate(FakeSubstrate):
+    """Creates wait for the test."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.may_create = asyncio.Event()
+        self.asked = asyncio.Event()
+
+    async def create(self, spec: SandboxSpec, sandbox_id: SandboxId | None = None) -> FakeSandbox:
+        self.asked.set()
+        await self.may_create.wait()
+        return await super().create(spec, sandbox_id)
+
+
+class FailingSubstrate(FakeSubstrate):
+    """The first creates fail."""
+
+    failures_count = 1
+
+    async def create(self, spec: SandboxSpec, sandbox_id: SandboxId | None = None) -> FakeSandbox:
+        if self.failures_count:
+            self.failures_count -= 1
+            raise SpawnError("step clone: EAGAIN")
+        return await super().create(spec, sandbox_id)
+
+
+async def test_a_sandbox_is_shown_as_it_was_asked_for(hosts: Any) -> None:
+    edge = await hosts.edge()
+    request = CreateRequest(labels={"job": "a"}, lifetime_s=60.0)
+    view = await edge.create(request)
+    assert (view.state, view.labels, view.commands_count) == ("running", {"job": "a"}, 0)
+    assert view.expires_at_s == view.created_at_s + 60
+    assert edge.get(view.id) == view
+    assert edge.list() == edge.list({"job": "a"}) == [view]
+    assert edge.list({"job": "b"}) == []
+
+
+async def test_the_same_request_id_gives_the_same_sandbox_also_to_many_at_once(hosts: Any) -> None:
+    edge = await hosts.edge()
+    views = await asyncio.gather(*(edge.create(CreateRequest(request_id="r")) for _ in range(20)))
+    assert len({view.id for view in views}) == len(hosts.host.sandboxes) == 1
+    await edge.destroy(views[0].id)
+    again = await edge.create(CreateRequest(request_id="r"))
+    assert (again.id, again.state, again.reason) == (views[0].id, "ended", "destroyed")
+
+
+async def test_a_request_id_that_was_used_for_another_request_is_refused(hosts: Any) -> None:
+    edge = await hosts.edge()
+    await edge.create(CreateRequest(request_id="r"))
+    with pytest.raises(DivergedError, match="'r'"):
+        await edge.create(CreateRequest(request_id="r", labels={"a": "b"}))
+    assert len(hosts.host.sandboxes) == 1
+
+
+async def test_a_create_that_fails_leaves_nothing_and_its_request_id_may_be_used_again(hosts: Any) -> None:
+    edge = await hosts.edge(FailingSubstrate(hosts.script, hosts.host))
+    with pytest.raises(SpawnError, match="clone"):
+        await edge.create(CreateRequest(request_id="r"))
+    assert edge.status().used == {"sandboxes_count": 0, "memory_bytes": 0, "pids_count": 0}
+    assert edge.list() == []
+    assert (await edge.create(CreateRequest(request_id="r"))).state == "running"
+
+
+async def test_a_caller_without_request_id_that_goes_away_leaves_no_sandbox(hosts: Any) -> None:
+    substrate = HeldSubstrate(hosts.script, hosts.host)
+    edge = await hosts.edge(substrate)
+    creating = asyncio.create_task(edge.create(CreateRequest()))
+    await substrate.asked.wait()
+    creating.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await creating
+    await edge._registry.settle()
+    assert hosts.host.sandboxes == {}
+    assert edge.status().used["sandboxes_count"] == 0
+
+
+async def test_a_caller_with_a_request_id_that_goes_away_finds_its_sandbox_when_it_comes_back(hosts: Any) -> None:
+    substrate = HeldSubstrate(hosts.script, hosts.host)
+    edge = await hosts.edge(substrate)
+    creating = asyncio.create_task(edge.create(CreateRequest(request_id="r")))
+    await substrate.asked.wait()
+    creating.cancel()
+    substrate.may_create.set()
+    view = await edge.create(CreateRequest(request_id="r"))
+    assert list(hosts.host.sandboxes) == [view.id]
+
+
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+async def test_a_cancelled_request_leaves_nothing_whenever_the_word_comes(hosts: Any, when: str) -> None:
+    substrate = HeldSubstrate(hosts.script, hosts.host)
+    edge = await hosts.edge(substrate)
+    request = CreateRequest(request_id="r")
+    if when == "before":
+        await edge.cancel("r")
+    else:
+        creating = asyncio.create_task(edge.create(request))
+        await substrate.asked.wait()
+        if when == "after":
+            substrate.may_create.set()
+            view = await creating
+        await edge.cancel("r")
+        await edge.cancel("r")
+        if when == "after":
+            assert edge.get(view.id).reason == "cancelled"
+        else:
+            with pytest.raises(StateError, match="cancelled"):
+                await creating
+    with pytest.raises(StateError, match="cancelled"):
+        await edge.create(request)
+    assert hosts.host.sandboxes == {}
+    assert edge.status().used["sandboxes_count"] == 0
+    await hosts.kill(edge)
+    with pytest.raises(StateError, match="cancelled"):
+        await (await hosts.edge()).create(request)
+
+
+async def test_an_ended_sandbox_is_lost_to_commands_and_its_reason_is_shown(hosts: Any) -> None:
+    edge = await hosts.edge()
+    view = await edge.create(CreateRequest())
+    await asyncio.gather(*(edge.destroy(view.id) for _ in range(5)))
+    await edge.destroy(view.id)
+    assert edge.get(view.id).reason == "destroyed"
+    assert edge.list() == []
+    for use in (edge.exec(view.id, LS), edge.start(view.id, LS), edge.pause(view.id), edge.snapshot(view.id)):
+        with pytest.raises(SandboxLostError, match="destroyed"):
+            await use
+
+
+async def test_a_name_that_is_none_is_not_found(hosts: Any) -> None:
+    edge = await hosts.edge()
+    for name in ("", "x", "../etc", "\udc80", "a" * 10_000):
+        with pytest.raises(NotFoundError):
+            edge.get(name)
+        with pytest.raises(NotFoundError):
+            await edge.exec(name, LS)
+        with pytest.raises(NotFoundError):
+            await edge.destroy(name)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        CreateRequest(spec=SandboxSpec(memory_bytes=1)),
+        CreateRequest(request_id="a" * 257),
+        CreateRequest(request_id="a\nb"),
+        CreateRequest(request_id="\ud800"),
+        CreateRequest(labels={"": "x"}),
+        CreateRequest(labels={"x": "y" * 257}),
+        CreateRequest(labels={str(n): "x" for n in range(65)}),
+        CreateRequest(epoch=-1, owner="a"),
+        CreateRequest(epoch=3),
+        CreateRequest(idle_timeout_s=0.0),
+        CreateRequest(lifetime_s=float("nan")),
+        CreateRequest(lifetime_s=float("inf")),
+        CreateRequest(lifetime_s=-1.0),
+    ],
+)
+async def test_a_request_that_cannot_be_is_refused_before_it_is_written_down(
+    hosts: Any, request_: CreateRequest
+) -> None:
+    edge = await hosts.edge()
+    lsn = edge._registry.log.lsn
+    with pytest.raises(InvalidArgumentError):
+        await edge.create(request_)
+    assert edge._registry.log.lsn == lsn
+
+
+async def test_a_closed_edge_destroys_everything_and_a_detached_one_nothing(hosts: Any) -> None:
+    edge: Edge = await hosts.edge()
+    view = await edge.create(CreateRequest())
+    await hosts.kill(edge)
+    assert list(hosts.host.sandboxes) == [view.id]
+    edge = await hosts.edge()
+    await edge.close()
+    assert hosts.host.sandboxes == {}
+    edge = await hosts.edge()
+    assert edge.get(view.id).reason == "destroyed"
+
+
+async def test_what_ended_long_ago_is_forgotten_and_memory_stays_bounded(hosts: Any) -> None:
+    edge = await hosts.edge(ended_count_max=3)
+    views = [await edge.create(CreateRequest(request_id=f"r{n}")) for n in range(6)]
+    for view in views:
+        await edge.exec(view.id, LS, "k")
+        await edge.destroy(view.id)
+    with pytest.raises(NotFoundError):
+        edge.get(views[2].id)
+    assert edge.get(views[3].id).reason == "destroyed"
+    ledger = edge._registry.ledger
+    assert (len(ledger.sandboxes), len(ledger.requests), len(ledger.ended)) == (3, 3, 3)
+    assert [entry.key async for entry in edge.trajectory(views[0].id)] == ["k"]
+
+
+async def test_a_full_house_is_refused_with_its_reason_and_the_next_in_turn_gets_the_room(hosts: Any) -> None:
+    edge = await hosts.edge(sandboxes_count_max=1)
+    first = await edge.create(CreateRequest())
+    waiting = asyncio.create_task(edge.create(CreateRequest()))
+    while not edge._registry.admission.waiting_count:
+        await asyncio.sleep(0)
+    await edge.destroy(first.id)
+    assert (await waiting).state == "running"
+    refused = asyncio.create_task(edge.create(CreateRequest()))
+    while not edge._registry.admission.waiting_count:
+        await asyncio.sleep(0)
+    hosts.clock.advance(3)
+    with pytest.raises(ResourceExhaustedError, match=r"sandboxes_count asked 1, used 1 of 1 \(waited 2.0 s\)"):
+        await refused
