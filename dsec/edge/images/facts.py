@@ -13,7 +13,8 @@ from dsec.errors import InvalidArgumentError
 from dsec.types import LayerId
 
 _LAYER_ID = re.compile(r"sha256:[0-9a-f]{64}")
-_IMAGE_NAME = re.compile(r"[a-z0-9]+([._/-]+[a-z0-9]+)*(:[\w][\w.-]{0,127})?")
+_PART = r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*"
+_IMAGE_NAME = re.compile(rf"{_PART}(?:/{_PART})*:\w[\w.-]{{0,127}}", re.ASCII)
 IMAGE_NAME_CHARS_MAX = 200
 
 
@@ -77,6 +78,6 @@ def check_layer_id(text: str) -> LayerId:
 def check_image_name(name: str) -> str:
     """The name, with `:latest` where it has no tag.  InvalidArgumentError for what cannot be one."""
     tagged = name if ":" in name else f"{name}:latest"
-    if _IMAGE_NAME.fullmatch(tagged) is None or len(tagged) > IMAGE_NAME_CHARS_MAX or is_layer_id(tagged):
+    if len(tagged) > IMAGE_NAME_CHARS_MAX or _IMAGE_NAME.fullmatch(tagged) is None or is_layer_id(tagged):
         raise InvalidArgumentError(f"no image name: {name!r:.100}; one is like debian or team/tools:1.2")
     return tagged
