@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import shutil
 from pathlib import Path
 
@@ -36,7 +37,10 @@ class SpooledOutput:
         self._bytes_max = bytes_max
         self._file_bytes_max = file_bytes_max
         self._fd = -1
-        self._size = path.stat().st_size if path.exists() else 0
+        try:
+            self._size = os.stat(path).st_size
+        except FileNotFoundError:
+            self._size = 0
         self._beyond = 0
         self._tail = Tail(max(bytes_max // 2, 1))
 
@@ -48,6 +52,8 @@ class SpooledOutput:
     def drain(self, fd: int, scratch: memoryview) -> int:
         """See `dsec.edge.capture.Sink`."""
         room = self._file_bytes_max - self._size
+        if self._fd < 0 and is_at_end(fd):
+            return 0  # no file for that
         if room > 0:
             try:
                 self._open()
@@ -131,6 +137,14 @@ class SpooledOutput:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def is_at_end(fd: int) -> bool:
+    """Whether a pipe or terminal is empty, and nobody can write to it any more."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    states = [state for _, state in poll.poll(0)]
+    return any(state & select.POLLHUP and not state & select.POLLIN for state in states)
 
 
 class Spool:
