@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
+#include <linux/capability.h>
 #include <linux/sched.h>
 #include <poll.h>
 #include <signal.h>
@@ -98,10 +99,19 @@ static void take_terminal(const struct launch *what, const struct user *user, st
     *fds = (struct command_fds){slave, slave, slave};
 }
 
+/* The guest was never uid 0, so the kernel takes no capability for leaving that: a user would keep root's until
+ * execve, to enter a directory or to use the toolbox. */
+static void drop_all_capabilities(void) {
+    struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+    struct __user_cap_data_struct none[2] = {{0, 0, 0}, {0, 0, 0}};
+    if (syscall(SYS_capset, &header, none) < 0) refuse(STAGE_USER);
+}
+
 static void become(const struct user *user) {
     if (setgroups(user->groups_count, user->groups) < 0) refuse(STAGE_USER);
     if (setresgid(user->gid, user->gid, user->gid) < 0 || setresuid(user->uid, user->uid, user->uid) < 0)
         refuse(STAGE_USER);
+    if (user->uid != 0) drop_all_capabilities();
 }
 
 /* Files are read with the rights of the sandbox's root, not with those of pid 1. */

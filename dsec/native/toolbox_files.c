@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -64,6 +65,12 @@ static _Noreturn void abandon(const char *path) {
     give_up(path);
 }
 
+/* Whoever gives up a write says so by SIGTERM. */
+static void on_term(int number) {
+    unlink(scratch);
+    _exit(128 + number);
+}
+
 static int open_scratch(const char *path, mode_t mode) {
     uint64_t number;
     const char *slash = strrchr(path, '/');
@@ -73,6 +80,7 @@ static int open_scratch(const char *path, mode_t mode) {
     struct stat old; /* the file that is replaced hands on its mode */
     if (lstat(path, &old) == 0 && S_ISREG(old.st_mode)) mode = old.st_mode & 07777;
     int fd = open(scratch, O_WRONLY | O_CREAT | O_EXCL | OPEN_FLAGS, 0600);
+    if (fd >= 0) signal(SIGTERM, on_term);
     if (fd >= 0 && fchmod(fd, mode) < 0) abandon(path);
     return fd;
 }
