@@ -25,6 +25,7 @@ COMMANDS = {
     **dict.fromkeys(("run", "show", "log", "serve"), "rollout.cli_run"),
     **dict.fromkeys(("create", "pause", "resume", "snapshot", "fork", "rm", "network", "ps"), "dsec.cli_sandbox"),
     **dict.fromkeys(("exec", "logs", "trajectory"), "dsec.cli_exec"),
+    "cp": "dsec.cli_cp",
     "edge": "dsec.cli_edge",
     "image": "dsec.cli_image",
     **dict.fromkeys(("doctor", "gc"), "dsec.cli"),
@@ -35,6 +36,7 @@ SETTING_PREFIXES = {
     "SubstrateConfig": "DSEC_EDGE_",
     "EdgeConfig": "DSEC_EDGE_",
     "NetworkConfig": "DSEC_NETWORK_",
+    "DockerConfig": "DSEC_DOCKER_",
     "ImagesConfig": "DSEC_IMAGES_",
 }
 """Of the environment variables, by the name of the settings class."""

@@ -1,83 +1,25 @@
 """`Sandbox`: the same as `AsyncSandbox`, for programs without an event loop.
 
-One thread of the process runs an event loop for all of them; every call here waits for its coroutine
-there.  An interrupted wait (Ctrl-C) cancels the coroutine and waits until it has tidied up.
-
     with Sandbox.create() as sandbox:
         print(sandbox.commands.run("echo hello").stdout)
+
+See: dsec/client/loop.py.
 """
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
-import os
-import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, Unpack, overload
+from typing import Literal, Self, Unpack, overload
 
+from dsec.client.blocking_files import BlockingFiles
 from dsec.client.commands import AsyncCommands, AsyncPty, CommandHandle, CommandResult, RunOptions, checked
+from dsec.client.loop import LOOP
 from dsec.client.sandbox import AsyncSandbox, CreateOptions, Network
-from dsec.errors import StateError
 from dsec.types import OUTPUT_BYTES_MAX, LayerId, SandboxId, Stream
 from dsec.views import CommandView, SandboxView
 
-T = TypeVar("T")
 OnTextNow = Callable[[str], None]
-_THREAD = "dsec client"
-
-
-class Loop:
-    """The thread with the event loop; begun by the first call, and anew in a forked child."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pid = 0
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Its result; raises what it raises.  StateError on the loop's own thread, which would wait for itself."""
-        if threading.current_thread().name == _THREAD:
-            coroutine.close()
-            raise StateError("a blocking call from the client's own event loop: use AsyncSandbox there")
-        loop = self._running()
-        done: concurrent.futures.Future[T] = concurrent.futures.Future()
-        tasks: list[asyncio.Task[None]] = []
-        loop.call_soon_threadsafe(lambda: tasks.append(loop.create_task(_settle(coroutine, done))))
-        try:
-            return done.result()
-        except BaseException:
-            if not done.done():
-                loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
-                concurrent.futures.wait([done])
-            raise
-
-    def iterate(self, items: AsyncIterator[T]) -> Iterator[T]:
-        """One item at a time, asked for when it is wanted."""
-        while (item := self.run(_next(items))) is not None:
-            yield item
-
-    def _running(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None or self._pid != os.getpid():
-                self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
-                threading.Thread(target=self._loop.run_forever, name=_THREAD, daemon=True).start()
-            return self._loop
-
-
-async def _settle(coroutine: Coroutine[Any, Any, T], done: concurrent.futures.Future[T]) -> None:
-    try:
-        done.set_result(await coroutine)
-    except BaseException as error:  # whatever it is, the waiting thread gets it
-        done.set_exception(error)
-
-
-async def _next(items: AsyncIterator[T]) -> T | None:
-    return await anext(items, None)
-
-
-LOOP = Loop()
 
 
 class Handle:
@@ -221,6 +163,7 @@ class Sandbox:
     def __init__(self, sandbox: AsyncSandbox) -> None:
         self._sandbox = sandbox
         self.commands = Commands(sandbox.commands)
+        self.files = BlockingFiles(sandbox.files)
         self.pty = Pty(sandbox.pty)
 
     @classmethod

@@ -20,6 +20,7 @@ from dsec.client.connection import Connection, Patience, connect
 from dsec.client.policy import parse_policy
 from dsec.client.substrate import RemoteSandbox, create_remote
 from dsec.errors import SandboxLostError
+from dsec.files import Files
 from dsec.pb.v1 import edge_pb2 as pb
 from dsec.types import LayerId, NetworkPolicy, SandboxId, SandboxSpec
 from dsec.views import CommandView, CreateRequest, SandboxView
@@ -90,6 +91,7 @@ class AsyncSandbox:
         self._is_closed = False
         self.remote = RemoteSandbox(connection, sandbox_id)
         self.commands = AsyncCommands(self.remote, envs or {})
+        self.files = Files(self.remote)
         self.pty = AsyncPty(self.commands, self.remote)
 
     @classmethod

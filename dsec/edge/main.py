@@ -67,10 +67,13 @@ async def make_substrate(name: str, directory: Path, config: EdgeConfig) -> Subs
 
         return DockerSubstrate()
     from dsec.edge.config import SubstrateConfig
-    from dsec.edge.images.store import LayerStore
+    from dsec.edge.images.config import ImagesConfig
     from dsec.edge.substrates.container import ContainerSubstrate
 
-    layers = LayerStore(directory / "layers")
+    images = ImagesConfig()
+    if "directory" not in images.model_fields_set:
+        images = images.model_copy(update={"directory": directory / "images"})
+    layers = images.store()
     await layers.open()
     substrate_config = SubstrateConfig(sandboxes_count_max=config.sandboxes_count_max)
     return ContainerSubstrate(substrate_config, layers=layers, state_dir=directory)

@@ -1,0 +1,127 @@
+"""Unpack a tree that a sandbox sent, below a directory of this machine and nowhere else.
+
+The archive was made inside and is hostile.  Every name is opened from its parent's descriptor, and no link
+is followed on the way, so that neither `..`, nor an absolute name, nor a link that the archive itself made
+leads out.  Owners, set-id bits and devices stay behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from dsec.edge.images.archive import members
+from dsec.edge.images.streams import Stream
+from dsec.edge.images.tree import parts
+from dsec.errors import InvalidArgumentError
+
+TREE_BYTES_MAX = 1 << 42
+_COPY_BYTES = 1 << 20
+_DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def unpack(pieces: Iterable[bytes], directory: Path) -> list[str]:
+    """Unpack a tar archive into a directory that is there; gives the names of what was left out (devices, FIFOs).
+
+    What has a name of the archive's is replaced; directories are kept.  InvalidArgumentError for what is no
+    archive, leads out, or meets something in its way.
+    """
+    left_out = []
+    stream = Stream(_Reader(pieces).read, TREE_BYTES_MAX)
+    root = os.open(directory, os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for member in members(stream):
+            names = parts(os.fsencode(member.name))
+            try:
+                if names and not _place(root, names, member, stream):
+                    left_out.append(member.name)
+            except OSError as error:
+                raise InvalidArgumentError(f"cannot unpack {member.name!r:.200}: {error.strerror}") from error
+    finally:
+        os.close(root)
+    return left_out
+
+
+class _Reader:
+    """Pieces of any size as reads of at most a given size."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = iter(pieces)
+        self._rest = memoryview(b"")
+
+    def read(self, count: int) -> bytes:
+        while not self._rest:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return b""
+            self._rest = memoryview(piece)
+        data, self._rest = self._rest[:count], self._rest[count:]
+        return bytes(data)
+
+
+def _place(root: int, names: Sequence[bytes], member: tarfile.TarInfo, stream: Stream) -> bool:
+    with _opened(root, names[:-1]) as parent:
+        name, mode = names[-1], member.mode & 0o777
+        if member.isdir():
+            _make_directory(parent, name, mode | stat.S_IRWXU)
+        elif member.isreg() and member.sparse is None:
+            _clear(parent, name)
+            _write(os.open(name, _NEW_FILE, mode, dir_fd=parent), member.size, stream)
+        elif member.issym():
+            _clear(parent, name)
+            os.symlink(os.fsencode(member.linkname), name, dir_fd=parent)
+        elif member.islnk():
+            _link(root, parts(os.fsencode(member.linkname)), parent, name)
+        else:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _opened(root: int, names: Sequence[bytes]) -> Iterator[int]:
+    """A directory below the root, made where it is missing, reached through no link."""
+    fd = os.dup(root)
+    try:
+        for name in names:
+            _make_directory(fd, name, 0o755)
+            below = os.open(name, _DIRECTORY, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _make_directory(parent: int, name: bytes, mode: int) -> None:
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(name, mode, dir_fd=parent)
+        return
+    os.close(os.open(name, _DIRECTORY, dir_fd=parent))
+
+
+def _clear(parent: int, name: bytes) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=parent)
+
+
+def _link(root: int, source: Sequence[bytes], parent: int, name: bytes) -> None:
+    if not source:
+        raise InvalidArgumentError("the archive links to its own root")
+    with _opened(root, source[:-1]) as above:
+        _clear(parent, name)
+        os.link(source[-1], name, src_dir_fd=above, dst_dir_fd=parent, follow_symlinks=False)
+
+
+def _write(fd: int, size: int, stream: Stream) -> None:
+    with os.fdopen(fd, "wb") as file:
+        while size:
+            block = stream.take(min(size, _COPY_BYTES))
+            if not block:
+                raise InvalidArgumentError("the archive ends in the middle of a file")
+            file.write(block)
+            size -= len(block)
