@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from dsec.address import default_directory
 from dsec.edge.images.store import LayerStore
 
 
@@ -17,7 +18,7 @@ class ImagesConfig(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="DSEC_IMAGES_", frozen=True)
 
-    directory: Path = Path("/var/lib/dsec/images")
+    directory: Path = Field(default_factory=lambda: default_directory() / "images")
     bytes_max: int | None = Field(default=None, ge=1)
     shared: Path | None = None
 

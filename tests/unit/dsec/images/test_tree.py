@@ -3,7 +3,7 @@
 import pytest
 
 from dsec.edge.images import tree
-from dsec.edge.images.tree import DEPTH_MAX, OPAQUE, Node, Tree, below, directory, parts
+from dsec.edge.images.tree import DEPTH_MAX, OPAQUE, Node, Tree, below, directory, hide_missing, parts
 from dsec.errors import InvalidArgumentError
 
 FILE = 0o100644
@@ -99,6 +99,17 @@ def test_the_root_cannot_be_hidden():
 def test_a_tree_can_be_put_below_a_path():
     root = below(b"/work/space", Node(0o040700))
     assert root.children[b"work"].children[b"space"].mode == 0o040700
+
+
+def test_what_is_missing_is_hidden_where_its_directory_is_there():
+    root = below(b"etc", directory())
+    root.children[b"file"] = Node(FILE)
+    hide_missing(root, ["etc", "etc/passwd", "var", "var/log", "file/x", "file"])
+    assert root.children[b"etc"].children[b"passwd"].mode == 0o020000
+    assert root.children[b"var"].mode == 0o020000
+    assert root.children[b"var"].children == {}
+    assert root.children[b"file"].mode == FILE
+    assert root.children[b"etc"].is_directory
 
 
 def test_the_count_of_entries_is_bounded(monkeypatch):
