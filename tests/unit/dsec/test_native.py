@@ -1,17 +1,22 @@
 """The C side under the sanitizers: its parser with damaged input, and the whole of it at work."""
 
+import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from dsec.conformance import execution, isolation, output, port
+from dsec.conformance import execution, isolation, lifecycle, output, port, processes, terminals, users
 from dsec.edge.config import NATIVE_BINARY, SubstrateConfig
 from dsec.edge.substrates.container import ContainerSubstrate
 
 NATIVE = NATIVE_BINARY.parent
 SANITIZE = ["gcc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-g", "-O1", "-fno-sanitize-recover=all",
             "-fsanitize=address,undefined", f"-I{NATIVE}"]  # fmt: skip
+
+
+TOOLBOX_PARTS = ("toolbox", "toolbox_files", "toolbox_tree", "toolbox_watch")
 
 
 def test_no_damaged_command_makes_the_parser_read_out_of_bounds(tmp_path: Path) -> None:
@@ -24,7 +29,8 @@ def test_no_damaged_command_makes_the_parser_read_out_of_bounds(tmp_path: Path) 
 
 def test_a_refused_clone_is_the_commands_doing_only_where_their_own_limit_is_reached(tmp_path: Path) -> None:
     program = tmp_path / "crowded"
-    sources = [Path(__file__).parent / "native/crowded.c", NATIVE / "command.c", NATIVE / "groups.c"]
+    parts = ("command", "groups", "supervisor", "wire", "tty", "user", *TOOLBOX_PARTS)
+    sources = [Path(__file__).parent / "native/crowded.c", *(NATIVE / f"{part}.c" for part in parts)]
     subprocess.run([*SANITIZE, "-o", str(program), *map(str, sources)], check=True)
     cases: dict[tuple[str, ...], str] = {
         ("64\n", "64\n"): "crowded 1",
@@ -71,7 +77,44 @@ async def test_sandboxes_work_under_the_sanitizers(sanitized: Path) -> None:
         execution.commands_run_side_by_side,
         output.stdout_and_stderr_come_apart,
         isolation.dangerous_system_calls_are_refused,
+        *processes.CHECKS,
+        *terminals.CHECKS,
+        *users.CHECKS,
+        lifecycle.a_pause_keeps_processes_files_and_pipes,
     ):
         await check.run(substrate)
     await substrate.close()
+    assert [report.read_text() for report in sanitized.parent.glob("report*")] == []
+
+
+def test_the_toolbox_works_under_the_sanitizers(sanitized: Path, tmp_path: Path) -> None:
+    toolbox = sanitized.with_name("toolbox")
+    toolbox.symlink_to(sanitized)
+    tree = tmp_path / "tree"
+
+    def run(*arguments: str | Path, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
+        done = subprocess.run([str(toolbox), *map(str, arguments)], input=stdin, capture_output=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    data = os.urandom(700_000)
+    assert run("write", tree / "a/b/c", "--parents", "--mode", "600", "--bytes", "700000", stdin=data) == (0, b"", b"")
+    assert run("write", tree / "a/b/c", "--atomic", "--bytes", "9", stdin=b"short")[0] == 1
+    assert run("read", tree / "a/b/c", "7", "100000") == (0, data[7:100_007], b"")
+    assert run("--paced", "read", tree / "a/b/c", "0", "-", stdin=b"3\n5\n") == (0, data[:8], b"")
+    assert run("--paced", "run", "sh", "-c", "echo out; exit 9", stdin=b"100\n") == (9, b"out\n", b"")
+    assert run("list", tree, "128")[1].count(b"\0") == 3 * 8
+    deep = tree
+    for _ in range(300):
+        deep /= "deeper"
+    deep.mkdir(parents=True)
+    (deep / "link").symlink_to("/")
+    assert run("list", tree, "128")[1].count(b"\0") == (3 + 128) * 8
+    for arguments in (("read",), ("read", "/", "0", "-"), ("nonsense",), (), ("write", "/dev/full"), ("list", "/", "0"),
+                      ("read", tree / "a/b/c", "-1", "9"), ("read", tree / "a/b/c", "9" * 30, "9"),
+                      ("rename", "/no/such", "/no/where"), ("--paced", "run", "/no/such")):  # fmt: skip
+        code, _, said = run(*arguments)
+        assert code in (1, 127), arguments
+        assert re.fullmatch(rb"\d+ [^\n]+\n", said), arguments
+    assert run("remove", tree, "--recursive") == (0, b"", b"")
+    assert not tree.exists()
     assert [report.read_text() for report in sanitized.parent.glob("report*")] == []

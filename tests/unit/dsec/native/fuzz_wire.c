@@ -21,9 +21,10 @@ static size_t put_text(uint8_t *at, const char *text) {
 
 static size_t well_formed(uint8_t *at) {
     static const uint32_t counts[] = {3, 2};
-    size_t used = 8;
-    memset(at, 1, 8);
+    size_t used = 16; /* the time and the terminal's size */
+    memset(at, 1, used);
     used += put_text(at + used, "/tmp");
+    used += put_text(at + used, "agent");
     for (int list = 0; list < 2; list++) {
         memcpy(at + used, &counts[list], 4);
         used += 4;
@@ -44,7 +45,7 @@ int main(void) {
         struct reader in = {exact, exact + length, 0};
         struct exec_body body;
         if (parse_exec_body(&in, &body) == 0) {
-            size_t total = strlen(body.cwd);
+            size_t total = strlen(body.cwd) + strlen(body.user);
             for (char **at = body.argv; *at; at++) total += strlen(*at);
             for (char **at = body.env; *at; at++) total += strlen(*at);
             accepted += total < 4096;
