@@ -176,7 +176,9 @@ static void make_devices(uint32_t uid) {
     MUST("own /dev", chown(".", uid, uid));
     MUST("mkdir /dev/pts", mkdir("pts", 0755));
     MUST("mkdir /dev/shm", mkdir("shm", 0755));
-    MUST("mount /dev/pts", mount("devpts", "pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620"));
+    /* The kernel has some 3,000 terminals for all sandboxes together (kernel.pty.max). */
+    MUST("mount /dev/pts",
+         mount("devpts", "pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,max=64"));
     MUST("mount /dev/shm", mount("/work/shm", "shm", NULL, MS_BIND, NULL));
 }
 
