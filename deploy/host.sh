@@ -19,6 +19,8 @@ fi
 if [ "${1:-}" = dev ]; then # for the tests: the file list, sanitizers, process tools inside sandboxes
     command -v git >/dev/null || missing+=(git)
     command -v pgrep >/dev/null || missing+=(procps)
+    command -v fsck.erofs >/dev/null || missing+=(erofs-utils) # layers: an opinion of its own, and compression
+    command -v zstd >/dev/null || missing+=(zstd)
     for library in libasan:libasan8 libubsan:libubsan1; do
         "${CC:-gcc}" -print-file-name="${library%%:*}.so" 2>/dev/null | grep -q / || missing+=("${library##*:}")
     done
