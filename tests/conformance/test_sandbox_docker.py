@@ -1,17 +1,22 @@
 """Docker's containers behave as every sandbox must, but for what the substrate says that it lacks."""
 
 import asyncio
+import contextlib
+import subprocess
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import docker
 import pytest
 import pytest_asyncio
 
-from dsec.conformance.check import Check, line, shell
+from dsec.conformance.check import Check, line, script, shell
 from dsec.conformance.suite import checks_for
-from dsec.edge.substrates.docker import DOCKER_LACKS, DockerConfig, DockerSubstrate
+from dsec.edge.config import DockerConfig
+from dsec.edge.substrates.docker import DOCKER_LACKS, DockerSubstrate
 from dsec.errors import HostUnfitError, InvalidArgumentError, SandboxLostError
-from dsec.types import LayerId, SandboxSpec
+from dsec.types import LayerId, SandboxId, SandboxSpec
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -54,7 +59,7 @@ async def test_a_cancelled_create_leaves_no_container(substrate: DockerSubstrate
             await asyncio.sleep(0)
         creating.cancel()
         await asyncio.gather(creating, return_exceptions=True)
-    await substrate.settled()
+    await asyncio.gather(*(sandbox.destroy() for sandbox in list(substrate._sandboxes.values())))
     assert containers_of(docker_url) == before
 
 
@@ -75,7 +80,7 @@ async def test_a_container_that_is_removed_behind_our_back_is_lost(substrate: Do
 async def test_nobody_inside_reaches_the_edge_by_the_socket(substrate: DockerSubstrate) -> None:
     sandbox = await substrate.create(SandboxSpec())
     knock = "import socket\ns = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\ns.connect('/.dsec/edge')"
-    result = await shell(sandbox, f'python3 -c "{knock}"; echo x > /.dsec/init; rm /.dsec/init; mv /.dsec /x')
+    result = await shell(sandbox, f'python3 -c "{knock}"; echo x > /.dsec/init; rm /.dsec/init')
     assert b"ConnectionRefusedError" in result.stderr.data
     assert result.exit_code != 0
     assert await line(sandbox, "echo alive") == "alive"
@@ -91,6 +96,61 @@ async def test_layers_that_were_not_made_upon_each_other_are_refused(substrate: 
         await sandbox.destroy()
     with pytest.raises(InvalidArgumentError, match="not made upon"):
         await substrate.create(SandboxSpec(layers=(made[0], made[1])))
+
+
+COMMAND = "echo one; until [ -e /tmp/go ]; do sleep 0.02; done; echo two"
+EDGE = """
+import asyncio, os, sys
+from pathlib import Path
+from dsec.conformance.check import script
+from dsec.edge.config import DockerConfig
+from dsec.edge.substrates.docker import DockerSubstrate
+from dsec.types import SandboxId, SandboxSpec
+
+async def main(command, url, state):
+    substrate = DockerSubstrate(DockerConfig(url=url), state_dir=Path(state) if state else None)
+    await substrate.open()
+    sandbox = await substrate.create(SandboxSpec(), SandboxId("kept"))
+    process = await sandbox.start(script(command), 7)
+    await process.read_output("stdout", 0, 4)
+    print("ready", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def killed_edge(url: str, state: str) -> None:
+    """An Edge that makes a sandbox, starts a command in it, and is killed."""
+    edge = await asyncio.create_subprocess_exec(sys.executable, "-c", EDGE, COMMAND, url, state, stdout=subprocess.PIPE)
+    assert edge.stdout is not None
+    assert await edge.stdout.readline() == b"ready\n"
+    edge.kill()
+    await edge.wait()
+
+
+async def test_a_sandbox_lives_on_when_its_edge_is_killed(docker_url: str, tmp_path: Path) -> None:
+    await killed_edge(docker_url, str(tmp_path))
+    substrate = DockerSubstrate(DockerConfig(url=docker_url), state_dir=tmp_path)
+    await substrate.open()
+    try:
+        sandbox = substrate.adopted()[SandboxId("kept")]
+        process = await sandbox.resume_process(7, script(COMMAND))
+        assert process is not None
+        await line(sandbox, "touch /tmp/go")
+        assert (await process.wait()).stdout.data == b"one\ntwo\n"
+    finally:
+        await substrate.close()
+    assert "/dsec-kept" not in containers_of(docker_url)
+
+
+async def test_a_sandbox_without_a_keeper_ends_with_its_edge(docker_url: str) -> None:
+    await killed_edge(docker_url, "")
+    client = docker.APIClient(base_url=docker_url, version="auto")
+    with contextlib.suppress(docker.errors.NotFound):
+        await asyncio.to_thread(client.wait, "dsec-kept", condition="removed")
+    client.close()
+    assert "/dsec-kept" not in containers_of(docker_url)
 
 
 async def test_a_host_without_docker_is_unfit_and_told_what_to_do() -> None:

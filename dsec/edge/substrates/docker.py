@@ -23,6 +23,7 @@ import contextlib
 import os
 import re
 import secrets
+import socket
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -83,8 +84,12 @@ class Engine:
     def __init__(self, config: DockerConfig) -> None:
         threads = config.creates_in_flight_max + 4
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="docker")
-        arguments = {"base_url": config.url} if config.url else docker.utils.kwargs_from_env()
-        self.api = docker.APIClient(version="auto", timeout=config.call_timeout_s, max_pool_size=threads, **arguments)
+        url = config.url or os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+        if not url.startswith("unix://"):
+            raise HostUnfitError(f"{url!r} is not the socket of a Docker daemon on this host (unix:///...)")
+        with socket.socket(socket.AF_UNIX) as probe:  # Docker's client would leave its socket open
+            probe.connect(url.removeprefix("unix://"))
+        self.api = docker.APIClient(base_url=url, version="auto", timeout=config.call_timeout_s, max_pool_size=threads)
 
     async def call(self, function: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
         """Run a blocking function in one of our threads."""
@@ -167,7 +172,7 @@ class DockerSubstrate:
             await self._prove()
         except BaseException as error:
             await self.detach()
-            if isinstance(error, _FAILURES):
+            if isinstance(error, (DsecError, *_FAILURES)):
                 raise HostUnfitError(f"Docker cannot be used: {error}") from error
             raise
 
@@ -237,12 +242,9 @@ class DockerSubstrate:
         return True
 
     async def _prove(self) -> None:
-        try:
-            sandbox = await self.create(SandboxSpec())
-            result = await sandbox.exec(Command(argv=("/bin/true",)))
-            await sandbox.destroy()
-        except DsecError as error:
-            raise HostUnfitError(f"Docker cannot run a sandbox: {error}") from error
+        sandbox = await self.create(SandboxSpec())
+        result = await sandbox.exec(Command(argv=("/bin/true",)))
+        await sandbox.destroy()
         if result.exit_code != 0:
             raise HostUnfitError(f"/bin/true ended with {result.exit_code} in a sandbox of Docker")
 
