@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 
 from dsec.edge.edge_config import EdgeConfig
 from dsec.edge.service import Edge
-from dsec.errors import NotFoundError
 from dsec.testing import FakeClock, FakeHost, FakeSandbox, FakeSubstrate, Script, succeed
+from dsec.types import Command, ExecResult
 
 
 class Hosts:
@@ -26,11 +27,15 @@ class Hosts:
 
     async def edge(self, substrate: FakeSubstrate | None = None, **config: Any) -> Edge:
         settings = EdgeConfig(**{"log_sync": "os", "log_reserve_bytes": 0, **config})
-        substrate = substrate or FakeSubstrate(lambda *args: self.script(*args), self.host)
+        substrate = substrate or FakeSubstrate(self.answer, self.host)
         edge = Edge(self.directory, substrate, settings, clock=self.clock)
         await edge.open()
         self.edges.append(edge)
         return edge
+
+    def answer(self, sandbox: FakeSandbox, command: Command) -> ExecResult | Awaitable[ExecResult]:
+        """By the script of the moment."""
+        return self.script(sandbox, command)
 
     async def kill(self, edge: Edge) -> None:
         """Its tasks and its lock are gone; nothing was written or destroyed on the way."""
@@ -38,19 +43,21 @@ class Hosts:
         edge._creation._under_way.clear()
         await edge.detach()
 
+    @staticmethod
+    async def until(condition: Callable[[], object]) -> None:
+        """Let everything else run until this holds."""
+        for _ in range(1_000_000):
+            if condition():
+                return
+            await asyncio.sleep(0)
+        raise AssertionError("it never became so")
+
     def sandbox(self, sandbox_id: str) -> FakeSandbox:
         return next(sandbox for sandbox in self.host.sandboxes.values() if sandbox.id == sandbox_id)
 
     async def gone(self, edge: Edge, sandbox_id: str) -> str:
         """Wait for the end of a sandbox; the reason."""
-        try:
-            live = edge._registry.find(sandbox_id)
-        except NotFoundError:
-            raise
-        except Exception:
-            return edge.get(sandbox_id).reason
-        await self.sandbox(sandbox_id).gone.wait()
-        await live.end  # type: ignore[misc]
+        await self.until(lambda: sandbox_id not in edge._registry.live)
         return edge.get(sandbox_id).reason
 
 

@@ -219,13 +219,11 @@ async def test_a_full_house_is_refused_with_its_reason_and_the_next_in_turn_gets
     edge = await hosts.edge(sandboxes_count_max=1)
     first = await edge.create(CreateRequest())
     waiting = asyncio.create_task(edge.create(CreateRequest()))
-    while not edge._registry.admission.waiting_count:
-        await asyncio.sleep(0)
+    await hosts.until(lambda: edge._registry.admission.waiting_count)
     await edge.destroy(first.id)
     assert (await waiting).state == "running"
     refused = asyncio.create_task(edge.create(CreateRequest()))
-    while not edge._registry.admission.waiting_count:
-        await asyncio.sleep(0)
+    await hosts.until(lambda: edge._registry.admission.waiting_count)
     hosts.clock.advance(3)
     with pytest.raises(ResourceExhaustedError, match=r"sandboxes_count asked 1, used 1 of 1 \(waited 2.0 s\)"):
         await refused

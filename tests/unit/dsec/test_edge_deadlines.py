@@ -1,6 +1,7 @@
 """Time: what expires, what a lease covers, what a jump of the clock does not do."""
 
 import asyncio
+import math
 from typing import Any
 
 import pytest
@@ -182,8 +183,7 @@ async def test_a_create_in_flight_whose_lease_lapses_leaves_nothing(hosts: Any) 
     await asked.wait()
     hosts.clock.advance(10)
     await asyncio.sleep(0)
-    while edge._registry.ledger.leases["job"].is_live:
-        await asyncio.sleep(0)
+    await hosts.until(lambda: not edge._registry.ledger.leases["job"].is_live)
     may_create.set()
     with pytest.raises(StateError, match="has ended"):
         await creating
@@ -191,8 +191,18 @@ async def test_a_create_in_flight_whose_lease_lapses_leaves_nothing(hosts: Any) 
     assert edge.status().used["sandboxes_count"] == 0
 
 
-@pytest.mark.parametrize(("owner", "epoch", "ttl_s"), [("", 1, 1.0), ("a", -1, 1.0), ("a", 1 << 63, 1.0), ("a", 1, 0.0),
-                                                       ("a", 1, float("nan")), ("a", 1, 1e9), ("a\n", 1, 1.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("owner", "epoch", "ttl_s"),
+    [
+        ("", 1, 1.0),
+        ("a", -1, 1.0),
+        ("a", 1 << 63, 1.0),
+        ("a", 1, 0.0),
+        ("a", 1, math.nan),
+        ("a", 1, 1e9),
+        ("a\n", 1, 1.0),
+    ],
+)
 async def test_a_lease_that_cannot_be_is_refused(hosts: Any, owner: str, epoch: int, ttl_s: float) -> None:
     edge = await hosts.edge()
     with pytest.raises(InvalidArgumentError):
@@ -201,7 +211,7 @@ async def test_a_lease_that_cannot_be_is_refused(hosts: Any, owner: str, epoch: 
 
 async def test_forgotten_deadlines_cost_no_memory_and_moved_ones_hold() -> None:
     clock, seen = FakeClock(boot_s=0.0), []
-    deadlines = Deadlines(clock, clock.boot_s, lambda name: seen.append(name))  # type: ignore[func-returns-value]
+    deadlines = Deadlines(clock, clock.boot_s, seen.append)
     for number in range(10 * STALE_COUNT_MAX):
         deadlines.put(str(number), 1e6 - number)
         deadlines.drop(str(number))

@@ -51,8 +51,7 @@ async def made(hosts: Any, **config: Any) -> tuple[Any, str]:
 async def test_twenty_callers_of_one_key_make_one_command_and_get_one_result(hosts: Any, world: World) -> None:
     edge, box = await made(hosts)
     callers = [asyncio.create_task(edge.exec(box, LS, "k")) for _ in range(20)]
-    while not world.runs:
-        await asyncio.sleep(0)
+    await hosts.until(lambda: world.runs)
     late = asyncio.create_task(edge.wait(box, "k"))
     world.may_end.set()
     assert {result.exit_code for result in await asyncio.gather(*callers, late)} == {1}
@@ -63,8 +62,7 @@ async def test_twenty_callers_of_one_key_make_one_command_and_get_one_result(hos
 async def test_a_used_key_with_another_command_is_refused_at_every_stage(hosts: Any, world: World) -> None:
     edge, box = await made(hosts)
     running = asyncio.create_task(edge.exec(box, LS, "k"))
-    while not world.runs:
-        await asyncio.sleep(0)
+    await hosts.until(lambda: world.runs)
     with pytest.raises(DivergedError, match="'k'"):
         await edge.exec(box, CAT, "k")
     world.may_end.set()
@@ -81,8 +79,7 @@ async def test_a_caller_that_goes_away_leaves_its_command_and_the_next_one_gets_
 ) -> None:
     edge, box = await made(hosts)
     caller = asyncio.create_task(edge.exec(box, LS, "k"))
-    while not world.runs:
-        await asyncio.sleep(0)
+    await hosts.until(lambda: world.runs)
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller
@@ -123,8 +120,7 @@ async def test_a_command_that_was_written_down_but_never_reached_the_sandbox_run
     sandbox = hosts.sandbox(box)
     sandbox.start = never  # the Edge is killed between its journal and the sandbox
     caller = asyncio.create_task(edge.exec(box, Command(argv=("late",)), "late"))
-    while "late" not in [view.key for view in edge.commands(box)]:
-        await asyncio.sleep(0)
+    await hosts.until(lambda: "late" in [view.key for view in edge.commands(box)])
     await hosts.kill(edge)
     with pytest.raises((asyncio.CancelledError, SandboxLostError)):
         await caller
@@ -213,8 +209,7 @@ async def test_a_sandbox_that_dies_under_a_command_is_lost_and_its_finished_keys
     edge, box = await made(hosts)
     done = await edge.exec(box, Command(argv=("now",)), "done")
     waiting = asyncio.create_task(edge.exec(box, LS, "k"))
-    while len(world.runs) < 2:
-        await asyncio.sleep(0)
+    await hosts.until(lambda: len(world.runs) == 2)
     hosts.sandbox(box).die()
     with pytest.raises(SandboxLostError):
         await waiting
