@@ -1,8 +1,7 @@
 /* The child side of a command: from the guest's process to execve.
  *
  * A pipe that execve closes tells the guest that the command runs, or why not: a command whose directory is
- * missing never started, and the caller is told so.  Root inside may stop any process but pid 1, so a
- * child can stand still on its way: the guest wakes it, and waits for a bounded time only.
+ * missing never started, and the caller is told so.  The guest does not wait for it.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -10,7 +9,6 @@
 #include <grp.h>
 #include <linux/capability.h>
 #include <linux/sched.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -25,9 +23,6 @@
 #include "toolbox.h"
 
 #define CLONE_ATTEMPTS_MAX 16
-/* A child that has not executed after this long (500 x 10 ms) counts as started: its own deadline ends it. */
-#define START_POLL_MS 10
-#define START_POLLS_MAX 500
 
 enum child_fd { FD_STATUS = 3 };
 
@@ -166,33 +161,21 @@ static pid_t clone_command(const struct launch *what, struct refusal *refusal) {
     return -1;
 }
 
-/* Whether the child gave up, and why.  The pipe ends without a word when it has executed, or died. */
-static int has_given_up(pid_t pid, int status, struct refusal *refusal) {
-    for (int i = 0; i < START_POLLS_MAX; i++) {
-        struct pollfd ready = {status, POLLIN, 0};
-        if (poll(&ready, 1, START_POLL_MS) > 0) return read(status, refusal, sizeof *refusal) == sizeof *refusal;
-        kill(pid, SIGCONT);
-    }
-    return 0;
+void abandon(pid_t pid, const struct exec_group *group) {
+    kill(pid, SIGKILL); /* it may have been stopped */
+    if (is_supervising()) forget_supervised(group);
+    else waitpid(pid, NULL, 0);
 }
 
-pid_t launch(const struct launch *what, struct refusal *refusal) {
+pid_t launch(const struct launch *what, int *status, struct refusal *refusal) {
     int ends[2];
     *refusal = (struct refusal){STAGE_FORK, EMFILE};
-    if (pipe2(ends, O_CLOEXEC) < 0) return -1;
+    if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) < 0) return -1;
     status_pipe = ends[1];
     pid_t pid = clone_command(what, refusal);
     if (pid == 0) run(what);
     close(ends[1]);
-    if (pid > 0) {
-        *refusal = (struct refusal){0, 0};
-        if (has_given_up(pid, ends[0], refusal)) {
-            kill(pid, SIGKILL); /* it may have been stopped */
-            if (is_supervising()) forget_supervised(what->group);
-            else waitpid(pid, NULL, 0);
-            pid = -1;
-        }
-    }
-    close(ends[0]);
+    if (pid > 0) *status = ends[0];
+    else close(ends[0]);
     return pid;
 }

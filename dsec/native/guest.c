@@ -30,15 +30,17 @@
  * command that must be alone is then refused. */
 #define DYING_MS_MAX 5000
 #define DYING_POLL_MS 10
+#define START_POLL_MS 10
 
 enum command_state { COMMAND_NONE = 0, COMMAND_RUNNING, COMMAND_DYING };
 
 struct command {
     enum command_state state;
     uint32_t id, flags;
-    pid_t pid; /* 0 once reaped */
+    pid_t pid;  /* 0 once reaped */
+    int status; /* the pipe that tells whether it gave up before execve; -1: it has executed */
     int wait_status;
-    uint64_t deadline_ms;
+    uint64_t started_ms, deadline_ms;
     uint64_t oom_kills_before;
     struct exec_group group;
 };
@@ -83,7 +85,24 @@ static void refuse(uint32_t id, enum refusal_stage stage, int error) {
     end_with(MSG_REFUSED, id, stage, (uint32_t)error);
 }
 
+/* Whether a command that was started gave up before execve; then it is answered, and is no more. */
+static int has_given_up(struct command *command) {
+    struct refusal refusal;
+    ssize_t count = read(command->status, &refusal, sizeof refusal);
+    if (count < 0 && errno == EAGAIN) return 0;
+    close(command->status);
+    command->status = -1;
+    if (count != sizeof refusal) return 0;
+    if (command->pid) abandon(command->pid, &command->group);
+    release_group(&command->group);
+    command->state = COMMAND_NONE;
+    refuse(command->id, refusal.stage, refusal.error);
+    return 1;
+}
+
 static void finish(struct command *command) {
+    if (command->status >= 0 && has_given_up(command)) return;
+    if (command->status >= 0) close(command->status);
     if (count_oom_kills() > command->oom_kills_before) command->flags |= EXIT_OOM_KILLED;
     release_group(&command->group);
     command->state = COMMAND_NONE;
@@ -108,6 +127,7 @@ static int reap(void) {
             command->pid = 0;
             command->wait_status = status;
             if (command->state == COMMAND_RUNNING) finish(command);
+            break;
         }
     }
     return pid == 0;
@@ -125,7 +145,8 @@ static int kill_others(void) {
     return 0;
 }
 
-/* Deadlines and dying trees; returns how long poll may sleep. */
+/* Deadlines, dying trees, and commands that have not executed yet: root inside may stop any process but pid 1,
+ * and whoever stands still before execve is not what it asked for.  Returns how long poll may sleep. */
 static int advance(void) {
     uint64_t now = now_ms(), next = UINT64_MAX;
     for (int i = 0; i < EXECS_COUNT_MAX; i++) {
@@ -140,6 +161,9 @@ static int advance(void) {
             else if (now + DYING_POLL_MS < next) next = now + DYING_POLL_MS;
         }
         if (command->state == COMMAND_RUNNING && command->deadline_ms < next) next = command->deadline_ms;
+        if (command->state != COMMAND_RUNNING || command->status < 0) continue;
+        if (now >= command->started_ms + START_POLL_MS) kill(command->pid, SIGCONT);
+        if (now + START_POLL_MS < next) next = now + START_POLL_MS;
     }
     if (next == UINT64_MAX) return -1;
     return next - now > 60000 ? 60000 : (int)(next - now);
@@ -178,16 +202,16 @@ static void start(uint32_t id, uint32_t flags, struct reader *in, const struct c
         if (commands[i].state == COMMAND_NONE) command = &commands[i];
     if (!command) return refuse(id, STAGE_COMMANDS, EAGAIN);
     if (parse_exec_body(in, &body) < 0) return refuse(id, STAGE_REQUEST, EBADMSG);
-    *command = (struct command){.id = id, .oom_kills_before = count_oom_kills()};
+    *command = (struct command){.id = id, .status = -1, .started_ms = now_ms(), .oom_kills_before = count_oom_kills()};
     if (acquire_group(&command->group) < 0) {
         refuse(id, STAGE_GROUP, errno);
     } else {
         struct launch what = {&body, id, flags, *fds, &command->group, joins, joins_count, control};
         struct refusal refusal;
-        command->pid = launch(&what, &refusal);
+        command->pid = launch(&what, &command->status, &refusal);
         if (command->pid > 0) {
             command->state = COMMAND_RUNNING;
-            command->deadline_ms = now_ms() + body.timeout_ms;
+            command->deadline_ms = command->started_ms + body.timeout_ms;
         } else {
             release_group(&command->group);
             refuse(id, refusal.stage, refusal.error);
@@ -278,8 +302,13 @@ void guest_main(int control_fd, int command_group, int oom_fd, const int *join_f
     if (signals < 0) _exit(1);
     reply(MSG_READY, NULL, 0);
     for (;;) {
-        struct pollfd fds[2] = {{control, POLLIN, 0}, {signals, POLLIN, 0}};
-        poll(fds, 2, advance());
+        int rest_ms = advance();
+        struct pollfd fds[2 + EXECS_COUNT_MAX] = {{control, POLLIN, 0}, {signals, POLLIN, 0}};
+        for (int i = 0; i < EXECS_COUNT_MAX; i++)
+            fds[2 + i] = (struct pollfd){commands[i].state == COMMAND_RUNNING ? commands[i].status : -1, POLLIN, 0};
+        poll(fds, 2 + EXECS_COUNT_MAX, rest_ms);
+        for (int i = 0; i < EXECS_COUNT_MAX; i++)
+            if (fds[2 + i].revents) has_given_up(&commands[i]);
         struct signalfd_siginfo info[16];
         if (fds[1].revents)
             while (read(signals, info, sizeof info) > 0) {

@@ -55,7 +55,9 @@ struct refusal {
     uint32_t stage; /* 0: started */
     int error;
 };
-pid_t launch(const struct launch *what, struct refusal *refusal); /* pid, or -1 and the refusal */
+/* The pid, or -1 and the refusal.  From `status` a refusal can be read, or its end once the command has executed. */
+pid_t launch(const struct launch *what, int *status, struct refusal *refusal);
+void abandon(pid_t pid, const struct exec_group *group); /* one that refused: until it is reaped */
 
 /* -- tty.c: in the child */
 void open_terminals(void);                                      /* before any command could touch /dev/pts */

@@ -53,6 +53,7 @@ class GuestSandbox(ABC):
         self._processes: dict[int, GuestProcess] = {}
         self._known: WeakValueDictionary[int, GuestProcess] = WeakValueDictionary()
         self._last_number = 0
+        self._first_number = NUMBER_MAX  # of those that this process started
         self._is_adopted = False
         self._remembered: Remembered | None = None
         self._gate = asyncio.Lock()
@@ -200,6 +201,7 @@ class GuestSandbox(ABC):
         if not 1 <= number <= NUMBER_MAX or number in self._known:
             raise InvalidArgumentError(f"{number} cannot be the number of a new command")
         self._last_number = max(self._last_number, number)
+        self._first_number = min(self._first_number, number)
         return number
 
     async def _remember(self) -> Remembered:
@@ -217,14 +219,17 @@ class GuestSandbox(ABC):
 
     async def resume_process(self, number: int, command: Command) -> GuestProcess | None:
         """See `dsec.sandbox.Sandbox.resume_process`."""
-        remembered = await self._remember()
         if (process := self._known.get(number)) is not None:
             return process
+        guest, remembered = self._living(), await self._remember()
+        if (process := self._known.get(number)) is not None:  # another caller was faster
+            return process
         if number not in remembered.running and number not in remembered.ended:
-            if number > self._last_number or (self._is_adopted and len(remembered.ended) < ENDED_COUNT_MAX):
+            is_forgotten = len(remembered.ended) >= ENDED_COUNT_MAX or number >= self._first_number
+            if number > self._last_number or not is_forgotten:
                 return None
             raise OutcomeUnknownError(f"command {number} ended longer ago than sandbox {self._id} remembers")
-        self._living().resume(number)
+        guest.resume(number)
         begun_s = self._keeping.left_since(number, "tty" if command.tty else "stdout")
         streams = Streams(number, command, self._keeping)
         is_whole = streams.resume()

@@ -25,7 +25,8 @@ int main(int argc, char **argv) {
     struct exec_group group = {.directory = directory};
     struct launch what = {.group = &group};
     struct refusal refusal;
-    if (launch(&what, &refusal) != -1 || refusal.error != EAGAIN) return 1;
+    int status;
+    if (launch(&what, &status, &refusal) != -1 || refusal.error != EAGAIN) return 1;
     printf("%s %d\n", refusal.stage == STAGE_CROWDED ? "crowded" : "host", attempts);
     return 0;
 }
