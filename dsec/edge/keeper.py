@@ -33,6 +33,7 @@ from dsec.errors import DsecError, HostUnfitError, ResourceExhaustedError
 
 ATTACH_TIMEOUT_S = 10.0
 _OTHER_FILES_COUNT = 64
+_STARTS_COUNT_MAX = 5
 log = logging.getLogger(__name__)
 
 
@@ -53,6 +54,7 @@ class Keeper:
         self._free_tokens = list(range(KEPT_COUNT_MAX - 1, -1, -1))
         self._listed: asyncio.Future[None] | None = None
         self._healing = asyncio.Lock()
+        self._is_closed = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.kept: dict[str, int] = {}
 
@@ -65,9 +67,13 @@ class Keeper:
         keeper = cls(binary, path, keep_s)
         try:
             if not await keeper._attach():
-                await keeper._start()
+                await keeper._heal()
         except BaseException:
-            keeper._abandon()
+            if keeper._packets is not None:
+                keeper._packets.close()
+            if keeper._process is not None:
+                keeper._process.forget()
+            keeper._release_kept()
             raise
         return keeper
 
@@ -100,7 +106,12 @@ class Keeper:
                 await self._packets.send(encode_u32(MessageType.DROP, token))
 
     async def close(self) -> None:
-        """Leave the keeper to the next process; with nothing kept it ends, and this waits for it.  Safe to call twice."""
+        """Leave the keeper to the next process; with nothing kept it ends, and this waits.  Safe to call twice."""
+        if self._is_closed:
+            return
+        if self._held:
+            await self._heal_alone()  # what is left must be there
+        self._is_closed = True
         for task in self._tasks:
             task.cancel()
         packets, self._packets = self._packets, None
@@ -114,13 +125,6 @@ class Keeper:
                 await process.ended()
 
     # -- the connection ------------------------------------------------------------------------
-
-    def _abandon(self) -> None:
-        """It serves another process, or is none of ours yet."""
-        if self._packets is not None:
-            self._packets.close()
-        if self._process is not None:
-            self._process.forget()
 
     async def _attach(self) -> bool:
         """Whether a keeper listens; then `kept` has what it holds."""
@@ -173,7 +177,7 @@ class Keeper:
         self._held.clear()
 
     async def _start(self) -> None:
-        """Start a keeper, and wait until it listens: another process that finds nobody starts one too."""
+        """Start a keeper, and wait until it listens: a process that finds nobody starts one too.  ConnectionError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             try:
@@ -190,10 +194,7 @@ class Keeper:
                 ours.close()
                 raise
         self._packets = PacketSocket(ours, self._on_packet, self._on_close)
-        try:
-            await self._list()
-        except ConnectionError as error:
-            raise HostUnfitError(f"the keeper of {self._path} ends at once") from error
+        await self._list()
 
     async def _send_put(self, key: str) -> bool:
         """False if there is no keeper."""
@@ -203,22 +204,35 @@ class Keeper:
         try:
             await self._packets.send(encode_u32(MessageType.PUT, token) + encode_string(key), [fd])
         except ConnectionError:
+            self._packets.close()
             return False
         return True
 
     async def _heal(self) -> None:
-        """Start another keeper, if there is none, and give it everything."""
+        """Start another keeper, if there is none, and give it everything.  HostUnfitError if it does not last."""
         async with self._healing:
-            if self._packets is not None and self._packets.is_open:
-                return
-            process, self._process, self._packets = self._process, None, None
-            if process is not None:
-                await process.ended()
-            await self._start()
-            for key in list(self._held):
-                if key in self._held and not await self._send_put(key):
-                    raise HostUnfitError(f"the keeper of {self._path} ends at once")
-            log.warning("the keeper had ended: another one holds %d descriptors now", len(self._held))
+            for _ in range(_STARTS_COUNT_MAX):
+                if self._is_closed or (self._packets is not None and self._packets.is_open):
+                    return
+                await self._bury()
+                with contextlib.suppress(ConnectionError):
+                    await self._start()
+                    for key in list(self._held):
+                        if key in self._held and not await self._send_put(key):
+                            break
+                    if self._held:
+                        log.warning("the keeper had ended: another one holds %d descriptors", len(self._held))
+            if self._packets is None or not self._packets.is_open:
+                raise HostUnfitError(f"the keeper of {self._path} ends again and again")
+
+    async def _bury(self) -> None:
+        packets, self._packets = self._packets, None
+        process, self._process = self._process, None
+        if packets is not None:
+            packets.close()
+        if process is not None:
+            process.kill()  # it may have hung up only
+            await process.ended()
 
     async def _heal_alone(self) -> None:
         try:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,6 +53,11 @@ class NativeProcess:
             for fd in aside:
                 os.close(fd)
         return cls(pid)
+
+    def kill(self) -> None:
+        """SIGKILL; nothing if it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     async def ended(self) -> None:
         """Wait for its end, and forget it: the last call."""

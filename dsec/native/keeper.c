@@ -3,7 +3,7 @@
  * It understands nothing of what it keeps.  One Python process is served at a time, and the next waits in the
  * backlog until that one has closed its connection or died (its pidfd says so where a fork of it still
  * holds the connection); what it had sent is read to the end before.  With nobody to serve for
- * `keep_s` the keeper ends, and with it, by end of file, the spawner and all its sandboxes.
+ * `keep_s`, or nothing kept, the keeper ends, and with it, by end of file, the spawner and all its sandboxes.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -29,6 +29,7 @@ struct kept {
 };
 
 static struct kept table[KEPT_COUNT_MAX];
+static uint32_t kept_count;
 static int listener, connection = -1, peer = -1; /* peer: a pidfd */
 static uint8_t packet[PACKET_BYTES_MAX];
 
@@ -53,6 +54,7 @@ static void drop(struct kept *item) {
     close(item->fd);
     free(item->key);
     item->key = NULL;
+    kept_count--;
 }
 
 /* Takes the fd out of `fd` if it keeps it.  -1: the message makes no sense. */
@@ -64,6 +66,7 @@ static int on_put(struct reader *in, int *fd) {
     if (!copy) return -1;
     drop(&table[token]);
     table[token] = (struct kept){*fd, copy};
+    kept_count++;
     *fd = -1;
     return 0;
 }
@@ -93,6 +96,7 @@ static int on_list(void) {
 static int on_message(void) {
     int fds[PACKET_FDS_MAX], fds_count, result;
     ssize_t length = receive_packet(connection, packet, sizeof packet, fds, &fds_count);
+    if (length < 0 && errno == ECONNRESET) return 0; /* it left before it had read all: what it sent is still there */
     if (length <= 0) return -1;
     struct reader in = {packet, packet + length, 0};
     switch (take_u32(&in)) {
@@ -113,10 +117,10 @@ static int64_t now_ms(void) {
     return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
-/* Waits for the next connection; -1 when `keep_s` has passed. */
+/* Waits for the next connection; -1 when there is nothing to wait for, or `keep_s` has passed. */
 static int await_connection(int keep_s) {
     int64_t end = now_ms() + (int64_t)keep_s * 1000, left;
-    while ((left = end - now_ms()) > 0) {
+    while (kept_count > 0 && (left = end - now_ms()) > 0) {
         struct pollfd ready = {listener, POLLIN, 0};
         if (poll(&ready, 1, left > 60000 ? 60000 : (int)left) <= 0) continue;
         serve_connection(accept4(listener, NULL, NULL, SOCK_CLOEXEC));
@@ -125,14 +129,21 @@ static int await_connection(int keep_s) {
     return -1;
 }
 
+/* As many files as the host lets us have; Python looks at this limit (prlimit). */
+static int raise_limit(void) {
+    struct rlimit files;
+    if (getrlimit(RLIMIT_NOFILE, &files) < 0) return -1;
+    files.rlim_cur = files.rlim_max;
+    return setrlimit(RLIMIT_NOFILE, &files);
+}
+
 int keeper_main(int listening, int first, int keep_s) {
-    struct rlimit files = {KEPT_COUNT_MAX + 64, KEPT_COUNT_MAX + 64};
     prctl(PR_SET_NAME, "dsec-keeper");
     listener = listening;
     fcntl(listener, F_SETFD, FD_CLOEXEC);
     fcntl(first, F_SETFD, FD_CLOEXEC);
     /* listen is called here, so that who connects learns our pid */
-    if (setrlimit(RLIMIT_NOFILE, &files) < 0 || listen(listener, 16) < 0) return 1;
+    if (raise_limit() < 0 || listen(listener, 16) < 0) return 1;
     serve_connection(first);
     while (connection >= 0 || await_connection(keep_s) == 0) {
         struct pollfd ready[2] = {{connection, POLLIN, 0}, {peer, POLLIN, 0}};

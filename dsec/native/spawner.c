@@ -24,7 +24,7 @@
 #include "spawner.h"
 
 /* Ours: the control socket, cgroups, spare namespaces, an image while it is mounted, and some while a child is made. */
-#define FILES_COUNT_MAX 8192
+#define FILES_COUNT_MAX 4096
 
 struct spawner spawner;
 static struct {

@@ -42,7 +42,7 @@ from dsec.errors import DsecError, HostUnfitError, InvalidArgumentError, Sandbox
 from dsec.types import Command, SandboxId, SandboxSpec
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-FILES_PER_SANDBOX = 8
+FILES_PER_SANDBOX = 3  # the guest's socket, its facts, a listener
 FILES_FOR_THE_REST = 1024
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class ContainerSubstrate:
         await self.gateway.close()
         seats, self._seats = self._seats, None
         seats.detach()
-        self.keeper.close()
+        await self.keeper.close()
 
     async def close(self) -> None:
         """See `dsec.sandbox.Substrate.close`.  Safe to call twice."""
@@ -127,7 +127,7 @@ class ContainerSubstrate:
         await self.gateway.close()
         await self._stop()
         if self.keeper is not None:
-            self.keeper.close()
+            await self.keeper.close()
 
     def _found(self) -> cgroup.Hierarchies:
         if self._hierarchies is None:
