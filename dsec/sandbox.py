@@ -8,8 +8,8 @@ See: docs/architecture.md, "Sandbox"; `dsec.testing.check_sandbox` for the confo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
 
 from dsec.types import Command, ExecResult, LayerId, NetworkPolicy, SandboxId, SandboxSpec, Stream
 
@@ -120,6 +120,15 @@ class Sandbox(Protocol):
 
     async def destroy(self) -> None:
         """Kill everything inside and free every resource; safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """A sandbox that says when it died; of any other the next command finds out."""
+
+    def watch(self, on_end: Callable[[], None]) -> None:
+        """Call `on_end` when its end has begun: it was destroyed, or died; at once if that was before."""
         ...
 
 

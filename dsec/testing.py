@@ -156,6 +156,7 @@ class FakeSandbox:
         self.awake = asyncio.Event()
         self.awake.set()
         self.gone = asyncio.Event()
+        self._on_end: Callable[[], None] = lambda: None
         self._last_number = 0
 
     @property
@@ -226,6 +227,12 @@ class FakeSandbox:
         self._require_alive()
         self.spec = msgspec.structs.replace(self.spec, network=policy)
 
+    def watch(self, on_end: Callable[[], None]) -> None:
+        """See the port."""
+        self._on_end = on_end
+        if self.is_destroyed:
+            on_end()
+
     async def destroy(self) -> None:
         """Every command is lost."""
         self.die()
@@ -233,6 +240,7 @@ class FakeSandbox:
     def die(self) -> None:
         """As if its first process had been killed."""
         self.gone.set()
+        self._on_end()
         self._host.sandboxes.pop(self._id, None)
         for process in self.processes.values():
             process.lose(SandboxLostError(f"sandbox {self._id} was destroyed, or died"))

@@ -25,10 +25,10 @@ from dsec.edge.commands import check_spec
 from dsec.edge.history import Outline
 from dsec.edge.journal import Known, RequestCancelled, SandboxEnded, SandboxReady, SandboxRequested
 from dsec.edge.leases import Leases, check_lease
-from dsec.edge.live import LiveSandbox, check_text
+from dsec.edge.live import LiveSandbox, check_size, check_text
 from dsec.edge.registry import Registry
 from dsec.errors import DivergedError, InvalidArgumentError, StateError
-from dsec.lifecycle import EndReason
+from dsec.lifecycle import EndReason, Happening
 from dsec.replay import first_difference
 from dsec.trajectory import CommandFinished, CommandStarted
 from dsec.types import SandboxId, SandboxSpec
@@ -37,6 +37,7 @@ from wal import settled
 
 REQUEST_ID_BYTES_MAX = 256
 LABEL_BYTES_MAX = 256
+CREATE_BYTES_MAX = 256 << 10
 TIMEOUT_S_MAX = 365 * 86_400.0
 
 
@@ -186,6 +187,8 @@ class Creation:
             ids = tuple(live.known.id for live in made)
             await registry.log.append(SandboxReady(ids, registry.now()), is_refusable=True)
             self._leases.require(wish.request.owner, wish.request.epoch)  # it may have lapsed meanwhile
+            for live in made:
+                live.require(Happening.USE)  # or it may have died
         except BaseException as error:
             await settled(self._unmake(wish, births, error))
             raise
@@ -246,6 +249,7 @@ class Creation:
     def _check(self, request: CreateRequest) -> None:
         """InvalidArgumentError if nothing can be made of this."""
         config = self._registry.config
+        check_size("the request", request, CREATE_BYTES_MAX)
         check_spec(request.spec)
         if request.request_id:
             check_text("request_id", request.request_id, REQUEST_ID_BYTES_MAX)

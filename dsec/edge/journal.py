@@ -16,7 +16,7 @@ See: docs/formats/edge_journal.md, dsec/lifecycle.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
@@ -214,7 +214,6 @@ class Known:
     """When something of it last began, ended or was resumed."""
     reason: EndReason | None = None
     message: str = ""
-    snapshots: list[SnapshotTaken] = field(default_factory=list)
 
     @property
     def id(self) -> SandboxId:
@@ -323,8 +322,6 @@ class Ledger:
             case SandboxResumed():
                 known.state = after(known.state, Happening.RESUME, known.id)
                 known.used_at_s = record.at_s
-            case SnapshotTaken():
-                known.snapshots.append(record)
             case NetworkUpdated():
                 known.spec = msgspec.structs.replace(known.spec, network=record.policy)
             case SandboxEnded():

@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 
+import msgspec
+
 from dsec.edge.admission import Amounts
 from dsec.edge.edge_config import EdgeConfig
 from dsec.edge.edge_log import EdgeLog
@@ -28,6 +30,7 @@ from dsec.types import Command, ExecResult, LayerId, NetworkPolicy, SandboxId, S
 from dsec.views import CommandView
 
 KEY_BYTES_MAX = 256
+POLICY_BYTES_MAX = 128 << 10
 Processes = OrderedDict[tuple[SandboxId, int], Process]
 """Ended commands whose output may still be read by offset, the oldest first."""
 
@@ -99,6 +102,7 @@ class LiveSandbox:
 
     async def update_network(self, policy: NetworkPolicy) -> None:
         """Replace the allowlist."""
+        check_size("the network policy", policy, POLICY_BYTES_MAX)
         async with self._lock:
             self.require(Happening.SNAPSHOT)
             await self._log.append(NetworkUpdated(self.known.id, policy, self.durable.now()), is_refusable=True)
@@ -197,6 +201,16 @@ def check_key(key: str) -> None:
     """InvalidArgumentError for a key that cannot be written down."""
     if key:
         check_text("key", key, KEY_BYTES_MAX)
+
+
+def check_size(what: str, value: msgspec.Struct, bytes_max: int) -> None:
+    """InvalidArgumentError for a value that is too large to be written down, or no text where it must be."""
+    try:
+        size = len(msgspec.msgpack.encode(value))
+    except (UnicodeEncodeError, OverflowError) as error:
+        raise InvalidArgumentError(f"{what} cannot be written down: {error}") from error
+    if size > bytes_max:
+        raise InvalidArgumentError(f"{what} has {size} bytes, more than {bytes_max}")
 
 
 def check_text(what: str, text: str, bytes_max: int) -> None:

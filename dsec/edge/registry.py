@@ -32,7 +32,7 @@ from dsec.edge.journal import JournalRecord, Known, Ledger, NetworkDecided, Sand
 from dsec.edge.live import LiveSandbox, Processes
 from dsec.errors import DsecError, NotFoundError, SandboxLostError
 from dsec.lifecycle import EndReason, State
-from dsec.sandbox import Process, Sandbox, Substrate
+from dsec.sandbox import Process, Sandbox, Substrate, Watched
 from dsec.trajectory import CommandFinished, CommandStarted, TrajectoryRecord
 from dsec.types import Command, SandboxId
 from dsec.views import SandboxView
@@ -118,6 +118,8 @@ class Registry:
         )
         live = LiveSandbox(known, sandbox, durable, asked, self.log, self.config)
         self.live[known.id] = live
+        if isinstance(sandbox, Watched):
+            sandbox.watch(partial(self.lose, known.id))
         return live
 
     def watch(self, live: LiveSandbox) -> None:

@@ -47,6 +47,9 @@ class Handle:
     def __init__(self, sandbox: FakeSandbox, substrate: MortalSubstrate) -> None:
         self._sandbox, self._substrate = sandbox, substrate
 
+    def watch(self, on_end: Callable[[], None]) -> None:
+        self._sandbox.watch(on_end)
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._sandbox, name)
         return self._substrate.while_alive(found) if callable(found) else found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -106,7 +108,8 @@ async def test_the_next_edge_has_the_same_sandbox_its_files_its_processes_and_it
         """
         box = (await edge.create(CreateRequest(request_id="r"))).id
         done = await edge.exec(box, sh("echo text > /root/file; date +%s%N; echo once >> /root/runs"), "done")
-        await edge.start(box, sh("while ! test -e /root/go; do sleep 0.05; done; echo went; echo once >> /root/runs; exit 7"), "slow")
+        wait = "while ! test -e /root/go; do sleep 0.05; done"
+        await edge.start(box, sh(wait + "; echo went; echo once >> /root/runs; exit 7"), "slow")
         pid = await edge.exec(box, sh("sleep 1000 >/dev/null 2>&1 & echo $!"))
         say(box=box, done=done.stdout.data.decode(), pid=pid.stdout.data.decode())
         """
@@ -184,9 +187,21 @@ async def test_a_sandbox_whose_first_process_is_killed_is_lost_and_said_so(tmp_p
         running = asyncio.create_task(edge.exec(box, sh("sleep 100"), "k"))
         await edge.exec(box, sh("true"))
         live: Any = edge._registry.live[box]
-        subprocess.run(["kill", "-9", str(live.sandbox.host_pid)], check=True)
+        os.kill(live.sandbox.host_pid, signal.SIGKILL)
         with pytest.raises(SandboxLostError):
             await running
         await edge._registry.settle()
         assert edge.get(box).reason == "lost"
         assert edge.status().used["sandboxes_count"] == 0
+
+
+async def test_a_sandbox_whose_first_process_is_killed_while_it_is_idle_is_seen_too(tmp_path: Path) -> None:
+    async with next_edge(tmp_path) as edge:
+        box = (await edge.create(CreateRequest())).id
+        live: Any = edge._registry.live[box]
+        os.kill(live.sandbox.host_pid, signal.SIGKILL)
+        for _ in range(1_000_000):
+            if box not in edge._registry.live:
+                break
+            await asyncio.sleep(0)
+        assert edge.get(box).reason == "lost"

@@ -18,7 +18,7 @@ import os
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import TypeVar
 from weakref import WeakValueDictionary
@@ -60,6 +60,7 @@ class GuestSandbox(ABC):
         self._paused_at: float | None = None
         self._paused_s = 0.0
         self._pause_note: tuple[int, Dispose] | None = None
+        self._on_end: Callable[[], None] = lambda: None
 
     @property
     def id(self) -> SandboxId:
@@ -110,6 +111,12 @@ class GuestSandbox(ABC):
             process.attach(master)
         else:  # sent to an earlier process, which did not live to read it
             self._keeping.adopt({f"{number}/tty/{round(time.monotonic() * 1000)}": master})
+
+    def watch(self, on_end: Callable[[], None]) -> None:
+        """See `dsec.sandbox.Watched`."""
+        self._on_end = on_end
+        if self._destroying is not None:
+            on_end()
 
     def _on_lost(self) -> None:
         self._start_destroying()
@@ -304,6 +311,7 @@ class GuestSandbox(ABC):
     def _start_destroying(self) -> asyncio.Task[None]:
         if self._destroying is None:
             self._destroying = asyncio.create_task(self._destroy(), name=f"destroy {self._id}")
+            self._on_end()
         return self._destroying
 
     async def _destroy(self) -> None:

@@ -16,7 +16,7 @@ from dsec.errors import (
     StateError,
 )
 from dsec.testing import FakeSandbox, FakeSubstrate
-from dsec.types import Command, SandboxId, SandboxSpec
+from dsec.types import Command, LayerId, SandboxId, SandboxSpec
 from dsec.views import CreateRequest
 
 LS = Command(argv=("ls",))
@@ -177,6 +177,8 @@ async def test_a_name_that_is_none_is_not_found(hosts: Any) -> None:
         CreateRequest(lifetime_s=float("nan")),
         CreateRequest(lifetime_s=float("inf")),
         CreateRequest(lifetime_s=-1.0),
+        CreateRequest(spec=SandboxSpec(layers=(LayerId("sha256:" + "0" * (1 << 18)),))),
+        CreateRequest(spec=SandboxSpec(layers=(LayerId("\ud800"),))),
     ],
 )
 async def test_a_request_that_cannot_be_is_refused_before_it_is_written_down(

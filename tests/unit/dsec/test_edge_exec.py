@@ -317,3 +317,10 @@ async def test_pause_stops_and_any_request_resumes(hosts: Any, world: World) -> 
     await edge.exec(box, LS, "k2")
     assert not sandbox.is_paused
     await edge.resume(box)
+
+
+async def test_a_sandbox_that_dies_while_nothing_runs_in_it_is_seen_at_once(hosts: Any) -> None:
+    edge, box = await made(hosts)
+    hosts.sandbox(box).die()
+    assert await hosts.gone(edge, box) == "lost"
+    assert edge.status().used["sandboxes_count"] == 0
