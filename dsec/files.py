@@ -116,7 +116,7 @@ class Files:
             parts += [part async for part in self.open_read(path, offset + CHUNK_BYTES, rest)]
         return b"".join(parts)
 
-    async def open_read(self, path: str, offset: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
+    async def open_read(self, path: str, offset: int = 0, length: int | None = None) -> AsyncGenerator[bytes]:
         """The same in pieces of at most CHUNK_BYTES, however large the file is."""
         _check_path(path)
         count = "-" if length is None else str(length)
@@ -196,7 +196,7 @@ class Files:
         _check_path(new_path)
         await self._run(path, "rename", path, new_path, *(["--exclusive"] if exclusive else []))
 
-    async def watch(self, path: str, *, recursive: bool = False) -> AsyncIterator[Event]:
+    async def watch(self, path: str, *, recursive: bool = False) -> AsyncGenerator[Event]:
         """Events of a file or directory, with `recursive` of all below it, until it is gone; `ready` is the first."""
         _check_path(path)
         argv = (TOOLBOX, "watch", path, *(["--recursive"] if recursive else []))
@@ -231,7 +231,7 @@ class Files:
     async def _unpack(self, pieces: AsyncIterator[bytes], path: str) -> None:
         await self._feed(path, ("tar", "-x", "-p", "-o", "-f", "-", "-C", path), _whole_archive(pieces))
 
-    async def download_tree(self, path: str) -> AsyncIterator[bytes]:
+    async def download_tree(self, path: str) -> AsyncGenerator[bytes]:
         """A directory as the bytes of a tar archive, its members named `./…`.
 
         It was made inside: whoever unpacks it elsewhere must not trust its names.

@@ -142,6 +142,15 @@ async def a_signal_reaches_the_commands_process_group(substrate: Substrate) -> N
 
 
 @check()
+async def a_signal_right_after_the_start_is_not_lost(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        for _ in range(20):
+            process = await sandbox.start(Command(argv=("/bin/sleep", "300"), timeout_s=20))
+            await process.signal(15)
+            require((await process.wait()).exit_code == 128 + 15, await process.wait())
+
+
+@check()
 async def a_stopped_command_can_go_on_and_be_killed(substrate: Substrate) -> None:
     async with fresh(substrate) as sandbox:
         process = await sandbox.start(script("echo ready; until [ -e /tmp/go ]; do sleep 0.02; done; exit 8"))
@@ -220,6 +229,7 @@ CHECKS: tuple[Check, ...] = (
     kill_ends_the_whole_tree,
     a_started_command_has_its_timeout,
     a_signal_reaches_the_commands_process_group,
+    a_signal_right_after_the_start_is_not_lost,
     a_stopped_command_can_go_on_and_be_killed,
     input_comes_in_pieces_and_ends_when_told,
     a_writer_waits_for_a_reader_and_nobody_else_does,

@@ -10,7 +10,9 @@ from collections.abc import Set as AbstractSet
 import msgspec
 
 from dsec.conformance import (
+    archives,
     execution,
+    files,
     isolation,
     lifecycle,
     network,
@@ -34,6 +36,8 @@ SANDBOX_CHECKS: tuple[Check, ...] = (
     *terminals.CHECKS,
     *users.CHECKS,
     *lifecycle.CHECKS,
+    *files.CHECKS,
+    *archives.CHECKS,
     *network.CHECKS,
     *isolation.CHECKS,
     *resources.CHECKS,

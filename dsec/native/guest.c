@@ -249,7 +249,9 @@ static void on_kill(struct reader *in) {
 static void on_signal(struct reader *in) {
     struct command *command = find_running(take_u32(in));
     uint32_t number = take_u32(in);
-    if (command && number > 0 && number < NSIG) kill(-command->pid, (int)number);
+    if (!command || number == 0 || number >= NSIG) return;
+    /* Before its setsid it leads no group; what it is sent then waits until it has unblocked signals. */
+    if (kill(-command->pid, (int)number) < 0 && errno == ESRCH) kill(command->pid, (int)number);
 }
 
 static void on_extend(struct reader *in) {
