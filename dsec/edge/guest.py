@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from dsec.edge.native_wire import (
+    ENDED_COUNT_MAX,
     EXEC_BODY_IN_FD,
     EXEC_HAS_STDIN,
     EXEC_KILL_OTHERS,
@@ -56,10 +57,14 @@ Answer = Exited | Refused
 
 
 class Remembered(msgspec.Struct):
-    """What a guest knows: the numbers of the commands that run, and how the last ones ended, the oldest first."""
+    """What a guest knows: the numbers of the commands that run, and how the last ones ended, the oldest first.
+
+    `is_full`: there may have been more, which it has forgotten.
+    """
 
     running: set[int] = msgspec.field(default_factory=set)
     ended: dict[int, Answer] = msgspec.field(default_factory=dict)
+    is_full: bool = False
 
 
 class Guest:
@@ -179,6 +184,7 @@ class Guest:
         elif kind == MessageType.RUNNING:
             self._remembered.running.add(reader.u32())
         elif kind == MessageType.SYNCED and self._synced is not None and not self._synced.done():
+            self._remembered.is_full = len(self._remembered.ended) >= ENDED_COUNT_MAX
             self._synced.set_result(None)
         else:
             raise MalformedMessageError(f"a guest sent a message of type {kind}")
@@ -192,7 +198,9 @@ class Guest:
         self._ready.exception()
 
     def _settle_answer(self, number: int, answer: Answer) -> None:
-        if self._synced is not None and not self._synced.done():
+        is_synced = self._synced is None or self._synced.done()
+        if not is_synced or number in self._remembered.running:  # of an earlier client, and not resumed yet
+            self._remembered.running.discard(number)
             self._remembered.ended[number] = answer
         waiting = self._answers.get(number)
         if waiting is not None and not waiting.done():

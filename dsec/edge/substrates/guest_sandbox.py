@@ -32,8 +32,6 @@ from dsec.edge.substrates.streams import Keeping, Streams
 from dsec.errors import InvalidArgumentError, OutcomeUnknownError, SandboxLostError
 from dsec.types import Command, ExecResult, SandboxId
 
-ENDED_COUNT_MAX = 128
-"""Ends that a guest remembers."""
 NUMBER_MAX = 0xFFFFFFFF
 PAUSED_POLL_S = 0.1
 _PAUSED = (0, "paused")
@@ -232,7 +230,7 @@ class GuestSandbox(ABC):
         if (process := self._known.get(number)) is not None:  # another caller was faster
             return process
         if number not in remembered.running and number not in remembered.ended:
-            is_forgotten = len(remembered.ended) >= ENDED_COUNT_MAX or number >= self._first_number
+            is_forgotten = remembered.is_full or number >= self._first_number
             if number > self._last_number or not is_forgotten:
                 return None
             raise OutcomeUnknownError(f"command {number} ended longer ago than sandbox {self._id} remembers")
