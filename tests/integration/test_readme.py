@@ -27,7 +27,7 @@ def place(tmp_path: Path) -> Path:
 def test_every_block_is_a_picture_or_is_run_here() -> None:
     pictures = [text for _, text in BLOCKS if text not in SHELL + PYTHON]
     assert all("──" in text for text in pictures)
-    assert (len(SHELL), len(PYTHON)) == (2, 1)
+    assert (len(SHELL), len(PYTHON)) == (3, 1)
 
 
 def test_every_make_line_names_a_target() -> None:
@@ -36,7 +36,7 @@ def test_every_make_line_names_a_target() -> None:
     assert {"run", "test"} <= {one or other for one, other in named} <= targets
 
 
-@pytest.mark.parametrize("block", [text for text in SHELL if not text.startswith("make ")], ids=["kill it"])
+@pytest.mark.parametrize("block", [text for text in SHELL if "dsec run --resume" in text], ids=["kill it"])
 def test_a_run_that_is_killed_as_the_readme_says_is_finished_as_it_says(dsec: Any, place: Path, block: str) -> None:
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))  # on a big machine it would end before the kill
     ran = dsec("-c", cores, "bash", "-c", block, command="taskset", cwd=place)
@@ -48,6 +48,20 @@ def test_a_run_that_is_killed_as_the_readme_says_is_finished_as_it_says(dsec: An
     (resumed,) = re.findall(r"(\d+) rollouts resumed", ran.out)
     assert int(resumed) > 0
     assert "bug-1-000" in ran.out
+
+
+@pytest.mark.parametrize("block", [text for text in SHELL if "dsec edge serve" in text], ids=["sandboxes"])
+def test_a_sandbox_outlives_its_edge_as_the_readme_says(dsec: Any, place: Path, block: str) -> None:
+    ran = dsec("-c", block, command="bash", cwd=place)
+    assert ran.code == 0, ran.out + ran.err
+    lines = ran.out.splitlines()
+    assert "0 sandboxes taken up" in lines[0]
+    assert re.fullmatch(r"\d+", lines[1])
+    assert lines[1] == lines[2] == lines[4]  # it ran once, and its file is there after the kill
+    assert "1 sandboxes taken up" in lines[3]
+    original, copy = re.findall(r"^(\S+) +running +host", ran.out, re.MULTILINE)
+    assert lines[5] in (original, copy)
+    assert re.search(r"^1 +build +finished +0 .* bash -c ", ran.out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=["ten lines"])
