@@ -19,11 +19,13 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from msgspec.structs import replace
 
@@ -40,6 +42,8 @@ from dsec.types import LayerId
 
 BYTES_MAX = 1 << 42
 CHECK_BYTES = 16 << 20
+P = ParamSpec("P")
+T = TypeVar("T")
 Read = Callable[[ImageWriter], Node]
 Progress = Callable[[int], None]
 """Called with the count of bytes that were written since the last call."""
@@ -55,14 +59,14 @@ class LayerStore:
         self._held: dict[LayerId, tuple[int, int]] = {}
 
     async def open(self) -> None:
-        """Make the directory and remove what dead processes left unfinished."""
+        """Make the directory and remove what dead processes left unfinished.  HostUnfitError."""
 
         def prepare() -> None:
             self._shelf.make()
             with self._shelf.changing():
                 self._shelf.sweep()
 
-        await asyncio.to_thread(prepare)
+        await _in_thread(prepare)
 
     def close(self) -> None:
         """Let go of every layer."""
@@ -128,7 +132,7 @@ class LayerStore:
         """Read layers again.  HostUnfitError if one is no longer what its name says."""
         for layer_id in layer_ids:
             path = self.path(layer_id)
-            if await asyncio.to_thread(file_id, path) != layer_id:
+            if await _in_thread(file_id, path) != layer_id:
                 raise HostUnfitError(f"{path} was changed: it is no longer what it is called")
 
     async def publish(self, image: Image) -> None:
@@ -139,9 +143,9 @@ class LayerStore:
         if self._shared is None:
             raise StateError("there is no shared directory to publish to (DSEC_IMAGES_SHARED)")
         for layer_id in image.layers:
-            await asyncio.to_thread(self._shared.receive, self._find(layer_id), layer_id)
+            await _in_thread(self._shared.receive, self._find(layer_id), layer_id)
         if image.name:
-            await asyncio.to_thread(self._shared.put_image, image)
+            await _in_thread(self._shared.put_image, image)
 
     def used_bytes(self) -> int:
         """What this host's layers take on its disk."""
@@ -180,6 +184,8 @@ class LayerStore:
             fd = os.open(shelf.path(layer_id), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise NotFoundError(f"there is no layer {layer_id} any more") from error
+        except OSError as error:
+            raise HostUnfitError(f"layer {layer_id} cannot be opened: {error}") from error
         try:
             if shelf is self._shelf:
                 fcntl.flock(fd, fcntl.LOCK_SH)
@@ -257,15 +263,8 @@ class LayerStore:
             if progress is not None:
                 progress(count)
 
-        def build() -> LayerId:
-            try:
-                return self._build(read, made_from, parents, step, compressed=compressed)
-            except OSError as error:
-                if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-                    raise ResourceExhaustedError(f"no room for the layer: {error.strerror}") from error
-                raise HostUnfitError(f"the layer cannot be made: {error}") from error
-
-        task = asyncio.ensure_future(asyncio.to_thread(build))
+        build = functools.partial(self._build, read, made_from, parents, step, compressed=compressed)
+        task = asyncio.ensure_future(_in_thread(build))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -330,7 +329,7 @@ class LayerStore:
                     self._find(layer_id)
                 self._shelf.put_image(named)
 
-        await asyncio.to_thread(put)
+        await _in_thread(put)
         return named
 
     async def untag(self, name: str) -> None:
@@ -341,7 +340,7 @@ class LayerStore:
                 if not self._shelf.remove_image(check_image_name(name)):
                     raise NotFoundError(f"there is no image {name} of this host; dsec image ls names them")
 
-        await asyncio.to_thread(remove)
+        await _in_thread(remove)
 
     # -- removing --------------------------------------------------------------------------------
 
@@ -358,7 +357,7 @@ class LayerStore:
                 if reason is not None:
                     raise StateError(f"layer {layer_id} must stay: {reason}")
 
-        await asyncio.to_thread(remove)
+        await _in_thread(remove)
 
     async def collect(self) -> list[LayerId]:
         """Remove every layer that nothing needs, and what dead processes left; the removed layers."""
@@ -368,4 +367,14 @@ class LayerStore:
                 self._shelf.sweep()
                 return quota.evict(self._shelf, lambda: False)
 
-        return await asyncio.to_thread(collect)
+        return await _in_thread(collect)
+
+
+async def _in_thread(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """Run what touches the disk beside the loop.  ResourceExhaustedError for a full one, else HostUnfitError."""
+    try:
+        return await asyncio.to_thread(work, *arguments, **options)
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise ResourceExhaustedError(f"no room for layers: {error.strerror}") from error
+        raise HostUnfitError(f"the store of layers does not work: {error}") from error

@@ -290,6 +290,12 @@ async def test_a_changed_layer_is_found(store, source):
         await store.check([made])
 
 
+async def test_a_place_that_is_none_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(HostUnfitError, match="does not work"):
+        await LayerStore(tmp_path / "file" / "store").open()
+
+
 async def test_only_root_looks_into_a_store(store, tmp_path):
     assert (tmp_path / "store").stat().st_mode & 0o777 == 0o700
 
