@@ -9,6 +9,7 @@ import math
 import os
 import re
 
+from dsec.edge.config import SANDBOX_LAYERS_COUNT_MAX
 from dsec.edge.native_wire import encode_exec_body
 from dsec.edge.network.rules import Allowlist
 from dsec.errors import InvalidArgumentError
@@ -21,6 +22,7 @@ OUTPUT_BYTES_MAX_MAX = 64 << 20
 MEMORY_BYTES_MIN = 16 << 20
 DISK_BYTES_MIN = 1 << 20
 TTY_SIDE_MAX = 0xFFFF
+CPU_WEIGHT_MAX = 10_000
 _HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -83,6 +85,12 @@ def check_spec(spec: SandboxSpec) -> None:
         raise InvalidArgumentError(f"pids_count_max {spec.pids_count_max} is below 1")
     if not (math.isfinite(spec.cpu_cores) and 0.01 <= spec.cpu_cores <= 1024):
         raise InvalidArgumentError(f"cpu_cores {spec.cpu_cores} is not in [0.01, 1024]")
+    if not 1 <= spec.cpu_weight <= CPU_WEIGHT_MAX:
+        raise InvalidArgumentError(f"cpu_weight {spec.cpu_weight} is not in [1, {CPU_WEIGHT_MAX}]")
     if not _HOSTNAME.fullmatch(spec.hostname):
         raise InvalidArgumentError(f"hostname {spec.hostname!r} is not a lower case host name")
+    if not spec.layers and not spec.base:
+        raise InvalidArgumentError("with neither a base nor a layer there would be nothing to run")
+    if len(spec.layers) > SANDBOX_LAYERS_COUNT_MAX or len(set(spec.layers)) != len(spec.layers):
+        raise InvalidArgumentError(f"{len(spec.layers)} layers: at most {SANDBOX_LAYERS_COUNT_MAX}, and each once")
     Allowlist(spec.network)

@@ -221,6 +221,9 @@ class ContainerSubstrate:
                 await sandbox.set_up(spec)
         except TimeoutError as error:
             raise SpawnError(f"the sandbox was not ready within {self.config.create_timeout_s} s") from error
+        except DsecError:
+            await sandbox.destroy()  # its slot is free again when the caller learns of it
+            raise
         return sandbox
 
     async def release(self, sandbox: ContainerSandbox, *, had_network: bool) -> None:

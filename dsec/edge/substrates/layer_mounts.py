@@ -182,11 +182,13 @@ class LayerMounts:
         if self._users[layer_id] > 0 or layer_id not in self._numbers or self._store is None:
             return
         number = self._numbers.pop(layer_id)
-        with contextlib.suppress(SpawnError):  # then all mounts are gone
-            await self._spawner.unmount(number)
-        if self._keeper is not None:
-            await self._keeper.drop(_key(number, layer_id))
-        self._store.release([layer_id])
+        try:
+            with contextlib.suppress(SpawnError):  # then all mounts are gone
+                await self._spawner.unmount(number)
+            if self._keeper is not None:
+                await self._keeper.drop(_key(number, layer_id))
+        finally:
+            self._store.release([layer_id])
         self._free.append(number)
 
 
