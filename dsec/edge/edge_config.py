@@ -49,6 +49,8 @@ class EdgeConfig(BaseSettings):
     """How long a close waits for the last records."""
     log_sync: str = "always"
     log_segment_bytes_max: int = Field(default=16 << 20, ge=1 << 16)
+    log_bytes_max: int = Field(default=4 << 30, ge=0)
+    """Above it the oldest trajectories of ended sandboxes go; what lives keeps its own."""
     log_reserve_bytes: int = Field(default=16 << 20, ge=0)
     """Kept free for the log itself: what runs can end in the journal of a full disk."""
 

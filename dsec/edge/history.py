@@ -30,6 +30,7 @@ from dsec.edge.journal import (
     SandboxEnded,
     SandboxReady,
     SnapshotTaken,
+    StateCarried,
     decode,
 )
 from dsec.errors import NotFoundError, StateError
@@ -133,7 +134,7 @@ def names_of(record: JournalRecord) -> tuple[str, ...]:
     match record:
         case SandboxReady():
             return record.sandbox_ids
-        case EdgeOpened() | LeaseGranted() | LeaseEnded() | RequestCancelled():
+        case EdgeOpened() | StateCarried() | LeaseGranted() | LeaseEnded() | RequestCancelled():
             return ()
         case _:
             return (record.sandbox_id if isinstance(record, EdgeRecord) else record.session,)

@@ -153,8 +153,20 @@ class RequestCancelled(msgspec.Struct, frozen=True, tag="request_cancelled"):
     at_s: float
 
 
+class StateCarried(msgspec.Struct, frozen=True, tag="state_carried"):
+    """What belongs to no sandbox, said again before the records that said it are dropped.
+
+    Leases as (owner, epoch, expires_at_s, is_live); it tells nothing new to who read those records.
+    """
+
+    opened: EdgeOpened | None
+    leases: tuple[tuple[str, int, float, bool], ...]
+    cancelled: tuple[str, ...]
+
+
 EdgeRecord = (
     EdgeOpened
+    | StateCarried
     | SandboxRequested
     | SandboxReady
     | SandboxPaused
@@ -264,6 +276,8 @@ class Ledger:
         match record:
             case EdgeOpened():
                 self.opened = record
+            case StateCarried():
+                self._carry(record)
             case SandboxRequested():
                 self._request(record, lsn)
             case SandboxReady():
@@ -294,6 +308,21 @@ class Ledger:
         request = known.requested.request
         lease = self.leases.get(request.owner)
         return lease if lease is not None and lease.is_live and lease.epoch == request.epoch else None
+
+    def carried(self) -> StateCarried:
+        """All that would be lost with the beginning of the journal, but for sandboxes that ended."""
+        leases = ((owner, lease.epoch, lease.expires_at_s, lease.is_live) for owner, lease in self.leases.items())
+        return StateCarried(self.opened, tuple(leases), tuple(self.cancelled))
+
+    def _carry(self, record: StateCarried) -> None:
+        self.opened = self.opened or record.opened
+        for owner, epoch, expires_at_s, is_live in record.leases:
+            if owner not in self.leases:
+                self.leases[owner] = Lease(epoch, expires_at_s, is_live)
+                if not is_live:
+                    self._lapsed[owner] = None
+        self.cancelled = dict.fromkeys(record.cancelled) | self.cancelled
+        self._bound(self.cancelled)
 
     def _request(self, record: SandboxRequested, lsn: int) -> None:
         sandbox_id = record.sandbox_id

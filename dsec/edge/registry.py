@@ -30,6 +30,7 @@ from dsec.edge.exec_log import DurableSandbox
 from dsec.edge.history import History
 from dsec.edge.journal import JournalRecord, Known, Ledger, NetworkDecided, SandboxEnded
 from dsec.edge.live import LiveSandbox, Processes
+from dsec.edge.retention import LOOK_S, JournalRetention
 from dsec.errors import DsecError, NotFoundError, SandboxLostError
 from dsec.lifecycle import EndReason, State
 from dsec.sandbox import Process, Sandbox, Substrate, Watched
@@ -37,6 +38,8 @@ from dsec.trajectory import CommandFinished, CommandStarted, TrajectoryRecord
 from dsec.types import Command, SandboxId
 from dsec.views import SandboxView
 
+JOURNAL = "the journal"
+"""A name among the deadlines that no sandbox has."""
 NOTES_WAITING_COUNT_MAX = 1000
 _log = logging.getLogger(__name__)
 
@@ -53,6 +56,7 @@ class Registry:
         self.ledger = Ledger(config.ended_count_max)
         self.history = History(directory, config.results_bytes_max, storage)
         self.log = EdgeLog(directory, config, clock, self._apply, storage)
+        self.retention = JournalRetention(directory, self.ledger, self.log, config.log_bytes_max)
         self.admission = Admission(directory, config, clock)
         self.deadlines = Deadlines(clock, self.now, self._on_due)
         self.live: dict[SandboxId, LiveSandbox] = {}
@@ -127,6 +131,11 @@ class Registry:
         if (due_s := self._next_look(live)) is not None:
             self.deadlines.put(live.known.id, due_s)
 
+    def start(self) -> None:
+        """Begin to look at the clock."""
+        self.deadlines.put(JOURNAL, self.now() + LOOK_S)
+        self.deadlines.start()
+
     async def _record(self, record: TrajectoryRecord) -> None:
         await self.log.append(record, is_refusable=isinstance(record, CommandStarted))
 
@@ -190,6 +199,10 @@ class Registry:
         return min(looks, default=None)
 
     def _on_due(self, name: str) -> float | None:
+        if name == JOURNAL:
+            if self.retention.is_due:
+                self.spawn(self.retention.run_pass(), "retention of the journal")
+            return self.now() + LOOK_S
         live = self.live.get(SandboxId(name))
         if live is None or live.end is not None:
             return None

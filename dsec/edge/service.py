@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack
@@ -85,7 +86,7 @@ class Edge:
             stack.push_async_callback(registry.abandon)
             stack.push_async_callback(self._leases.deadlines.stop)
             await recover(registry, self._leases)
-            registry.deadlines.start()
+            registry.start()
             self._leases.start()
             stack.push_async_callback(self._creation.close)
             self._resources = stack.pop_all()
@@ -255,7 +256,10 @@ class Edge:
         """What is used of each bound, and the sandboxes by state."""
         admission = self._registry.admission
         states = Counter(str(live.state) for live in self._registry.live.values())
-        return HostView(used=dict(admission.used), total=dict(admission.total), sandboxes=dict(states))
+        disk = os.statvfs(self.directory)
+        total = admission.total | {"disk_bytes": float(disk.f_blocks * disk.f_frsize)}
+        used = admission.used | {"disk_bytes": float((disk.f_blocks - disk.f_bavail) * disk.f_frsize)}
+        return HostView(used=used, total=total, sandboxes=dict(states))
 
     def list(self, labels: Mapping[str, str] | None = None) -> list[SandboxView]:
         """Living sandboxes that have all these labels, in the order of their creation."""

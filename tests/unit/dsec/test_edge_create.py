@@ -80,7 +80,8 @@ async def test_a_create_that_fails_leaves_nothing_and_its_request_id_may_be_used
     edge = await hosts.edge(FailingSubstrate(hosts.script, hosts.host))
     with pytest.raises(SpawnError, match="clone"):
         await edge.create(CreateRequest(request_id="r"))
-    assert edge.status().used == {"sandboxes_count": 0, "memory_bytes": 0, "pids_count": 0}
+    used = edge.status().used
+    assert [used[name] for name in ("sandboxes_count", "memory_bytes", "pids_count")] == [0, 0, 0]
     assert edge.list() == []
     assert (await edge.create(CreateRequest(request_id="r"))).state == "running"
 
@@ -229,3 +230,40 @@ async def test_a_full_house_is_refused_with_its_reason_and_the_next_in_turn_gets
     hosts.clock.advance(3)
     with pytest.raises(ResourceExhaustedError, match=r"sandboxes_count asked 1, used 1 of 1 \(waited 2.0 s\)"):
         await refused
+
+
+async def test_an_old_journal_loses_the_trajectories_of_ended_sandboxes_and_nothing_else(hosts: Any) -> None:
+    small = {"log_bytes_max": 1 << 17, "log_segment_bytes_max": 1 << 16}
+    edge = await hosts.edge(**small)
+    await edge.grant_lease("job", 7, 10_000.0)
+    await edge.grant_lease("gone", 3, 10_000.0)
+    await edge.end_lease("gone", 3)
+    await edge.cancel("never")
+    old = await edge.create(CreateRequest())
+    fat = Command(argv=("x",), stdin=bytes(10_000))
+    for number in range(30):
+        await edge.exec(old.id, fat, f"k{number}")
+    assert (await edge._registry.retention.run_pass()).dropped == ()
+    await edge.destroy(old.id)
+    living = await edge.create(CreateRequest(owner="job", epoch=7, request_id="r"))
+    result = await edge.exec(living.id, fat, "mine")
+    hosts.clock.advance(61)
+    log = hosts.directory / "log"
+    await hosts.until(lambda: list(log.glob("*.floor")))
+    await edge._registry.settle()
+    await hosts.kill(edge)
+    assert sum(path.stat().st_size for path in log.glob("*.wal")) < 1 << 19
+    edge = await hosts.edge(**small)
+    assert edge.list() == [edge.get(living.id)]
+    assert await edge.exec(living.id, fat, "mine") == result
+    assert (await edge.create(CreateRequest(owner="job", epoch=7, request_id="r"))).id == living.id
+    assert edge.get(living.id).created_at_s == living.created_at_s
+    with pytest.raises(NotFoundError):
+        edge.get(old.id)
+    for call in (
+        edge.grant_lease("job", 6, 1.0),
+        edge.grant_lease("gone", 3, 1.0),
+        edge.create(CreateRequest(request_id="never")),
+    ):
+        with pytest.raises(StateError):
+            await call
