@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -91,7 +92,7 @@ class Writer:
         return list(self.live)[self.choose(len(self.live))]
 
     def open(self) -> None:
-        self.records.append(EdgeOpened("boot", 0.0, self.time_s))
+        self.records.append(EdgeOpened("boot", 0.0, self.time_s) if self.choose(2) else fold(self.records).carried())
 
     def request(self) -> None:
         self.made_count += 1
@@ -175,3 +176,19 @@ def test_any_prefix_of_a_journal_folds_to_what_its_writer_held_within_its_bounds
     assert (read.sandboxes, read.requests, read.leases, read.cancelled, read.ended) == (
         held.sandboxes, held.requests, held.leases, held.cancelled, held.ended,
     )  # fmt: skip
+
+
+@given(st.lists(st.integers(0, 1 << 16), min_size=3, max_size=300), st.integers(0, 1 << 16))
+def test_what_is_carried_is_all_that_a_dropped_beginning_takes_along_but_what_ended(
+    choices: list[int], cut: int
+) -> None:
+    drawn = iter(choices)
+    writer = Writer(lambda count: next(drawn) % count)
+    with contextlib.suppress(StopIteration):
+        while True:
+            writer.write()
+    records = [record for record in writer.records if not isinstance(record, SandboxRequested)]
+    at = cut % (len(records) + 1)
+    whole = fold(records)
+    rest = fold([fold(records[:at]).carried(), *records[at:]])
+    assert (rest.leases, list(rest.cancelled), rest.opened) == (whole.leases, list(whole.cancelled), whole.opened)
