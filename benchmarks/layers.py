@@ -80,15 +80,6 @@ def cached_bytes(path: Path) -> int:
     return int(listed.stdout)
 
 
-def make_cold(paths: Sequence[Path]) -> None:
-    """Out of the page cache with them; they must not be mounted."""
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
-        assert cached_bytes(path) < MIB, "the layer is still in use"
-
-
 def timed(work: Callable[[], object]) -> float:
     """Seconds."""
     started = time.perf_counter()
@@ -127,12 +118,32 @@ def mounting(path: Path, count: int, figures: Figures) -> None:
 
 
 class Host:
-    """A substrate whose layers are unmounted at once."""
+    """A store, and a substrate that is another one after every `make_cold`."""
 
     def __init__(self, directory: Path, count: int) -> None:
-        config = SubstrateConfig(sandboxes_count_max=count + 16, layer_idle_s=0.0)
         self.store = LayerStore(directory / "layers")
-        self.substrate = ContainerSubstrate(config, layers=self.store)
+        self._config = SubstrateConfig(sandboxes_count_max=count + 16)
+        self.substrate = ContainerSubstrate(self._config, layers=self.store)
+
+    async def open(self) -> None:
+        """Start."""
+        await self.store.open()
+        await self.substrate.open()
+
+    async def close(self) -> None:
+        """Destroy all."""
+        await self.substrate.close()
+        self.store.close()
+
+    async def make_cold(self, paths: Sequence[Path]) -> None:
+        """Out with these layers: unmounted, and out of the page cache."""
+        await self.substrate.close()
+        for path in paths:
+            fd = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+        self.substrate = ContainerSubstrate(self._config, layers=self.store)
+        await self.substrate.open()
 
     async def start(self, layer: LayerId, *commands: Command) -> list[float]:
         """Seconds to a sandbox that ran each of the commands, one after the other; it is gone afterwards."""
@@ -154,27 +165,15 @@ async def starting(host: Host, layer: LayerId, count: int, figures: Figures) -> 
     read: dict[str, Value] = {}
     for _ in range(count):
         for name, commands in (("true", (TRUE,)), ("python", (PYTHON,))):
-            await unmounted(path)
+            await host.make_cold([path])
             figures.add("dsec", f"start_{name}_cold", (await host.start(layer, *commands))[-1])
             cached = cached_bytes(path)
             read[f"mib_read_at_{name}"] = cached / MIB
             read[f"percent_read_at_{name}"] = 100 * cached / size
             figures.add("dsec", f"start_{name}_warm", (await host.start(layer, *commands))[-1])
-        await unmounted(path)
+        await host.make_cold([path])
         figures.add("reading the whole file", "start_true_cold", timed(path.read_bytes))
     return read
-
-
-async def unmounted(*paths: Path) -> None:
-    """Wait for the last unmount, and make cold."""
-    for _ in range(500):
-        try:
-            make_cold(paths)
-        except AssertionError:
-            await asyncio.sleep(0.01)
-        else:
-            return
-    make_cold(paths)
 
 
 async def one_against_many(host: Host, count: int) -> dict[str, Value]:
@@ -183,7 +182,7 @@ async def one_against_many(host: Host, count: int) -> dict[str, Value]:
     paths = [host.store.path(layer) for layer in layers]
     figures: dict[str, Value] = {"small_image_mib": paths[0].stat().st_size / MIB}
     for name, chosen in (("one", layers[:1] * count), ("many", layers)):
-        await unmounted(*paths)
+        await host.make_cold(paths)
         figures[f"starts_per_s_of_{name}"] = await rate(count, IN_FLIGHT, lambda n: host.start(chosen[n], TRUE))  # noqa: B023
         figures[f"page_cache_mib_of_{name}"] = sum(map(cached_bytes, paths)) / MIB
     return figures
@@ -204,8 +203,7 @@ async def measure(directory: Path, *, quick: bool) -> Result:
     patterns, turns, count = (QUICK, 5, 20) if quick else (LARGE, 20, 100)
     figures = Figures()
     host = Host(directory, count)
-    await host.store.open()
-    await host.substrate.open()
+    await host.open()
     try:
         started = time.perf_counter()
         layer = await add(host.store, patterns)
@@ -221,8 +219,7 @@ async def measure(directory: Path, *, quick: bool) -> Result:
         await snapshotting(host, turns, figures)
         values |= await one_against_many(host, count)
     finally:
-        await host.substrate.close()
-        host.store.close()
+        await host.close()
     ours, others = split(figures.summary())
     for name, theirs in others.items():
         baselines.setdefault(name, {}).update(theirs)
