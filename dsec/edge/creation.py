@@ -197,9 +197,8 @@ class Creation:
         return [registry.view(live.known) for live in made]
 
     async def _bear(self, wish: Wish, spec: SandboxSpec) -> LiveSandbox:
-        """One sandbox, not yet ready; on any failure nothing of it is left."""
+        """One sandbox, not yet ready; on any failure nothing of it is left but the promise."""
         registry = self._registry
-        asked = amounts_of(wish.spec)
         sandbox_id = SandboxId(f"{registry.config.id_prefix}{secrets.token_hex(8)}")
         requested = SandboxRequested(
             sandbox_id=sandbox_id,
@@ -217,9 +216,8 @@ class Creation:
             if sandbox_id in registry.ledger.sandboxes:
                 ended = SandboxEnded(sandbox_id, self._reason(wish), registry.now(), str(error)[:1000])
                 await settled(registry.log.append(ended))
-            registry.admission.leave(asked)
             raise
-        return registry.adopt(registry.ledger.sandboxes[sandbox_id], sandbox, asked)
+        return registry.adopt(registry.ledger.sandboxes[sandbox_id], sandbox, amounts_of(wish.spec))
 
     async def _replay(self, live: LiveSandbox, outline: Outline) -> None:
         """Run a command of the past again and compare.  DivergedError."""
@@ -236,9 +234,9 @@ class Creation:
     async def _unmake(self, wish: Wish, births: list[asyncio.Task[LiveSandbox]], error: BaseException) -> None:
         for birth in births:
             birth.cancel()
-        results = await asyncio.gather(*births, return_exceptions=True)
-        reason = self._reason(wish)
-        ends = [self._registry.end(live, reason, str(error)) for live in results if isinstance(live, LiveSandbox)]
+        born = [live for live in await asyncio.gather(*births, return_exceptions=True) if isinstance(live, LiveSandbox)]
+        self._registry.admission.leave(amounts_of(wish.spec, wish.count - len(born)))
+        ends = [self._registry.end(live, self._reason(wish), str(error)) for live in born]
         await asyncio.gather(*map(asyncio.shield, ends))
 
     def _reason(self, wish: Wish) -> EndReason:

@@ -19,7 +19,15 @@ import time
 from collections.abc import Awaitable, Callable
 
 from dsec.edge.commands import encode_command
-from dsec.errors import DivergedError, DsecError, NotFoundError, OutcomeUnknownError, OutOfRangeError, SandboxLostError
+from dsec.errors import (
+    DivergedError,
+    DsecError,
+    NotFoundError,
+    OutcomeUnknownError,
+    OutOfRangeError,
+    SandboxLostError,
+    UnreachableError,
+)
 from dsec.sandbox import Process, Sandbox
 from dsec.trajectory import (
     CommandFinished,
@@ -47,14 +55,28 @@ class Running:
         self.end: asyncio.Task[ExecResult] | None = None
 
     async def wait(self) -> ExecResult:
-        """The result, once it is durable; a caller that is cancelled leaves the command alone."""
+        """The result, once it is durable; a caller that is cancelled leaves the command alone.
+
+        UnreachableError if the host agent lets go of the command: its next process may be asked again.
+        """
         if self.end is None:
             raise AssertionError(self.key)
-        return await asyncio.shield(self.end)
+        try:
+            return await asyncio.shield(self.end)
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if self.end.cancelled() and caller is not None and not caller.cancelling():
+                raise let_go(self.key) from None
+            raise
 
     async def started(self) -> Process:
         """The running process; raises what kept it from starting."""
         return await asyncio.shield(self.process)
+
+
+def let_go(key: str) -> UnreachableError:
+    """What those hear who wait for a command when the host agent stops."""
+    return UnreachableError(f"the host agent stops while {key!r} is under way: ask the next one, under the same key")
 
 
 class DurableSandbox:
@@ -195,9 +217,7 @@ class DurableSandbox:
                 return await work
             except BaseException as error:
                 if not running.process.done():
-                    running.process.set_exception(
-                        error if isinstance(error, DsecError) else SandboxLostError("the host agent stopped")
-                    )
+                    running.process.set_exception(error if isinstance(error, DsecError) else let_go(running.key))
                     running.process.exception()  # seen: who waits for the end hears of it too
                 raise
             finally:

@@ -1,6 +1,7 @@
 """Creating and ending: once for each request, or not at all, whatever comes between."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 import pytest
@@ -267,3 +268,16 @@ async def test_an_old_journal_loses_the_trajectories_of_ended_sandboxes_and_noth
     ):
         with pytest.raises(StateError):
             await call
+
+
+async def test_a_create_that_is_cancelled_before_it_has_begun_gives_its_promise_back(hosts: Any) -> None:
+    edge = await hosts.edge()
+    for turns in range(30):
+        creating = asyncio.create_task(edge.create(CreateRequest(request_id=f"r{turns}")))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await edge.cancel(f"r{turns}")
+        with contextlib.suppress(StateError):  # it was faster
+            await creating
+        assert edge.status().used["sandboxes_count"] == 0, turns
+        assert hosts.host.sandboxes == {}, turns
