@@ -122,5 +122,5 @@ async def test_two_gigabytes_of_output_cost_no_memory_and_no_descriptor(substrat
     assert result.exit_code == 0
     assert result.stdout.dropped_bytes + len(result.stdout.data) == 2_000_000_000
     assert rss_after - rss < 64 << 20
-    assert fds_after == fds
+    assert fds_after <= fds  # layers of earlier checks may have been given back meanwhile
     await sandbox.destroy()
