@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import os
 import re
+import secrets
 
 from dsec.edge.config import SANDBOX_LAYERS_COUNT_MAX
 from dsec.edge.native_wire import encode_exec_body
 from dsec.edge.network.rules import Allowlist
 from dsec.errors import InvalidArgumentError
-from dsec.types import STDIN_BYTES_MAX, Command, SandboxSpec, TtySize
+from dsec.types import STDIN_BYTES_MAX, Command, SandboxId, SandboxSpec, TtySize
 
 ARG_BYTES_MAX = 131_071  # MAX_ARG_STRLEN less its zero byte
 ARGS_BYTES_MAX = 2_000_000  # a quarter of the 8 MiB stack, less what the kernel puts there
@@ -23,6 +24,7 @@ MEMORY_BYTES_MIN = 16 << 20
 DISK_BYTES_MIN = 1 << 20
 TTY_SIDE_MAX = 0xFFFF
 CPU_WEIGHT_MAX = 10_000
+_SANDBOX_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -70,6 +72,14 @@ def check_tty_size(rows: int, columns: int) -> None:
     """InvalidArgumentError if no terminal can have this size."""
     if not (0 < rows <= TTY_SIDE_MAX and 0 < columns <= TTY_SIDE_MAX):
         raise InvalidArgumentError(f"a terminal of {rows} x {columns} is not within 1..{TTY_SIDE_MAX} each way")
+
+
+def name_sandbox(sandbox_id: SandboxId | None) -> SandboxId:
+    """The caller's id, or a fresh one.  InvalidArgumentError for what cannot be one."""
+    name = SandboxId(f"sb-{secrets.token_hex(8)}") if sandbox_id is None else sandbox_id
+    if not _SANDBOX_ID.fullmatch(name):
+        raise InvalidArgumentError(f"{name[:200]!r} cannot be the id of a sandbox")
+    return name
 
 
 def check_spec(spec: SandboxSpec) -> None:

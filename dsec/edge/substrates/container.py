@@ -19,14 +19,12 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
-import secrets
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 
 from dsec.edge.capture import READ_BYTES_MAX
-from dsec.edge.commands import check_spec
+from dsec.edge.commands import check_spec, name_sandbox
 from dsec.edge.config import SubstrateConfig
 from dsec.edge.keeper import Keeper
 from dsec.edge.linux import cgroup, skeleton
@@ -38,10 +36,9 @@ from dsec.edge.substrates.container_sandbox import ContainerSandbox
 from dsec.edge.substrates.layer_mounts import LayerMounts, Layers
 from dsec.edge.substrates.seats import Seats
 from dsec.edge.substrates.warm_pool import WarmPool
-from dsec.errors import DsecError, HostUnfitError, InvalidArgumentError, SandboxLostError, SpawnError, StateError
+from dsec.errors import DsecError, HostUnfitError, SandboxLostError, SpawnError, StateError
 from dsec.types import Command, SandboxId, SandboxSpec
 
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 FILES_PER_SANDBOX = 3  # the guest's socket, its facts, a listener
 FILES_FOR_THE_REST = 1024
 log = logging.getLogger(__name__)
@@ -185,9 +182,7 @@ class ContainerSubstrate:
         Also InvalidArgumentError for limits that cannot be, and StateError for an id that is in use.
         """
         check_spec(spec)
-        name = SandboxId(f"sb-{secrets.token_hex(8)}") if sandbox_id is None else sandbox_id
-        if not _ID.fullmatch(name):
-            raise InvalidArgumentError(f"{name!r} cannot be the id of a sandbox")
+        name = name_sandbox(sandbox_id)
         if name in self._given or name in self._asked:
             raise StateError(f"there is a sandbox {name} already")
         self._asked.add(name)

@@ -22,7 +22,6 @@ import asyncio
 import contextlib
 import os
 import re
-import secrets
 import socket
 import tempfile
 from collections.abc import Callable, Mapping
@@ -35,7 +34,7 @@ import docker
 from docker.errors import DockerException, ImageNotFound, NotFound
 
 from dsec.edge.capture import READ_BYTES_MAX
-from dsec.edge.commands import check_spec
+from dsec.edge.commands import check_spec, name_sandbox
 from dsec.edge.config import DockerConfig
 from dsec.edge.keeper import Keeper
 from dsec.edge.network.gateway import Gateway
@@ -61,7 +60,6 @@ remaps users (`userns-remap`), root inside is nobody outside."""
 
 _T = TypeVar("_T")
 _FAILURES = (DockerException, OSError)  # those of requests are OSErrors
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LAYER = re.compile(r"sha256:[0-9a-f]{64}")
 _OWNER = "dsec.owner"
 """Label of a container: the process with which it ends, as `_identity` says it."""
@@ -284,9 +282,7 @@ class DockerSubstrate:
     async def create(self, spec: SandboxSpec, sandbox_id: SandboxId | None = None) -> DockerSandbox:
         """See `dsec.sandbox.Substrate.create`.  StateError for an id that is in use."""
         check_spec(spec)
-        name = SandboxId(f"sb-{secrets.token_hex(8)}") if sandbox_id is None else sandbox_id
-        if not _ID.fullmatch(name):
-            raise InvalidArgumentError(f"{name!r} cannot be the id of a sandbox")
+        name = name_sandbox(sandbox_id)
         if name in self._sandboxes:
             raise StateError(f"there is a sandbox {name} already")
         if len(self._sandboxes) >= self._config.sandboxes_count_max:
@@ -316,12 +312,11 @@ class DockerSubstrate:
             log_config=docker.types.LogConfig(type="none"),
         )  # fmt: skip
         config["MaskedPaths"] = [f"/proc/{name}" for name in _MASKED]
-        owner = os.getpid() if self.keeper is None else self.keeper.pid
         try:
             await self.engine.call(
                 api.create_container, image, ["guest", "/.dsec/edge"], name=name, entrypoint=["/.dsec/init"],
                 hostname=spec.hostname, host_config=config, user="0:0", working_dir="/", environment={},
-                labels={_OWNER: _identity(owner)},
+                labels={_OWNER: _identity(self.keeper.pid if self.keeper else os.getpid())},
             )  # fmt: skip
             await self.engine.call(api.start, name)
         except _FAILURES as error:
