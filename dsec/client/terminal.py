@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import termios
 import tty
@@ -24,8 +23,8 @@ _FDS = {"stdout": 1, "stderr": 2}
 
 
 def terminal_size() -> TtySize:
-    """Of the terminal that this process has."""
-    size = shutil.get_terminal_size()
+    """Of the terminal that is our stdin."""
+    size = os.get_terminal_size(0)
     return TtySize(size.lines, size.columns)
 
 
@@ -33,7 +32,7 @@ def terminal_size() -> TtySize:
 def raw_mode(fd: int) -> Iterator[None]:
     """A terminal that passes every key on; as it was, after."""
     before = termios.tcgetattr(fd)
-    tty.setraw(fd)
+    tty.setraw(fd, termios.TCSADRAIN)  # what was typed ahead is kept
     try:
         yield
     finally:
@@ -82,16 +81,19 @@ async def read_stdin() -> AsyncIterator[bytes]:
     """Our stdin as it comes, whatever it is: a terminal, a pipe, or a file, which no event loop can wait for."""
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
-    try:
-        loop.add_reader(0, readable.set)
-    except PermissionError:  # epoll takes no regular file, and a regular file never blocks
-        while data := os.read(0, STDIN_READ_BYTES_MAX):
-            yield data
-        return
+
+    def tell() -> None:
+        loop.remove_reader(0)  # told twice, the second read might find nothing and wait, and all else with it
+        readable.set()
+
     try:
         while True:
-            await readable.wait()
-            readable.clear()
+            try:
+                loop.add_reader(0, tell)
+                await readable.wait()
+                readable.clear()
+            except PermissionError:  # epoll takes no regular file, and a regular file never blocks
+                pass
             data = os.read(0, STDIN_READ_BYTES_MAX)
             if not data:
                 return

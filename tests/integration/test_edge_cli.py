@@ -1,0 +1,415 @@
+"""`dsec edge serve` and its commands as people have them: real processes, real sandboxes, kill -9, a terminal."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import termios
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from rollout.cli import COMMANDS, main
+
+PROBE = "printf 'a\\0b'; echo err >&2; exit 7"
+
+
+class Edge:
+    """A `dsec edge serve` process, and the commands that are meant for it."""
+
+    def __init__(self, dsec: Any, directory: Path, **env: str) -> None:
+        self.dsec = dsec
+        self.directory = directory
+        self.url = f"unix:{directory}/run/edge.sock"
+        self.env = {"DSEC_API_URL": self.url, "DSEC_EDGE_KEEP_S": "20", "DSEC_EDGE_INLINE_BYTES_MAX": "4096", **env}
+        self.start()
+
+    def start(self, *options: str) -> None:
+        where = ("--directory", self.directory / "state", "--listen", self.url)
+        self.process: subprocess.Popen[str] = self.dsec.start(
+            "edge", "serve", *where, "--json", "--destroy-on-exit", *options, env=self.env
+        )
+        assert self.process.stdout is not None
+        said = self.process.stdout.readline()
+        assert said, self.process.communicate()
+        self.ready = json.loads(said)
+
+    def kill(self) -> None:
+        """kill -9 of the Edge alone: what keeps its sandboxes is not told."""
+        self.process.kill()
+        self.process.communicate()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        _, err = self.process.communicate(timeout=60)
+        assert (self.process.returncode, err) == (0, "")
+
+    def begin(self, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+        process: subprocess.Popen[str] = self.dsec.start(*arguments, env=self.env, **options)
+        return process
+
+    def __call__(self, *arguments: object, **options: Any) -> Any:
+        return self.dsec(*arguments, env=self.env, **options)
+
+    def done(self, *arguments: object, **options: Any) -> str:
+        out: str = self.dsec.done(*arguments, env=self.env, **options).out
+        return out
+
+    def raw(self, *arguments: object, stdin: bytes = b"") -> bytes:
+        """Stdout of a command that must end well, as bytes."""
+        environment = {**os.environ, **self.env}
+        return subprocess.run(
+            [self.dsec.path, *map(str, arguments)], env=environment, input=stdin, check=True, stdout=subprocess.PIPE
+        ).stdout
+
+
+@pytest.fixture(scope="module")
+def edge(session_dsec: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+    """One Edge for the tests that leave it alone."""
+    edge = Edge(session_dsec, tmp_path_factory.mktemp("edge"))
+    yield edge
+    edge.stop()
+    assert session_dsec.left() == []
+
+
+@pytest.fixture
+def start_edge(dsec: Any, tmp_path: Path) -> Iterator[Callable[..., Edge]]:
+    """Starts an Edge of the test's own; stopped after."""
+    started: list[Edge] = []
+
+    def start(**env: str) -> Edge:
+        started.append(Edge(dsec, tmp_path, **env))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.returncode is None:
+            one.stop()
+
+
+@pytest.fixture
+def sandbox(edge: Edge) -> Iterator[str]:
+    sandbox_id = edge.done("create").strip()
+    yield sandbox_id
+    edge.done("rm", sandbox_id)
+
+
+def test_a_command_passes_its_output_and_its_exit_code_through(edge: Edge, sandbox: str) -> None:
+    ran = edge("exec", sandbox, "--", "bash", "-c", PROBE)
+    assert (ran.code, ran.out, ran.err) == (7, "a\0b", "err\n")
+    for code, argv in (
+        (0, "true"),
+        (255, "exit 255"),
+        (127, "exec /no/such"),
+        (126, "exec /etc/passwd"),
+        (139, "kill -SEGV $$"),
+    ):
+        assert edge("exec", sandbox, "--", "bash", "-c", argv).code == code
+
+
+def test_json_holds_the_bytes_and_what_became_of_the_command(edge: Edge, sandbox: str) -> None:
+    ran = edge("exec", sandbox, "--json", "--", "bash", "-c", PROBE)
+    said = ran.json()
+    assert ran.code == said["exit_code"] == 7
+    assert base64.b64decode(said["stdout"]) == b"a\0b"
+    assert base64.b64decode(said["stderr"]) == b"err\n"
+    assert [said[name] for name in ("truncated", "timed_out", "oom")] == [False, False, False]
+    assert said["duration_s"] > 0
+    late = edge("exec", sandbox, "--timeout-s", 0.2, "--json", "--", "sleep", "60")
+    assert (late.code, late.json()["timed_out"]) == (137, True)
+    assert "timed out" in edge("exec", sandbox, "--timeout-s", 0.2, "--", "sleep", "60").err
+
+
+def test_output_that_the_log_does_not_hold_is_read_after(edge: Edge, sandbox: str) -> None:
+    program = "import sys; sys.stdout.buffer.write(bytes(range(256)) * 4000)"
+    whole = bytes(range(256)) * 4000
+    assert edge.raw("exec", sandbox, "--", "python3", "-c", program) == whole
+    said = json.loads(edge.raw("exec", sandbox, "--json", "--key", "k", "--", "python3", "-c", program))
+    assert (base64.b64decode(said["stdout"]), said["truncated"]) == (whole, False)
+    assert edge.raw("logs", sandbox, "k") == whole
+    over = edge("exec", sandbox, "--json", "--", "head", "-c", 3_000_000, "/dev/zero").json()
+    assert (over["truncated"], over["stdout_bytes"], len(base64.b64decode(over["stdout"]))) == (
+        True,
+        3_000_000,
+        1 << 20,
+    )
+
+
+def test_a_key_runs_once_and_belongs_to_one_command(edge: Edge, sandbox: str) -> None:
+    counting = ("exec", sandbox, "--key", "k", "--", "sh", "-c", "echo >> /root/n; wc -l < /root/n")
+    assert [edge.done(*counting).strip() for _ in range(3)] == ["1", "1", "1"]
+    refused = edge("exec", sandbox, "--key", "k", "--", "true")
+    assert (refused.code, refused.out) == (125, "")
+    assert "another command" in refused.err
+
+
+def test_input_is_passed_on_when_it_is_asked_for(edge: Edge, sandbox: str) -> None:
+    data = os.urandom(3_000_000)
+    assert edge.raw("exec", "-i", sandbox, "--", "cat", stdin=data) == data
+    assert edge.raw("exec", sandbox, "--", "cat", stdin=data) == b""
+    assert edge.raw("exec", "-i", sandbox, "--", "head", "-c", "5", stdin=data) == data[:5]
+
+
+def test_where_and_as_whom_a_command_runs_is_the_callers_choice(edge: Edge, sandbox: str) -> None:
+    options = ("-w", "/tmp", "-e", "A=b", "-u", "nobody")
+    told = edge.done("exec", sandbox, *options, "--", "sh", "-c", "pwd; echo $A; id -un")
+    assert told.split() == ["/tmp", "b", "nobody"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("exec", "sb-none", "--", "true"), ("exec", "{id}"), ("exec", "{id}", "-x"), ("exec", "-t", "{id}", "--", "true"),
+     ("exec", "{id}", "-w", "tmp", "--", "true")],
+)  # fmt: skip
+def test_a_failure_of_our_own_is_125_and_a_line(edge: Edge, sandbox: str, arguments: tuple[str, ...]) -> None:
+    ran = edge(*(argument.format(id=sandbox) for argument in arguments), stdin=subprocess.DEVNULL)
+    assert (ran.code, ran.out) == (125, "")
+    assert ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_where_no_edge_is_every_command_says_how_to_get_one(dsec: Any, tmp_path: Path) -> None:
+    for code, arguments in ((125, ("exec", "sb-1", "--", "true")), (3, ("ps",)), (3, ("create",))):
+        ran = dsec(*arguments, env={"DSEC_API_URL": f"unix:{tmp_path}/none"})
+        assert (ran.code, ran.out) == (code, "")
+        assert "dsec edge serve" in ran.err
+
+
+def test_an_interrupt_kills_the_command_and_a_reader_that_goes_away_ends_it(edge: Edge, sandbox: str) -> None:
+    process = edge.begin("exec", sandbox, "--key", "int", "--", "sh", "-c", "echo begun; exec sleep 300")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    reader = edge.begin("exec", sandbox, "--key", "pipe", "--", "yes")
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == "y\n"
+    reader.stdout.close()
+    reader.wait(timeout=30)
+    reader.communicate()
+    ended = {view["key"]: view for view in map(json.loads, edge.done("trajectory", sandbox, "--json").splitlines())}
+    assert [ended[key]["exit_code"] for key in ("int", "pipe")] == [137, 137]
+
+
+def test_a_killed_client_leaves_its_command_to_whoever_asks_next(edge: Edge, sandbox: str) -> None:
+    argv = ("sh", "-c", "echo begun; read -r line < /root/go; echo $line")
+    edge.done("exec", sandbox, "--", "mkfifo", "/root/go")
+    process = edge.begin("exec", sandbox, "--key", "k", "--", *argv)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.kill()
+    process.communicate()
+    edge.done("exec", sandbox, "--", "sh", "-c", "echo went > /root/go")
+    assert edge.done("exec", sandbox, "--key", "k", "--", *argv) == "begun\nwent\n"
+
+
+def test_a_terminal_is_the_commands_own(edge: Edge, sandbox: str) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 90, 0, 0))
+    process = edge.begin("exec", "-it", sandbox, "--", "bash", "--norc", stdin=theirs)
+    try:
+        assert process.stdout is not None
+        said = ""
+
+        def wait_for(text: str) -> None:
+            nonlocal said
+            while text not in said:
+                more = os.read(process.stdout.fileno(), 4096)  # type: ignore[union-attr]
+                assert more, said
+                said += more.decode()
+            said = said.partition(text)[2]
+
+        os.write(ours, b"PS1=; stty size; tty; sleep 300\n")
+        wait_for("30 90")
+        wait_for("/dev/pts/")
+        os.write(ours, b"\x03")  # typed into the sandbox: it ends the sleep, not us
+        os.write(ours, b"trap 'stty size' WINCH; echo ready-$((6*7))\n")
+        wait_for("ready-42")
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+        process.send_signal(signal.SIGWINCH)
+        os.write(ours, b"\n")
+        wait_for("40 100")
+        os.write(ours, b"exit 5\n")
+        process.communicate(timeout=30)
+        assert process.returncode == 5
+        assert termios.tcgetattr(theirs)[3] & termios.ECHO  # as it was
+    finally:
+        process.kill()
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_files_and_trees_go_in_and_come_out_as_they_were(edge: Edge, sandbox: str, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "a b" / "deep").mkdir(parents=True)
+    (tree / "a b" / "file").write_bytes(os.urandom(2_000_000))
+    (tree / "a b" / "file").chmod(0o751)
+    (tree / "a b" / os.fsdecode(b"\xff")).write_text("not utf-8")
+    (tree / "link").symlink_to("a b/file")
+    edge.done("cp", tree, f"{sandbox}:/srv")
+    edge.done("cp", f"{sandbox}:/srv/tree", tmp_path / "back")
+    assert subprocess.run(["diff", "-r", tree, tmp_path / "back"], check=False).returncode == 0
+    assert (tmp_path / "back" / "a b" / "file").stat().st_mode & 0o777 == 0o751
+    assert (tmp_path / "back" / "link").readlink() == Path("a b/file")
+    edge.raw("cp", "-", f"{sandbox}:/root/from-stdin", stdin=b"\0\xff")
+    assert edge.raw("cp", f"{sandbox}:/root/from-stdin", "-") == b"\0\xff"
+    archive = edge.raw("cp", f"{sandbox}:/srv/tree", "-")
+    edge.raw("cp", "-", f"{sandbox}:/opt/", stdin=archive)
+    assert "a b" in edge.done("exec", sandbox, "--", "ls", "/opt")
+    edge.done("cp", tree / "a b" / "file", f"{sandbox}:/root/")
+    assert edge.done("exec", sandbox, "--", "stat", "-c", "%a %s", "/root/file") == "751 2000000\n"
+    for bad in (
+        ("a", "b"),
+        (f"{sandbox}:/a", f"{sandbox}:/b"),
+        (f"{sandbox}:/none", "x"),
+        ("/none", f"{sandbox}:/x"),
+        (f"{sandbox}:rel", "x"),
+    ):
+        assert edge("cp", *bad, cwd=tmp_path).code == 2
+
+
+def test_a_tree_from_a_sandbox_cannot_leave_its_place(edge: Edge, sandbox: str, tmp_path: Path) -> None:
+    (tmp_path / "victim").mkdir()
+    attack = tmp_path / "attack.tar"
+    with tarfile.open(attack, "w") as made:
+        for name, kind, target in (
+            ("./out", tarfile.SYMTYPE, str(tmp_path / "victim")),
+            ("./out/evil", tarfile.REGTYPE, ""),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            made.addfile(member)
+    edge.done("cp", attack, f"{sandbox}:/root/attack.tar")
+    fake_tar = "#!/bin/sh\nexec cat /root/attack.tar\n"
+    edge.raw(
+        "exec",
+        "-i",
+        sandbox,
+        "--",
+        "sh",
+        "-c",
+        "cat > /usr/local/bin/tar; chmod +x /usr/local/bin/tar",
+        stdin=fake_tar.encode(),
+    )
+    ran = edge("cp", f"{sandbox}:/srv", tmp_path / "copy")
+    assert ran.code == 2
+    assert "cannot unpack" in ran.err
+    assert list((tmp_path / "victim").iterdir()) == []
+
+
+def test_the_life_of_a_sandbox_can_be_led_from_a_shell(edge: Edge) -> None:
+    made = json.loads(edge.done("create", "--memory-mib", 256, "--label", "job=7", "--allow", "pypi.org:443", "--json"))
+    sandbox = made["id"]
+    assert (made["spec"]["memory_bytes"], made["labels"]) == (256 << 20, {"job": "7"})
+    edge.done("exec", sandbox, "--key", "one", "--", "sh", "-c", "echo 1 > /root/state")
+    edge.done("pause", sandbox)
+    listed = json.loads(edge.done("ps", "--label", "job=7", "--json"))
+    assert [(one["id"], one["state"]) for one in listed] == [(sandbox, "paused")]
+    assert edge.done("exec", sandbox, "--", "cat", "/root/state") == "1\n"
+    edge.done("exec", sandbox, "--", "sh", "-c", "echo 2 > /root/state")
+    edge.done("pause", sandbox)
+    edge.done("resume", sandbox)
+    edge.done("network", sandbox)
+    layer = edge.done("snapshot", sandbox).strip()
+    assert layer.startswith("sha256:")
+    forks = json.loads(edge.done("fork", sandbox, "--count", 2, "--label", "job=8", "--json"))
+    (branch,) = edge.done("fork", sandbox, "--after", "one", "--label", "job=8").split()
+    again = edge.done("create", "--layer", layer, "--label", "job=8").strip()
+    states = {one: edge.done("exec", one, "--", "cat", "/root/state").strip() for one in (*forks, branch, again)}
+    assert list(states.values()) == ["2", "2", "1", "2"]
+    assert set(edge.done("ps", "-q", "--label", "job=8").split()) == set(states)
+    assert "job=7" in edge.done("ps")
+    edge.done("rm", sandbox, *states)
+    assert edge.done("ps", "-q") == ""
+    assert edge("exec", sandbox, "--", "true").code == 125
+    told = edge.done("trajectory", sandbox)
+    assert [line.split()[:2] for line in told.splitlines()[1:2]] == [["1", "one"]]
+    status = json.loads(edge.done("edge", "status", "--json"))
+    assert status["total"]["memory_bytes"] > 0
+
+
+def test_a_killed_edge_loses_neither_sandboxes_nor_commands(start_edge: Callable[..., Edge]) -> None:
+    edge = start_edge()
+    sandbox = edge.done("create").strip()
+    edge.done("exec", sandbox, "--", "mkfifo", "/root/go")
+    background = (
+        "exec",
+        sandbox,
+        "--key",
+        "bg",
+        "--",
+        "sh",
+        "-c",
+        "echo $$ > /root/pid; read -r line < /root/go; echo $line",
+    )
+    waiting = [edge.begin(*background), edge.begin("exec", sandbox, "--json", *background[2:])]
+    edge.done("exec", sandbox, "--", "sh", "-c", "until test -s /root/pid; do sleep 0.01; done")
+    edge.kill()
+    edge.start()
+    assert edge.ready["adopted"] == 1
+    edge.done("exec", sandbox, "--", "sh", "-c", "kill -0 $(cat /root/pid) && echo went > /root/go")
+    streamed, told = (process.communicate(timeout=60)[0] for process in waiting)
+    assert streamed == "went\n"
+    assert base64.b64decode(json.loads(told)["stdout"]) == b"went\n"
+    assert [process.returncode for process in waiting] == [0, 0]
+
+
+def test_a_stopped_edge_leaves_its_sandboxes_to_the_next(dsec: Any, tmp_path: Path) -> None:
+    where = ("--directory", tmp_path / "state", "--listen", f"unix:{tmp_path}/sock")
+    env = {"DSEC_API_URL": f"unix:{tmp_path}/sock", "DSEC_EDGE_KEEP_S": "20"}
+
+    def serve(*options: str) -> subprocess.Popen[str]:
+        process: subprocess.Popen[str] = dsec.start("edge", "serve", *where, *options, env=env)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(f"dsec: serving unix:{tmp_path}/sock")
+        return process
+
+    first = serve()
+    sandbox = dsec.done("create", env=env).out.strip()
+    first.terminate()
+    _, err = first.communicate(timeout=60)
+    assert (first.returncode, err) == (
+        0,
+        "dsec: 1 sandboxes live on; the next `dsec edge serve` takes them up\n",
+    )
+    second = serve("--destroy-on-exit")
+    assert dsec.done("exec", sandbox, "--", "echo", "here", env=env).out == "here\n"
+    refused = dsec("edge", "serve", "--directory", tmp_path / "state", "--listen", f"unix:{tmp_path}/other", env=env)
+    assert refused.code in (2, 3)
+    second.terminate()
+    second.communicate(timeout=60)
+
+
+def test_every_command_shows_an_example() -> None:
+    for name in COMMANDS:
+        shown = CliRunner().invoke(main, [name, "--help"])
+        assert shown.exit_code == 0, name
+        assert "dsec " in shown.output.partition("Example")[2] or "Commands:" in shown.output, name
+
+
+def test_a_program_that_is_interrupted_leaves_no_sandbox(edge: Edge, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from dsec import Sandbox\n"
+        "with Sandbox.create() as sandbox:\n"
+        "    sandbox.commands.run('echo begun; sleep 300', on_stdout=lambda text: print(text, end='', flush=True))\n"
+    )
+    process = edge.begin(program, command=sys.executable)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert err.rstrip().endswith("KeyboardInterrupt")
+    assert edge.done("ps", "-q") == ""
