@@ -87,6 +87,20 @@ async def test_nobody_inside_reaches_the_edge_by_the_socket(substrate: DockerSub
     await sandbox.destroy()
 
 
+async def test_a_command_that_kills_its_supervisor_is_still_answered_and_timed(substrate: DockerSubstrate) -> None:
+    sandbox = await substrate.create(SandboxSpec())
+    result = await shell(sandbox, "kill -9 $PPID; echo still; exit 5")
+    assert (result.exit_code, result.stdout.data) == (5, b"still\n")
+    result = await shell(sandbox, "kill -9 -1; echo still; exit 6")
+    assert (result.exit_code, result.stdout.data) == (6, b"still\n")
+    result = await shell(sandbox, "kill -9 $PPID; sleep 300 & sleep 300", timeout_s=1)
+    assert result.timed_out
+    result = await shell(sandbox, "kill -STOP $PPID; sleep 300 & exit 7", timeout_s=1)
+    assert (result.timed_out, result.exit_code) == (True, 137)
+    assert await line(sandbox, "pgrep -c sleep || true") == "0"
+    await sandbox.destroy()
+
+
 async def test_layers_that_were_not_made_upon_each_other_are_refused(substrate: DockerSubstrate) -> None:
     made: list[LayerId] = []
     for name in ("one", "two"):
