@@ -42,6 +42,8 @@ class EdgeConfig(BaseSettings):
     ended_count_max: int = Field(default=10_000, ge=1)
     """Sandboxes that ended, and cancelled requests, that are remembered."""
     labels_count_max: int = Field(default=64, ge=0)
+    leases_count_max: int = Field(default=20_000, ge=1)
+    """Live ones, and the `ended_count_max` that ended last."""
     lease_ttl_s_max: float = Field(default=86_400.0, gt=0)
     lease_grace_s: float = Field(default=30.0, ge=0)
     """How long owners have to renew after an Edge has opened."""

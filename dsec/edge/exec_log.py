@@ -198,11 +198,15 @@ class DurableSandbox:
             )
         )
 
+    async def resume_process(self, key: str) -> Process | None:
+        """The command of a key as the sandbox knows it; see the port."""
+        return await self.sandbox.resume_process(self.entry(key).number, self._shape(await self.command(key)))
+
     async def _attach(self, key: str, entry: Entry) -> None:
         command = await self.command(key)
         running = Running(key, entry.number, command, entry.digest)
         try:
-            process = await self.sandbox.resume_process(entry.number, self._shape(command))
+            process = await self.resume_process(key)
         except OutcomeUnknownError:
             await self.record(CommandUnknown(*self._session, key, self.now()))
             return

@@ -17,7 +17,7 @@ from dsec.edge.deadlines import Deadlines
 from dsec.edge.journal import Lease, LeaseEnded, LeaseGranted
 from dsec.edge.live import LiveSandbox, check_text
 from dsec.edge.registry import Registry
-from dsec.errors import InvalidArgumentError, StateError
+from dsec.errors import InvalidArgumentError, ResourceExhaustedError, StateError
 from dsec.lifecycle import EndReason
 
 OWNER_BYTES_MAX = 256
@@ -68,6 +68,9 @@ class Leases:
             lease = self._ledger.leases.get(owner)
             if lease is not None and epoch <= lease.epoch:
                 self.require(owner, epoch)
+            count_max = self._registry.config.leases_count_max
+            if lease is None and len(self._ledger.leases) >= count_max:
+                raise ResourceExhaustedError(f"the Edge keeps {count_max} leases already")
             record = LeaseGranted(owner, epoch, self._registry.now() + ttl_s)
             await self._registry.log.append(record, is_refusable=lease is None)
             self._not_before.pop(owner, None)

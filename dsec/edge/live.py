@@ -155,18 +155,16 @@ class LiveSandbox:
 
     async def read_output(self, key: str, stream: Stream, offset: int, bytes_max: int, ended: Processes) -> bytes:
         """Output by offset: from the process while it is known, else from what the result kept."""
-        if offset < 0 or bytes_max < 1:
-            raise InvalidArgumentError(f"offset {offset} or bytes_max {bytes_max} is out of range")
         process = await self.process(key)
         if process is None:
             number = self.durable.entry(key).number
-            process = ended.get((self.known.id, number)) or await self._ended_process(key, number)
+            process = ended.get((self.known.id, number)) or await self._ended_process(key)
         if process is not None:
             return await process.read_output(stream, offset, bytes_max)
         result = await self.durable.result(key)
         return slice_of(result.stdout if stream == "stdout" else result.stderr, offset, bytes_max)
 
-    async def _ended_process(self, key: str, number: int) -> Process | None:
+    async def _ended_process(self, key: str) -> Process | None:
         """An ended command as the sandbox remembers it, if its result does not hold all of its output."""
         if self.end is not None:
             return None
@@ -174,7 +172,7 @@ class LiveSandbox:
         if not (result.stdout.is_truncated or result.stderr.is_truncated):
             return None
         try:
-            return await self.sandbox.resume_process(number, await self.durable.command(key))
+            return await self.durable.resume_process(key)
         except (OutcomeUnknownError, SandboxLostError):
             return None
 

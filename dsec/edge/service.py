@@ -28,15 +28,16 @@ import wal
 from dsec.edge.clock import Clock, HostClock
 from dsec.edge.creation import Creation
 from dsec.edge.edge_config import EdgeConfig
+from dsec.edge.exec_log import slice_of
 from dsec.edge.history import read_trajectory
-from dsec.edge.journal import Known, NetworkDecided
+from dsec.edge.journal import NetworkDecided
 from dsec.edge.leases import Leases
 from dsec.edge.live import check_key
 from dsec.edge.network.decisions import Decision
 from dsec.edge.network.gateway import Networked
 from dsec.edge.recovery import recover
 from dsec.edge.registry import Registry
-from dsec.errors import DivergedError, HostUnfitError, NotFoundError, OutcomeUnknownError, SandboxLostError
+from dsec.errors import DivergedError, HostUnfitError, InvalidArgumentError, OutcomeUnknownError, SandboxLostError
 from dsec.lifecycle import EndReason
 from dsec.sandbox import Process, Substrate
 from dsec.trajectory import digest_of
@@ -210,6 +211,11 @@ class Edge:
 
     async def read_output(self, sandbox_id: str, key: str, stream: Stream, offset: int, bytes_max: int) -> bytes:
         """Output from an offset on: waits for the first byte there; b"" at the end.  OutOfRangeError."""
+        if offset < 0 or bytes_max < 1:
+            raise InvalidArgumentError(f"offset {offset} or bytes_max {bytes_max} is out of range")
+        if self._registry.known(sandbox_id).id not in self._registry.live:
+            result = await self._past_result(sandbox_id, key)
+            return slice_of(result.stdout if stream == "stdout" else result.stderr, offset, bytes_max)
         live = self._registry.find(sandbox_id)
         return await live.read_output(key, stream, offset, bytes_max, self._registry.ended_processes)
 
@@ -230,19 +236,25 @@ class Edge:
         return read_trajectory(self.directory, sandbox_id, first_lsn=first_lsn, storage=self._storage)
 
     async def _past_result(self, sandbox_id: str, key: str, command: Command | None = None) -> ExecResult:
-        """The result of a command of a sandbox that has ended.  SandboxLostError if the journal has none."""
-        async for entry in self.trajectory(sandbox_id):
-            if not key or entry.key != key:
-                continue
-            if command is not None and digest_of(entry.command) != digest_of(command):
-                raise DivergedError(f"{sandbox_id}: key {key!r} was used for another command")
-            if entry.result is not None:
-                return entry.result
+        """The result of a command of a sandbox that has ended.
+
+        SandboxLostError if it was never begun, OutcomeUnknownError if its end is not known, DivergedError.
+        """
+        entry = await self._past_entry(sandbox_id, key) if key else None
+        if entry is None:
+            known = self._registry.known(sandbox_id)
+            raise SandboxLostError(f"sandbox {sandbox_id} has ended ({known.reason}: {known.message})")
+        if command is not None and digest_of(entry.command) != digest_of(command):
+            raise DivergedError(f"{sandbox_id}: key {key!r} was used for another command")
+        if entry.result is None:
             raise OutcomeUnknownError(f"{sandbox_id} ended before the end of {key!r} was known")
-        known: Known = self._registry.known(sandbox_id)
-        if command is None:
-            raise NotFoundError(f"{sandbox_id} has no command with key {key!r}")
-        raise SandboxLostError(f"sandbox {sandbox_id} has ended ({known.reason}: {known.message})")
+        return entry.result
+
+    async def _past_entry(self, sandbox_id: str, key: str) -> CommandView | None:
+        async for entry in self.trajectory(sandbox_id):
+            if entry.key == key:
+                return entry
+        return None
 
     async def grant_lease(self, owner: str, epoch: int, ttl_s: float) -> None:
         """Grant or renew a lease; a higher epoch ends the ones before."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dsec.edge.deadlines import STALE_COUNT_MAX, Deadlines
-from dsec.errors import InvalidArgumentError, StateError
+from dsec.errors import InvalidArgumentError, ResourceExhaustedError, StateError
 from dsec.testing import FakeClock, FakeSandbox, FakeSubstrate
 from dsec.types import Command, ExecResult, SandboxId, SandboxSpec
 from dsec.views import CreateRequest
@@ -207,6 +207,15 @@ async def test_a_lease_that_cannot_be_is_refused(hosts: Any, owner: str, epoch: 
     edge = await hosts.edge()
     with pytest.raises(InvalidArgumentError):
         await edge.grant_lease(owner, epoch, ttl_s)
+
+
+async def test_there_are_only_so_many_leases(hosts: Any) -> None:
+    edge = await hosts.edge(leases_count_max=2)
+    for owner in "ab":
+        await edge.grant_lease(owner, 1, 10.0)
+    with pytest.raises(ResourceExhaustedError, match="2 leases"):
+        await edge.grant_lease("c", 1, 10.0)
+    await edge.grant_lease("a", 2, 10.0)
 
 
 async def test_forgotten_deadlines_cost_no_memory_and_moved_ones_hold() -> None:

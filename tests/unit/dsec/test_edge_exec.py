@@ -219,6 +219,7 @@ async def test_a_sandbox_that_dies_under_a_command_is_lost_and_its_finished_keys
     assert edge.status().used["sandboxes_count"] == 0
     assert await edge.exec(box, Command(argv=("now",)), "done") == done
     assert await edge.wait(box, "done") == done
+    assert await edge.read_output(box, "done", "stdout", 7, 2) == b"78"
     with pytest.raises(OutcomeUnknownError):
         await edge.exec(box, LS, "k")
     with pytest.raises(SandboxLostError, match="lost"):
