@@ -169,6 +169,7 @@ async def a_snapshot_remembers_what_was_removed(substrate: Substrate) -> None:
 async def a_fork_goes_on_by_itself(substrate: Substrate) -> None:
     async with fresh(substrate) as sandbox:
         await line(sandbox, "echo 1 > /srv/n; echo x > /dev/shm/gone; nohup sleep 300 > /dev/null 2>&1 &")
+        await line(sandbox, "until pgrep -x sleep > /dev/null; do :; done")
         layer = await sandbox.snapshot()
         require(await line(sandbox, "pgrep -c sleep; cat /dev/shm/gone") == "1\nx", "the original was touched")
         async with (
