@@ -1,10 +1,9 @@
 """Sandboxes as Docker containers: Docker makes the place, our guest is its pid 1.
 
-For hosts where the native spawner may not run, and to hold the port to two implementations.  Docker
-Engine gives namespaces, root file system, limits, freezing and snapshots (`docker commit`); commands do
-not go through `docker exec` but over the guest's own socket, as in a native sandbox: the same timing,
-terminals, users, output and adoption, in a fiftieth of the time.  What Docker cannot give is in
-`DOCKER_LACKS` and in docs/threat_model.md, "Docker".
+For hosts where the native spawner may not run.  Docker Engine gives namespaces, root file system, limits,
+freezing and snapshots (`docker commit`); commands do not go through `docker exec` but over the guest's own
+socket, as in a native sandbox: the same timing, terminals, users, output and adoption, in a thirtieth
+of the time.  What Docker cannot give is in `DOCKER_LACKS` and in docs/threat_model.md, "Docker".
 
 The Edge listens on a socket that is bound into one container, takes one connection and closes it:
 pid 1 has connected before any command exists.
@@ -22,6 +21,7 @@ import asyncio
 import contextlib
 import os
 import re
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Mapping
@@ -55,16 +55,13 @@ from dsec.errors import (
 from dsec.types import Command, Feature, LayerId, SandboxId, SandboxSpec
 
 DOCKER_LACKS: frozenset[Feature] = frozenset({"disk_quota", "layers", "own_mounts", "user_namespace"})
-"""What Docker cannot promise everywhere.  Where its storage driver has quotas, `disk_bytes` holds; where its daemon
-remaps users (`userns-remap`), root inside is nobody outside."""
+"""What Docker cannot promise everywhere; docs/threat_model.md says where it does."""
 
 _T = TypeVar("_T")
 _FAILURES = (DockerException, OSError)  # those of requests are OSErrors
 _LAYER = re.compile(r"sha256:[0-9a-f]{64}")
-_OWNER = "dsec.owner"
-"""Label of a container: the process with which it ends, as `_identity` says it."""
-_BELOW = "dsec.below"
-"""Label of an image: what its sandbox was made from, as `_recipe` says it."""
+_OWNER = "dsec.owner"  # label of a container: the process with which it ends, as `_identity` says it
+_BELOW = "dsec.below"  # label of an image: what its sandbox was made from, as `_recipe` says it
 _CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETUID", "SETGID", "SETFCAP")
 _MASKED = (
     "acpi", "asound", "buddyinfo", "bus", "cgroups", "cmdline", "config.gz", "diskstats", "fs", "interrupts", "irq",
@@ -73,7 +70,7 @@ _MASKED = (
     "vmstat", "zoneinfo", "sys/kernel/random/boot_id",
 )  # fmt: skip
 """Of /proc: what native sandboxes hide (rootfs.c), and what Docker does."""
-_PROCESSES_OF_OURS = 2  # pid 1, and the supervisor of a command
+_OWN_COUNT = 2  # processes: pid 1, and the supervisor of a command
 
 
 class Engine:
@@ -91,8 +88,7 @@ class Engine:
 
     async def call(self, function: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
         """Run a blocking function in one of our threads."""
-        bound = partial(function, *arguments, **named)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, bound)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *arguments, **named))
 
     def close(self) -> None:
         """Wait for what runs, then drop the connections."""
@@ -176,7 +172,10 @@ class DockerSubstrate:
 
     def _make_directory(self) -> None:
         if self._state_dir is None:
-            self.directory = Path(tempfile.mkdtemp(prefix="dsec-docker-"))
+            for left in Path(tempfile.gettempdir()).glob("dsec-docker-*"):
+                if not _is_alive(left.name.split("-")[2]):
+                    shutil.rmtree(left, ignore_errors=True)
+            self.directory = Path(tempfile.mkdtemp(prefix=f"dsec-docker-{_identity(os.getpid())}-"))
             return
         self.directory = self._state_dir / "docker"
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -268,8 +267,7 @@ class DockerSubstrate:
     async def _stop(self) -> None:
         await self.gateway.close()
         self._adopted.clear()
-        keeper, self.keeper = self.keeper, None
-        engine, self._engine = self._engine, None
+        keeper, engine, self.keeper, self._engine = self.keeper, self._engine, None, None
         if keeper is not None:
             await keeper.close()
         if engine is not None:
@@ -302,9 +300,9 @@ class DockerSubstrate:
         """Create and start a container whose pid 1 connects to `control`."""
         api, image = self.engine.api, await self._image_of(spec)
         config = api.create_host_config(
-            binds=[f"{self.config.binary_path}:/.dsec/init:ro", f"{control}:/.dsec/edge"],
+            mounts=[_bind(self.config.binary_path, "/.dsec/init"), _bind(control, "/.dsec/edge")],
             mem_limit=spec.memory_bytes, memswap_limit=spec.memory_bytes, nano_cpus=int(spec.cpu_cores * 1e9),
-            cpu_shares=max(2, spec.cpu_weight * 1024 // 100), pids_limit=spec.pids_count_max + _PROCESSES_OF_OURS,
+            cpu_shares=max(2, spec.cpu_weight * 1024 // 100), pids_limit=spec.pids_count_max + _OWN_COUNT,
             network_mode="none", ipc_mode="private", cgroupns="private", shm_size=spec.disk_bytes,
             cap_drop=["ALL"], cap_add=list(_CAPABILITIES), security_opt=["no-new-privileges"],
             sysctls={"net.ipv4.ip_unprivileged_port_start": "0"}, auto_remove=True,
@@ -378,6 +376,11 @@ class DockerSubstrate:
                 await self._engine.remove(sandbox.name)
         self._sandboxes.pop(sandbox.id, None)
         self._adopted.pop(sandbox.id, None)
+
+
+def _bind(source: Path, target: str) -> docker.types.Mount:
+    """Where the source is gone: an error (`binds` would make a directory in its place)."""
+    return docker.types.Mount(target, str(source), type="bind", read_only=True)
 
 
 def _recipe(base: str, layers: tuple[LayerId, ...]) -> str:
