@@ -66,16 +66,21 @@ const char *apply_cgroup_operations(struct reader in, const struct hierarchies *
     return NULL;
 }
 
-/* Depth first; a cgroup directory holds directories and files, and rmdir ignores the files. */
-int remove_cgroup_tree(int parent, const char *name) {
-    if (unlinkat(parent, name, AT_REMOVEDIR) == 0 || errno == ENOENT) return 0;
-    int fd = openat(parent, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0) return errno == ENOENT ? 0 : -1;
+int empty_cgroup(int parent, const char *name) {
+    int fd = openat(parent, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC), result = 0;
+    if (fd < 0) return -1;
     DIR *directory = fdopendir(fd);
     if (!directory) return close(fd), -1;
     struct dirent *entry;
     while ((entry = readdir(directory)))
-        if (entry->d_type == DT_DIR && entry->d_name[0] != '.') remove_cgroup_tree(fd, entry->d_name);
+        if (entry->d_type == DT_DIR && entry->d_name[0] != '.' && remove_cgroup_tree(fd, entry->d_name) < 0) result = -1;
     closedir(directory);
+    return result;
+}
+
+/* Depth first; a cgroup directory holds directories and files, and rmdir ignores the files. */
+int remove_cgroup_tree(int parent, const char *name) {
+    if (unlinkat(parent, name, AT_REMOVEDIR) == 0 || errno == ENOENT) return 0;
+    if (empty_cgroup(parent, name) < 0 && errno != ENOENT) return -1;
     return unlinkat(parent, name, AT_REMOVEDIR) == 0 || errno == ENOENT ? 0 : -1;
 }

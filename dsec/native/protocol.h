@@ -29,7 +29,7 @@
  *   INITED   u32 the first host uid of slot 0
  *   FAILED   u32 slot (NO_SLOT: INIT failed), string step, u32 errno
  *   CREATED  u32 slot, u32 host pid of the guest                 + fd: Python's end of the guest socket
- *   GONE     u32 slot        every process dead, every cgroup removed; the slot may be used again
+ *   GONE     u32 slot        every process dead, every cgroup removed or empty; the slot may be used again
  *   MOUNTED  u32 layer
  *   UNMOUNTED u32 layer
  *   MOUNT_FAILED u32 layer, string step, u32 errno

@@ -38,6 +38,7 @@ void name_layer(uint32_t layer, char path[LAYER_PATH_BYTES_MAX]); /* where it is
 const char *apply_cgroup_operations(struct reader operations, const struct hierarchies *all, uint32_t owner_uid);
 int check_cgroup_operations(struct reader operations, uint32_t hierarchies_count);
 int remove_cgroup_tree(int parent, const char *name); /* 0, or -1 with errno (EBUSY: try again) */
+int empty_cgroup(int parent, const char *name);       /* removes what is below it; the same */
 
 /* -- users.c */
 int claim_uid_block(uint32_t *first_uid); /* an fd that holds the claim, or -1 */

@@ -3,11 +3,16 @@
  * A create is a few file writes and one clone3; the child builds its sandbox by itself and reports
  * to Python on the guest socket, so creates run side by side and nothing here waits for them.
  *
+ * What is costly to make is kept for the next sandbox, up to a bound: the user namespace and the cgroups stay with the
+ * slot, network namespaces go to a pool.  The kernel walks every file system of the host when a memory cgroup
+ * ends, so with thousands of sandboxes its end costs more than all of a create.
+ *
  * Invariants:
- *   1. A slot is reported GONE after its last process was reaped and its last cgroup removed.
- *   2. The user namespace of a slot is used by one sandbox at a time; while a sandbox runs it is the guest that keeps
+ *   1. A slot is reported GONE after its last process was reaped, and its cgroups removed or emptied for the next.
+ *   2. Cgroups are used again only for the very operations that made them: no limit of another sandbox is left.
+ *   3. The user namespace of a slot is used by one sandbox at a time; while a sandbox runs it is the guest that keeps
  *      it (and its network), so that the fd table, which every child copies, does not grow with N.
- *   3. No step looks at all slots but `end_slots` and SYNC.
+ *   4. No step looks at all slots, or waits for any child, but `end_slots`, SYNC, and now and then `reap_strays`.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -16,6 +21,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -25,21 +31,27 @@
 
 #include "spawner.h"
 
-#define USERS_KEPT_MAX 128 /* user namespaces of free slots */
+#define USERS_KEPT_MAX 128   /* user namespaces of free slots */
+#define CGROUPS_KEPT_MAX 128 /* free slots that have cgroups */
 #define PID_BUCKETS_COUNT 8192
 
-enum slot_state { SLOT_FREE = 0, SLOT_ALIVE, SLOT_REMOVING };
+enum slot_state { SLOT_FREE = 0, SLOT_ALIVE, SLOT_DYING, SLOT_REMOVING };
 
 struct slot {
     enum slot_state state;
     pid_t pid;
     int users, network; /* namespaces of a dead sandbox; -1: none kept */
     struct slot *next;  /* with the same pid bucket */
+    uint8_t *plan;      /* the operations that made its cgroups; NULL: it has none, or not all */
+    size_t plan_bytes;
+    char command_group[64]; /* of hierarchy 0 */
 };
 
 static struct slot slots[SLOTS_COUNT_MAX];
 static struct slot *by_pid[PID_BUCKETS_COUNT];
-static uint32_t removing[SLOTS_COUNT_MAX], removing_count, users_kept;
+static uint32_t removing[SLOTS_COUNT_MAX], removing_count; /* in no order */
+static uint32_t dying[SLOTS_COUNT_MAX], dying_count;       /* killed by DESTROY, not reaped; in no order */
+static uint32_t users_kept, cgroups_kept;
 
 void open_slots(void) {
     for (uint32_t i = 0; i < SLOTS_COUNT_MAX; i++) slots[i].users = slots[i].network = -1;
@@ -66,6 +78,7 @@ static int parse_create(struct reader *in, struct create_request *out) {
         if (!is_mounted(out->layers[i] = take_u32(in))) return -1;
     out->operations = *in;
     if (in->bad || out->slot >= SLOTS_COUNT_MAX || slots[out->slot].state != SLOT_FREE) return -1;
+    if (strlen(out->command_group) >= sizeof slots->command_group) return -1;
     if (!(out->flags & CREATE_HOST_USR) && out->layers_count == 0) return -1;
     if (out->oom_hierarchy >= spawner.hierarchies.count) return -1;
     return check_cgroup_operations(out->operations, spawner.hierarchies.count);
@@ -77,6 +90,35 @@ static int take_users(struct slot *slot, uint32_t uid) {
     slot->users = -1;
     users_kept--;
     return users;
+}
+
+static int remove_cgroups(struct slot *slot) {
+    char name[32];
+    int result = 0;
+    snprintf(name, sizeof name, "s%u", index_of(slot));
+    for (uint32_t i = 0; i < spawner.hierarchies.count; i++)
+        if (remove_cgroup_tree(spawner.hierarchies.fds[i], name) < 0) result = -1;
+    if (result < 0) return -1;
+    free(slot->plan);
+    slot->plan = NULL;
+    return 0;
+}
+
+/* A free slot has its cgroups still: they are right if the same operations made them. */
+static const char *make_cgroups(struct slot *slot, const struct create_request *request, uint32_t uid) {
+    size_t bytes = (size_t)(request->operations.end - request->operations.at);
+    if (slot->plan) {
+        cgroups_kept--;
+        if (slot->plan_bytes == bytes && memcmp(slot->plan, request->operations.at, bytes) == 0) return NULL;
+        if (remove_cgroups(slot) < 0) return "remove the cgroups of the last sandbox";
+    }
+    const char *step = apply_cgroup_operations(request->operations, &spawner.hierarchies, uid + GUEST_UID);
+    if (step) return step;
+    slot->plan = malloc(bytes);
+    if (slot->plan) memcpy(slot->plan, request->operations.at, bytes);
+    slot->plan_bytes = bytes;
+    strcpy(slot->command_group, request->command_group);
+    return NULL;
 }
 
 /* The process itself, with its namespaces' fds open; they are the caller's. */
@@ -96,7 +138,7 @@ static pid_t clone_guest(const struct create_request *request, struct sandbox_se
 static const char *spawn(const struct create_request *request, int *guest_socket) {
     struct slot *slot = &slots[request->slot];
     uint32_t uid = spawner.first_uid + request->slot * UIDS_PER_SLOT;
-    const char *step = apply_cgroup_operations(request->operations, &spawner.hierarchies, uid + GUEST_UID);
+    const char *step = make_cgroups(slot, request, uid);
     if (step) return step;
     int group = openat(spawner.hierarchies.fds[0], request->guest_group, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (group < 0) return "open the guest's cgroup";
@@ -176,8 +218,12 @@ int on_destroy(struct reader *in) {
     if (slot->network < 0 && !(flags & DESTROY_NETWORK))
         slot->network = open_namespace(slot->pid, "net", &spawner.own_network);
     kill(slot->pid, SIGKILL);
+    slot->state = SLOT_DYING;
+    dying[dying_count++] = index;
     return 0;
 }
+
+/* -- the dead ---------------------------------------------------------------------------------- */
 
 static struct slot *take_by_pid(pid_t pid) {
     for (struct slot **at = &by_pid[pid % PID_BUCKETS_COUNT]; *at; at = &(*at)->next) {
@@ -189,36 +235,53 @@ static struct slot *take_by_pid(pid_t pid) {
     return NULL;
 }
 
-void reap(void) {
-    pid_t pid;
-    while ((pid = waitpid(-1, NULL, WNOHANG)) > 0) {
-        struct slot *slot = take_by_pid(pid);
-        if (!slot) continue;
-        if (slot->network >= 0) keep_network(slot->network);
-        slot->network = -1;
-        begin_removal(slot);
+static void bury(pid_t pid) {
+    struct slot *slot = take_by_pid(pid);
+    if (!slot) return;
+    if (slot->network >= 0) keep_network(slot->network);
+    slot->network = -1;
+    begin_removal(slot);
+}
+
+/* Signals merge, so each of those that we killed is looked at, and whoever died by itself waits for `reap_strays`. */
+void reap(pid_t pid) {
+    if (waitpid(pid, NULL, WNOHANG) == pid) bury(pid);
+    for (uint32_t i = 0; i < dying_count;) {
+        struct slot *slot = &slots[dying[i]];
+        if (slot->state == SLOT_DYING && waitpid(slot->pid, NULL, WNOHANG) == slot->pid) bury(slot->pid);
+        if (slot->state == SLOT_DYING) i++;
+        else dying[i] = dying[--dying_count];
     }
 }
 
-static int remove_cgroups(uint32_t slot) {
-    char name[32];
-    int result = 0;
-    snprintf(name, sizeof name, "s%u", slot);
-    for (uint32_t i = 0; i < spawner.hierarchies.count; i++)
-        if (remove_cgroup_tree(spawner.hierarchies.fds[i], name) < 0) result = -1;
-    return result;
+void reap_strays(void) {
+    pid_t pid;
+    while ((pid = waitpid(-1, NULL, WNOHANG)) > 0) bury(pid);
+}
+
+/* Empties the cgroups for the next sandbox of the slot; -1 if they cannot be used again. */
+static int keep_cgroups(struct slot *slot) {
+    if (!slot->plan || cgroups_kept == CGROUPS_KEPT_MAX) return -1;
+    char file[64];
+    snprintf(file, sizeof file, "s%u/cgroup.freeze", index_of(slot));
+    int freeze = openat(spawner.hierarchies.fds[0], file, O_WRONLY | O_CLOEXEC);
+    int thawed = freeze >= 0 && write(freeze, "0", 1) == 1;
+    if (freeze >= 0) close(freeze);
+    if (!thawed || empty_cgroup(spawner.hierarchies.fds[0], slot->command_group) < 0) return -1;
+    cgroups_kept++;
+    return 0;
 }
 
 int finish_removals(void) {
     for (uint32_t i = 0; i < removing_count;) {
-        uint32_t slot = removing[i];
-        if (remove_cgroups(slot) < 0) {
+        struct slot *slot = &slots[removing[i]];
+        if (keep_cgroups(slot) < 0 && remove_cgroups(slot) < 0) {
             i++;
             continue;
         }
         removing[i] = removing[--removing_count];
-        slots[slot].state = SLOT_FREE;
-        if (report(MSG_GONE, slot) < 0) return -1;
+        slot->state = SLOT_FREE;
+        if (report(MSG_GONE, index_of(slot)) < 0) return -1;
     }
     return 0;
 }
@@ -244,7 +307,7 @@ int on_sync(void) {
 
 void end_slots(void) {
     for (uint32_t i = 0; i < SLOTS_COUNT_MAX; i++)
-        if (slots[i].state == SLOT_ALIVE) kill(slots[i].pid, SIGKILL);
+        if (slots[i].state == SLOT_ALIVE) kill(slots[i].pid, SIGKILL); /* the dying are killed already */
     while (waitpid(-1, NULL, 0) > 0 || errno == EINTR) {
     }
 }

@@ -26,9 +26,13 @@
 /* Ours: the control socket, cgroups, spare namespaces, an image while it is mounted, and some while a child is made. */
 #define FILES_COUNT_MAX 4096
 
+/* How long the death of a guest that nobody killed may go unnoticed, where its signal merged with another's. */
+#define STRAYS_MS 50
+
 struct spawner spawner;
 static struct {
     int signals, owner, claim; /* owner: -1 if we outlive it */
+    uint64_t strays_ms;        /* when to look at every child; 0: none died lately */
     int parents[HIERARCHIES_COUNT_MAX];
     char names[HIERARCHIES_COUNT_MAX][128];
     uint8_t packet[PACKET_BYTES_MAX];
@@ -131,19 +135,36 @@ static int on_control(void) {
     return result;
 }
 
+static uint64_t now_ms(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+}
+
 static int on_signal(void) {
     struct signalfd_siginfo info;
-    while (read(host.signals, &info, sizeof info) == (ssize_t)sizeof info)
+    while (read(host.signals, &info, sizeof info) == (ssize_t)sizeof info) {
         if (info.ssi_signo != SIGCHLD) return -1;
-    reap();
+        reap((pid_t)info.ssi_pid);
+        if (host.strays_ms == 0) host.strays_ms = now_ms() + STRAYS_MS;
+    }
     return 0;
+}
+
+static int poll_timeout(void) {
+    if (is_removing()) return 2;
+    return host.strays_ms ? STRAYS_MS : -1;
 }
 
 static void serve(void) {
     for (;;) {
+        if (host.strays_ms && now_ms() >= host.strays_ms) {
+            host.strays_ms = 0;
+            reap_strays();
+        }
         if (finish_removals() < 0) return;
         struct pollfd ready[3] = {{spawner.control, POLLIN, 0}, {host.signals, POLLIN, 0}, {host.owner, POLLIN, 0}};
-        if (poll(ready, 3, is_removing() ? 2 : -1) < 0 && errno != EINTR) return;
+        if (poll(ready, 3, poll_timeout()) < 0 && errno != EINTR) return;
         if (ready[2].revents) return;
         if (ready[1].revents && on_signal() < 0) return;
         if (ready[0].revents && on_control() < 0) return;

@@ -23,7 +23,8 @@ void open_slots(void);
 int on_create(struct reader *in);
 int on_destroy(struct reader *in);
 int on_sync(void);
-void reap(void);
+void reap(pid_t pid);   /* after a SIGCHLD that names it */
+void reap_strays(void); /* looks at every child */
 int finish_removals(void);
 int is_removing(void);
 void end_slots(void); /* kills and reaps all */

@@ -183,7 +183,7 @@ async def test_creates_cancelled_at_any_moment_leave_nothing() -> None:
             await outcome.destroy()
     await asyncio.gather(*(sandbox.destroy() for sandbox in list(substrate._sandboxes.values())))
     places = cgroups_named(substrate.spawner.name)
-    assert [list(place.glob("s*/")) for place in places] == [[]] * len(places)
+    assert all(len(list(place.glob("s*/"))) <= substrate.config.creates_in_flight_max for place in places), "kept ones"
     assert members(places) == set()
     assert len(os.listdir("/proc/self/fd")) == fds
     await substrate.close()
@@ -191,8 +191,8 @@ async def test_creates_cancelled_at_any_moment_leave_nothing() -> None:
 
 async def test_many_sandboxes_later_the_host_is_as_before() -> None:
     def census() -> tuple[int, int, int]:
-        mine = Path("/proc/self/task").parent
-        return len(os.listdir(mine / "fd")), len((mine / "mountinfo").read_text().splitlines()), cgroup_count()
+        mounts = Path(f"/proc/{substrate.spawner.pid}/mountinfo").read_text().splitlines()
+        return len(os.listdir("/proc/self/fd")), len(mounts), cgroup_count()
 
     def cgroup_count() -> int:
         return sum(1 for parent in cgroup.parents(cgroup.detect(), "") for _ in parent.glob(f"{name}/**/"))
@@ -200,15 +200,14 @@ async def test_many_sandboxes_later_the_host_is_as_before() -> None:
     substrate = ContainerSubstrate()
     await substrate.open()
     name = substrate.spawner.name
-    before = census(), len(os.listdir(f"/proc/{substrate.spawner.pid}/fd"))
+    counts = []
     for _ in range(10):
         sandboxes = await asyncio.gather(*(substrate.create(SandboxSpec()) for _ in range(20)))
         await asyncio.gather(*(shell(sandbox, "sleep 100 & echo x > /tmp/x") for sandbox in sandboxes))
         await asyncio.gather(*(sandbox.destroy() for sandbox in sandboxes))
-        # the user and network namespaces are kept for the next sandboxes: at most two fds for each of 20 slots
-    after = census(), len(os.listdir(f"/proc/{substrate.spawner.pid}/fd"))
-    assert after[0] == before[0]
-    assert after[1] <= before[1] + 40
+        # cgroups, user and network namespaces of the first twenty are kept for those that follow
+        counts.append((census(), len(os.listdir(f"/proc/{substrate.spawner.pid}/fd"))))
+    assert counts[1:] == counts[:1] * 9
     await substrate.close()
     assert cgroup_count() == 0
 

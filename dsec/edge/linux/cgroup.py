@@ -30,7 +30,7 @@ from dsec.edge.native_wire import CgroupOperation, CgroupPlan, Operation
 from dsec.types import SandboxSpec
 
 CONTROLLERS = ("memory", "pids", "cpu")
-CPU_PERIOD_US = 100_000
+CPU_PERIOD_US = 100_000  # what a new cgroup has: writing it makes the kernel walk all of them
 WEIGHT_DEFAULT = 100
 SWEEP_S_MAX = 5.0
 FREEZE_S_MAX = 5.0
@@ -162,7 +162,6 @@ def _limits_v1(controller: str, index: int, box: str, spec: SandboxSpec) -> list
     quota = str(int(spec.cpu_cores * CPU_PERIOD_US))
     shares = CgroupOperation(Operation.WRITE, index, f"{box}/cpu.shares", str(max(2, spec.cpu_weight * 1024 // 100)))
     return [
-        CgroupOperation(Operation.WRITE, index, f"{box}/cpu.cfs_period_us", str(CPU_PERIOD_US)),
         CgroupOperation(Operation.WRITE, index, f"{box}/cpu.cfs_quota_us", quota),
         *[shares] * is_weighed,
     ]

@@ -52,7 +52,6 @@ def test_version_1_limits_go_to_one_hierarchy_each() -> None:
         (1, "s3/memory.limit_in_bytes"): "104857600",
         (1, "s3/memory.memsw.limit_in_bytes"): "104857600",
         (2, "s3/pids.max"): "7",
-        (3, "s3/cpu.cfs_period_us"): "100000",
         (3, "s3/cpu.cfs_quota_us"): "150000",
     }
     plan = cgroup.plan_sandbox(found, 3, SPEC)
