@@ -57,6 +57,11 @@ class Sink(Protocol):
         """No more comes; reading goes on.  Safe to call twice."""
         ...
 
+    @property
+    def disk_bytes(self) -> int:
+        """How much of it lies on disk."""
+        ...
+
 
 class Tail:
     """The last `bytes_max` bytes of what was added."""
@@ -129,6 +134,11 @@ class OutputBuffer:
 
     def close(self) -> None:
         """See `Sink`."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """See `Sink`."""
+        return 0
 
 
 class PipeReader:

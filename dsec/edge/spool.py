@@ -15,6 +15,7 @@ import errno
 import os
 import select
 import shutil
+from collections.abc import Container
 from pathlib import Path
 
 from dsec.edge.capture import Tail
@@ -29,24 +30,21 @@ SUFFIXES: dict[Stream, str] = {"stdout": "out", "stderr": "err"}
 class SpooledOutput:
     """A stream in a file.  Implements `dsec.edge.capture.Sink`.
 
-    `bytes_max` bounds what `output` gives, `file_bytes_max` the file.
+    `bytes_max` bounds what `output` gives, `file_bytes_max` the file; an earlier process left `size_bytes` in it.
     """
 
-    def __init__(self, path: Path, bytes_max: int, file_bytes_max: int) -> None:
+    def __init__(self, path: str, bytes_max: int, file_bytes_max: int, size_bytes: int = 0) -> None:
         self._path = path
         self._bytes_max = bytes_max
         self._file_bytes_max = file_bytes_max
         self._fd = -1
-        try:
-            self._size = os.stat(path).st_size
-        except FileNotFoundError:
-            self._size = 0
+        self._size = size_bytes
         self._beyond = 0
         self._tail = Tail(max(bytes_max // 2, 1))
 
     @property
-    def size_bytes(self) -> int:
-        """How much lies on disk."""
+    def disk_bytes(self) -> int:
+        """See `dsec.edge.capture.Sink`."""
         return self._size
 
     def drain(self, fd: int, scratch: memoryview) -> int:
@@ -90,7 +88,7 @@ class SpooledOutput:
 
     def _open(self) -> None:
         if self._fd < 0:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
     def _pread(self, offset: int, count: int) -> bytes:
@@ -147,6 +145,14 @@ def is_at_end(fd: int) -> bool:
     return any(state & select.POLLHUP and not state & select.POLLIN for state in states)
 
 
+def sweep(directory: Path, living: Container[str]) -> None:
+    """Remove the output of sandboxes that did not live on; below `directory` each has its own."""
+    if directory.exists():
+        for place in directory.iterdir():
+            if place.name not in living:
+                shutil.rmtree(place, ignore_errors=True)
+
+
 class Spool:
     """The directory of one sandbox's outputs; when they need more than `bytes_max`, the oldest make room.
 
@@ -157,36 +163,41 @@ class Spool:
         self._directory = directory
         self._file_bytes_max = file_bytes_max
         self._bytes_max = bytes_max
-        self._ended: dict[Path, int] = {}
+        self._ended: dict[str, int] = {}
         self._ended_bytes = 0
         if directory.exists():
             for path in sorted(directory.iterdir(), key=lambda path: path.stat().st_mtime_ns):
-                self._add(path)
+                self._add(str(path), path.stat().st_size)
 
     def open(self, number: int, stream: Stream, bytes_max: int) -> SpooledOutput:
         """The output of command `number`, which goes on if an earlier process began it."""
         path = self._path(number, stream)
-        self._ended_bytes -= self._ended.pop(path, 0)
-        return SpooledOutput(path, bytes_max, self._file_bytes_max)
+        return SpooledOutput(path, bytes_max, self._file_bytes_max, max(0, self._remove(path) - _FILE_BYTES))
 
-    def end(self, number: int) -> None:
-        """The command has ended: its outputs may make room for later ones."""
-        for stream in SUFFIXES:
-            with contextlib.suppress(FileNotFoundError):
-                self._add(self._path(number, stream))
+    def end(self, number: int, stream: Stream, size_bytes: int) -> None:
+        """That output, which has so many bytes on disk, may make room for later ones."""
+        if size_bytes > 0:
+            self._add(self._path(number, stream), size_bytes)
         while self._ended_bytes > self._bytes_max:
             path = next(iter(self._ended))
-            self._ended_bytes -= self._ended.pop(path)
-            path.unlink(missing_ok=True)
+            self._remove(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
-    def _add(self, path: Path) -> None:
-        self._ended[path] = path.stat().st_size + _FILE_BYTES
-        self._ended_bytes += self._ended[path]
+    def _add(self, path: str, size_bytes: int) -> None:
+        self._remove(path)
+        self._ended[path] = size_bytes + _FILE_BYTES
+        self._ended_bytes += size_bytes + _FILE_BYTES
+
+    def _remove(self, path: str) -> int:
+        size_bytes = self._ended.pop(path, 0)
+        self._ended_bytes -= size_bytes
+        return size_bytes
 
     def remove(self) -> None:
         """Remove all of it."""
         if self._directory.exists():
             shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _path(self, number: int, stream: Stream) -> Path:
-        return self._directory / f"{number}.{SUFFIXES[stream]}"
+    def _path(self, number: int, stream: Stream) -> str:
+        return f"{self._directory}/{number}.{SUFFIXES[stream]}"

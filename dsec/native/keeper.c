@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
@@ -144,6 +145,8 @@ int keeper_main(int listening, int first, int keep_s) {
     fcntl(first, F_SETFD, FD_CLOEXEC);
     /* listen is called here, so that who connects learns our pid */
     if (raise_limit() < 0 || listen(listener, 16) < 0) return 1;
+    /* A batch process wakes without pushing its waker aside: a PUT costs the command that it is for nothing. */
+    sched_setscheduler(0, SCHED_BATCH, &(struct sched_param){.sched_priority = 0});
     serve_connection(first);
     while (connection >= 0 || await_connection(keep_s) == 0) {
         struct pollfd ready[2] = {{connection, POLLIN, 0}, {peer, POLLIN, 0}};

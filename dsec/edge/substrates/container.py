@@ -23,6 +23,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from dsec.edge import spool
 from dsec.edge.capture import READ_BYTES_MAX
 from dsec.edge.commands import check_spec, name_sandbox
 from dsec.edge.config import SubstrateConfig
@@ -37,7 +38,7 @@ from dsec.edge.substrates.layer_mounts import LayerMounts, Layers
 from dsec.edge.substrates.seats import Seats
 from dsec.edge.substrates.warm_pool import WarmPool
 from dsec.errors import DsecError, HostUnfitError, SandboxLostError, SpawnError, StateError
-from dsec.types import Command, SandboxId, SandboxSpec
+from dsec.types import Command, LayerId, SandboxId, SandboxSpec
 
 FILES_PER_SANDBOX = 3  # the guest's socket, its facts, a listener
 FILES_FOR_THE_REST = 1024
@@ -176,6 +177,10 @@ class ContainerSubstrate:
 
     # -- create ----------------------------------------------------------------------------------
 
+    def layers_of(self, reference: str) -> tuple[LayerId, ...]:
+        """See `dsec.sandbox.Naming`."""
+        return (LayerId(reference),) if self.layers is None else self.layers.layers_of(reference)
+
     async def create(self, spec: SandboxSpec, sandbox_id: SandboxId | None = None) -> ContainerSandbox:
         """See `dsec.sandbox.Substrate.create`.
 
@@ -254,6 +259,7 @@ class ContainerSubstrate:
         for key, fd in left.items():
             await self.keeper.drop(key)
             os.close(fd)
+        await asyncio.to_thread(spool.sweep, state_dir / "spool", set(self._given))
 
     async def _adopt_spawner(self, keeper: Keeper, kept: Kept) -> Spawner | None:
         """The one that lives, if there is one."""

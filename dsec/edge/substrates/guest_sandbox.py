@@ -190,12 +190,7 @@ class GuestSandbox(ABC):
     def _follow(self, process: GuestProcess) -> GuestProcess:
         number = process.number
         self._processes[number] = self._known[number] = process
-
-        def forget() -> None:
-            self._processes.pop(number, None)
-            self._keeping.end(number)
-
-        process.on_end(forget)
+        process.on_end(lambda: self._processes.pop(number, None))
         return process
 
     async def _take_number(self, number: int | None) -> int:

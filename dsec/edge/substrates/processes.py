@@ -78,7 +78,7 @@ class GuestProcess:
         """What was asked for."""
         return self._command
 
-    def on_end(self, callback: Callable[[], None]) -> None:
+    def on_end(self, callback: Callable[[], object]) -> None:
         """Call `callback` once there is a result, or none to come."""
         self._end.add_done_callback(lambda _: callback())
 

@@ -105,10 +105,10 @@ class Keeping:
             return OutputBuffer(command.output_bytes_max)
         return self._spool.open(number, stream, command.output_bytes_max)
 
-    def end(self, number: int) -> None:
-        """The command's outputs may make room for later ones."""
+    def end(self, number: int, stream: Stream, sink: Sink) -> None:
+        """No more comes there: it may make room for later outputs."""
         if self._spool is not None and not self._is_detached:
-            self._spool.end(number)
+            self._spool.end(number, stream, sink.disk_bytes)
 
     def detach(self) -> None:
         """From now on close our own copies only: the next process goes on with what is kept."""
@@ -258,4 +258,6 @@ class Streams:
             self._writer.close()
         for reader in self._readers.values():
             reader.close()
+        for stream, sink in self._sinks.items():
+            self._keeping.end(self._number, stream, sink)
         self._attached.set()

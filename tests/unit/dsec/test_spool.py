@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsec.edge.capture import READ_BYTES_MAX, OutputBuffer, PipeReader
-from dsec.edge.spool import Spool, SpooledOutput
+from dsec.edge.spool import Spool, SpooledOutput, sweep
 from dsec.errors import OutOfRangeError
 from dsec.types import Output
 
@@ -38,8 +38,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_gives_what_a_buffer_in_memory_gives_and_keeps_more(
     directory: Path, chunks: list[bytes], bytes_max: int, file_bytes_max: int, spliced: list[bool]
 ) -> None:
-    path = directory / "1.out"
-    path.unlink(missing_ok=True)
+    path = str(directory / "1.out")
+    Path(path).unlink(missing_ok=True)
     output, model, whole = SpooledOutput(path, bytes_max, file_bytes_max), OutputBuffer(bytes_max), b"".join(chunks)
     for chunk, by_pipe in zip(chunks, spliced, strict=False):
         drain(output, chunk) if by_pipe else output.add(memoryview(chunk))
@@ -63,7 +63,7 @@ def test_a_command_that_says_nothing_costs_no_file(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "box", 100, 1000)
     output = spool.open(1, "stdout", 100)
     drain(output, b"")
-    spool.end(1)
+    spool.end(1, "stdout", output.disk_bytes)
     assert output.output() == Output()
     assert output.read(0, 9) == b""
     assert not (tmp_path / "box").exists()
@@ -78,7 +78,7 @@ def test_the_next_process_goes_on_where_the_file_ends(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_drained_all_the_same(tmp_path: Path) -> None:
-    full = SpooledOutput(Path("/dev/full"), 10, 1 << 20)
+    full = SpooledOutput("/dev/full", 10, 1 << 20)
     drain(full, b"0123456789" * 10)
     full.add(memoryview(b"end"))
     assert full.output() == Output(tail=b"89end", dropped_bytes=98)
@@ -90,21 +90,29 @@ def test_old_outputs_make_room_for_new_ones(tmp_path: Path) -> None:
     for number, output in enumerate(outputs, 1):
         drain(output, bytes(5000))
         output.close()
-        spool.end(number)
+        spool.end(number, "stdout", output.disk_bytes)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3.out", "4.out"]
     with pytest.raises(OutOfRangeError, match="made room"):
         outputs[0].read(0, 1)
     again = Spool(tmp_path, 1 << 20, 20_000)
     drain(again.open(9, "stdout", 100), bytes(5000))
-    again.end(9)
+    again.end(9, "stdout", 5000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4.out", "9.out"]
     again.remove()
     assert not tmp_path.exists()
 
 
+def test_the_output_of_sandboxes_that_are_gone_is_swept(tmp_path: Path) -> None:
+    for name in ("dead", "alive"):
+        drain(Spool(tmp_path / name, 100, 1000).open(1, "stdout", 100), b"x")
+    sweep(tmp_path, {"alive"})
+    sweep(tmp_path / "nowhere", set())
+    assert [path.name for path in tmp_path.iterdir()] == ["alive"]
+
+
 async def test_a_pipe_is_spliced_into_its_file_while_the_loop_runs(tmp_path: Path) -> None:
     ours, theirs = os.pipe()
-    output = SpooledOutput(tmp_path / "1.out", 100, 1 << 20)
+    output = SpooledOutput(str(tmp_path / "1.out"), 100, 1 << 20)
     reader = PipeReader(ours, output, bytearray(READ_BYTES_MAX))
     os.write(theirs, b"first")
     assert await reader.read(0, 100) == b"first"
