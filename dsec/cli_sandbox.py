@@ -59,10 +59,12 @@ def print_ids(ids: Sequence[str], *, as_json: bool) -> None:
 
 @click.command(
     short_help="Make a sandbox and print its id.",
-    epilog=example("dsec create --memory-mib 1024 --allow pypi.org:443", "id=$(dsec create --label job=7)"),
+    epilog=example("dsec create --memory-mib 1024 --allow api.example.com:443", "id=$(dsec create --label job=7)"),
 )
-@click.option("--base", default="host", show_default=True, help="`host`, or a layer with an operating system.")
-@click.option("--layer", "layers", multiple=True, help="A layer over the base; the topmost first.")
+@click.option(
+    "--base", default="host", show_default=True, help="`host`, or an image or layer with an operating system."
+)
+@click.option("--layer", "layers", multiple=True, help="A layer or image over the base; the topmost first.")
 @click.option("--memory-mib", type=click.IntRange(16), help="Memory, the disk's pages included  [default: 512]")
 @click.option("--disk-mib", type=click.IntRange(1), help="Disk  [default: three quarters of the memory]")
 @click.option("--cpus", type=float, help="Cores  [default: 1]")
@@ -198,7 +200,7 @@ def fork(sandbox_id: str, count: int, after: str | None, labels: dict[str, str],
 
 @click.command(
     short_help="Replace a sandbox's network allowlist.",
-    epilog=example("dsec network ID --allow pypi.org:443 --allow '*.debian.org'", "dsec network ID"),
+    epilog=example("dsec network ID --allow api.example.com:443 --allow '*.example.org'", "dsec network ID"),
 )
 @click.argument("sandbox_id", metavar="ID")
 @click.option("--allow", multiple=True, metavar="RULE", help="HOST[:PORT], *.HOST or CIDR; none: nowhere.")

@@ -132,6 +132,15 @@ class Watched(Protocol):
         ...
 
 
+@runtime_checkable
+class Naming(Protocol):
+    """A substrate whose layers have names; of any other a spec must say their ids."""
+
+    def layers_of(self, reference: str) -> tuple[LayerId, ...]:
+        """What an image's name, or a layer's id, stands for now, the topmost first.  NotFoundError."""
+        ...
+
+
 class Substrate(Protocol):
     """A way of making sandboxes on this host."""
 

@@ -77,9 +77,10 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     STDIN_BYTES_MAX bytes) is followed by end of file.  With `merge_stderr` stderr goes to
     stdout in order, and `ExecResult.stderr` stays empty.  `output_bytes_max` bounds each stream.
     `user` is a name of the sandbox's own /etc/passwd, or `uid` or `uid:gid` in digits ("" is root; without a gid
-    it is that of the account, or the uid itself); one that does not exist is an InvalidArgumentError.  With `keep_stdin_open` the command reads, after `stdin`,
-    what `Process.write_stdin` sends until `close_stdin`.  With `tty` it runs on a terminal of that size:
-    its output is one stream (stdout), and what `write_stdin` sends is typed.
+    it is that of the account, or the uid itself); one that does not exist is an InvalidArgumentError.
+    With `keep_stdin_open` the command reads, after `stdin`, what `Process.write_stdin` sends until
+    `close_stdin`.  With `tty` it runs on a terminal of that size: its output is one stream (stdout), and what
+    `write_stdin` sends is typed.
     With `kill_others` every other process of the sandbox, background ones included, is killed and
     gone before the command starts; where one cannot be ended, the sandbox is lost and nothing runs.
     """

@@ -30,7 +30,9 @@ def _parse_rule(text: str) -> NetworkRule:
     except ValueError:
         numbers = (0,)
     if not where or any(not 0 < number < 1 << 16 for number in numbers) or separator not in ("", ":"):
-        raise InvalidArgumentError(f"{text!r} is no network rule: say for example pypi.org:443 or 10.0.0.0/8:80,443")
+        raise InvalidArgumentError(
+            f"{text!r} is no network rule: say for example api.example.com:443 or 10.0.0.0/8:80,443"
+        )
     try:
         return NetworkRule(cidr=str(ipaddress.ip_network(where)), ports=numbers)
     except ValueError:

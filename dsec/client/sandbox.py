@@ -30,13 +30,13 @@ BUSY_S = 30.0
 IDLE_TIMEOUT_S = 3600.0
 """A sandbox that its client forgot, or could not end, ends by itself."""
 Network = NetworkPolicy | Iterable[str]
-"""An allowlist, or its rules as text (`pypi.org:443`, `*.debian.org`, `10.0.0.0/8:80,443`)."""
+"""An allowlist, or its rules as text (`api.example.com:443`, `*.example.org`, `10.0.0.0/8:80,443`)."""
 
 
 class CreateOptions(TypedDict, total=False):
     """What a sandbox is made of; what is left out has the default of `dsec.types.SandboxSpec`.
 
-    `base` is "host" or a layer with an operating system; `timeout_s` is its whole lifetime and
+    `base` is "host", or an image's name or a layer with an operating system; `timeout_s` is its whole lifetime and
     `idle_timeout_s` how long it may go without a command (default: an hour; None: for ever); `envs` are
     given to every command that this object runs.
     """

@@ -30,6 +30,7 @@ from dsec.edge.registry import Registry
 from dsec.errors import DivergedError, InvalidArgumentError, StateError
 from dsec.lifecycle import EndReason, Happening
 from dsec.replay import first_difference
+from dsec.sandbox import Naming
 from dsec.trajectory import CommandFinished, CommandStarted
 from dsec.types import SandboxId, SandboxSpec
 from dsec.views import CreateRequest, SandboxView
@@ -83,9 +84,17 @@ class Creation:
         self._check(request)
 
         async def prepare() -> Ground:
-            return Ground(request.spec)
+            return Ground(self._named(request.spec))
 
         return (await self._once(Wish(request, request.spec), prepare))[0]
+
+    def _named(self, spec: SandboxSpec) -> SandboxSpec:
+        """With layers in place of names, so that a name may stand for another image tomorrow.  NotFoundError."""
+        substrate = self._registry.substrate
+        if not isinstance(substrate, Naming):
+            return spec
+        layers = dict.fromkeys(layer for reference in spec.layers for layer in substrate.layers_of(reference))
+        return structs.replace(spec, layers=tuple(layers))
 
     async def fork(self, live: LiveSandbox, count: int, request: CreateRequest) -> list[SandboxView]:
         """`count` sandboxes that go on from what this one has written; all or none."""

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,87 +25,23 @@ from rollout.cli import COMMANDS, main
 PROBE = "printf 'a\\0b'; echo err >&2; exit 7"
 
 
-class Edge:
-    """A `dsec edge serve` process, and the commands that are meant for it."""
-
-    def __init__(self, dsec: Any, directory: Path, **env: str) -> None:
-        self.dsec = dsec
-        self.directory = directory
-        self.url = f"unix:{directory}/run/edge.sock"
-        self.env = {"DSEC_API_URL": self.url, "DSEC_EDGE_KEEP_S": "20", "DSEC_EDGE_INLINE_BYTES_MAX": "4096", **env}
-        self.start()
-
-    def start(self, *options: str) -> None:
-        where = ("--directory", self.directory / "state", "--listen", self.url)
-        self.process: subprocess.Popen[str] = self.dsec.start(
-            "edge", "serve", *where, "--json", "--destroy-on-exit", *options, env=self.env
-        )
-        assert self.process.stdout is not None
-        said = self.process.stdout.readline()
-        assert said, self.process.communicate()
-        self.ready = json.loads(said)
-
-    def kill(self) -> None:
-        """kill -9 of the Edge alone: what keeps its sandboxes is not told."""
-        self.process.kill()
-        self.process.communicate()
-
-    def stop(self) -> None:
-        self.process.terminate()
-        _, err = self.process.communicate(timeout=60)
-        assert (self.process.returncode, err) == (0, "")
-
-    def begin(self, *arguments: object, **options: Any) -> subprocess.Popen[str]:
-        process: subprocess.Popen[str] = self.dsec.start(*arguments, env=self.env, **options)
-        return process
-
-    def __call__(self, *arguments: object, **options: Any) -> Any:
-        return self.dsec(*arguments, env=self.env, **options)
-
-    def done(self, *arguments: object, **options: Any) -> str:
-        out: str = self.dsec.done(*arguments, env=self.env, **options).out
-        return out
-
-    def raw(self, *arguments: object, stdin: bytes = b"") -> bytes:
-        """Stdout of a command that must end well, as bytes."""
-        environment = {**os.environ, **self.env}
-        return subprocess.run(
-            [self.dsec.path, *map(str, arguments)], env=environment, input=stdin, check=True, stdout=subprocess.PIPE
-        ).stdout
-
-
 @pytest.fixture(scope="module")
-def edge(session_dsec: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+def edge(session_dsec: Any, edge_process: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One Edge for the tests that leave it alone."""
-    edge = Edge(session_dsec, tmp_path_factory.mktemp("edge"))
+    edge = edge_process(session_dsec, tmp_path_factory.mktemp("edge"))
     yield edge
     edge.stop()
     assert session_dsec.left() == []
 
 
 @pytest.fixture
-def start_edge(dsec: Any, tmp_path: Path) -> Iterator[Callable[..., Edge]]:
-    """Starts an Edge of the test's own; stopped after."""
-    started: list[Edge] = []
-
-    def start(**env: str) -> Edge:
-        started.append(Edge(dsec, tmp_path, **env))
-        return started[-1]
-
-    yield start
-    for one in started:
-        if one.process.returncode is None:
-            one.stop()
-
-
-@pytest.fixture
-def sandbox(edge: Edge) -> Iterator[str]:
+def sandbox(edge: Any) -> Iterator[str]:
     sandbox_id = edge.done("create").strip()
     yield sandbox_id
     edge.done("rm", sandbox_id)
 
 
-def test_a_command_passes_its_output_and_its_exit_code_through(edge: Edge, sandbox: str) -> None:
+def test_a_command_passes_its_output_and_its_exit_code_through(edge: Any, sandbox: str) -> None:
     ran = edge("exec", sandbox, "--", "bash", "-c", PROBE)
     assert (ran.code, ran.out, ran.err) == (7, "a\0b", "err\n")
     for code, argv in (
@@ -118,7 +54,7 @@ def test_a_command_passes_its_output_and_its_exit_code_through(edge: Edge, sandb
         assert edge("exec", sandbox, "--", "bash", "-c", argv).code == code
 
 
-def test_json_holds_the_bytes_and_what_became_of_the_command(edge: Edge, sandbox: str) -> None:
+def test_json_holds_the_bytes_and_what_became_of_the_command(edge: Any, sandbox: str) -> None:
     ran = edge("exec", sandbox, "--json", "--", "bash", "-c", PROBE)
     said = ran.json()
     assert ran.code == said["exit_code"] == 7
@@ -131,7 +67,7 @@ def test_json_holds_the_bytes_and_what_became_of_the_command(edge: Edge, sandbox
     assert "timed out" in edge("exec", sandbox, "--timeout-s", 0.2, "--", "sleep", "60").err
 
 
-def test_output_that_the_log_does_not_hold_is_read_after(edge: Edge, sandbox: str) -> None:
+def test_output_that_the_log_does_not_hold_is_read_after(edge: Any, sandbox: str) -> None:
     program = "import sys; sys.stdout.buffer.write(bytes(range(256)) * 4000)"
     whole = bytes(range(256)) * 4000
     assert edge.raw("exec", sandbox, "--", "python3", "-c", program) == whole
@@ -146,7 +82,7 @@ def test_output_that_the_log_does_not_hold_is_read_after(edge: Edge, sandbox: st
     )
 
 
-def test_a_key_runs_once_and_belongs_to_one_command(edge: Edge, sandbox: str) -> None:
+def test_a_key_runs_once_and_belongs_to_one_command(edge: Any, sandbox: str) -> None:
     counting = ("exec", sandbox, "--key", "k", "--", "sh", "-c", "echo >> /root/n; wc -l < /root/n")
     assert [edge.done(*counting).strip() for _ in range(3)] == ["1", "1", "1"]
     refused = edge("exec", sandbox, "--key", "k", "--", "true")
@@ -154,14 +90,14 @@ def test_a_key_runs_once_and_belongs_to_one_command(edge: Edge, sandbox: str) ->
     assert "another command" in refused.err
 
 
-def test_input_is_passed_on_when_it_is_asked_for(edge: Edge, sandbox: str) -> None:
+def test_input_is_passed_on_when_it_is_asked_for(edge: Any, sandbox: str) -> None:
     data = os.urandom(3_000_000)
     assert edge.raw("exec", "-i", sandbox, "--", "cat", stdin=data) == data
     assert edge.raw("exec", sandbox, "--", "cat", stdin=data) == b""
     assert edge.raw("exec", "-i", sandbox, "--", "head", "-c", "5", stdin=data) == data[:5]
 
 
-def test_where_and_as_whom_a_command_runs_is_the_callers_choice(edge: Edge, sandbox: str) -> None:
+def test_where_and_as_whom_a_command_runs_is_the_callers_choice(edge: Any, sandbox: str) -> None:
     options = ("-w", "/tmp", "-e", "A=b", "-u", "nobody")
     told = edge.done("exec", sandbox, *options, "--", "sh", "-c", "pwd; echo $A; id -un")
     assert told.split() == ["/tmp", "b", "nobody"]
@@ -172,21 +108,14 @@ def test_where_and_as_whom_a_command_runs_is_the_callers_choice(edge: Edge, sand
     [("exec", "sb-none", "--", "true"), ("exec", "{id}"), ("exec", "{id}", "-x"), ("exec", "-t", "{id}", "--", "true"),
      ("exec", "{id}", "-w", "tmp", "--", "true")],
 )  # fmt: skip
-def test_a_failure_of_our_own_is_125_and_a_line(edge: Edge, sandbox: str, arguments: tuple[str, ...]) -> None:
+def test_a_failure_of_our_own_is_125_and_a_line(edge: Any, sandbox: str, arguments: tuple[str, ...]) -> None:
     ran = edge(*(argument.format(id=sandbox) for argument in arguments), stdin=subprocess.DEVNULL)
     assert (ran.code, ran.out) == (125, "")
     assert ran.err
     assert "Traceback" not in ran.err
 
 
-def test_where_no_edge_is_every_command_says_how_to_get_one(dsec: Any, tmp_path: Path) -> None:
-    for code, arguments in ((125, ("exec", "sb-1", "--", "true")), (3, ("ps",)), (3, ("create",))):
-        ran = dsec(*arguments, env={"DSEC_API_URL": f"unix:{tmp_path}/none"})
-        assert (ran.code, ran.out) == (code, "")
-        assert "dsec edge serve" in ran.err
-
-
-def test_an_interrupt_kills_the_command_and_a_reader_that_goes_away_ends_it(edge: Edge, sandbox: str) -> None:
+def test_an_interrupt_kills_the_command_and_a_reader_that_goes_away_ends_it(edge: Any, sandbox: str) -> None:
     process = edge.begin("exec", sandbox, "--key", "int", "--", "sh", "-c", "echo begun; exec sleep 300")
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
@@ -203,7 +132,7 @@ def test_an_interrupt_kills_the_command_and_a_reader_that_goes_away_ends_it(edge
     assert [ended[key]["exit_code"] for key in ("int", "pipe")] == [137, 137]
 
 
-def test_a_killed_client_leaves_its_command_to_whoever_asks_next(edge: Edge, sandbox: str) -> None:
+def test_a_killed_client_leaves_its_command_to_whoever_asks_next(edge: Any, sandbox: str) -> None:
     argv = ("sh", "-c", "echo begun; read -r line < /root/go; echo $line")
     edge.done("exec", sandbox, "--", "mkfifo", "/root/go")
     process = edge.begin("exec", sandbox, "--key", "k", "--", *argv)
@@ -215,7 +144,7 @@ def test_a_killed_client_leaves_its_command_to_whoever_asks_next(edge: Edge, san
     assert edge.done("exec", sandbox, "--key", "k", "--", *argv) == "begun\nwent\n"
 
 
-def test_a_terminal_is_the_commands_own(edge: Edge, sandbox: str) -> None:
+def test_a_terminal_is_the_commands_own(edge: Any, sandbox: str) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 90, 0, 0))
     process = edge.begin("exec", "-it", sandbox, "--", "bash", "--norc", stdin=theirs)
@@ -231,9 +160,10 @@ def test_a_terminal_is_the_commands_own(edge: Edge, sandbox: str) -> None:
                 said += more.decode()
             said = said.partition(text)[2]
 
-        os.write(ours, b"PS1=; stty size; tty; sleep 300\n")
+        os.write(ours, b"PS1=; stty size; tty; sh -c 'echo sleep-$((6*7)); exec sleep 300'\n")
         wait_for("30 90")
         wait_for("/dev/pts/")
+        wait_for("sleep-42")
         os.write(ours, b"\x03")  # typed into the sandbox: it ends the sleep, not us
         os.write(ours, b"trap 'stty size' WINCH; echo ready-$((6*7))\n")
         wait_for("ready-42")
@@ -251,7 +181,7 @@ def test_a_terminal_is_the_commands_own(edge: Edge, sandbox: str) -> None:
         os.close(theirs)
 
 
-def test_files_and_trees_go_in_and_come_out_as_they_were(edge: Edge, sandbox: str, tmp_path: Path) -> None:
+def test_files_and_trees_go_in_and_come_out_as_they_were(edge: Any, sandbox: str, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     (tree / "a b" / "deep").mkdir(parents=True)
     (tree / "a b" / "file").write_bytes(os.urandom(2_000_000))
@@ -280,7 +210,7 @@ def test_files_and_trees_go_in_and_come_out_as_they_were(edge: Edge, sandbox: st
         assert edge("cp", *bad, cwd=tmp_path).code == 2
 
 
-def test_a_tree_from_a_sandbox_cannot_leave_its_place(edge: Edge, sandbox: str, tmp_path: Path) -> None:
+def test_a_tree_from_a_sandbox_cannot_leave_its_place(edge: Any, sandbox: str, tmp_path: Path) -> None:
     (tmp_path / "victim").mkdir()
     attack = tmp_path / "attack.tar"
     with tarfile.open(attack, "w") as made:
@@ -309,8 +239,10 @@ def test_a_tree_from_a_sandbox_cannot_leave_its_place(edge: Edge, sandbox: str, 
     assert list((tmp_path / "victim").iterdir()) == []
 
 
-def test_the_life_of_a_sandbox_can_be_led_from_a_shell(edge: Edge) -> None:
-    made = json.loads(edge.done("create", "--memory-mib", 256, "--label", "job=7", "--allow", "pypi.org:443", "--json"))
+def test_the_life_of_a_sandbox_can_be_led_from_a_shell(edge: Any) -> None:
+    made = json.loads(
+        edge.done("create", "--memory-mib", 256, "--label", "job=7", "--allow", "api.example.com:443", "--json")
+    )
     sandbox = made["id"]
     assert (made["spec"]["memory_bytes"], made["labels"]) == (256 << 20, {"job": "7"})
     edge.done("exec", sandbox, "--key", "one", "--", "sh", "-c", "echo 1 > /root/state")
@@ -340,56 +272,11 @@ def test_the_life_of_a_sandbox_can_be_led_from_a_shell(edge: Edge) -> None:
     assert status["total"]["memory_bytes"] > 0
 
 
-def test_a_killed_edge_loses_neither_sandboxes_nor_commands(start_edge: Callable[..., Edge]) -> None:
-    edge = start_edge()
-    sandbox = edge.done("create").strip()
-    edge.done("exec", sandbox, "--", "mkfifo", "/root/go")
-    background = (
-        "exec",
-        sandbox,
-        "--key",
-        "bg",
-        "--",
-        "sh",
-        "-c",
-        "echo $$ > /root/pid; read -r line < /root/go; echo $line",
-    )
-    waiting = [edge.begin(*background), edge.begin("exec", sandbox, "--json", *background[2:])]
-    edge.done("exec", sandbox, "--", "sh", "-c", "until test -s /root/pid; do sleep 0.01; done")
-    edge.kill()
-    edge.start()
-    assert edge.ready["adopted"] == 1
-    edge.done("exec", sandbox, "--", "sh", "-c", "kill -0 $(cat /root/pid) && echo went > /root/go")
-    streamed, told = (process.communicate(timeout=60)[0] for process in waiting)
-    assert streamed == "went\n"
-    assert base64.b64decode(json.loads(told)["stdout"]) == b"went\n"
-    assert [process.returncode for process in waiting] == [0, 0]
-
-
-def test_a_stopped_edge_leaves_its_sandboxes_to_the_next(dsec: Any, tmp_path: Path) -> None:
-    where = ("--directory", tmp_path / "state", "--listen", f"unix:{tmp_path}/sock")
-    env = {"DSEC_API_URL": f"unix:{tmp_path}/sock", "DSEC_EDGE_KEEP_S": "20"}
-
-    def serve(*options: str) -> subprocess.Popen[str]:
-        process: subprocess.Popen[str] = dsec.start("edge", "serve", *where, *options, env=env)
-        assert process.stdout is not None
-        assert process.stdout.readline().startswith(f"dsec: serving unix:{tmp_path}/sock")
-        return process
-
-    first = serve()
-    sandbox = dsec.done("create", env=env).out.strip()
-    first.terminate()
-    _, err = first.communicate(timeout=60)
-    assert (first.returncode, err) == (
-        0,
-        "dsec: 1 sandboxes live on; the next `dsec edge serve` takes them up\n",
-    )
-    second = serve("--destroy-on-exit")
-    assert dsec.done("exec", sandbox, "--", "echo", "here", env=env).out == "here\n"
-    refused = dsec("edge", "serve", "--directory", tmp_path / "state", "--listen", f"unix:{tmp_path}/other", env=env)
-    assert refused.code in (2, 3)
-    second.terminate()
-    second.communicate(timeout=60)
+def test_where_no_edge_is_every_command_says_how_to_get_one(session_dsec: Any, tmp_path: Path) -> None:
+    for code, arguments in ((125, ("exec", "sb-1", "--", "true")), (3, ("ps",)), (3, ("create",))):
+        ran = session_dsec(*arguments, env={"DSEC_API_URL": f"unix:{tmp_path}/none"})
+        assert (ran.code, ran.out) == (code, "")
+        assert "dsec edge serve" in ran.err
 
 
 def test_every_command_shows_an_example() -> None:
@@ -399,7 +286,7 @@ def test_every_command_shows_an_example() -> None:
         assert "dsec " in shown.output.partition("Example")[2] or "Commands:" in shown.output, name
 
 
-def test_a_program_that_is_interrupted_leaves_no_sandbox(edge: Edge, tmp_path: Path) -> None:
+def test_a_program_that_is_interrupted_leaves_no_sandbox(edge: Any, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "from dsec import Sandbox\n"

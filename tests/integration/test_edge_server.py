@@ -134,12 +134,12 @@ async def test_every_verb_of_the_lifecycle_arrives(world: World, sandbox: AsyncS
     await sandbox.pause()
     assert (await sandbox.view()).state == "paused"
     await sandbox.resume()
-    await sandbox.update_network(["pypi.org:443", "10.0.0.0/8:80,81", "*.debian.org"])
+    await sandbox.update_network(["api.example.com:443", "10.0.0.0/8:80,81", "*.example.org"])
     rules = (await sandbox.view()).spec.network.rules
     assert [(rule.host, rule.cidr, rule.ports) for rule in rules] == [
-        ("pypi.org", "", (443,)),
+        ("api.example.com", "", (443,)),
         ("", "10.0.0.0/8", (80, 81)),
-        ("*.debian.org", "", ()),
+        ("*.example.org", "", ()),
     ]
     await sandbox.commands.run(["a"], key="a")
     layer = await sandbox.snapshot()

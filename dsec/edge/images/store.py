@@ -116,6 +116,10 @@ class LayerStore:
         layer_id = LayerId(reference)
         return Image(name="", layers=(layer_id, *self.facts(layer_id).parents))
 
+    def layers_of(self, reference: str) -> tuple[LayerId, ...]:
+        """See `dsec.sandbox.Naming`; an id stands for itself, whatever it was made over."""
+        return (LayerId(reference),) if is_layer_id(reference) else self.image(reference).layers
+
     def compose(self, name: str, references: Iterable[str]) -> Image:
         """An image of others and of layers, the topmost first; how it runs is theirs, the topmost's before the others'.
 

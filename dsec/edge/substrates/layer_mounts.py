@@ -27,6 +27,10 @@ from dsec.types import LayerId
 class Layers(Protocol):
     """What is needed of a store of layers (`dsec.edge.images.store.LayerStore`)."""
 
+    def layers_of(self, reference: str) -> tuple[LayerId, ...]:
+        """See `dsec.sandbox.Naming`."""
+        ...
+
     def acquire(self, layer_ids: Iterable[LayerId]) -> None:
         """Hold these layers, all or none.  NotFoundError."""
         ...

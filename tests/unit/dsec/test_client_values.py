@@ -201,9 +201,9 @@ def test_what_is_no_address_is_refused(url: str) -> None:
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("pypi.org", NetworkRule(host="pypi.org")),
-        ("pypi.org:443", NetworkRule(host="pypi.org", ports=(443,))),
-        ("*.debian.org:80,443", NetworkRule(host="*.debian.org", ports=(80, 443))),
+        ("api.example.com", NetworkRule(host="api.example.com")),
+        ("api.example.com:443", NetworkRule(host="api.example.com", ports=(443,))),
+        ("*.example.org:80,443", NetworkRule(host="*.example.org", ports=(80, 443))),
         ("10.0.0.0/8", NetworkRule(cidr="10.0.0.0/8")),
         ("10.1.2.3:22", NetworkRule(cidr="10.1.2.3/32", ports=(22,))),
         ("fd00::/8", NetworkRule(cidr="fd00::/8")),
@@ -222,7 +222,7 @@ def test_what_is_no_network_rule_is_refused(text: str) -> None:
 
 def test_one_rule_is_not_taken_for_a_list_of_letters() -> None:
     with pytest.raises(InvalidArgumentError, match="list of rules"):
-        parse_policy("pypi.org")
+        parse_policy("api.example.com")
 
 
 def test_options_of_create_become_the_spec_that_they_mean() -> None:
