@@ -32,7 +32,10 @@ class NativeProcess:
 
     @classmethod
     def start(cls, binary: Path, role: str, fds: Sequence[int], *arguments: str) -> NativeProcess:
-        """Start `binary role FD… arguments…` in a session of its own; the fds stay the caller's.  HostUnfitError."""
+        """Start `binary role FD… arguments…` in a session of its own; the fds stay the caller's.  HostUnfitError.
+
+        It has no other descriptor of ours, standard error included: whoever reads that would wait for it.
+        """
         aside = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FDS_ASIDE) for fd in fds]
         targets = range(_FDS_FIRST, _FDS_FIRST + len(fds))
         try:
@@ -42,7 +45,7 @@ class NativeProcess:
                 {},
                 file_actions=[
                     (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-                    (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0),
+                    *((os.POSIX_SPAWN_OPEN, number, "/dev/null", os.O_WRONLY, 0) for number in (1, 2)),
                     *((os.POSIX_SPAWN_DUP2, fd, target) for fd, target in zip(aside, targets, strict=True)),
                 ],
                 setsid=True,

@@ -140,6 +140,7 @@ static int raise_limit(void) {
 
 int keeper_main(int listening, int first, int keep_s) {
     prctl(PR_SET_NAME, "dsec-keeper");
+    drop_other_files(listening > first ? listening : first);
     listener = listening;
     fcntl(listener, F_SETFD, FD_CLOEXEC);
     fcntl(first, F_SETFD, FD_CLOEXEC);

@@ -1,12 +1,19 @@
 /* The roles: dsec-sandbox spawner FD serves the control socket FD until its other end is closed; dsec-sandbox
  * keeper LISTENER CONNECTION SECONDS holds descriptors for a Python process and its successors; dsec-sandbox guest SOCKET
  * is pid 1 of a container that somebody else made; called as toolbox, it is that (toolbox.h). */
+#define _GNU_SOURCE
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "sandbox.h"
 #include "toolbox.h"
+
+void drop_other_files(int last) {
+    syscall(SYS_close_range, (unsigned)last + 1, ~0U, 0);
+}
 
 int main(int argc, char **argv, char **env) {
     const char *slash = strrchr(argv[0], '/');

@@ -28,6 +28,9 @@ int keeper_main(int listener, int connection, int keep_s);
 int docker_main(const char *socket_path);
 _Noreturn void guest_main(int control, int command_group, int oom_file, const int *joins, int joins_count);
 
+/* -- main.c: closes what lies above `last`.  A pipe that our parent's parent let us inherit has a reader who waits. */
+void drop_other_files(int last);
+
 /* -- base.c: the spawner's own file system view.  Each returns NULL, or the step that failed with errno. */
 const char *build_base(int skeleton_fd);
 int unpack_skeleton(const char *directory); /* 0, or -1 with errno; the caller's fsuid owns what is made */

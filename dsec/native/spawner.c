@@ -183,6 +183,7 @@ static void remove_own_cgroups(void) {
 }
 
 int spawner_main(int control) {
+    drop_other_files(control);
     spawner.control = control;
     fcntl(control, F_SETFD, FD_CLOEXEC);
     prctl(PR_SET_NAME, "dsec-spawner");

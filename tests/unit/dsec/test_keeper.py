@@ -175,3 +175,13 @@ async def test_a_deep_directory_is_no_hindrance(tmp_path: Path) -> None:
     deep.mkdir(parents=True)
     keeper = await Keeper.open(NATIVE_BINARY, deep / "keeper.sock", 600)
     await keeper.close()
+
+
+async def test_who_reads_an_inherited_pipe_does_not_wait_for_the_keeper(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.set_inheritable(write, True)
+    keeper = await Keeper.open(NATIVE_BINARY, tmp_path / "keeper.sock", 600)
+    os.close(write)
+    assert os.read(read, 1) == b""
+    os.close(read)
+    await keeper.close()
