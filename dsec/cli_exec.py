@@ -43,6 +43,9 @@ class ExecCommand(click.Command):
         """Run; an error of ours is a line on stderr and 125."""
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            error.show()
+            sys.exit(FAILED_CODE)
         except DsecError as error:
             click.echo(f"dsec: {visible(str(error))}", err=True)
             sys.exit(FAILED_CODE)

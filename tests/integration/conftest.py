@@ -200,3 +200,57 @@ def finished(session_dsec: Dsec, tasks: Path, tmp_path_factory: pytest.TempPathF
     session_dsec.done("run", tasks, "--out", directory, *options)
     assert session_dsec.left() == []
     return directory
+
+
+class Edge:
+    """A `dsec edge serve` process, and the commands that are meant for it."""
+
+    def __init__(self, dsec: Any, directory: Path, **env: str) -> None:
+        self.dsec = dsec
+        self.directory = directory
+        self.url = f"unix:{directory}/run/edge.sock"
+        self.env = {"DSEC_API_URL": self.url, "DSEC_EDGE_KEEP_S": "20", "DSEC_EDGE_INLINE_BYTES_MAX": "4096", **env}
+        self.start()
+
+    def start(self, *options: str) -> None:
+        where = ("--directory", self.directory / "state", "--listen", self.url)
+        self.process: subprocess.Popen[str] = self.dsec.start(
+            "edge", "serve", *where, "--json", "--destroy-on-exit", *options, env=self.env
+        )
+        assert self.process.stdout is not None
+        said = self.process.stdout.readline()
+        assert said, self.process.communicate()
+        self.ready = json.loads(said)
+
+    def kill(self) -> None:
+        """kill -9 of the Edge alone: what keeps its sandboxes is not told."""
+        self.process.kill()
+        self.process.communicate()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        _, err = self.process.communicate(timeout=60)
+        assert (self.process.returncode, err) == (0, "")
+
+    def begin(self, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+        process: subprocess.Popen[str] = self.dsec.start(*arguments, env=self.env, **options)
+        return process
+
+    def __call__(self, *arguments: object, **options: Any) -> Any:
+        return self.dsec(*arguments, env=self.env, **options)
+
+    def done(self, *arguments: object, **options: Any) -> str:
+        out: str = self.dsec.done(*arguments, env=self.env, **options).out
+        return out
+
+    def raw(self, *arguments: object, stdin: bytes = b"") -> bytes:
+        """Stdout of a command that must end well, as bytes."""
+        environment = {**os.environ, **self.env}
+        return subprocess.run(
+            [self.dsec.path, *map(str, arguments)], env=environment, input=stdin, check=True, stdout=subprocess.PIPE
+        ).stdout
+
+
+@pytest.fixture(scope="session")
+def edge_process() -> type[Edge]:
+    return Edge

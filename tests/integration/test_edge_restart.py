@@ -1,0 +1,79 @@
+"""An Edge that is killed, stopped, or not alone, as real processes: what its sandboxes and clients see of it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def start_edge(dsec: Any, edge_process: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Starts an Edge of the test's own; stopped after."""
+    started: list[Any] = []
+
+    def start(**env: str) -> Any:
+        started.append(edge_process(dsec, tmp_path, **env))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.returncode is None:
+            one.stop()
+
+
+def test_a_killed_edge_loses_neither_sandboxes_nor_commands(start_edge: Callable[..., Any]) -> None:
+    edge = start_edge()
+    sandbox = edge.done("create").strip()
+    edge.done("exec", sandbox, "--", "mkfifo", "/root/go")
+    background = (
+        "exec",
+        sandbox,
+        "--key",
+        "bg",
+        "--",
+        "sh",
+        "-c",
+        "echo $$ > /root/pid; read -r line < /root/go; echo $line",
+    )
+    waiting = [edge.begin(*background), edge.begin("exec", sandbox, "--json", *background[2:])]
+    edge.done("exec", sandbox, "--", "sh", "-c", "until test -s /root/pid; do sleep 0.01; done")
+    edge.kill()
+    edge.start()
+    assert edge.ready["adopted"] == 1
+    edge.done("exec", sandbox, "--", "sh", "-c", "kill -0 $(cat /root/pid) && echo went > /root/go")
+    streamed, told = (process.communicate(timeout=60)[0] for process in waiting)
+    assert streamed == "went\n"
+    assert base64.b64decode(json.loads(told)["stdout"]) == b"went\n"
+    assert [process.returncode for process in waiting] == [0, 0]
+
+
+def test_a_stopped_edge_leaves_its_sandboxes_to_the_next(dsec: Any, tmp_path: Path) -> None:
+    where = ("--directory", tmp_path / "state", "--listen", f"unix:{tmp_path}/sock")
+    env = {"DSEC_API_URL": f"unix:{tmp_path}/sock", "DSEC_EDGE_KEEP_S": "20"}
+
+    def serve(*options: str) -> subprocess.Popen[str]:
+        process: subprocess.Popen[str] = dsec.start("edge", "serve", *where, *options, env=env)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(f"dsec: serving unix:{tmp_path}/sock")
+        return process
+
+    first = serve()
+    sandbox = dsec.done("create", env=env).out.strip()
+    first.terminate()
+    _, err = first.communicate(timeout=60)
+    assert (first.returncode, err) == (
+        0,
+        "dsec: 1 sandboxes live on; the next `dsec edge serve` takes them up\n",
+    )
+    second = serve("--destroy-on-exit")
+    assert dsec.done("exec", sandbox, "--", "echo", "here", env=env).out == "here\n"
+    refused = dsec("edge", "serve", "--directory", tmp_path / "state", "--listen", f"unix:{tmp_path}/other", env=env)
+    assert refused.code in (2, 3)
+    second.terminate()
+    second.communicate(timeout=60)
