@@ -7,6 +7,7 @@ stderr, so a command whose output has ended has no spawner any more.)
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -14,14 +15,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dsec.edge import service
+from dsec.edge.edge_config import EdgeConfig
+from dsec.edge.grpc_server import Server, start_server
 from dsec.edge.linux import cgroup
+from dsec.edge.listen import Certificate, make_listen
+from dsec.testing import FakeHost, FakeSandbox, FakeSubstrate
+from dsec.types import Command, ExecResult, Output
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = str(Path(sys.executable).with_name("dsec"))
@@ -254,3 +261,45 @@ class Edge:
 @pytest.fixture(scope="session")
 def edge_process() -> type[Edge]:
     return Edge
+
+
+class World:
+    """A host, its Edge, and the server in front of it; each can end and come back."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.url = f"unix:{directory}/run/edge.sock"
+        self.host = FakeHost()
+        self.runs: list[Command] = []
+        self.proceed = asyncio.Event()
+        self.arrived: asyncio.Queue[Command] = asyncio.Queue()
+        self.config = EdgeConfig(log_sync="os", sandboxes_count_max=8, create_wait_s=0.0)
+
+    async def script(self, _sandbox: FakeSandbox, command: Command) -> ExecResult:
+        """`wait`: ends when told to; `flood N`: writes N bytes; all else ends at once."""
+        self.runs.append(command)
+        self.arrived.put_nowait(command)
+        if command.argv[0] == "wait":
+            await self.proceed.wait()
+        if command.argv[0] == "flood":
+            return ExecResult(exit_code=0, stdout=Output(bytes(range(256)) * (int(command.argv[1]) // 256)))
+        return ExecResult(exit_code=7, stdout=Output(b"out\xff"), stderr=Output(b"err"))
+
+    async def start(self, *urls: str, token: str = "", certificate: Certificate | None = None) -> list[Server]:
+        self.edge = service.Edge(self.directory / "state", FakeSubstrate(self.script, self.host), self.config)
+        await self.edge.open()
+        listens = [make_listen(url, token, certificate) for url in urls or (self.url,)]
+        self.servers = [await start_server(self.edge, listen) for listen in listens]
+        return self.servers
+
+    async def stop(self) -> None:
+        for server in self.servers:
+            await server.stop()
+        await self.edge.detach()
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    world = World(tmp_path)
+    yield world
+    await world.stop()

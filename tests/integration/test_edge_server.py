@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import socket
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import msgspec
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from dsec.client.connection import Patience, connect
 from dsec.client.host import end_lease, grant_lease, host_view
 from dsec.client.sandbox import AsyncSandbox
 from dsec.client.substrate import RemoteSandbox, RemoteSubstrate, create_remote
-from dsec.edge.edge_config import EdgeConfig
-from dsec.edge.grpc_server import Server, start_server
-from dsec.edge.listen import Certificate, make_listen
-from dsec.edge.service import Edge
 from dsec.errors import (
     DivergedError,
     DsecError,
@@ -36,65 +28,22 @@ from dsec.errors import (
     UnreachableError,
 )
 from dsec.pb.v1 import edge_pb2 as pb
-from dsec.testing import FakeHost, FakeSandbox, FakeSubstrate
-from dsec.types import Command, ExecResult, Output, SandboxSpec, TtySize
+from dsec.types import Command, SandboxSpec, TtySize
 from dsec.views import CreateRequest
 
 TOKEN = "0123456789abcdef"
 NOW = Patience(connect_s=0.0, lost_s=0.0)
 
 
-class World:
-    """A host, its Edge, and the server in front of it; each can end and come back."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.url = f"unix:{directory}/run/edge.sock"
-        self.host = FakeHost()
-        self.runs: list[Command] = []
-        self.proceed = asyncio.Event()
-        self.arrived: asyncio.Queue[Command] = asyncio.Queue()
-        self.config = EdgeConfig(log_sync="os", sandboxes_count_max=8, create_wait_s=0.0)
-
-    async def script(self, _sandbox: FakeSandbox, command: Command) -> ExecResult:
-        """`wait`: ends when told to; `flood N`: writes N bytes; all else ends at once."""
-        self.runs.append(command)
-        self.arrived.put_nowait(command)
-        if command.argv[0] == "wait":
-            await self.proceed.wait()
-        if command.argv[0] == "flood":
-            return ExecResult(exit_code=0, stdout=Output(bytes(range(256)) * (int(command.argv[1]) // 256)))
-        return ExecResult(exit_code=7, stdout=Output(b"out\xff"), stderr=Output(b"err"))
-
-    async def start(self, *urls: str, token: str = "", certificate: Certificate | None = None) -> list[Server]:
-        self.edge = Edge(self.directory / "state", FakeSubstrate(self.script, self.host), self.config)
-        await self.edge.open()
-        listens = [make_listen(url, token, certificate) for url in urls or (self.url,)]
-        self.servers = [await start_server(self.edge, listen) for listen in listens]
-        return self.servers
-
-    async def stop(self) -> None:
-        for server in self.servers:
-            await server.stop()
-        await self.edge.detach()
-
-
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    world = World(tmp_path)
-    yield world
-    await world.stop()
-
-
-@pytest.fixture
-async def sandbox(world: World) -> AsyncIterator[AsyncSandbox]:
+async def sandbox(world: Any) -> AsyncIterator[AsyncSandbox]:
     await world.start()
     sandbox = await AsyncSandbox.create(url=world.url, metadata={"job": "7"}, memory_bytes=64 << 20)
     yield sandbox
     await sandbox.close()
 
 
-async def test_what_a_command_did_comes_back_as_it_was(world: World, sandbox: AsyncSandbox) -> None:
+async def test_what_a_command_did_comes_back_as_it_was(world: Any, sandbox: AsyncSandbox) -> None:
     command = Command(
         argv=("cat", "a b", "\udcff"),
         cwd="/tmp/\udcfe",
@@ -115,9 +64,7 @@ async def test_what_a_command_did_comes_back_as_it_was(world: World, sandbox: As
     ]
 
 
-async def test_a_sandbox_is_made_as_it_was_asked_for_and_found_by_its_labels(
-    world: World, sandbox: AsyncSandbox
-) -> None:
+async def test_a_sandbox_is_made_as_it_was_asked_for_and_found_by_its_labels(world: Any, sandbox: AsyncSandbox) -> None:
     view = await sandbox.view()
     assert view == world.edge.get(sandbox.id)
     assert (view.spec.memory_bytes, view.spec.disk_bytes, view.labels) == (64 << 20, 48 << 20, {"job": "7"})
@@ -130,7 +77,7 @@ async def test_a_sandbox_is_made_as_it_was_asked_for_and_found_by_its_labels(
         await AsyncSandbox.connect(sandbox.id, url=world.url)
 
 
-async def test_every_verb_of_the_lifecycle_arrives(world: World, sandbox: AsyncSandbox) -> None:
+async def test_every_verb_of_the_lifecycle_arrives(world: Any, sandbox: AsyncSandbox) -> None:
     await sandbox.pause()
     assert (await sandbox.view()).state == "paused"
     await sandbox.resume()
@@ -152,7 +99,7 @@ async def test_every_verb_of_the_lifecycle_arrives(world: World, sandbox: AsyncS
     assert [view.id for view in await AsyncSandbox.list(url=world.url)] == [sandbox.id]
 
 
-async def test_leases_and_the_host_are_reached(world: World) -> None:
+async def test_leases_and_the_host_are_reached(world: Any) -> None:
     await world.start()
     await grant_lease("trainer", 1, 60.0, url=world.url)
     async with await AsyncSandbox.create(url=world.url, owner="trainer", epoch=1) as sandbox:
@@ -163,7 +110,7 @@ async def test_leases_and_the_host_are_reached(world: World) -> None:
         assert (await sandbox.view()).reason == "lease_lapsed"
 
 
-async def test_refusals_arrive_as_the_errors_that_the_service_raised(world: World, sandbox: AsyncSandbox) -> None:
+async def test_refusals_arrive_as_the_errors_that_the_service_raised(world: Any, sandbox: AsyncSandbox) -> None:
     run = sandbox.commands.run
     await run(["a"], key="k")
     with pytest.raises(DivergedError, match="'k' was used for another command"):
@@ -188,7 +135,7 @@ async def test_refusals_arrive_as_the_errors_that_the_service_raised(world: Worl
 
 
 async def test_a_bug_of_the_server_tells_the_client_nothing(
-    world: World, sandbox: AsyncSandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    world: Any, sandbox: AsyncSandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(_sandbox_id: str) -> None:
         raise KeyError("secret")
@@ -201,7 +148,7 @@ async def test_a_bug_of_the_server_tells_the_client_nothing(
 
 
 async def test_the_same_key_asks_again_after_a_broken_connection_and_nothing_runs_twice(
-    world: World, sandbox: AsyncSandbox
+    world: Any, sandbox: AsyncSandbox
 ) -> None:
     running = asyncio.create_task(sandbox.commands.run(["wait"], key="k"))
     followed = asyncio.create_task(sandbox.commands.run(["wait", "too"], on_stdout=lambda _text: None))
@@ -215,7 +162,7 @@ async def test_the_same_key_asks_again_after_a_broken_connection_and_nothing_run
     assert len(world.runs) == 2
 
 
-async def test_a_client_that_dies_in_mid_call_leaves_its_command_running(world: World, sandbox: AsyncSandbox) -> None:
+async def test_a_client_that_dies_in_mid_call_leaves_its_command_running(world: Any, sandbox: AsyncSandbox) -> None:
     async with grpc.aio.insecure_channel(f"unix:{world.url.removeprefix('unix:')}") as channel:
         stub = type(sandbox._connection)(world.url, "").stub.__class__(channel)
         command = pb.Command(argv=[b"wait"])
@@ -228,7 +175,7 @@ async def test_a_client_that_dies_in_mid_call_leaves_its_command_running(world: 
     assert len(world.runs) == 1
 
 
-async def test_a_cancelled_run_kills_its_command(world: World, sandbox: AsyncSandbox) -> None:
+async def test_a_cancelled_run_kills_its_command(world: Any, sandbox: AsyncSandbox) -> None:
     for options in ({}, {"on_stdout": lambda _text: None}):
         running = asyncio.create_task(sandbox.commands.run(["wait"], **options))  # type: ignore[call-overload]
         await world.arrived.get()
@@ -239,7 +186,7 @@ async def test_a_cancelled_run_kills_its_command(world: World, sandbox: AsyncSan
     assert [result.exit_code for result in results if result is not None] == [137, 137]
 
 
-async def test_a_cancelled_create_leaves_no_sandbox(world: World) -> None:
+async def test_a_cancelled_create_leaves_no_sandbox(world: Any) -> None:
     await world.start()
     connection = connect(world.url)
     await connection.call("GetHost", pb.GetHostRequest())
@@ -255,7 +202,7 @@ async def test_a_cancelled_create_leaves_no_sandbox(world: World) -> None:
     await connection.close()
 
 
-async def test_output_that_was_not_kept_is_told(world: World, sandbox: AsyncSandbox) -> None:
+async def test_output_that_was_not_kept_is_told(world: Any, sandbox: AsyncSandbox) -> None:
     world.config = world.config.model_copy(update={"inline_bytes_max": 1000})
     await world.stop()
     await world.start()
@@ -268,7 +215,7 @@ async def test_output_that_was_not_kept_is_told(world: World, sandbox: AsyncSand
     assert b"".join([event[1] async for event in handle.follow() if isinstance(event, tuple)]) == result.stdout_bytes
 
 
-async def test_input_signals_and_sizes_reach_the_process(world: World, sandbox: AsyncSandbox) -> None:
+async def test_input_signals_and_sizes_reach_the_process(world: Any, sandbox: AsyncSandbox) -> None:
     pty = await sandbox.pty.create(["wait"], rows=10, columns=20)
     await pty.send_stdin("typed")
     await pty.resize(30, 40)
@@ -288,7 +235,7 @@ async def test_input_signals_and_sizes_reach_the_process(world: World, sandbox: 
         await plain.send_stdin("x")
 
 
-async def test_the_port_over_the_wire_forgets_nothing(world: World) -> None:
+async def test_the_port_over_the_wire_forgets_nothing(world: Any) -> None:
     await world.start()
     substrate = RemoteSubstrate(world.url, labels={"trainer": "1"})
     await substrate.open()
@@ -313,98 +260,7 @@ async def test_the_port_over_the_wire_forgets_nothing(world: World) -> None:
         await substrate.create(SandboxSpec())
 
 
-async def test_a_port_without_its_token_answers_nobody(world: World) -> None:
-    (server,) = await world.start("tcp:127.0.0.1:0", token=TOKEN)
-    assert (await host_view(server.url, TOKEN)).sandboxes == {}
-    for token in ("", TOKEN + "x", TOKEN[:-1]):
-        with pytest.raises(InvalidArgumentError, match="refuses the token"):
-            await host_view(server.url, token)
-    async with grpc.aio.insecure_channel(server.url.removeprefix("tcp:")) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
-        with pytest.raises(grpc.aio.AioRpcError, match="UNAUTHENTICATED"):
-            await health.Check(health_pb2.HealthCheckRequest())
-
-
-@pytest.mark.parametrize(
-    ("url", "token", "said"),
-    [
-        ("tcp:127.0.0.1:0", "", "needs a token"),
-        ("tcp:localhost:0", "short", "at least 16"),
-        ("tcp:127.0.0.1:0", TOKEN + "\n\xe9", "not printable"),
-        ("tls:127.0.0.1:0", TOKEN, "--tls-cert"),
-        ("tcp:7700", TOKEN, "no address"),
-        ("tcp:127.0.0.1:65536", TOKEN, "no address"),
-        ("http://localhost", TOKEN, "no address"),
-        ("unix:", "", "no socket path"),
-        ("unix:/" + "x" * 107, "", "no socket path"),
-    ],
-)
-def test_an_address_where_anybody_could_call_or_nobody_is_refused(url: str, token: str, said: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=said):
-        make_listen(url, token, None)
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> Certificate:
-    """Of localhost, signed by itself; in edge.pem, too."""
-    chain, key = tmp_path / "edge.pem", tmp_path / "edge.key"
-    made = ("-out", chain, "-keyout", key, "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost")
-    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-    subprocess.run(["openssl", "req", "-x509", *curve, *map(str, made)], check=True, capture_output=True)
-    return Certificate(chain.read_bytes(), key.read_bytes())
-
-
-async def test_tls_hides_the_token(
-    world: World, certificate: Certificate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (server,) = await world.start("tls:localhost:0", token=TOKEN, certificate=certificate)
-    monkeypatch.setenv("DSEC_API_CA", str(tmp_path / "edge.pem"))
-    assert (await host_view(server.url, TOKEN)).sandboxes == {}
-    connection = connect(server.url.replace("tls:", "tcp:"), TOKEN)
-    with pytest.raises(UnreachableError):
-        await connection.call("GetHost", pb.GetHostRequest(), patience=NOW)
-    await connection.close()
-
-
-async def test_a_socket_is_its_users_alone_and_nobody_elses_is_taken(world: World, tmp_path: Path) -> None:
-    await world.start()
-    path = Path(world.url.removeprefix("unix:"))
-    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
-    with pytest.raises(InvalidArgumentError, match="another process does"):
-        await start_server(world.edge, make_listen(world.url, "", None))
-    assert (await host_view(world.url)).sandboxes == {}
-    stale = tmp_path / "stale.sock"
-    with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(str(stale))
-    world.servers.append(await start_server(world.edge, make_listen(f"unix:{stale}", "", None)))
-    assert (await host_view(f"unix:{stale}")).sandboxes == {}
-    (tmp_path / "file").write_text("mine")
-    for url in (f"unix:{tmp_path}/file", f"unix:{tmp_path}/file/sock"):
-        with pytest.raises(InvalidArgumentError, match="cannot listen"):
-            await start_server(world.edge, make_listen(url, "", None))
-    assert (tmp_path / "file").read_text() == "mine"
-    taken = world.servers[0].url
-    assert taken == world.url
-
-
-async def test_a_port_in_use_is_refused(world: World) -> None:
-    (server,) = await world.start("tcp:127.0.0.1:0", token=TOKEN)
-    with pytest.raises(InvalidArgumentError, match="in use or not ours"):
-        await start_server(world.edge, make_listen(server.url, TOKEN, None))
-
-
-async def test_garbage_and_silence_on_the_port_do_not_keep_it_from_answering(world: World) -> None:
-    (server,) = await world.start("tcp:127.0.0.1:0", token=TOKEN)
-    host, port = server.url.removeprefix("tcp:").split(":")
-    with contextlib.ExitStack() as stack:
-        for number in range(200):
-            peer = stack.enter_context(socket.create_connection((host, int(port))))
-            if number % 2:
-                peer.sendall(os.urandom(4096))
-        assert (await host_view(server.url, TOKEN)).sandboxes == {}
-
-
-async def test_a_reader_that_stops_reading_stalls_nobody(world: World, sandbox: AsyncSandbox) -> None:
+async def test_a_reader_that_stops_reading_stalls_nobody(world: Any, sandbox: AsyncSandbox) -> None:
     handle = await sandbox.commands.run(["flood", str(8 << 20)], background=True, output_bytes_max=64 << 20)
     readers = [handle.follow() for _ in range(4)]
     for reader in readers:
@@ -415,19 +271,6 @@ async def test_a_reader_that_stops_reading_stalls_nobody(world: World, sandbox: 
         await reader.aclose()  # type: ignore[attr-defined]
 
 
-async def test_health_and_reflection_answer(world: World) -> None:
-    await world.start()
-    async with grpc.aio.insecure_channel(world.url) as channel:
-        checks = health_pb2_grpc.HealthStub(channel)
-        for name in ("", "dsec.pb.v1.Edge"):
-            reply = await checks.Check(health_pb2.HealthCheckRequest(service=name))
-            assert reply.status == health_pb2.HealthCheckResponse.SERVING
-        request = reflection_pb2.ServerReflectionRequest(list_services="")
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-        async for reply in stub.ServerReflectionInfo(iter([request])):
-            assert "dsec.pb.v1.Edge" in {service.name for service in reply.list_services_response.service}
-
-
 async def test_where_no_edge_answers_the_client_says_so_and_does_not_wait_for_ever(tmp_path: Path) -> None:
     connection = connect(f"unix:{tmp_path}/none.sock")
     with pytest.raises(UnreachableError, match="dsec edge serve"):
@@ -436,7 +279,7 @@ async def test_where_no_edge_answers_the_client_says_so_and_does_not_wait_for_ev
 
 
 async def test_a_call_that_is_not_exact_to_repeat_is_not_repeated(
-    world: World, sandbox: AsyncSandbox, monkeypatch: pytest.MonkeyPatch
+    world: Any, sandbox: AsyncSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handle = await sandbox.commands.run(["wait"], background=True, stdin=True)
     process = world.host.sandboxes[sandbox.id].processes[handle.pid]
@@ -460,7 +303,7 @@ async def test_a_call_that_is_not_exact_to_repeat_is_not_repeated(
     assert process.stdin == b"once, then"
 
 
-async def test_a_full_host_is_waited_for_as_long_as_the_caller_wants(world: World) -> None:
+async def test_a_full_host_is_waited_for_as_long_as_the_caller_wants(world: Any) -> None:
     world.config = world.config.model_copy(update={"sandboxes_count_max": 1})
     await world.start()
     first = await AsyncSandbox.create(url=world.url)

@@ -10,7 +10,12 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"log_tokens.py", "run_in_process.py", "submit_group.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "log_tokens.py",
+        "run_in_process.py",
+        "sandbox.py",
+        "submit_group.py",
+    }
 
 
 def test_the_log_example_goes_on_where_it_stopped(dsec: Any, tmp_path: Path) -> None:
@@ -29,6 +34,26 @@ def test_the_in_process_example_prints_rewards_and_goes_on_where_it_stood(dsec: 
     assert len(lines) == 8
     assert all(line.split()[1] in ("0.0", "1.0") for line in lines)
     assert sorted(again.out.splitlines()) == sorted(lines)
+
+
+def test_the_sandbox_example_runs_against_an_edge_and_leaves_nothing(
+    dsec: Any, edge_process: Any, tmp_path: Path
+) -> None:
+    edge = edge_process(dsec, tmp_path)
+    try:
+        ran = dsec.done(EXAMPLES / "sandbox.py", command=sys.executable, env=edge.env)
+        assert ran.out.splitlines() == [
+            "sum 42",
+            "runs 1",
+            "runs 1",
+            "said ['got a', 'got b']",
+            "timed out True 137",
+            "fork has ['add.py', 'runs']",
+            "fork has ['add.py', 'runs']",
+        ]
+        assert edge.done("ps", "-q") == ""
+    finally:
+        edge.stop()
 
 
 def test_the_group_example_prints_rewards_of_a_bundled_task_and_of_a_folder(
