@@ -136,10 +136,10 @@ def encode_strings(texts: Iterable[str | bytes]) -> bytes:
     return struct.pack("<I", len(parts)) + b"".join(parts)
 
 
-def encode_init(hierarchies: Iterable[tuple[str, str]], flags: int = 0) -> bytes:
+def encode_init(hierarchies: Iterable[tuple[str, str]], slots_count: int, flags: int = 0) -> bytes:
     """INIT; each hierarchy is (parent directory, our directory's name)."""
     pairs = [encode_string(parent) + encode_string(name) for parent, name in hierarchies]
-    return encode_u32(MessageType.INIT, flags, len(pairs)) + b"".join(pairs)
+    return encode_u32(MessageType.INIT, flags, slots_count, len(pairs)) + b"".join(pairs)
 
 
 def encode_create(slot: int, spec: SandboxSpec, layers: Sequence[int], plan: CgroupPlan) -> bytes:

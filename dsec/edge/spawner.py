@@ -15,6 +15,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsec.edge.config import SubstrateConfig
 from dsec.edge.linux import cgroup
 from dsec.edge.native_process import NativeProcess
 from dsec.edge.native_wire import (
@@ -45,13 +46,14 @@ def step_error(reader: MessageReader) -> str:
 class Spawner:
     """A running spawner; `start` one, or `adopt` one that lived on.  `close` ends it and every sandbox it made.
 
-    `first_uid` is the user of the host that is root in slot 0.  After `adopt`, `alive` has the pid of the guest in
-    each slot that is not free (0: it is being removed), and `mounted` the numbers of the layers that are mounted.
+    It has `slots_count` slots; `first_uid` is the user of the host that is root in slot 0.  After `adopt`,
+    `alive` has the pid of the guest in each slot that is not free (0: it is being removed), and `mounted` the
+    numbers of the layers that are mounted.
     """
 
     def __init__(self, process: NativeProcess, name: str, places: Sequence[Path], connection: socket.socket) -> None:
         self.name = name
-        self.first_uid = 0
+        self.first_uid = self.slots_count = 0
         self.alive: dict[int, int] = {}
         self.mounted: set[int] = set()
         self._process = process
@@ -67,13 +69,13 @@ class Spawner:
 
     @classmethod
     async def start(
-        cls, binary: Path, found: cgroup.Hierarchies, cgroup_parent: str, skeleton: bytes, *, is_kept: bool = False
+        cls, config: SubstrateConfig, found: cgroup.Hierarchies, skeleton: bytes, *, is_kept: bool = False
     ) -> Spawner:
         """Start the process and wait until its file system stands.  HostUnfitError names the failing step.
 
         `is_kept`: it outlives this process, as long as somebody has `connection`.
         """
-        places = cgroup.parents(found, cgroup_parent)
+        binary, places = config.binary_path, cgroup.parents(found, config.cgroup_parent)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
@@ -84,9 +86,11 @@ class Spawner:
         spawner = cls(process, cgroup.owner_name(process.pid), places, ours)
         file = make_memory_file("skeleton", skeleton)
         try:
-            cgroup.make_owner_directories(found, cgroup_parent, spawner.name)
+            cgroup.make_owner_directories(found, config.cgroup_parent, spawner.name)
             hierarchies = [(str(place), spawner.name) for place in places]
-            await spawner._packets.send(encode_init(hierarchies, INIT_KEPT * is_kept), [file])
+            await spawner._packets.send(
+                encode_init(hierarchies, config.sandboxes_count_max, INIT_KEPT * is_kept), [file]
+            )
             await spawner._inited
         except OSError as error:
             await spawner.close()
@@ -240,7 +244,7 @@ class Spawner:
 
     def _on_start(self, kind: int, number: int, reader: MessageReader) -> None:
         if kind == MessageType.INITED:
-            self.first_uid = number
+            self.first_uid, self.slots_count = number, reader.u32()
             self._inited.set_result(None)
         elif kind == MessageType.FAILED:
             self._inited.set_exception(HostUnfitError(f"the spawner cannot start: {step_error(reader)}"))
@@ -250,7 +254,7 @@ class Spawner:
     def _on_sync(self, kind: int, number: int, reader: MessageReader) -> None:
         """The state; before it may come answers to the process that asked before us, of which nothing is needed."""
         if kind == MessageType.INITED:
-            self.first_uid = number
+            self.first_uid, self.slots_count = number, reader.u32()
         elif kind == MessageType.ALIVE:
             self.alive[number] = reader.u32()
             self._gone[number] = asyncio.get_running_loop().create_future()

@@ -11,7 +11,7 @@
  * is its type.  A message that does not parse ends the connection: both ends are ours.
  *
  * Python -> spawner
- *   INIT     u32 flags (INIT_*), u32 count, count x (string parent, string name)     + fd: the base skeleton
+ *   INIT     u32 flags (INIT_*), u32 slots count, u32 count, count x (string parent, string name)     + fd: the base skeleton
  *            Hierarchy i is the directory parent/name of a mounted cgroup file system, made by
  *            Python.  Hierarchy 0 is cgroup2; the others are v1 controllers.
  *   CREATE   u32 slot, u64 disk_bytes, string hostname, string guest_group, string command_group,
@@ -26,7 +26,7 @@
  *   SYNC                    asks what there is: INITED again, MOUNTED for each layer, ALIVE for each sandbox, then SYNCED
  *
  * spawner -> Python
- *   INITED   u32 the first host uid of slot 0
+ *   INITED   u32 the first host uid of slot 0, u32 slots count
  *   FAILED   u32 slot (NO_SLOT: INIT failed), string step, u32 errno
  *   CREATED  u32 slot, u32 host pid of the guest                 + fd: Python's end of the guest socket
  *   GONE     u32 slot        every process dead, every cgroup removed or empty; the slot may be used again
@@ -154,8 +154,9 @@ enum guest_fd { FD_NULL = 0, FD_CONTROL = 3, FD_COMMAND_GROUP = 4, FD_OOM = 5, F
 
 #define UIDS_PER_SLOT 65536u
 #define UID_FIRST 0x10000000u
-#define UID_BLOCK (SLOTS_COUNT_MAX * UIDS_PER_SLOT) /* uids of one spawner */
-#define UID_BLOCKS_COUNT 12                          /* up to 0xf0000000 */
+#define UID_BLOCK_SLOTS 512 /* a spawner has as many blocks, one after the other, as its slots need */
+#define UID_BLOCK (UID_BLOCK_SLOTS * UIDS_PER_SLOT)
+#define UID_BLOCKS_COUNT 108 /* up to 0xe8000000 */
 
 /* Pid 1 has the last uid and gid of its slot, and the slot's user namespace maps all but that one: no
  * command can become the guest's user, whatever it may do with CAP_SETUID, and so none reaches pid 1

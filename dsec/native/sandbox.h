@@ -44,7 +44,7 @@ int remove_cgroup_tree(int parent, const char *name); /* 0, or -1 with errno (EB
 int empty_cgroup(int parent, const char *name);       /* removes what is below it; the same */
 
 /* -- users.c */
-int claim_uid_block(uint32_t *first_uid); /* an fd that holds the claim, or -1 */
+int claim_uids(uint32_t slots_count, uint32_t *first_uid); /* for as long as we live; 0, or -1 */
 int create_user_namespace(int proc, uint32_t first_uid);
 
 /* -- sandbox.c: the child between clone3 and pid 1; reports a failing step on `control` and exits */

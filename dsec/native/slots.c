@@ -77,7 +77,7 @@ static int parse_create(struct reader *in, struct create_request *out) {
     for (uint32_t i = 0; i < out->layers_count; i++)
         if (!is_mounted(out->layers[i] = take_u32(in))) return -1;
     out->operations = *in;
-    if (in->bad || out->slot >= SLOTS_COUNT_MAX || slots[out->slot].state != SLOT_FREE) return -1;
+    if (in->bad || out->slot >= spawner.slots_count || slots[out->slot].state != SLOT_FREE) return -1;
     if (strlen(out->command_group) >= sizeof slots->command_group) return -1;
     if (!(out->flags & CREATE_HOST_USR) && out->layers_count == 0) return -1;
     if (out->oom_hierarchy >= spawner.hierarchies.count) return -1;
@@ -208,7 +208,7 @@ static int open_namespace(pid_t pid, const char *kind, const struct stat *ours) 
 
 int on_destroy(struct reader *in) {
     uint32_t index = take_u32(in), flags = take_u32(in);
-    if (in->bad || index >= SLOTS_COUNT_MAX) return -1;
+    if (in->bad || index >= spawner.slots_count) return -1;
     struct slot *slot = &slots[index];
     if (slot->state != SLOT_ALIVE) return 0; /* GONE was sent, or will be */
     if (slot->users < 0 && users_kept < USERS_KEPT_MAX) {
@@ -293,8 +293,8 @@ int is_removing(void) {
 /* -- all of them ------------------------------------------------------------------------------- */
 
 int on_sync(void) {
-    if (report(MSG_INITED, spawner.first_uid) < 0 || report_layers() < 0) return -1;
-    for (uint32_t i = 0; i < SLOTS_COUNT_MAX; i++) {
+    if (report_start() < 0 || report_layers() < 0) return -1;
+    for (uint32_t i = 0; i < spawner.slots_count; i++) {
         if (slots[i].state == SLOT_FREE) continue;
         struct message out = {.length = 0};
         put_u32(&out, MSG_ALIVE);

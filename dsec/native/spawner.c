@@ -31,8 +31,8 @@
 
 struct spawner spawner;
 static struct {
-    int signals, owner, claim; /* owner: -1 if we outlive it */
-    uint64_t strays_ms;        /* when to look at every child; 0: none died lately */
+    int signals, owner; /* owner: -1 if we outlive it */
+    uint64_t strays_ms; /* when to look at every child; 0: none died lately */
     int parents[HIERARCHIES_COUNT_MAX];
     char names[HIERARCHIES_COUNT_MAX][128];
     uint8_t packet[PACKET_BYTES_MAX];
@@ -44,6 +44,14 @@ int report_failure(enum message_type type, uint32_t number, const char *step, in
     put_u32(&out, number);
     put_string(&out, step);
     put_u32(&out, (uint32_t)error);
+    return send_message(spawner.control, &out, -1);
+}
+
+int report_start(void) {
+    struct message out = {.length = 0};
+    put_u32(&out, MSG_INITED);
+    put_u32(&out, spawner.first_uid);
+    put_u32(&out, spawner.slots_count);
     return send_message(spawner.control, &out, -1);
 }
 
@@ -92,12 +100,13 @@ static const char *initialise(void) {
     struct reader in = {host.packet, host.packet + length, 0};
     if (take_u32(&in) != MSG_INIT) return errno = EPROTO, "receive INIT";
     watch_owner(take_u32(&in));
+    spawner.slots_count = take_u32(&in);
+    if (spawner.slots_count == 0 || spawner.slots_count > SLOTS_COUNT_MAX) return errno = EPROTO, "read INIT";
     struct rlimit files = {FILES_COUNT_MAX, FILES_COUNT_MAX};
     if (setrlimit(RLIMIT_NOFILE, &files) < 0) return "raise RLIMIT_NOFILE";
     const char *step = open_hierarchies(&in);
     if (step) return step;
-    host.claim = claim_uid_block(&spawner.first_uid);
-    if (host.claim < 0) return "claim a block of uids";
+    if (claim_uids(spawner.slots_count, &spawner.first_uid) < 0) return "claim uids for the sandboxes";
     step = build_base(fds[0]);
     close(fds[0]);
     return step ? step : note_own_namespaces();
@@ -191,7 +200,7 @@ int spawner_main(int control) {
     take_signals();
     const char *step = initialise();
     if (step) report_failure(MSG_FAILED, NO_SLOT, step, errno);
-    else if (report(MSG_INITED, spawner.first_uid) == 0) serve();
+    else if (report_start() == 0) serve();
     end_slots();
     remove_own_cgroups();
     return step ? 1 : 0;

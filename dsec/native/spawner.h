@@ -8,7 +8,7 @@
 
 struct spawner {
     int control, proc; /* proc: the host's /proc */
-    uint32_t first_uid;
+    uint32_t slots_count, first_uid;
     struct stat own_users, own_network; /* namespaces; what a sandbox must not have */
     struct hierarchies hierarchies;
 };
@@ -16,6 +16,7 @@ extern struct spawner spawner;
 
 /* -- spawner.c: 0, or -1 when Python is gone */
 int report(enum message_type type, uint32_t value);
+int report_start(void);
 int report_failure(enum message_type type, uint32_t number, const char *step, int error);
 
 /* -- slots.c: the messages of that name; -1 ends the connection */

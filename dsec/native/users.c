@@ -1,4 +1,4 @@
-/* Uids: each spawner claims a block, each slot has a range of it, each range a user namespace. */
+/* Uids: each spawner claims some, each slot has a range of it, each range a user namespace. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -16,21 +16,31 @@
 #include "sandbox.h"
 
 /* A bound abstract socket is a lock that the kernel drops with its holder, however that dies. */
-int claim_uid_block(uint32_t *first_uid) {
+static int claim_block(uint32_t block) {
+    struct sockaddr_un name = {.sun_family = AF_UNIX};
+    int length = snprintf(name.sun_path + 1, sizeof name.sun_path - 1, "dsec-uids-%u", block);
+    int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (fd < 0) return -1;
+    socklen_t size = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)length);
+    if (bind(fd, (struct sockaddr *)&name, size) == 0) return fd;
+    int error = errno;
+    close(fd);
+    errno = error;
+    return -1;
+}
+
+int claim_uids(uint32_t slots_count, uint32_t *first_uid) {
+    int claims[UID_BLOCKS_COUNT];
+    uint32_t needed = (slots_count + UID_BLOCK_SLOTS - 1) / UID_BLOCK_SLOTS, count = 0;
     for (uint32_t block = 0; block < UID_BLOCKS_COUNT; block++) {
-        struct sockaddr_un name = {.sun_family = AF_UNIX};
-        int length = snprintf(name.sun_path + 1, sizeof name.sun_path - 1, "dsec-uid-block-%u", block);
-        int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-        if (fd < 0) return -1;
-        socklen_t size = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)length);
-        if (bind(fd, (struct sockaddr *)&name, size) == 0) {
-            *first_uid = UID_FIRST + block * UID_BLOCK;
-            return fd;
+        claims[count] = claim_block(block);
+        if (claims[count] >= 0) {
+            if (++count < needed) continue;
+            *first_uid = UID_FIRST + (block + 1 - needed) * UID_BLOCK;
+            return 0;
         }
-        int error = errno;
-        close(fd);
-        errno = error;
-        if (error != EADDRINUSE) return -1;
+        if (errno != EADDRINUSE) return -1;
+        while (count > 0) close(claims[--count]);
     }
     errno = EUSERS;
     return -1;

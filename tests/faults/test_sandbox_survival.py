@@ -20,7 +20,7 @@ from dsec.conformance.check import shell
 from dsec.edge.config import SubstrateConfig
 from dsec.edge.linux import cgroup
 from dsec.edge.substrates.container import ContainerSubstrate
-from dsec.errors import SandboxLostError, SpawnError, StateError
+from dsec.errors import ResourceExhaustedError, SandboxLostError, SpawnError, StateError
 from dsec.types import SandboxId, SandboxSpec
 
 OWNER = """
@@ -175,6 +175,22 @@ async def test_detaching_leaves_the_sandboxes_to_the_next_open(state_dir: Path) 
     assert (await shell(same, "cat /root/file")).stdout.data == b"kept\n"
     assert len(slots(second.spawner.name)) == 1, "what was made ahead is nobody's"
     await second.close()
+
+
+async def test_a_spawner_has_as_many_slots_as_it_was_started_with(state_dir: Path) -> None:
+    first = await reopen(state_dir, sandboxes_count_max=2)
+    await first.create(SandboxSpec())
+    await first.detach()
+    second = await reopen(state_dir, sandboxes_count_max=9)
+    await second.create(SandboxSpec())
+    with pytest.raises(ResourceExhaustedError, match="all 2 sandboxes"):
+        await second.create(SandboxSpec())
+    await second.detach()
+    third = await reopen(state_dir, sandboxes_count_max=1)
+    assert len(third.adopted()) == 2
+    with pytest.raises(ResourceExhaustedError):
+        await third.create(SandboxSpec())
+    await third.close()
 
 
 async def test_a_killed_keeper_is_replaced_and_the_sandboxes_still_survive(state_dir: Path) -> None:

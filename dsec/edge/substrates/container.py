@@ -134,15 +134,14 @@ class ContainerSubstrate:
 
     async def _start(self) -> None:
         base = skeleton.encode(skeleton.entries())
-        config, is_kept = self.config, self.keeper is not None
-        spawner = await Spawner.start(config.binary_path, self._found(), config.cgroup_parent, base, is_kept=is_kept)
+        spawner = await Spawner.start(self.config, self._found(), base, is_kept=self.keeper is not None)
         self._seats = self._make_seats(spawner)
         if self.keeper is not None:
             await self.keeper.put(spawner_key(spawner.pid, spawner.name), spawner.connection.fileno())
 
     def _make_seats(self, spawner: Spawner) -> Seats:
         mounts = LayerMounts(spawner, self.layers, self.keeper, self.config.layer_idle_s)
-        parent, count_max = self.config.cgroup_parent, self.config.sandboxes_count_max
+        parent, count_max = self.config.cgroup_parent, min(self.config.sandboxes_count_max, spawner.slots_count)
         return Seats(spawner, self._found(), parent, mounts, self.keeper, count_max)
 
     async def _stop(self) -> None:
