@@ -86,10 +86,11 @@ class Connection:
             try:
                 reply = await getattr(self.stub, name)(request, timeout=timeout_s, metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
-                await retry.wait_or_raise(self._failure(error))
+                failure = self._failure(error)
             else:
                 self._has_answered = True
                 return reply
+            await retry.wait_or_raise(failure)
 
     async def stream(self, name: str, request: Any) -> AsyncIterator[Any]:
         """One streaming call, not repeated once it has begun.  Raises as `call`."""
