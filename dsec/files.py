@@ -13,26 +13,18 @@ See: dsec/sandbox.py; docs/architecture.md, "Sandbox".
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
-import re
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
-import msgspec
-
-from dsec.errors import (
-    DsecError,
-    InvalidArgumentError,
-    NotFoundError,
-    OutcomeUnknownError,
-    ResourceExhaustedError,
-    StateError,
-)
+from dsec.errors import DsecError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from dsec.sandbox import Process
+from dsec.toolbox import Entry, EntryKind, Event, EventKind, parse_entries, parse_event, require_success
 from dsec.types import TOOLBOX, Command, ExecResult
+
+__all__ = ["CHUNK_BYTES", "Entry", "EntryKind", "Event", "EventKind", "Files", "Runner"]
 
 FILES_TIMEOUT_S = 600.0
 WATCH_TIMEOUT_S = 86_400.0
@@ -45,43 +37,6 @@ PATH_BYTES_MAX = 4095
 ENTRIES_DEPTH_MAX = 128
 TAR_END = bytes(1024)
 _ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
-_MISSING = {errno.ENOENT, errno.ENOTDIR}
-_EXHAUSTED = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
-_SAID = re.compile(rb"(\d{1,3}) (.*)", re.DOTALL)
-_FIELDS_COUNT = 8
-
-EntryKind = Literal["file", "directory", "link", "fifo", "socket", "block", "character"]
-EventKind = Literal["ready", "created", "written", "changed", "removed", "moved_from", "moved_to", "lost"]
-_ENTRY_KINDS: dict[bytes, EntryKind] = {
-    b"f": "file", b"d": "directory", b"l": "link", b"p": "fifo", b"s": "socket", b"b": "block", b"c": "character",
-}  # fmt: skip
-_EVENT_KINDS: dict[bytes, EventKind] = {
-    b"!": "ready", b"c": "created", b"w": "written", b"a": "changed", b"r": "removed", b"f": "moved_from",
-    b"t": "moved_to", b"o": "lost",
-}  # fmt: skip
-
-
-class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """A file, directory or other thing: `path` below what was listed, `target` of a link, links not followed.
-
-    Names are bytes inside; those that are not UTF-8 are decoded as `os.fsdecode` does.
-    """
-
-    path: str
-    kind: EntryKind
-    mode: int
-    size_bytes: int
-    changed_at_s: float
-    uid: int
-    gid: int
-    target: str = ""
-
-
-class Event(msgspec.Struct, frozen=True):
-    """Something that happened to a path; `ready` comes first, `lost` says that more happened than was seen."""
-
-    kind: EventKind
-    path: str
 
 
 class Runner(Protocol):
@@ -167,12 +122,12 @@ class Files:
             raise ResourceExhaustedError(
                 f"{path!r} has more entries than fit into {LIST_BYTES_MAX} bytes: list parts of it"
             )
-        return sorted(_entries(path, result.stdout.data), key=lambda entry: entry.path)
+        return sorted(parse_entries(path, result.stdout.data), key=lambda entry: entry.path)
 
     async def stat(self, path: str) -> Entry:
         """One entry, a link itself."""
         result = await self._run(path, "stat", path)
-        return next(iter(_entries(path, result.stdout.data)))
+        return next(iter(parse_entries(path, result.stdout.data)))
 
     async def exists(self, path: str) -> bool:
         """Whether there is something, be it a link to nothing."""
@@ -209,10 +164,11 @@ class Files:
                 if len(fields) % 2:
                     rest = fields.pop() + b"\0" + rest
                 for kind, name in zip(fields[::2], fields[1::2], strict=True):
-                    yield Event(_EVENT_KINDS.get(kind, "lost"), os.fsdecode(name))
-            _require_success(path, await process.wait())
-        finally:
-            await process.kill()
+                    yield parse_event(kind, name)
+            require_success(path, await process.wait())
+        except BaseException:
+            await _end(process)
+            raise
 
     # -- archives --------------------------------------------------------------------------------
 
@@ -260,7 +216,7 @@ class Files:
     async def _run(self, path: str, *argv: str, stdin: bytes = b"", output_bytes_max: int = CHUNK_BYTES) -> ExecResult:
         _check_path(path)
         command = self._command((TOOLBOX, *argv), stdin=stdin, output_bytes_max=output_bytes_max)
-        return _require_success(path, await self._sandbox.exec(command))
+        return require_success(path, await self._sandbox.exec(command))
 
     async def _feed(self, path: str, argv: tuple[str, ...], pieces: AsyncIterator[bytes]) -> None:
         """Run a command whose stdin is `pieces`; when they fail it is told to give up before it saw an end."""
@@ -272,7 +228,7 @@ class Files:
                 if end.done():  # it will read no more
                     break
             await process.close_stdin()
-            _require_success(path, await end)
+            require_success(path, await end)
         except BaseException:
             await process.signal(15)
             await asyncio.wait([end], timeout=GIVE_UP_S)
@@ -296,60 +252,22 @@ class Files:
                     break
                 offset += len(data)
                 yield data
-            _require_success(path, await process.wait())
-        finally:
-            await process.kill()
+            require_success(path, await process.wait())
+        except BaseException:
+            await _end(process)
+            raise
+
+
+async def _end(process: Process) -> None:
+    """Kill it, and wait until it is no more."""
+    await process.kill()
+    with suppress(DsecError):
+        await process.wait()
 
 
 def _check_path(path: str) -> None:
     if not path.startswith("/") or "\0" in path or len(os.fsencode(path)) > PATH_BYTES_MAX:
         raise InvalidArgumentError(f"{path[:100]!r} is not an absolute path of at most {PATH_BYTES_MAX} bytes")
-
-
-def _entries(path: str, data: bytes) -> list[Entry]:
-    fields = data.split(b"\0")[:-1]
-    try:
-        return [_entry(*fields[at : at + _FIELDS_COUNT]) for at in range(0, len(fields), _FIELDS_COUNT)]
-    except (TypeError, ValueError, KeyError) as error:
-        raise StateError(f"the sandbox's answer about {path!r} makes no sense: {error}") from error
-
-
-def _entry(
-    path: bytes, kind: bytes, mode: bytes, size: bytes, changed: bytes, uid: bytes, gid: bytes, target: bytes
-) -> Entry:
-    return Entry(
-        path=os.fsdecode(path),
-        kind=_ENTRY_KINDS[kind],
-        mode=int(mode, 8),
-        size_bytes=int(size),
-        changed_at_s=float(changed),
-        uid=int(uid),
-        gid=int(gid),
-        target=os.fsdecode(target),
-    )
-
-
-def _require_success(path: str, result: ExecResult) -> ExecResult:
-    if result.exit_code != 0 or result.timed_out:
-        raise _failure(path, result)
-    return result
-
-
-def _failure(path: str, result: ExecResult) -> DsecError:
-    """What a failed operation means; what it says was written inside, and is quoted."""
-    said = result.stderr.data[-1000:]
-    found = _SAID.fullmatch(said)
-    number = int(found[1]) if found else 0
-    text = said.decode(errors="replace").strip()
-    if result.timed_out:
-        return OutcomeUnknownError(f"{path!r}: not done within its time")
-    if number in _MISSING or (result.exit_code == 127 and found is None):
-        return NotFoundError(f"{path!r}: {os.strerror(number or errno.ENOENT)} ({text!r})")
-    if number in _EXHAUSTED or result.oom_killed or result.exit_code == 126 or b"No space left" in said:
-        return ResourceExhaustedError(f"{path!r}: {text!r}")
-    if result.exit_code in (137, 143):
-        return StateError(f"{path!r}: the operation was killed inside the sandbox")
-    return InvalidArgumentError(f"{path!r}: {text!r} (exit code {result.exit_code})")
 
 
 async def _pieces(data: bytes) -> AsyncIterator[bytes]:
