@@ -56,6 +56,8 @@ def serve(
     Its sandboxes live on then, as after a crash, and the next `dsec edge serve` takes them up; with nobody there for
     a while they end.  A unix socket is for our own user only; tcp and tls ask for a token.
     """
+    import uvloop
+
     from dsec.edge import main
 
     options = main.ServeOptions(
@@ -75,7 +77,8 @@ def serve(
                 f"dsec: serving {', '.join(ready.urls)}; state in {ready.directory}; {ready.adopted} sandboxes taken up"
             )
 
-    left = asyncio.run(main.serve(options, tell))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        left = runner.run(main.serve(options, tell))
     if left:
         click.echo(f"dsec: {left} sandboxes live on; the next `dsec edge serve` takes them up", err=True)
 
