@@ -79,8 +79,8 @@ async def a_paused_sandbox_can_be_destroyed(substrate: Substrate) -> None:
 async def nothing_runs_while_a_sandbox_is_paused(substrate: Substrate) -> None:
     widest = (
         "import os, time\n"
-        "print('ready', flush=True)\n"
         "gap, last = 0, time.monotonic()\n"
+        "print('ready', flush=True)\n"
         "while not os.path.exists('/tmp/go'): now = time.monotonic(); gap = max(gap, now - last); last = now\n"
         "print(max(gap, time.monotonic() - last))"
     )

@@ -38,7 +38,7 @@ def serve(guest):
 
 control = socket.socket(fileno=int(sys.argv[2]))
 control.recv(65536)
-control.send(encode_u32(MessageType.INITED, 0))
+control.send(encode_u32(MessageType.INITED, 0, 256))
 while packet := control.recv(65536):
     kind, slot = struct.unpack_from("<2I", packet)
     if kind == MessageType.DESTROY:
