@@ -92,7 +92,7 @@ class Guest:
 
     async def ready(self) -> None:
         """Wait until the sandbox is set up.  SpawnError names the failing step."""
-        await self._ready
+        await asyncio.shield(self._ready)  # a caller that gives up must not settle it
 
     async def start(self, number: int, command: Command, body: bytes, fds: Sequence[int]) -> None:
         """Send a command with its pipes: stdin if any, stdout, stderr unless merged; none for a terminal.

@@ -183,7 +183,6 @@ async def test_creates_cancelled_at_any_moment_leave_nothing() -> None:
             await outcome.destroy()
     await asyncio.gather(*(sandbox.destroy() for sandbox in list(substrate._sandboxes.values())))
     places = cgroups_named(substrate.spawner.name)
-    assert all(len(list(place.glob("s*/"))) <= substrate.config.creates_in_flight_max for place in places), "kept ones"
     assert members(places) == set()
     assert len(os.listdir("/proc/self/fd")) == fds
     await substrate.close()
