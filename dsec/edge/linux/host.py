@@ -81,6 +81,13 @@ def _cgroup_limits(found: cgroup.Hierarchies) -> Finding:
     return Finding("cgroup limits", all(usable.values()), detail, remedy)
 
 
+def _io_weights() -> Finding:
+    weighs = cgroup.detect().weighs_io
+    detail = "disks are shared by cpu_weight, too" if weighs else "cpu_weight is of processors; disks know no weights"
+    remedy = "cgroup2 with the io controller, or the scheduler bfq for the disk (/sys/block/*/queue/scheduler)"
+    return Finding("io weights", weighs, detail, remedy, optional=True)
+
+
 def _merged_usr() -> Finding:
     apart = [f"/{name}" for name in ("bin", "lib", "sbin") if not Path("/", name).is_symlink()]
     detail = f"{' '.join(apart)} not links into /usr" if apart else "/bin, /lib and /sbin are links into /usr"
@@ -119,7 +126,7 @@ def _cpu() -> Finding:
 
 def check_host(config: SubstrateConfig | None = None) -> list[Finding]:
     """Every check, those of the sandboxes first, in the order in which one would mend them.  Changes nothing."""
-    return [*_check_substrate(config or SubstrateConfig()), _cpu()]
+    return [*_check_substrate(config or SubstrateConfig()), _io_weights(), _cpu()]
 
 
 def _check_substrate(config: SubstrateConfig) -> list[Finding]:

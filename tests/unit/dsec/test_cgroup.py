@@ -101,3 +101,26 @@ def test_a_swept_cgroup_loses_its_processes(tmp_path: Path) -> None:
     assert cgroup.remove_tree(directory)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
     assert all(cgroup.remove_tree(other) for other in others)
+
+
+def test_weights_are_those_of_the_box_and_written_only_if_they_differ() -> None:
+    spec = SandboxSpec(cpu_weight=700)
+
+    def weights(found: Hierarchies, of: SandboxSpec) -> dict[str, str]:
+        steps = cgroup.plan_sandbox(found, 3, of).operations
+        return {step.path: step.value for step in steps if "weight" in step.path or "shares" in step.path}
+
+    both = Hierarchies(Path("/v2"), ALL | {"io"}, {})
+    assert weights(both, spec) == {"s3/cpu.weight": "700", "s3/io.weight": "default 700"}
+    old = Hierarchies(
+        Path("/v2"), frozenset(), {name: Path(name) for name in ("memory", "pids", "cpu")}, Path("/blkio")
+    )
+    assert weights(old, spec) == {"s3/cpu.shares": "7168", "s3/blkio.bfq.weight": "700"}
+    assert cgroup.parents(old, "")[-1] == Path("/blkio")
+    assert old.weighs_io
+    assert not Hierarchies(Path("/v2"), ALL, {}).weighs_io
+    assert weights(both, SandboxSpec()) == weights(old, SandboxSpec()) == {}
+    box = cgroup.box_of(old, "", "owner", 3)
+    assert (box.tracker, box.memory) == (Path("/v2/owner/s3"), Path("memory/owner/s3"))
+    box = cgroup.box_of(both, "below", "owner", 3)
+    assert box.tracker == box.memory == Path("/v2/below/owner/s3")

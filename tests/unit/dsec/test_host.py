@@ -14,7 +14,7 @@ from dsec.errors import HostUnfitError
 
 def test_this_host_is_fit() -> None:
     findings = host.check_host()
-    assert [finding for finding in findings if not finding.ok] == []
+    assert [finding for finding in findings if not (finding.ok or finding.optional)] == []
     assert {"root", "overlayfs", "cgroup2", "python3", "bash"} <= {finding.name for finding in findings}
 
 
@@ -28,7 +28,8 @@ def test_a_processor_without_avx2_is_told_but_does_not_forbid_sandboxes(tmp_path
     program = (
         "from dsec.edge.config import SubstrateConfig; from dsec.edge.linux import host\n"
         "host.require_fit_host(SubstrateConfig())\n"
-        "print([(finding.name, finding.detail) for finding in host.check_host() if not finding.ok])"
+        "print([(finding.name, finding.detail) for finding in host.check_host()"
+        " if not (finding.ok or finding.optional)])"
     )
     script = 'mount --bind "$0" /proc/cpuinfo && exec "$@"'
     apart = ["unshare", "-m", "bash", "-c", script, str(cpuinfo), sys.executable, "-c"]
