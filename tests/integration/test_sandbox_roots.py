@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import select
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -150,7 +151,10 @@ async def test_layers_are_adopted_with_their_sandboxes(store: LayerStore, tmp_pa
             await asyncio.gather(*mounts._tasks)
             await asyncio.sleep(0)
         assert len(mounts_of(second.spawner.pid)) == 2, "the unused one went"
+        keeper = os.pidfd_open(second.keeper.pid)
     assert store._held == {}
+    assert select.select([keeper], [], [], 0)[0], "nothing was left for it to keep"
+    os.close(keeper)
 
 
 async def test_a_network_is_used_again_only_when_it_is_clean() -> None:

@@ -115,7 +115,7 @@ class ContainerSubstrate:
         self._forget_sandboxes()
         await self.gateway.close()
         seats, self._seats = self._seats, None
-        seats.detach()
+        await seats.detach()
         await self.keeper.close()
 
     async def close(self) -> None:

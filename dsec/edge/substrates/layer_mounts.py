@@ -60,7 +60,7 @@ class LayerMounts:
         self._spawner = spawner
         self._store = store
         self._keeper = keeper
-        self._idle_s = idle_s
+        self._idle_s: float | None = idle_s  # None: closed
         self._numbers: dict[LayerId, int] = {}
         self._free = list(range(LAYERS_COUNT_MAX - 1, -1, -1))
         self._users: Counter[LayerId] = Counter()
@@ -111,19 +111,19 @@ class LayerMounts:
             if not self._users[layer_id]:
                 self._start_timer(layer_id)
 
-    def close(self) -> None:
-        """The spawner is gone, or another process's: let go of every layer."""
+    async def close(self, *, is_over: bool) -> None:
+        """Let go of every layer: the spawner is to end (`is_over`), or is another process's from now on."""
+        self._idle_s = None
         for timer in self._timers.values():
             timer.cancel()
-        for task in self._tasks:
-            task.cancel()
+        self._timers.clear()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._keeper is not None and is_over:
+            for layer_id, number in self._numbers.items():
+                await self._keeper.drop(_key(number, layer_id))
         if self._store is not None:
             self._store.release(list(self._numbers))
         self._numbers.clear()
-
-    def keys(self) -> list[str]:
-        """What the keeper has of us."""
-        return [_key(number, layer_id) for layer_id, number in self._numbers.items()]
 
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Something that is not cut short when its caller is: a number must not be used for two things at once."""
@@ -165,6 +165,8 @@ class LayerMounts:
         self._numbers[layer_id] = number
 
     def _start_timer(self, layer_id: LayerId) -> None:
+        if self._idle_s is None:
+            return
         loop = asyncio.get_running_loop()
         if layer_id in self._timers:
             self._timers.pop(layer_id).cancel()

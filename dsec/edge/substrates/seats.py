@@ -76,15 +76,14 @@ class Seats:
 
     async def close(self) -> None:
         """End the spawner, with all its sandboxes."""
+        await self.mounts.close(is_over=True)
         if self.keeper is not None:
-            for key in (*self.mounts.keys(), spawner_key(self.spawner.pid, self.spawner.name)):
-                await self.keeper.drop(key)
-        self.mounts.close()
+            await self.keeper.drop(spawner_key(self.spawner.pid, self.spawner.name))
         await self.spawner.close()
 
-    def detach(self) -> None:
+    async def detach(self) -> None:
         """Leave the spawner and its sandboxes to the next process."""
-        self.mounts.close()
+        await self.mounts.close(is_over=False)
         self.spawner.detach()
 
 
