@@ -1,7 +1,9 @@
-"""Containers behave as every sandbox must, and show nothing of this host."""
+"""Containers behave as every sandbox must, and show nothing of this host.
+
+Those that outlive their maker are in test_sandbox_remote.py, behind an Edge.
+"""
 
 import asyncio
-import contextlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,36 +20,19 @@ from dsec.types import SandboxSpec
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@contextlib.asynccontextmanager
-async def containers(folder: Path, *, is_kept: bool) -> AsyncIterator[ContainerSubstrate]:
-    layers = LayerStore(folder / "layers")
-    await layers.open()
-    made = ContainerSubstrate(layers=layers, state_dir=folder / "state" if is_kept else None)
-    await made.open()
-    yield made
-    await made.close()
-
-
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def substrate(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ContainerSubstrate]:
-    async with containers(tmp_path_factory.mktemp("plain"), is_kept=False) as made:
-        yield made
-
-
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def kept_substrate(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ContainerSubstrate]:
-    async with containers(tmp_path_factory.mktemp("kept"), is_kept=True) as made:
-        yield made
+    layers = LayerStore(tmp_path_factory.mktemp("layers"))
+    await layers.open()
+    containers = ContainerSubstrate(layers=layers)
+    await containers.open()
+    yield containers
+    await containers.close()
 
 
 @pytest.mark.parametrize("check", SANDBOX_CHECKS, ids=lambda check: check.name)
 async def test_a_container_conforms(substrate: ContainerSubstrate, check: Check) -> None:
     await check.run(substrate)
-
-
-@pytest.mark.parametrize("check", SANDBOX_CHECKS, ids=lambda check: check.name)
-async def test_a_container_that_outlives_its_maker_conforms(kept_substrate: ContainerSubstrate, check: Check) -> None:
-    await check.run(kept_substrate)
 
 
 async def test_files_and_environment_of_the_host_stay_outside(substrate: ContainerSubstrate) -> None:
