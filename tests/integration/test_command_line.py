@@ -313,7 +313,7 @@ def test_gc_leaves_living_runs_alone(dsec: Any, tasks: Path, tmp_path: Path) -> 
 
 def test_doctor_finds_this_host_fit(dsec: Any) -> None:
     findings = dsec.done("doctor", "--json").json()
-    assert all(finding["ok"] for finding in findings)
+    assert all(finding["ok"] or finding["optional"] for finding in findings)
     assert {"root", "kernel", "overlayfs", "cgroup2", "dsec-sandbox"} <= {finding["name"] for finding in findings}
     assert "missing" not in dsec.done("doctor").out
 
