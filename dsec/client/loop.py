@@ -34,13 +34,25 @@ class Loop:
             raise StateError("a blocking call from the client's own event loop: use AsyncSandbox there")
         loop = self._running()
         done: concurrent.futures.Future[T] = concurrent.futures.Future()
-        tasks: list[asyncio.Task[None]] = []
-        loop.call_soon_threadsafe(lambda: tasks.append(loop.create_task(_settle(coroutine, done))))
+        tasks: list[asyncio.Task[T]] = []
+
+        def begin() -> None:
+            tasks.append(loop.create_task(coroutine))
+            tasks[0].add_done_callback(lambda task: _settle(task, done))
+
+        def give_up() -> None:
+            if tasks:
+                tasks[0].cancel()
+            else:  # interrupted before it was begun
+                coroutine.close()
+                done.cancel()
+
         try:
+            loop.call_soon_threadsafe(begin)
             return done.result()
         except BaseException:
             if not done.done():
-                loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
+                loop.call_soon_threadsafe(give_up)
                 concurrent.futures.wait([done])
             raise
 
@@ -60,11 +72,14 @@ class Loop:
             return self._loop
 
 
-async def _settle(coroutine: Coroutine[Any, Any, T], done: concurrent.futures.Future[T]) -> None:
-    try:
-        done.set_result(await coroutine)
-    except BaseException as error:  # whatever it is, the waiting thread gets it
+def _settle(task: asyncio.Task[T], done: concurrent.futures.Future[T]) -> None:
+    """Whatever came of it, the waiting thread gets it; also of a task that was cancelled before its first step."""
+    if task.cancelled():
+        done.set_exception(asyncio.CancelledError())
+    elif (error := task.exception()) is not None:
         done.set_exception(error)
+    else:
+        done.set_result(task.result())
 
 
 async def _next(items: AsyncIterator[T]) -> T | None:

@@ -125,7 +125,8 @@ class EdgeServicer(pb_grpc.EdgeServicer):
         async with _answering(context, "ReadOutput"):
             if not 0 < request.bytes_max <= READ_BYTES_MAX:
                 raise InvalidArgumentError(f"bytes_max {request.bytes_max} is not in [1, {READ_BYTES_MAX}]")
-            stream = messages.STREAMS[request.stream]
+            if (stream := messages.STREAMS.get(request.stream)) is None:
+                raise InvalidArgumentError(f"{request.stream} is no stream of a command")
             data = await self._edge.read_output(
                 request.sandbox_id, request.key, stream, request.offset, request.bytes_max
             )

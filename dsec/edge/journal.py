@@ -16,6 +16,7 @@ See: docs/formats/edge_journal.md, dsec/lifecycle.py.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import msgspec
@@ -385,7 +386,8 @@ class Ledger:
                 del self.leases[owner]
 
     def _bound(self, kept: dict[SandboxId, None] | dict[str, None]) -> list[SandboxId]:
-        over = [SandboxId(name) for name in list(kept)[: max(0, len(kept) - self._ended_count_max)]]
+        count = max(0, len(kept) - self._ended_count_max)
+        over = [SandboxId(name) for name in itertools.islice(kept, count)]
         for name in over:
             del kept[name]
         return over

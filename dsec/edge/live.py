@@ -18,16 +18,13 @@ from dsec.edge.edge_config import EdgeConfig
 from dsec.edge.edge_log import EdgeLog
 from dsec.edge.exec_log import DurableSandbox, Running, slice_of
 from dsec.edge.journal import Known, NetworkUpdated, SandboxPaused, SandboxResumed, SnapshotTaken
-from dsec.errors import (
-    InvalidArgumentError,
-    OutcomeUnknownError,
-    ResourceExhaustedError,
-    SandboxLostError,
-)
+from dsec.edge.network.rules import Allowlist
+from dsec.errors import DsecError, InvalidArgumentError, OutcomeUnknownError, ResourceExhaustedError, SandboxLostError
 from dsec.lifecycle import Happening, State, after
 from dsec.sandbox import Process, Sandbox
 from dsec.types import Command, ExecResult, LayerId, NetworkPolicy, SandboxId, Stream
 from dsec.views import CommandView
+from wal import settled
 
 KEY_BYTES_MAX = 256
 POLICY_BYTES_MAX = 128 << 10
@@ -80,7 +77,11 @@ class LiveSandbox:
         async with self._lock:
             if self.require(Happening.PAUSE) is not self.state:
                 await self._log.append(SandboxPaused(self.known.id, now_s))
-            await self.sandbox.pause()
+            try:
+                await self.sandbox.pause()
+            except ResourceExhaustedError:  # it runs on
+                await self._log.append(SandboxResumed(self.known.id, self.durable.now()))
+                raise
 
     async def resume(self) -> None:
         """Let it go on; safe to call twice."""
@@ -101,12 +102,21 @@ class LiveSandbox:
             return layer
 
     async def update_network(self, policy: NetworkPolicy) -> None:
-        """Replace the allowlist."""
+        """Replace the allowlist; the old one stays if it cannot be.  InvalidArgumentError, StateError."""
         check_size("the network policy", policy, POLICY_BYTES_MAX)
+        Allowlist(policy)
+        await settled(self._update_network(policy))
+
+    async def _update_network(self, policy: NetworkPolicy) -> None:
         async with self._lock:
             self.require(Happening.SNAPSHOT)
+            before = self.known.spec.network
             await self._log.append(NetworkUpdated(self.known.id, policy, self.durable.now()), is_refusable=True)
-            await self.sandbox.update_network(policy)
+            try:
+                await self.sandbox.update_network(policy)
+            except DsecError:
+                await self._log.append(NetworkUpdated(self.known.id, before, self.durable.now()))
+                raise
 
     def begin(self, command: Command, key: str) -> Running | None:
         """Begin a command, or find the one that this key stands for; None if it has finished."""

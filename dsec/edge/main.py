@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from dsec.edge.config import DockerConfig, SubstrateConfig
 from dsec.edge.edge_config import EdgeConfig
 from dsec.edge.grpc_server import Server, start_server
 from dsec.edge.listen import Certificate, Listen, make_listen
@@ -65,8 +66,8 @@ async def make_substrate(name: str, directory: Path, config: EdgeConfig) -> Subs
     if name == "docker":
         from dsec.edge.substrates.docker import DockerSubstrate
 
-        return DockerSubstrate()
-    from dsec.edge.config import SubstrateConfig
+        docker_config = DockerConfig(sandboxes_count_max=config.sandboxes_count_max)
+        return DockerSubstrate(docker_config, state_dir=directory)
     from dsec.edge.images.config import ImagesConfig
     from dsec.edge.substrates.container import ContainerSubstrate
 

@@ -12,18 +12,21 @@ See: docs/architecture.md, "Recovery"; `DurableSandbox.attach` for the commands.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Iterable
 
 from dsec.edge.admission import amounts_of
-from dsec.edge.journal import EdgeOpened, Known, SandboxEnded
+from dsec.edge.journal import EdgeOpened, Known, NetworkUpdated, SandboxEnded
 from dsec.edge.leases import Leases
 from dsec.edge.live import LiveSandbox
 from dsec.edge.registry import Registry
-from dsec.errors import DsecError
+from dsec.errors import DsecError, ResourceExhaustedError, StateError
 from dsec.lifecycle import EndReason, State
 from dsec.sandbox import Sandbox
+from dsec.types import NetworkPolicy
 
 IN_FLIGHT_MAX = 64
+log = logging.getLogger(__name__)
 
 
 async def recover(registry: Registry, leases: Leases) -> None:
@@ -71,9 +74,9 @@ async def _take_over(registry: Registry, live: LiveSandbox) -> None:
     """Bring a sandbox to the state that the journal wants, and its commands to their ends."""
     try:
         if live.known.spec.network.rules:
-            await live.sandbox.update_network(live.known.spec.network)
+            await _open_way_out(registry, live)
         if live.state is State.PAUSED:
-            await live.sandbox.pause()  # its commands are collected when it resumes
+            await _pause_again(live)
         else:
             await live.sandbox.resume()
             await live.durable.attach()
@@ -81,6 +84,23 @@ async def _take_over(registry: Registry, live: LiveSandbox) -> None:
         await registry.end(live, EndReason.LOST, f"it could not be taken over: {error}")
         return
     registry.watch(live)
+
+
+async def _open_way_out(registry: Registry, live: LiveSandbox) -> None:
+    """Give a sandbox its network again; where it prevents that (it took the port), it goes on without one."""
+    try:
+        await live.sandbox.update_network(live.known.spec.network)
+    except StateError as error:
+        log.warning("sandbox %s has no network any more: %s", live.known.id, error)
+        await registry.log.append(NetworkUpdated(live.known.id, NetworkPolicy(), registry.now()))
+
+
+async def _pause_again(live: LiveSandbox) -> None:
+    """Its commands are collected when it resumes: at once, if it cannot be stopped."""
+    try:
+        await live.sandbox.pause()
+    except ResourceExhaustedError:
+        await live.resume()
 
 
 async def _gather(work: Iterable[Awaitable[None]]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,8 +26,10 @@ from dsec.edge.substrates.layer_mounts import Layers
 from dsec.edge.substrates.processes import GuestProcess
 from dsec.edge.substrates.seats import Seat
 from dsec.edge.substrates.streams import Keeping
-from dsec.errors import HostUnfitError, ResourceExhaustedError
+from dsec.errors import HostUnfitError, ResourceExhaustedError, StateError
 from dsec.types import Command, LayerId, NetworkPolicy, SandboxId, SandboxSpec
+
+log = logging.getLogger(__name__)
 
 
 class SandboxHost(Protocol):
@@ -103,6 +106,9 @@ class ContainerSandbox(GuestSandbox):
         self._adopt(connection, files)
         try:
             await self._apply_network(spec.network)
+        except StateError as error:  # a process of it has the proxy's port: no way out then, but no end either
+            log.warning("sandbox %s has no network any more: %s", sandbox_id, error)
+            self._spec = msgspec.structs.replace(spec, network=NetworkPolicy())
         except BaseException:
             self._start_destroying()
             raise
