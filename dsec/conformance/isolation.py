@@ -21,7 +21,9 @@ numbers = dict(bpf=321 if x86 else 280, perf_event_open=298 if x86 else 241, use
                open_by_handle_at=304 if x86 else 265, keyctl=250 if x86 else 219, add_key=248 if x86 else 217,
                init_module=175 if x86 else 105, kexec_load=246 if x86 else 104, reboot=169 if x86 else 142,
                open_tree=428, fsopen=430, mount_setattr=442, clone3=435, sethostname=170 if x86 else 161,
-               settimeofday=164 if x86 else 170, syslog=103 if x86 else 116, fanotify_init=300 if x86 else 262)
+               settimeofday=164 if x86 else 170, syslog=103 if x86 else 116, fanotify_init=300 if x86 else 262,
+               io_setup=206 if x86 else 0, io_destroy=207 if x86 else 1, io_getevents=208 if x86 else 4,
+               io_submit=209 if x86 else 2, io_cancel=210 if x86 else 3, io_pgetevents=333 if x86 else 292)
 for name, number in numbers.items():
     ctypes.set_errno(0)
     result = libc.syscall(number, 0, 0, 0, 0, 0, 0)
@@ -30,6 +32,29 @@ NEWUSER, SIGCHLD = 0x10000000, 17
 result = libc.syscall(56 if x86 else 220, NEWUSER | SIGCHLD, 0, 0, 0, 0)
 if result == 0: os._exit(0)
 print("clone_newuser", "allowed" if result >= 0 else errno.errorcode[ctypes.get_errno()])
+"""
+
+_ABSENT = {
+    "clone3": "it hides its flags from the filter",
+    **dict.fromkeys(
+        ("io_setup", "io_destroy", "io_getevents", "io_submit", "io_cancel", "io_pgetevents"),
+        "its contexts are counted for the whole host",
+    ),
+}
+
+# Takes inotify instances until it is refused, as one user after the other, and keeps them.
+_WATCHERS = """
+import ctypes, os, time
+libc = ctypes.CDLL(None, use_errno=True)
+for user in (0, 1000, 1001, 40000):
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.setresuid(user, user, user)
+        count = 0
+        while libc.inotify_init1(0) >= 0: count += 1
+        os.write(writing, b"%d %d" % (count, ctypes.get_errno()))
+        time.sleep(300)
+    print(os.read(reading, 64).decode())
 """
 
 # As every user of the namespace in turn: may it read pid 1's limits (the same right as setting them)?
@@ -132,7 +157,8 @@ async def root_inside_is_nobody_outside(substrate: Substrate) -> None:
 async def dangerous_system_calls_are_refused(substrate: Substrate) -> None:
     async with fresh(substrate) as sandbox:
         answers = dict(entry.split() for entry in (await python(sandbox, _SYSCALLS)).splitlines())
-        require(answers.pop("clone3") == "ENOSYS", "clone3 hides its flags from the filter")
+        for name, reason in _ABSENT.items():
+            require(answers.pop(name) == "ENOSYS", (name, reason))
         require(set(answers.values()) == {"EPERM"}, answers)
 
 
@@ -256,6 +282,15 @@ async def sandboxes_share_no_processes_sockets_or_memory(substrate: Substrate) -
         require(seen == "0\n0\n0", seen)
 
 
+@check("user_namespace")
+async def watches_taken_by_one_sandbox_are_there_for_another(substrate: Substrate) -> None:
+    program = "import ctypes; print(ctypes.CDLL(None).inotify_init1(0) >= 0)"
+    async with fresh(substrate) as bad, fresh(substrate) as good:
+        taken = [entry.split() for entry in (await python(bad, _WATCHERS)).splitlines()]
+        require([error for _, error in taken] == ["24"] * 4 and int(taken[0][0]) > 0, taken)
+        require(await python(good, program) == "True\n", taken)
+
+
 CHECKS: tuple[Check, ...] = (
     only_own_processes_are_visible,
     pid_one_cannot_be_killed_read_or_limited,
@@ -273,4 +308,5 @@ CHECKS: tuple[Check, ...] = (
     the_homes_and_temporary_folders_start_empty,
     programs_changed_by_one_sandbox_stay_whole_in_another,
     sandboxes_share_no_processes_sockets_or_memory,
+    watches_taken_by_one_sandbox_are_there_for_another,
 )

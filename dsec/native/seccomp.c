@@ -1,8 +1,8 @@
 /* The seccomp filter: an allowlist, compiled at start into a short program.
  *
  * Three answers.  Calls of ALLOWED pass.  Calls of REFUSED get EPERM: they exist and we say no.
- * Every other number gets ENOSYS, so that a libc newer than this list falls back to what it used
- * before (clone3 -> clone, new futex calls -> futex).  The numbers are turned into runs of equal
+ * Every other number gets ENOSYS, those of ABSENT by name, so that a libc newer than this list falls back to
+ * what it used before (clone3 -> clone, new futex calls -> futex), and a program to plain reads (io_setup).  The numbers are turned into runs of equal
  * answers, because the kernel walks the program once per system call number when it is installed.
  *
  * Some calls depend on arguments: clone (no new namespaces), socket (only families that the
@@ -152,10 +152,11 @@ static void filter_personality(struct program *out) {
 }
 
 static void filter_numbers(struct program *out) {
-    static const int allowed[] = ALLOWED_CALLS, refused[] = REFUSED_CALLS;
+    static const int allowed[] = ALLOWED_CALLS, refused[] = REFUSED_CALLS, absent[] = ABSENT_CALLS;
     uint8_t answers[NUMBERS_COUNT] = {0};
     for (size_t i = 0; i < sizeof allowed / sizeof *allowed; i++) answers[allowed[i]] = ANSWER_ALLOWED;
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) answers[refused[i]] = ANSWER_REFUSED;
+    for (size_t i = 0; i < sizeof absent / sizeof *absent; i++) answers[absent[i]] = ANSWER_UNKNOWN;
     load(out, offsetof(struct seccomp_data, nr));
     for (uint32_t number = 0; number < NUMBERS_COUNT;) {
         uint32_t next = number + 1;

@@ -3,7 +3,8 @@
  * Allowed is what ordinary programs, compilers, debuggers and test suites use on their own files,
  * memory and processes.  Refused is everything that reaches past the sandbox or opens a wide,
  * often-broken part of the kernel, one reason a line.  What needs a capability that no command has
- * is refused here a second time: two locks, so that one may fail.
+ * is refused here a second time: two locks, so that one may fail.  Absent is what must not be had either, and
+ * whose callers know another way when the kernel has none: they get ENOSYS, as from every unknown number.
  */
 #ifndef DSEC_SYSCALLS_H
 #define DSEC_SYSCALLS_H
@@ -38,8 +39,7 @@
     __NR_newfstatat, __NR_statx, __NR_statfs, __NR_fstatfs, __NR_faccessat, __NR_faccessat2, __NR_utimensat, \
     __NR_setxattr, __NR_lsetxattr, __NR_fsetxattr, __NR_getxattr, __NR_lgetxattr, __NR_fgetxattr, __NR_listxattr, \
     __NR_llistxattr, __NR_flistxattr, __NR_removexattr, __NR_lremovexattr, __NR_fremovexattr, __NR_memfd_create, \
-    __NR_inotify_init1, __NR_inotify_add_watch, __NR_inotify_rm_watch, __NR_io_setup, __NR_io_destroy, \
-    __NR_io_getevents, __NR_io_pgetevents, __NR_io_submit, __NR_io_cancel, \
+    __NR_inotify_init1, __NR_inotify_add_watch, __NR_inotify_rm_watch, \
     /* waiting */ \
     __NR_pselect6, __NR_ppoll, __NR_epoll_create1, __NR_epoll_ctl, __NR_epoll_pwait, __NR_epoll_pwait2, \
     __NR_eventfd2, __NR_signalfd4, __NR_timerfd_create, __NR_timerfd_settime, __NR_timerfd_gettime, \
@@ -91,5 +91,9 @@
     __NR_settimeofday, __NR_clock_settime, __NR_clock_adjtime, /* the clock is the host's */ \
     __NR_sethostname, __NR_setdomainname, __NR_vhangup, __NR_move_pages, __NR_migrate_pages, \
     __NR_set_mempolicy_home_node, __NR_memfd_secret }
+
+#define ABSENT_CALLS { \
+    __NR_io_setup, __NR_io_destroy, __NR_io_submit, __NR_io_cancel, __NR_io_getevents, \
+    __NR_io_pgetevents /* fs.aio-max-nr is one count for the host and all its sandboxes: one call can take it all */ }
 
 #endif

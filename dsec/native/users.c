@@ -2,13 +2,13 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/sched.h>
-#include <signal.h>
+#include <linux/securebits.h>
+#include <sched.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -59,22 +59,47 @@ static int write_map(int proc, pid_t pid, const char *file, uint32_t first_uid) 
     return count == length ? 0 : -1;
 }
 
+/* What is counted for each user (inotify's instances and watches, pending signals, locked memory) is counted for
+ * each user inside, and then for the namespace's creator outside.  So the creator is the sandbox's own guest uid and
+ * not root, whose share one sandbox could otherwise take from the host and from all others.  A limit written to
+ * the namespace would not do: it holds for each of its 65,535 users, and their sum would still be root's.
+ *
+ * Capabilities are kept, for hosts that let root alone make user namespaces.  Says a byte when it is there, and stays
+ * until the other end is closed. */
+static _Noreturn void hold_user_namespace(int other, uid_t owner) {
+    char byte = 0;
+    if (prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP) < 0) _exit(errno);
+    if (setresuid((uid_t)-1, owner, (uid_t)-1) < 0 || unshare(CLONE_NEWUSER) < 0) _exit(errno);
+    if (write(other, &byte, 1) != 1) _exit(errno);
+    _exit(read(other, &byte, 1) < 0 ? errno : 0);
+}
+
+static int map_user_namespace(int proc, pid_t pid, uint32_t first_uid) {
+    char path[64];
+    snprintf(path, sizeof path, "%d/ns/user", pid);
+    if (write_map(proc, pid, "uid_map", first_uid) < 0 || write_map(proc, pid, "gid_map", first_uid) < 0) return -1;
+    return openat(proc, path, O_RDONLY | O_CLOEXEC);
+}
+
 /* The namespace needs a process to be born and mapped; the fd then keeps it. */
 int create_user_namespace(int proc, uint32_t first_uid) {
-    struct clone_args args = {.flags = CLONE_NEWUSER, .exit_signal = SIGCHLD};
-    pid_t pid = (pid_t)syscall(SYS_clone3, &args, sizeof args);
-    if (pid < 0) return -1;
-    if (pid == 0)
-        for (;;) pause();
-    int fd = -1;
-    if (write_map(proc, pid, "uid_map", first_uid) == 0 && write_map(proc, pid, "gid_map", first_uid) == 0) {
-        char path[64];
-        snprintf(path, sizeof path, "%d/ns/user", pid);
-        fd = openat(proc, path, O_RDONLY | O_CLOEXEC);
+    int ends[2], status = 0, fd = -1;
+    char byte;
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0) return -1;
+    pid_t pid = fork();
+    if (pid == 0) {
+        close(ends[0]); /* else it would wait for itself if we die */
+        hold_user_namespace(ends[1], first_uid + GUEST_UID);
     }
     int error = errno;
-    kill(pid, SIGKILL);
-    waitpid(pid, NULL, 0);
-    errno = error;
+    close(ends[1]);
+    int is_there = pid > 0 && read(ends[0], &byte, 1) == 1;
+    if (is_there) {
+        fd = map_user_namespace(proc, pid, first_uid);
+        error = errno;
+    }
+    close(ends[0]);
+    if (pid > 0) waitpid(pid, &status, 0);
+    errno = pid < 0 || is_there ? error : WIFEXITED(status) && WEXITSTATUS(status) ? WEXITSTATUS(status) : EIO;
     return fd;
 }

@@ -20,6 +20,8 @@ from dsec.edge.linux import cgroup
 from dsec.errors import HostUnfitError
 
 KERNEL_MIN = (5, 19)
+TERMINALS_PER_SANDBOX = 64
+"""What the devpts of a sandbox is mounted with (dsec/native/rootfs.c)."""
 _ENGINE_FLAGS = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe")  # x86-64-v3, as /proc/cpuinfo has it
 _PROGRAMS = {"/usr/bin/python3": "python3", "/usr/bin/bash": "bash", "/usr/bin/tar": "tar", "/usr/bin/env": "coreutils"}
 
@@ -88,6 +90,15 @@ def _io_weights() -> Finding:
     return Finding("io weights", weighs, detail, remedy, optional=True)
 
 
+def _terminals(config: SubstrateConfig) -> Finding:
+    """All sandboxes share what the kernel does not reserve for the host's own devpts."""
+    limits = Path("/proc/sys/kernel/pty")
+    most, reserve = (int((limits / name).read_text()) for name in ("max", "reserve"))
+    needed = config.sandboxes_count_max * TERMINALS_PER_SANDBOX + reserve
+    detail = f"kernel.pty.max is {most}, {config.sandboxes_count_max} sandboxes with all their terminals take {needed}"
+    return Finding("terminals", most >= needed, detail, f"sysctl -w kernel.pty.max={needed}", optional=True)
+
+
 def _merged_usr() -> Finding:
     apart = [f"/{name}" for name in ("bin", "lib", "sbin") if not Path("/", name).is_symlink()]
     detail = f"{' '.join(apart)} not links into /usr" if apart else "/bin, /lib and /sbin are links into /usr"
@@ -126,7 +137,8 @@ def _cpu() -> Finding:
 
 def check_host(config: SubstrateConfig | None = None) -> list[Finding]:
     """Every check, those of the sandboxes first, in the order in which one would mend them.  Changes nothing."""
-    return [*_check_substrate(config or SubstrateConfig()), _io_weights(), _cpu()]
+    config = config or SubstrateConfig()
+    return [*_check_substrate(config), _io_weights(), _terminals(config), _cpu()]
 
 
 def _check_substrate(config: SubstrateConfig) -> list[Finding]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dsec.edge.config import SubstrateConfig
+from dsec.edge.config import NATIVE_BINARY, SubstrateConfig
 from dsec.edge.linux import cgroup, host, skeleton
 from dsec.edge.substrates.container import ContainerSubstrate
 from dsec.errors import HostUnfitError
@@ -20,6 +20,16 @@ def test_this_host_is_fit() -> None:
 
 def test_every_finding_has_a_remedy() -> None:
     assert all(finding.remedy for finding in host.check_host())
+
+
+def test_terminals_for_all_sandboxes_are_asked_of_the_kernel_and_not_required() -> None:
+    config = SubstrateConfig(sandboxes_count_max=2048)
+    found = {finding.name: finding for finding in host.check_host(config)}["terminals"]
+    most, reserve = (int(Path("/proc/sys/kernel/pty", name).read_text()) for name in ("max", "reserve"))
+    needed = 2048 * 64 + reserve
+    assert (found.ok, found.optional) == (most >= needed, True)
+    assert found.remedy == f"sysctl -w kernel.pty.max={needed}"
+    assert f"max={host.TERMINALS_PER_SANDBOX}" in NATIVE_BINARY.with_name("rootfs.c").read_text()
 
 
 def test_a_processor_without_avx2_is_told_but_does_not_forbid_sandboxes(tmp_path: Path) -> None:
