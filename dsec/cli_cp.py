@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import cast
 
 import click
 
@@ -16,12 +18,13 @@ from dsec.client.connection import connect
 from dsec.client.loop import LOOP
 from dsec.client.sandbox import AsyncSandbox
 from dsec.client.terminal import write_all
-from dsec.client.unpack import unpack
+from dsec.client.unpack import DOWNLOAD_BYTES_MAX, opened, replace_file, unpack
 from dsec.errors import InvalidArgumentError, NotFoundError
 from dsec.terminal import visible_line
 from dsec.types import SandboxId
 
 _READ_BYTES = 1 << 18
+_PARENT = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 @click.command(
@@ -35,11 +38,21 @@ _READ_BYTES = 1 << 18
 )
 @click.argument("source")
 @click.argument("target")
-def cp(source: str, target: str) -> None:
+@click.option(
+    "--bytes-max",
+    type=click.IntRange(min=0),
+    default=DOWNLOAD_BYTES_MAX,
+    show_default=True,
+    help="Most bytes that a copy out of a sandbox may bring to this machine's disk.",
+)
+def cp(source: str, target: str, bytes_max: int) -> None:
     """Copy SOURCE to TARGET; one of them is ID:PATH, and the other a path of this machine or `-`.
 
     A directory is copied with all below it: into TARGET where that is a directory, else as TARGET.  `-` is our stdin
     or stdout: a file's bytes, and for a directory (ID:PATH/ as a target) a tar archive.  Owners stay behind.
+
+    What a sandbox sends never passes through a link in the place of TARGET: a file replaces it.  A link to a directory
+    is that directory only if TARGET ends in a slash.  Devices and FIFOs are not written to.
     """
     into, out = _split(target), _split(source)
     if (into is None) == (out is None):
@@ -50,7 +63,7 @@ def cp(source: str, target: str) -> None:
         if into is not None:
             _upload(sandbox, source, path)
         else:
-            _download(sandbox, path, target)
+            _download(sandbox, path, target, bytes_max)
     finally:
         sandbox.close()
 
@@ -105,28 +118,44 @@ def _stdin() -> Iterator[bytes]:
         yield data
 
 
-def _download(sandbox: Sandbox, path: str, target: str) -> None:
-    is_tree = sandbox.files.stat(path).kind == "directory"
-    if target == "-":
-        for piece in sandbox.files.download_tree(path) if is_tree else sandbox.files.open_read(path):
-            write_all(1, piece)
-        return
+def _download(sandbox: Sandbox, path: str, target: str, bytes_max: int) -> None:
+    entry = sandbox.files.stat(path)
+    is_tree = entry.kind == "directory"
+    sent = sandbox.files.download_tree(path) if is_tree else sandbox.files.open_read(path)
+    with contextlib.closing(cast("Generator[bytes]", sent)) as pieces:  # what sends ends before the connection does
+        if target == "-":
+            for piece in pieces:
+                write_all(1, piece)
+            return
+        try:
+            with _place(path, target) as (parent, name):
+                if not is_tree:
+                    replace_file(parent, name, entry.mode, pieces, bytes_max)
+                    return
+                with opened(parent, [name] if name else []) as root:  # no name: `/`, whose contents go into TARGET
+                    left_out = unpack(pieces, root, bytes_max)
+        except OSError as error:
+            raise InvalidArgumentError(f"cannot write {path} to {target}: {error.strerror}") from error
+    for left in left_out:
+        click.echo(f"dsec: left out {visible_line(left)}: neither a file, a directory nor a link", err=True)
+
+
+@contextlib.contextmanager
+def _place(path: str, target: str) -> Iterator[tuple[int, bytes]]:
+    """The directory that `path` is copied into, opened, and its name there, at which a link may lie in wait.
+
+    An earlier copy may have brought the target itself, as a link: then it is no directory, unless the user says so by
+    a slash (the kernel follows `link/` despite O_NOFOLLOW).  Directories on the way to it are the user's word.
+    """
     local = Path(target)
-    if local.is_dir():
-        local /= posixpath.basename(posixpath.normpath(path))
     try:
-        if is_tree:
-            local.mkdir(exist_ok=True)
-            for name in unpack(sandbox.files.download_tree(path), local):
-                click.echo(f"dsec: left out {visible_line(name)}: neither a file, a directory nor a link", err=True)
-        else:
-            _fetch(sandbox, path, local)
-    except OSError as error:
-        raise InvalidArgumentError(f"cannot write {local}: {error.strerror}") from error
-
-
-def _fetch(sandbox: Sandbox, path: str, local: Path) -> None:
-    with local.open("wb") as file:
-        for piece in sandbox.files.open_read(path):
-            file.write(piece)
-    local.chmod(sandbox.files.stat(path).mode & 0o777)
+        parent = os.open(target or ".", _PARENT | os.O_NOFOLLOW)
+        name = posixpath.basename(posixpath.normpath(path))
+    except (FileNotFoundError, NotADirectoryError):
+        if local.is_dir():
+            raise InvalidArgumentError(f"{target} is a link to a directory: {target}/ copies into it") from None
+        parent, name = os.open(local.parent, _PARENT), local.name
+    try:
+        yield parent, os.fsencode(name)
+    finally:
+        os.close(parent)

@@ -75,8 +75,9 @@ class Files:
         """The same in pieces of at most CHUNK_BYTES, however large the file is."""
         _check_path(path)
         count = "-" if length is None else str(length)
-        async for piece in self._paced(path, "read", path, str(offset), count):
-            yield piece
+        async with aclosing(self._paced(path, "read", path, str(offset), count)) as pieces:  # ended with us, not later
+            async for piece in pieces:
+                yield piece
 
     async def write(
         self,
@@ -194,8 +195,9 @@ class Files:
         """
         if (await self.stat(path)).kind not in ("directory", "link"):
             raise InvalidArgumentError(f"{path!r} is not a directory")
-        async for piece in self._paced(path, "run", "tar", "-c", "-f", "-", "-C", path, "."):
-            yield piece
+        async with aclosing(self._paced(path, "run", "tar", "-c", "-f", "-", "-C", path, ".")) as pieces:
+            async for piece in pieces:
+                yield piece
 
     # -- commands --------------------------------------------------------------------------------
 
@@ -238,7 +240,7 @@ class Files:
             end.cancel()
             await asyncio.gather(end, return_exceptions=True)
 
-    async def _paced(self, path: str, *argv: str) -> AsyncIterator[bytes]:
+    async def _paced(self, path: str, *argv: str) -> AsyncGenerator[bytes]:
         """The output of a toolbox operation, of which no more is made than was asked for."""
         process = await self._sandbox.start(self._command((TOOLBOX, "--paced", *argv), is_open=True))
         offset = asked = 0

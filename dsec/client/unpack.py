@@ -1,14 +1,15 @@
-"""Unpack a tree that a sandbox sent, below a directory of this machine and nowhere else.
+"""Put files and trees that a sandbox sent below a directory of this machine and nowhere else.
 
-The archive was made inside and is hostile.  Every name is opened from its parent's descriptor, and no link
-is followed on the way, so that neither `..`, nor an absolute name, nor a link that the archive itself made
-leads out.  Owners, set-id bits and devices stay behind.
+They were made inside and are hostile.  Every name is opened from its parent's descriptor, and no link
+is followed on the way, so that neither `..`, nor an absolute name, nor a link that this archive or an earlier one
+brought leads out.  Owners, set-id bits and devices stay behind.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import stat
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,23 +18,26 @@ from pathlib import Path
 from dsec.edge.images.archive import members
 from dsec.edge.images.streams import Stream
 from dsec.edge.images.tree import parts
-from dsec.errors import InvalidArgumentError
+from dsec.errors import InvalidArgumentError, ResourceExhaustedError
 
-TREE_BYTES_MAX = 1 << 42
+DOWNLOAD_BYTES_MAX = 64 << 30
+"""How much one download may bring, unless the caller says otherwise: the sandbox decides what it sends."""
 _COPY_BYTES = 1 << 20
 _DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def unpack(pieces: Iterable[bytes], directory: Path) -> list[str]:
+def unpack(pieces: Iterable[bytes], directory: Path | int, bytes_max: int = DOWNLOAD_BYTES_MAX) -> list[str]:
     """Unpack a tar archive into a directory that is there; gives the names of what was left out (devices, FIFOs).
 
-    What has a name of the archive's is replaced; directories are kept.  InvalidArgumentError for what is no
-    archive, leads out, or meets something in its way.
+    A path is the caller's, and a link there is followed; where its last name is the sandbox's choice too, or an
+    earlier download may have made it, give a descriptor (`opened`).  What has a name of the archive's is replaced;
+    directories are kept.  InvalidArgumentError for what is no archive, leads out, or meets something in its way,
+    ResourceExhaustedError beyond `bytes_max` bytes of archive.
     """
     left_out = []
-    stream = Stream(_Reader(pieces).read, TREE_BYTES_MAX)
-    root = os.open(directory, os.O_DIRECTORY | os.O_CLOEXEC)
+    stream = Stream(_Reader(_bounded(pieces, bytes_max)).read, bytes_max)
+    root = os.dup(directory) if isinstance(directory, int) else os.open(directory, os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for member in members(stream):
             names = parts(os.fsencode(member.name))
@@ -45,6 +49,52 @@ def unpack(pieces: Iterable[bytes], directory: Path) -> list[str]:
     finally:
         os.close(root)
     return left_out
+
+
+def replace_file(
+    parent: int, name: bytes, mode: int, pieces: Iterable[bytes], bytes_max: int = DOWNLOAD_BYTES_MAX
+) -> None:
+    """Write a file of an opened directory anew; it takes the name when it is whole, from a file or from a link.
+
+    InvalidArgumentError for a name that belongs to something else, ResourceExhaustedError beyond `bytes_max` bytes.
+    """
+    _require_replaceable(parent, name)
+    fresh = b".dsec-" + secrets.token_hex(8).encode()  # no longer than any name may be, and nobody's guess
+    fd = os.open(fresh, _NEW_FILE, 0o600, dir_fd=parent)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            for piece in _bounded(pieces, bytes_max):
+                file.write(piece)
+            os.fchmod(fd, mode & 0o777)
+        os.rename(fresh, name, src_dir_fd=parent, dst_dir_fd=parent)
+    except BaseException:
+        _clear(parent, fresh)
+        raise
+
+
+def _require_replaceable(parent: int, name: bytes) -> None:
+    try:
+        mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(mode):
+        # /dev/stdout is a link, and whoever names it means no new file in /dev.
+        is_replaceable = not os.readlink(name, dir_fd=parent).startswith(b"/proc/")
+    else:
+        is_replaceable = stat.S_ISREG(mode)
+    if not is_replaceable:
+        raise InvalidArgumentError(
+            f"{os.fsdecode(name)!r} is there, and neither a file nor a link that may be replaced"
+        )
+
+
+def _bounded(pieces: Iterable[bytes], bytes_max: int) -> Iterator[bytes]:
+    count = 0
+    for piece in pieces:
+        count += len(piece)
+        if count > bytes_max:
+            raise ResourceExhaustedError(f"the sandbox sends more than {bytes_max} bytes, the bound of this download")
+        yield piece
 
 
 class _Reader:
@@ -65,7 +115,7 @@ class _Reader:
 
 
 def _place(root: int, names: Sequence[bytes], member: tarfile.TarInfo, stream: Stream) -> bool:
-    with _opened(root, names[:-1]) as parent:
+    with opened(root, names[:-1]) as parent:
         name, mode = names[-1], member.mode & 0o777
         if member.isdir():
             _make_directory(parent, name, mode | stat.S_IRWXU)
@@ -83,7 +133,7 @@ def _place(root: int, names: Sequence[bytes], member: tarfile.TarInfo, stream: S
 
 
 @contextlib.contextmanager
-def _opened(root: int, names: Sequence[bytes]) -> Iterator[int]:
+def opened(root: int, names: Sequence[bytes]) -> Iterator[int]:
     """A directory below the root, made where it is missing, reached through no link."""
     fd = os.dup(root)
     try:
@@ -112,7 +162,7 @@ def _clear(parent: int, name: bytes) -> None:
 def _link(root: int, source: Sequence[bytes], parent: int, name: bytes) -> None:
     if not source:
         raise InvalidArgumentError("the archive links to its own root")
-    with _opened(root, source[:-1]) as above:
+    with opened(root, source[:-1]) as above:
         _clear(parent, name)
         os.link(source[-1], name, src_dir_fd=above, dst_dir_fd=parent, follow_symlinks=False)
 
