@@ -79,8 +79,8 @@ static int open_scratch(const char *path, mode_t mode) {
     if (asprintf(&scratch, "%.*s.dsec-%016llx", folder_bytes, path, (unsigned long long)number) < 0) give_up(path);
     struct stat old; /* the file that is replaced hands on its mode */
     if (lstat(path, &old) == 0 && S_ISREG(old.st_mode)) mode = old.st_mode & 07777;
+    signal(SIGTERM, on_term); /* before there is a file, or the signal may come between the two */
     int fd = open(scratch, O_WRONLY | O_CREAT | O_EXCL | OPEN_FLAGS, 0600);
-    if (fd >= 0) signal(SIGTERM, on_term);
     if (fd >= 0 && fchmod(fd, mode) < 0) abandon(path);
     return fd;
 }
