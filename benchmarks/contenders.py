@@ -187,6 +187,25 @@ async def docker_daemon() -> AsyncIterator[Docker]:
 
 
 @contextlib.asynccontextmanager
+async def edge_process(**settings: int) -> AsyncIterator[str]:
+    """An Edge with nothing in it, in a process of its own: its URL.  `settings` are names and values of DSEC_EDGE_*."""
+    with tempfile.TemporaryDirectory(prefix="dsec-edge-") as place:
+        url = f"unix:{place}/edge.sock"
+        serve = ("edge", "serve", "--directory", f"{place}/state", "--listen", url, "--destroy-on-exit")
+        edge = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", "from rollout.cli import main; main()", *serve, stdout=subprocess.PIPE,
+            env=os.environ | {f"DSEC_EDGE_{name.upper()}": str(value) for name, value in settings.items()},
+        )  # fmt: skip
+        try:
+            if edge.stdout is None or not await edge.stdout.readline():
+                raise RuntimeError("the Edge does not start")
+            yield url
+        finally:
+            edge.terminate()
+            await edge.wait()
+
+
+@contextlib.asynccontextmanager
 async def contenders(*, without: str = "") -> AsyncIterator[tuple[dict[str, Contender], dict[str, str]]]:
     """Those that this machine has, less those named in `without`; and a word on each."""
     found: dict[str, Contender] = {}
@@ -318,20 +337,20 @@ class Result(TypedDict):
 def render(title: str, result: Result) -> None:
     """A table for people."""
     console = Console()
-    table = Table(title=title)
-    for column in ("operation", "contender", "p50", "p95", "p99", "min", "success"):
-        is_text = column in ("operation", "contender")
-        table.add_column(column, justify="left" if is_text else "right", overflow="fold")
+    table = Table("", "p50", "p95", "p99", "min", "success", title=title, caption="milliseconds, or a count or rate")
+    for column in table.columns[1:]:
+        column.justify = "right"
     contestants = {"dsec": result["figures"], **result["baselines"]}
-    operations = dict.fromkeys(operation for values in contestants.values() for operation in values)
-    for operation in operations:
+    for operation in dict.fromkeys(operation for values in contestants.values() for operation in values):
+        table.add_section()
+        table.add_row(f"[bold]{operation}")
         for contender, values in contestants.items():
             value = values.get(operation)
             if isinstance(value, dict):
                 times = (value["p50_ms"], value["p95_ms"], value["p99_ms"], value["min_ms"])
-                table.add_row(operation, contender, *(f"{time:.2f} ms" for time in times), f"{value['success']:.1%}")
+                table.add_row(f"  {contender}", *(f"{time:.2f}" for time in times), f"{value['success']:.1%}")
             elif value is not None:
-                table.add_row(operation, contender, f"{value:.2f}", "", "", "", "")
+                table.add_row(f"  {contender}", f"{value:.2f}")
     console.print(table)
     for facts in (result["facts"], {name: f"{ratio:.2f}" for name, ratio in result["ratios"].items()}):
         for name, fact in facts.items():

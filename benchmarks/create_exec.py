@@ -2,9 +2,10 @@
 
     python benchmarks/create_exec.py [--quick] [--json] [--without docker,crun]
 
-Contenders take turns in every round, so that a noisy machine is noisy for all; compare ratios first,
-and minima before means.  What the others leave out is in contenders.py: their figures are flattered.  The
-processor time of a create is that of our processes, spawner, guests and Python together, over cycles of
+`dsec` and `dsec_warm` are the substrate in this process, `dsec_grpc` the Python client and an Edge in a process of
+its own, which journals.  Contenders take turns in every round, so that a noisy machine is noisy for all; compare
+ratios first, and minima before means.  What the others leave out is in contenders.py: their figures are flattered.
+The processor time of a create is that of our processes, spawner, guests and Python together, over cycles of
 create and destroy; `KERNEL_FLOOR_MS` is what the system calls alone took, with a network namespace that
 was there.  Needs root.
 
@@ -15,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import resource
 import time
+from collections.abc import AsyncIterator
 
 from contenders import (
     Contender,
@@ -25,6 +28,7 @@ from contenders import (
     Result,
     Value,
     contenders,
+    edge_process,
     rate,
     ratios,
     render,
@@ -33,26 +37,46 @@ from contenders import (
     split,
 )
 
+from dsec.client.substrate import RemoteSubstrate
 from dsec.edge.config import SubstrateConfig
 from dsec.edge.substrates.container import ContainerSubstrate
-from dsec.sandbox import Sandbox
+from dsec.sandbox import Sandbox, Substrate
 from dsec.types import Command, SandboxSpec
 
 TRUE = Command(argv=("/bin/true",))
 KERNEL_FLOOR_MS = 1.7
 WARM_COUNT = 64
+SANDBOXES_COUNT_MAX = 512
 WARM_UP_S = 1.0
 BURST = "burst_create_and_first_exec"
 
 
 async def open_substrate(warm_count: int = 0) -> ContainerSubstrate:
     """A substrate of this process, with as many sandboxes made ahead."""
-    substrate = ContainerSubstrate(SubstrateConfig(sandboxes_count_max=512, warm_count=warm_count))
+    substrate = ContainerSubstrate(SubstrateConfig(sandboxes_count_max=SANDBOXES_COUNT_MAX, warm_count=warm_count))
     await substrate.open()
     return substrate
 
 
-async def birth(substrate: ContainerSubstrate) -> Sandbox:
+@contextlib.asynccontextmanager
+async def variants() -> AsyncIterator[dict[str, Substrate]]:
+    """The ways to our sandboxes, warmed up."""
+    async with edge_process(sandboxes_count_max=SANDBOXES_COUNT_MAX) as url:
+        remote = RemoteSubstrate(url)
+        await remote.open()
+        found: dict[str, Substrate] = {
+            "dsec": await open_substrate(),
+            "dsec_warm": await open_substrate(WARM_COUNT),
+            "dsec_grpc": remote,
+        }
+        for substrate in found.values():
+            await warm_up(substrate)
+        yield found
+        for substrate in found.values():
+            await substrate.close()
+
+
+async def birth(substrate: Substrate) -> Sandbox:
     """A sandbox whose first command is done."""
     sandbox = await substrate.create(SandboxSpec())
     result = await sandbox.exec(TRUE)
@@ -68,7 +92,7 @@ async def container_birth(contender: Contender) -> str:
     return name
 
 
-async def warm_up(substrate: ContainerSubstrate) -> None:
+async def warm_up(substrate: Substrate) -> None:
     """Make what the first sandboxes would pay for, and let the pool fill, where there is one."""
     await (await birth(substrate)).destroy()
     await asyncio.sleep(WARM_UP_S)
@@ -76,45 +100,39 @@ async def warm_up(substrate: ContainerSubstrate) -> None:
 
 async def take_turns(others: dict[str, Contender], rounds: int, figures: Figures) -> None:
     """One at a time; Docker, which needs a second a round, in every tenth."""
-    cold, warm = await open_substrate(), await open_substrate(WARM_COUNT)
-    await warm_up(cold)
-    await warm_up(warm)
-    for index in range(rounds):
-        for variant, substrate in (("dsec", cold), ("dsec_warm", warm)):
-            sandbox = await figures.time(variant, "create_and_first_exec", birth(substrate))
-            await figures.time(variant, "destroy", sandbox.destroy())
-        sandbox = await figures.time("dsec", "create", cold.create(SandboxSpec()))
-        await sandbox.destroy()
-        await figures.time("subprocess", "create_and_first_exec", run_program("/bin/true"))
-        for name, contender in others.items():
-            if name != "docker" or index % 10 == 0:
-                made = await figures.time(name, "create_and_first_exec", container_birth(contender))
-                await figures.time(name, "destroy", contender.destroy(made))
-    await cold.close()
-    await warm.close()
+    async with variants() as ours:
+        for index in range(rounds):
+            for variant, substrate in ours.items():
+                sandbox = await figures.time(variant, "create_and_first_exec", birth(substrate))
+                await figures.time(variant, "destroy", sandbox.destroy())
+            sandbox = await figures.time("dsec", "create", ours["dsec"].create(SandboxSpec()))
+            await sandbox.destroy()
+            await figures.time("subprocess", "create_and_first_exec", run_program("/bin/true"))
+            for name, contender in others.items():
+                if name != "docker" or index % 10 == 0:
+                    made = await figures.time(name, "create_and_first_exec", container_birth(contender))
+                    await figures.time(name, "destroy", contender.destroy(made))
 
 
 async def burst(others: dict[str, Contender], count: int, figures: Figures) -> dict[str, dict[str, Value]]:
     """`count` at once, from asked for to the first command done; others as many at a time as they do best."""
     found: dict[str, dict[str, Value]] = {"burst_creates_per_s": {}, "burst_destroys_per_s": {}}
-    for contender, warm_count in (("dsec", 0), ("dsec_warm", WARM_COUNT)):
-        substrate = await open_substrate(warm_count)
-        await warm_up(substrate)
-        sandboxes: list[Sandbox] = []
+    async with variants() as ours:
+        for contender, substrate in ours.items():
+            sandboxes: list[Sandbox] = []
 
-        async def one(_: int) -> None:
-            try:
-                sandboxes.append(await figures.time(contender, BURST, birth(substrate)))  # noqa: B023
-            except Exception as error:
-                print(f"a create of the burst failed: {error}")
+            async def one(_: int) -> None:
+                try:
+                    sandboxes.append(await figures.time(contender, BURST, birth(substrate)))  # noqa: B023
+                except Exception as error:
+                    print(f"a create of the burst failed: {error}")
 
-        found["burst_creates_per_s"][contender] = await rate(count, count, one)
-        found["burst_destroys_per_s"][contender] = await rate(
-            len(sandboxes),
-            count,
-            lambda index: sandboxes[index].destroy(),  # noqa: B023
-        )
-        await substrate.close()
+            found["burst_creates_per_s"][contender] = await rate(count, count, one)
+            found["burst_destroys_per_s"][contender] = await rate(
+                len(sandboxes),
+                count,
+                lambda index: sandboxes[index].destroy(),  # noqa: B023
+            )
     for name, other in others.items():
         few = max(4, count // (12 if name == "docker" else 4))
         names: list[str] = []

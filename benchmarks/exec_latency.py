@@ -17,9 +17,6 @@ import asyncio
 import contextlib
 import json
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from contenders import (
@@ -28,6 +25,7 @@ from contenders import (
     Result,
     Value,
     contenders,
+    edge_process,
     rate,
     ratios,
     render,
@@ -91,25 +89,13 @@ async def in_process() -> AsyncIterator[Exec]:
 @contextlib.asynccontextmanager
 async def over_grpc() -> AsyncIterator[Exec]:
     """The Python client, and an Edge in a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="dsec-edge-") as place:
-        url = f"unix:{place}/edge.sock"
-        serve = ("edge", "serve", "--directory", f"{place}/state", "--listen", url, "--destroy-on-exit")
-        edge = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", "from rollout.cli import main; main()", *serve, stdout=subprocess.PIPE
-        )
-        try:
-            if edge.stdout is None or not await edge.stdout.readline():
-                raise RuntimeError("the Edge does not start")
-            async with await AsyncSandbox.create(url=url) as sandbox:
+    async with edge_process() as url, await AsyncSandbox.create(url=url) as sandbox:
 
-                async def run(argv: tuple[str, ...], count: int) -> None:
-                    result = await sandbox.commands.run(argv, output_bytes_max=max(count, 1))
-                    expect(count, len(result.stdout_bytes))
+        async def run(argv: tuple[str, ...], count: int) -> None:
+            result = await sandbox.commands.run(argv, output_bytes_max=max(count, 1))
+            expect(count, len(result.stdout_bytes))
 
-                yield run
-        finally:
-            edge.terminate()
-            await edge.wait()
+        yield run
 
 
 async def take_turns(execs: dict[str, Exec], rounds: int, figures: Figures) -> None:
