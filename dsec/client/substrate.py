@@ -1,7 +1,6 @@
 """The sandbox port over gRPC: `RemoteSubstrate`, the same thing to a caller as a substrate of the host.
 
 Every command gets a key, so that a call whose connection broke is made again and runs nothing twice.
-The Edge's record of a result is bounded; what of the output a command asked to keep is read after.
 
 See: dsec/sandbox.py, proto/dsec/pb/v1/edge.proto.
 """
@@ -10,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -21,18 +19,16 @@ from dsec.client.connection import Connection, Patience, Retry, connect
 from dsec.errors import (
     InvalidArgumentError,
     NotFoundError,
-    OutcomeUnknownError,
-    OutOfRangeError,
     SandboxLostError,
     UnreachableError,
 )
+from dsec.keyed import complete, find_command, fresh_name, key_of
 from dsec.pb.v1 import edge_pb2 as pb
 from dsec.types import (
     Command,
     ExecResult,
     LayerId,
     NetworkPolicy,
-    Output,
     SandboxId,
     SandboxSpec,
     Stream,
@@ -46,11 +42,6 @@ ABANDON_S = 2.0
 """How long somebody who gives up waits for an Edge that is away."""
 SLOW_CALL_TIMEOUT_S = 600.0
 """For calls that the Edge may queue, or that pack a disk."""
-
-
-def fresh_name() -> str:
-    """A key or request id that nobody used before."""
-    return uuid.uuid4().hex
 
 
 class RemoteProcess:
@@ -75,7 +66,7 @@ class RemoteProcess:
     async def wait(self) -> ExecResult:
         """See `dsec.sandbox.Process.wait`."""
         reply = await self._connection.call("Wait", self._reference, timeout_s=None)
-        return await self.completed(messages.result_of(reply))
+        return await complete(messages.result_of(reply), self, self.command)
 
     async def follow(self) -> AsyncIterator[tuple[Stream, bytes] | ExecResult]:
         """Output as it comes, then the result; goes on at the same byte after a broken connection."""
@@ -92,7 +83,7 @@ class RemoteProcess:
             try:
                 async for event in self._connection.stream("Attach", request):
                     if event.HasField("result"):
-                        yield await self.completed(messages.result_of(event.result))
+                        yield await complete(messages.result_of(event.result), self, self.command)
                         return
                     stream = messages.STREAMS[event.chunk.stream]
                     offsets[stream] = event.chunk.offset + len(event.chunk.data)
@@ -102,37 +93,6 @@ class RemoteProcess:
                 if offsets != seen:
                     retry = Retry(self._connection, Patience())
                 await retry.wait_or_raise(error)
-
-    async def completed(self, result: ExecResult) -> ExecResult:
-        """The result with as much output as the command asked to keep."""
-        return msgspec.structs.replace(
-            result,
-            stdout=await self._completed(result.stdout, "stdout"),
-            stderr=await self._completed(result.stderr, "stderr"),
-        )
-
-    async def _completed(self, output: Output, stream: Stream) -> Output:
-        limit, total = self.command.output_bytes_max, output.total_bytes
-        if not output.dropped_bytes or len(output.data) >= limit:
-            return output
-        tail_start = total - len(output.tail)
-        try:
-            if total <= limit:
-                return Output(output.head + await self._between(stream, len(output.head), tail_start) + output.tail)
-            head = output.head + await self._between(stream, len(output.head), limit - limit // 2)
-            tail = await self._between(stream, total - limit // 2, tail_start) + output.tail
-        except OutOfRangeError:
-            return output
-        return Output(head, tail, total - len(head) - len(tail))
-
-    async def _between(self, stream: Stream, start: int, end: int) -> bytes:
-        data = bytearray()
-        while start + len(data) < end:
-            chunk = await self.read_output(stream, start + len(data), min(end - start - len(data), READ_BYTES_MAX))
-            if not chunk:
-                raise OutOfRangeError(f"{stream} ends before byte {end}")
-            data += chunk
-        return bytes(data)
 
     async def read_output(self, stream: Stream, offset: int, bytes_max: int) -> bytes:
         """See `dsec.sandbox.Process.read_output`."""
@@ -200,22 +160,18 @@ class RemoteSandbox:
         request = self._request(command, key)
         reply = await self._unless_cancelled("Exec", request, timeout_s=None)
         process = RemoteProcess(self._connection, self._id, request.key, 0, command)
-        return await process.completed(messages.result_of(reply))
+        return await complete(messages.result_of(reply), process, command)
 
     async def start(self, command: Command, number: int | None = None, key: str = "") -> RemoteProcess:
         """See `dsec.sandbox.Sandbox.start`."""
-        request = self._request(command, key or ("" if number is None else _key_of(number)))
+        request = self._request(command, key or key_of(number))
         info = await self._unless_cancelled("Start", request, timeout_s=SLOW_CALL_TIMEOUT_S)
         return RemoteProcess(self._connection, self._id, info.key, info.number if number is None else number, command)
 
     async def resume_process(self, number: int, command: Command) -> RemoteProcess | None:
         """See `dsec.sandbox.Sandbox.resume_process`."""
-        for view in await self.commands():
-            if view.key == _key_of(number) or view.number == number:
-                if view.state == "unknown":
-                    raise OutcomeUnknownError(f"command {number} of {self._id}: nobody knows how it ended")
-                return RemoteProcess(self._connection, self._id, view.key, number, command)
-        return None
+        view = find_command(await self.commands(), number)
+        return None if view is None else RemoteProcess(self._connection, self._id, view.key, number, command)
 
     async def process(self, key: str) -> RemoteProcess:
         """The command that was started under `key`.  NotFoundError."""
@@ -283,10 +239,6 @@ class RemoteSandbox:
         with contextlib.suppress(NotFoundError, SandboxLostError, UnreachableError):
             reference = pb.CommandRef(sandbox_id=self._id, key=key)
             await self._connection.call("Kill", reference, patience=Patience(lost_s=ABANDON_S))
-
-
-def _key_of(number: int) -> str:
-    return f"number-{number}"
 
 
 async def create_remote(
