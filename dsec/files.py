@@ -22,7 +22,7 @@ from typing import Protocol
 from dsec.errors import DsecError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from dsec.sandbox import Process
 from dsec.toolbox import Entry, EntryKind, Event, EventKind, parse_entries, parse_event, require_success
-from dsec.types import TOOLBOX, Command, ExecResult
+from dsec.types import PATH, TOOLBOX, Command, ExecResult
 
 __all__ = ["CHUNK_BYTES", "Entry", "EntryKind", "Event", "EventKind", "Files", "Runner"]
 
@@ -36,7 +36,7 @@ GIVE_UP_S = 5.0
 PATH_BYTES_MAX = 4095
 ENTRIES_DEPTH_MAX = 128
 TAR_END = bytes(1024)
-_ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+_ENV = {"PATH": PATH, "LC_ALL": "C"}
 
 
 class Runner(Protocol):
@@ -52,9 +52,9 @@ class Runner(Protocol):
 
 
 class Files:
-    """The files of one sandbox, as `user` of it; paths are absolute.  An operation may take `timeout_s`."""
+    """The files of one sandbox, as `user` of it (root); paths are absolute.  An operation may take `timeout_s`."""
 
-    def __init__(self, sandbox: Runner, *, user: str = "", timeout_s: float = FILES_TIMEOUT_S) -> None:
+    def __init__(self, sandbox: Runner, *, user: str = "0", timeout_s: float = FILES_TIMEOUT_S) -> None:
         self._sandbox = sandbox
         self._user = user
         self._timeout_s = timeout_s
@@ -207,6 +207,7 @@ class Files:
     ) -> Command:  # fmt: skip
         return Command(
             argv=argv,
+            cwd="/",
             env=_ENV,
             stdin=stdin,
             keep_stdin_open=is_open,

@@ -9,12 +9,14 @@ See: proto/dsec/pb/v1/edge.proto, dsec/types.py, dsec/views.py.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from dsec.errors import InvalidArgumentError
 from dsec.pb.v1 import edge_pb2 as pb
 from dsec.types import (
     Command,
+    Defaults,
     ExecResult,
     LayerId,
     NetworkPolicy,
@@ -59,13 +61,32 @@ def policy_of(message: pb.NetworkPolicy) -> NetworkPolicy:
     return NetworkPolicy(rules=tuple(rules))
 
 
+def defaults_message(defaults: Defaults) -> pb.Defaults:
+    """What commands get that they do not say."""
+    return pb.Defaults(env=_env_message(defaults.env), cwd=_kernel_bytes("cwd", defaults.cwd), user=defaults.user)
+
+
+def defaults_of(message: pb.Defaults) -> Defaults:
+    """What commands get that they do not say."""
+    return Defaults(env=_env_of(message.env), cwd=os.fsdecode(message.cwd), user=message.user)
+
+
+def _env_message(env: Mapping[str, str]) -> dict[str, bytes]:
+    return {name: _kernel_bytes(f"environment variable {name!r}", value) for name, value in env.items()}
+
+
+def _env_of(env: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: os.fsdecode(value) for name, value in env.items()}
+
+
 def spec_message(spec: SandboxSpec) -> pb.SandboxSpec:
-    """What a sandbox is made of.  InvalidArgumentError for a number that no message can hold."""
+    """What a sandbox is made of.  InvalidArgumentError for a number or a text that no message can hold."""
     scalars: dict[str, Any] = {name: getattr(spec, name) for name in _SPEC_SCALARS}
     try:
-        return pb.SandboxSpec(layers=spec.layers, network=policy_message(spec.network), **scalars)
+        defaults = defaults_message(spec.defaults)
+        return pb.SandboxSpec(layers=spec.layers, network=policy_message(spec.network), defaults=defaults, **scalars)
     except (ValueError, TypeError) as error:
-        raise InvalidArgumentError(f"a limit of the sandbox: {error}") from error
+        raise InvalidArgumentError(f"a limit or a default of the sandbox: {error}") from error
 
 
 def spec_of(message: pb.SandboxSpec) -> SandboxSpec:
@@ -75,6 +96,7 @@ def spec_of(message: pb.SandboxSpec) -> SandboxSpec:
     return SandboxSpec(
         layers=tuple(map(LayerId, message.layers)),
         network=policy_of(message.network),
+        defaults=defaults_of(message.defaults),
         **_set_fields(message, *_SPEC_SCALARS),
     )
 
@@ -147,7 +169,7 @@ def command_message(command: Command) -> pb.Command:
         return pb.Command(
             argv=[_kernel_bytes(f"argv[{index}]", text) for index, text in enumerate(command.argv)],
             cwd=_kernel_bytes("cwd", command.cwd),
-            env={k: _kernel_bytes(f"environment variable {k!r}", value) for k, value in command.env.items()},
+            env=_env_message(command.env),
             stdin=command.stdin,
             timeout_s=command.timeout_s,
             output_bytes_max=command.output_bytes_max,
@@ -168,8 +190,8 @@ def command_of(message: pb.Command) -> Command:
     tty = TtySize(rows=message.tty.rows, columns=message.tty.columns) if message.HasField("tty") else None
     return Command(
         argv=tuple(map(os.fsdecode, message.argv)),
-        cwd=os.fsdecode(message.cwd) or "/",
-        env={name: os.fsdecode(value) for name, value in message.env.items()},
+        cwd=os.fsdecode(message.cwd),
+        env=_env_of(message.env),
         stdin=message.stdin,
         merge_stderr=message.merge_stderr,
         kill_others=message.kill_others,

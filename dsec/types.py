@@ -19,6 +19,7 @@ LayerId = NewType("LayerId", str)
 EXEC_TIMEOUT_S = 10.0
 OUTPUT_BYTES_MAX = 1 << 20
 STDIN_BYTES_MAX = 32 << 20
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TOOLBOX = "/.dsec/toolbox"
 """`argv[0]` of the file operations that every substrate provides (dsec/files.py); no such file need exist."""
 
@@ -69,14 +70,30 @@ class TtySize(msgspec.Struct, frozen=True):
     columns: int = 80
 
 
+class Defaults(msgspec.Struct, frozen=True, kw_only=True):
+    """What a command of a sandbox gets that it does not say itself; of `env` entry by entry.
+
+    "" is `/` for `cwd` and root for `user`.  PATH, LANG and HOME (`/root`, `/home/NAME`, or `/` for digits) are there
+    in any case.
+    """
+
+    env: dict[str, str] = {}
+    cwd: str = ""
+    user: str = ""
+
+    def over(self, lower: Defaults) -> Defaults:
+        """What this says, and where it says nothing, what the lower one does."""
+        return Defaults(env={**lower.env, **self.env}, cwd=self.cwd or lower.cwd, user=self.user or lower.user)
+
+
 class Command(msgspec.Struct, frozen=True, kw_only=True):
     """A program to run in a sandbox.
 
     `argv` is passed to execve as it is (no shell; a name without a slash is looked up on the
-    PATH of `env`); `env` is the whole environment; `cwd` must exist; `stdin` (at most
-    STDIN_BYTES_MAX bytes) is followed by end of file.  With `merge_stderr` stderr goes to
-    stdout in order, and `ExecResult.stderr` stays empty.  `output_bytes_max` bounds each stream.
-    `user` is a name of the sandbox's own /etc/passwd, or `uid` or `uid:gid` in digits ("" is root; without a gid
+    PATH of its environment).  `env`, `cwd` (which must exist) and `user` go before the sandbox's `Defaults`; with
+    those they are all that it gets.  `stdin` (at most STDIN_BYTES_MAX bytes) is followed by end of file.  With
+    `merge_stderr` stderr goes to stdout in order, and `ExecResult.stderr` stays empty.  `output_bytes_max` bounds
+    each stream.  `user` is a name of the sandbox's own /etc/passwd, or `uid` or `uid:gid` in digits (without a gid
     it is that of the account, or the uid itself); one that does not exist is an InvalidArgumentError.
     With `keep_stdin_open` the command reads, after `stdin`, what `Process.write_stdin` sends until
     `close_stdin`.  With `tty` it runs on a terminal of that size: its output is one stream (stdout), and what
@@ -86,7 +103,7 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     argv: tuple[str, ...]
-    cwd: str = "/"
+    cwd: str = ""
     env: dict[str, str] = {}
     stdin: bytes = b""
     timeout_s: float = EXEC_TIMEOUT_S
@@ -118,6 +135,13 @@ class ExecResult(msgspec.Struct, frozen=True, kw_only=True):
     duration_s: float = 0.0
 
 
+class Composition(msgspec.Struct, frozen=True, kw_only=True):
+    """What images and layers are together: layers over each other, the topmost first, and how commands run there."""
+
+    layers: tuple[LayerId, ...]
+    defaults: Defaults = Defaults()
+
+
 class NetworkRule(msgspec.Struct, frozen=True, kw_only=True):
     """Allowed destinations: a DNS name (`*.` in front: every name below it) or a CIDR, and ports (empty: all)."""
 
@@ -137,12 +161,14 @@ class SandboxSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     `layers` lie over each other, the topmost first, over the `base`: the host's own /usr with an empty
     rest (`host`), or nothing (``""``: then the lowest layer is an operating system).  `cpu_weight` is
-    the share under contention, 1 to 10,000, as of cgroup2's cpu.weight.
+    the share under contention, 1 to 10,000, as of cgroup2's cpu.weight.  An Edge, which knows images by name, puts
+    their `defaults` below those that it was asked for.
     """
 
     base: Literal["host", ""] = "host"
     layers: tuple[LayerId, ...] = ()
     network: NetworkPolicy = NetworkPolicy()
+    defaults: Defaults = Defaults()
     cpu_weight: int = 100
 
     memory_bytes: int = 512 << 20

@@ -22,7 +22,7 @@ from dsec.client.substrate import RemoteSandbox, create_remote
 from dsec.errors import SandboxLostError
 from dsec.files import Files
 from dsec.pb.v1 import edge_pb2 as pb
-from dsec.types import LayerId, NetworkPolicy, SandboxId, SandboxSpec
+from dsec.types import Defaults, LayerId, NetworkPolicy, SandboxId, SandboxSpec
 from dsec.views import CommandView, CreateRequest, SandboxView
 
 BUSY_S = 30.0
@@ -37,8 +37,9 @@ class CreateOptions(TypedDict, total=False):
     """What a sandbox is made of; what is left out has the default of `dsec.types.SandboxSpec`.
 
     `base` is "host", or an image's name or a layer with an operating system; `timeout_s` is its whole lifetime and
-    `idle_timeout_s` how long it may go without a command (default: an hour; None: for ever); `envs` are
-    given to every command that this object runs.
+    `idle_timeout_s` how long it may go without a command (default: an hour; None: for ever).  `envs`, `cwd` and
+    `user` are for every command that does not say otherwise, whoever runs it, and go before what an image says.  A fork
+    or a branch has its origin's; there `envs` are given to every command that the object runs.
     """
 
     base: str
@@ -46,6 +47,8 @@ class CreateOptions(TypedDict, total=False):
     timeout_s: float | None
     idle_timeout_s: float | None
     envs: Mapping[str, str]
+    cwd: str
+    user: str
     metadata: Mapping[str, str]
     cpu: float
     memory_bytes: int
@@ -64,6 +67,7 @@ def make_request(options: CreateOptions) -> CreateRequest:
         base="host" if base == "host" else "",
         layers=tuple(map(LayerId, layers)),
         network=parse_policy(options.get("network", ())),
+        defaults=Defaults(env=dict(options.get("envs", {})), cwd=options.get("cwd", ""), user=options.get("user", "")),
     )
     limits: dict[str, float | int] = {}
     if "cpu" in options:
@@ -108,7 +112,7 @@ class AsyncSandbox:
         except BaseException:
             await connection.close()
             raise
-        return cls(connection, remote.id, options.get("envs"))
+        return cls(connection, remote.id)
 
     @classmethod
     async def connect(

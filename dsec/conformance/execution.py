@@ -9,10 +9,11 @@ import hashlib
 import random
 import time
 
-from dsec.conformance.check import ENV, Check, check, fresh, line, require, shell
+from dsec.conformance.check import ENV, Check, check, fresh, line, refusal_of, require, shell
 from dsec.errors import InvalidArgumentError
+from dsec.files import Files
 from dsec.sandbox import Sandbox, Substrate
-from dsec.types import STDIN_BYTES_MAX, Command, SandboxSpec
+from dsec.types import PATH, STDIN_BYTES_MAX, Command, Defaults, SandboxSpec
 
 STUBBORN_TREE = """
 trap '' TERM INT HUP
@@ -102,12 +103,35 @@ async def a_megabyte_of_arguments_arrives(substrate: Substrate) -> None:
 
 
 @check()
-async def the_environment_is_exactly_what_was_given(substrate: Substrate) -> None:
+async def the_environment_is_what_was_given_and_three_variables_that_are_always_there(substrate: Substrate) -> None:
     async with fresh(substrate) as sandbox:
-        result = await sandbox.exec(Command(argv=("/usr/bin/env",), env={"B": "2 x", "A": ""}))
-        require(sorted(result.stdout.data.splitlines()) == [b"A=", b"B=2 x"], result)
-        result = await sandbox.exec(Command(argv=("/usr/bin/env",)))
-        require(result.stdout.data == b"", result)
+        for user, home in (("", "/root"), ("nobody", "/home/nobody"), ("7:8", "/")):
+            given = {"B": "2 x", "A": ""}
+            result = await sandbox.exec(Command(argv=("/usr/bin/env",), env=given, user=user))
+            wanted = {"PATH": PATH, "LANG": "C.UTF-8", "HOME": home, **given}
+            require(_lines(wanted) == sorted(result.stdout.data.decode().splitlines()), result)
+        given = {"PATH": "", "LANG": "", "HOME": ""}
+        result = await sandbox.exec(Command(argv=("/usr/bin/env",), env=given))
+        require(_lines(given) == sorted(result.stdout.data.decode().splitlines()), result)
+
+
+def _lines(env: dict[str, str]) -> list[str]:
+    return sorted(f"{name}={value}" for name, value in env.items())
+
+
+@check()
+async def what_a_command_leaves_out_is_as_the_sandbox_has_it(substrate: Substrate) -> None:
+    says = "pwd; id -u; echo $A-$B; echo $HOME"
+    defaults = Defaults(env={"A": "1", "B": "1", "PATH": "/usr/bin"}, cwd="/var/tmp", user="nobody")
+    async with fresh(substrate, SandboxSpec(defaults=defaults)) as sandbox:
+        plain = await sandbox.exec(Command(argv=("sh", "-c", f"{says}; echo $PATH"), env={"B": "2"}))
+        require(plain.stdout.data.split() == [b"/var/tmp", b"65534", b"1-2", b"/home/nobody", b"/usr/bin"], plain)
+        explicit = Command(argv=("sh", "-c", says), env={"A": ""}, cwd="/", user="root")
+        result = await sandbox.exec(explicit)
+        require(result.stdout.data.split() == [b"/", b"0", b"-1", b"/root"], result)
+        await Files(sandbox).write("/root/mine", b"files are root's, whoever commands are")
+    error = await refusal_of(substrate.create(SandboxSpec(defaults=Defaults(cwd="here"))))
+    require(isinstance(error, InvalidArgumentError) and "here" in str(error), error)
 
 
 @check()
@@ -241,7 +265,8 @@ CHECKS: tuple[Check, ...] = (
     a_missing_directory_is_refused_by_name,
     arguments_pass_no_shell,
     a_megabyte_of_arguments_arrives,
-    the_environment_is_exactly_what_was_given,
+    the_environment_is_what_was_given_and_three_variables_that_are_always_there,
+    what_a_command_leaves_out_is_as_the_sandbox_has_it,
     programs_are_found_on_the_given_path,
     binary_stdin_arrives_whole_and_then_ends,
     no_stdin_is_end_of_file,

@@ -9,12 +9,15 @@ import math
 import os
 import re
 import secrets
+from collections.abc import Mapping
+
+import msgspec
 
 from dsec.edge.config import SANDBOX_LAYERS_COUNT_MAX
 from dsec.edge.native_wire import encode_exec_body
 from dsec.edge.network.rules import Allowlist
 from dsec.errors import InvalidArgumentError
-from dsec.types import STDIN_BYTES_MAX, Command, SandboxId, SandboxSpec, TtySize
+from dsec.types import PATH, STDIN_BYTES_MAX, Command, Defaults, SandboxId, SandboxSpec, TtySize
 
 ARG_BYTES_MAX = 131_071  # MAX_ARG_STRLEN less its zero byte
 ARGS_BYTES_MAX = 2_000_000  # a quarter of the 8 MiB stack, less what the kernel puts there
@@ -42,6 +45,20 @@ def _encode(what: str, text: str) -> bytes:
     return data
 
 
+def completed(command: Command, defaults: Defaults, network: Mapping[str, str]) -> Command:
+    """The command with what it leaves out, and the variables of its network; logs have the one that was asked for."""
+    user = command.user or defaults.user
+    env = {"PATH": PATH, "LANG": "C.UTF-8", "HOME": _home_of(user), **network, **defaults.env, **command.env}
+    return msgspec.structs.replace(command, cwd=command.cwd or defaults.cwd, env=env, user=user)
+
+
+def _home_of(user: str) -> str:
+    name = user.partition(":")[0]
+    if name in ("", "root", "0"):
+        return "/root"
+    return "/" if name.isdigit() else f"/home/{name}"
+
+
 def encode_command(command: Command) -> bytes:
     """The body of EXEC.  InvalidArgumentError names what is wrong with the command."""
     if not command.argv:
@@ -52,8 +69,9 @@ def encode_command(command: Command) -> bytes:
         raise InvalidArgumentError(f"output_bytes_max {command.output_bytes_max} is not in [0, {OUTPUT_BYTES_MAX_MAX}]")
     if len(command.stdin) > STDIN_BYTES_MAX:
         raise InvalidArgumentError(f"stdin has {len(command.stdin)} bytes, more than {STDIN_BYTES_MAX}")
-    if not command.cwd.startswith("/"):
-        raise InvalidArgumentError(f"cwd {command.cwd!r} is not an absolute path")
+    where = command.cwd or "/"
+    if not where.startswith("/"):
+        raise InvalidArgumentError(f"cwd {where!r} is not an absolute path")
     for name in command.env:
         if not name or "=" in name:
             raise InvalidArgumentError(f"{name!r} cannot be the name of an environment variable")
@@ -64,7 +82,7 @@ def encode_command(command: Command) -> bytes:
         raise InvalidArgumentError(f"argv and env need {total} bytes, more than {ARGS_BYTES_MAX}")
     size = command.tty or TtySize()
     check_tty_size(size.rows, size.columns)
-    cwd, user = _encode("cwd", command.cwd), _encode("user", command.user)
+    cwd, user = _encode("cwd", where), _encode("user", command.user)
     return encode_exec_body(math.ceil(command.timeout_s * 1000), (size.rows, size.columns), cwd, user, argv, env)
 
 
@@ -104,3 +122,7 @@ def check_spec(spec: SandboxSpec) -> None:
     if len(spec.layers) > SANDBOX_LAYERS_COUNT_MAX or len(set(spec.layers)) != len(spec.layers):
         raise InvalidArgumentError(f"{len(spec.layers)} layers: at most {SANDBOX_LAYERS_COUNT_MAX}, and each once")
     Allowlist(spec.network)
+    try:
+        encode_command(completed(Command(argv=("/",)), spec.defaults, {}))
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"how commands of this sandbox or image run: {error}") from error

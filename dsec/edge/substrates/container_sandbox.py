@@ -15,6 +15,7 @@ from typing import Protocol
 
 import msgspec
 
+from dsec.edge.commands import completed
 from dsec.edge.config import SubstrateConfig
 from dsec.edge.keeper import Keeper
 from dsec.edge.linux import skeleton
@@ -125,7 +126,7 @@ class ContainerSandbox(GuestSandbox):
 
     async def start(self, command: Command, number: int | None = None) -> GuestProcess:
         """See `dsec.sandbox.Sandbox.start`."""
-        shaped = msgspec.structs.replace(command, env=environment(self._spec.network) | command.env)
+        shaped = completed(command, self._spec.defaults, environment(self._spec.network))
         return await super().start(shaped, number)
 
     async def update_network(self, policy: NetworkPolicy) -> None:

@@ -10,12 +10,12 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
+from dsec.edge.commands import completed
 from dsec.edge.config import SubstrateConfig
 from dsec.edge.keeper import Keeper, short_name
 from dsec.edge.network.gateway import Gateway, environment
@@ -173,8 +173,8 @@ class DockerSandbox(GuestSandbox):
 
     async def start(self, command: Command, number: int | None = None) -> GuestProcess:
         """See `dsec.sandbox.Sandbox.start`."""
-        variables: Mapping[str, str] = environment(self._spec.network)
-        return await super().start(msgspec.structs.replace(command, env={**variables, **command.env}), number)
+        shaped = completed(command, self._spec.defaults, environment(self._spec.network))
+        return await super().start(shaped, number)
 
     async def update_network(self, policy: NetworkPolicy) -> None:
         """See `dsec.sandbox.Sandbox.update_network`."""

@@ -36,8 +36,25 @@ class NetworkPolicy(_message.Message):
     rules: _containers.RepeatedCompositeFieldContainer[NetworkRule]
     def __init__(self, rules: _Optional[_Iterable[_Union[NetworkRule, _Mapping]]] = ...) -> None: ...
 
+class Defaults(_message.Message):
+    __slots__ = ("env", "cwd", "user")
+    class EnvEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    ENV_FIELD_NUMBER: _ClassVar[int]
+    CWD_FIELD_NUMBER: _ClassVar[int]
+    USER_FIELD_NUMBER: _ClassVar[int]
+    env: _containers.ScalarMap[str, bytes]
+    cwd: bytes
+    user: str
+    def __init__(self, env: _Optional[_Mapping[str, bytes]] = ..., cwd: _Optional[bytes] = ..., user: _Optional[str] = ...) -> None: ...
+
 class SandboxSpec(_message.Message):
-    __slots__ = ("base", "layers", "network", "cpu_weight", "memory_bytes", "disk_bytes", "pids_count_max", "cpu_cores", "hostname")
+    __slots__ = ("base", "layers", "network", "cpu_weight", "memory_bytes", "disk_bytes", "pids_count_max", "cpu_cores", "hostname", "defaults")
     BASE_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     NETWORK_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +64,7 @@ class SandboxSpec(_message.Message):
     PIDS_COUNT_MAX_FIELD_NUMBER: _ClassVar[int]
     CPU_CORES_FIELD_NUMBER: _ClassVar[int]
     HOSTNAME_FIELD_NUMBER: _ClassVar[int]
+    DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     base: str
     layers: _containers.RepeatedScalarFieldContainer[str]
     network: NetworkPolicy
@@ -56,7 +74,8 @@ class SandboxSpec(_message.Message):
     pids_count_max: int
     cpu_cores: float
     hostname: str
-    def __init__(self, base: _Optional[str] = ..., layers: _Optional[_Iterable[str]] = ..., network: _Optional[_Union[NetworkPolicy, _Mapping]] = ..., cpu_weight: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., pids_count_max: _Optional[int] = ..., cpu_cores: _Optional[float] = ..., hostname: _Optional[str] = ...) -> None: ...
+    defaults: Defaults
+    def __init__(self, base: _Optional[str] = ..., layers: _Optional[_Iterable[str]] = ..., network: _Optional[_Union[NetworkPolicy, _Mapping]] = ..., cpu_weight: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., pids_count_max: _Optional[int] = ..., cpu_cores: _Optional[float] = ..., hostname: _Optional[str] = ..., defaults: _Optional[_Union[Defaults, _Mapping]] = ...) -> None: ...
 
 class CreateRequest(_message.Message):
     __slots__ = ("spec", "request_id", "labels", "owner", "epoch", "idle_timeout_s", "lifetime_s")
