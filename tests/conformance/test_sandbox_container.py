@@ -92,20 +92,3 @@ async def test_the_view_inside_does_not_differ_from_sandbox_to_sandbox(substrate
     assert b"dsec" not in views[0]
     for sandbox in list(substrate._sandboxes.values()):
         await sandbox.destroy()
-
-
-async def test_two_gigabytes_of_output_cost_no_memory_and_no_descriptor(substrate: ContainerSubstrate) -> None:
-    def held() -> tuple[int, int]:
-        rss = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
-        return int(rss.split()[1]) * 1024, len(os.listdir("/proc/self/fd"))
-
-    sandbox = await substrate.create(SandboxSpec())
-    await shell(sandbox, "yes | head -c 5000000")
-    rss, fds = held()
-    result = await shell(sandbox, "yes 0123456789abcdef | head -c 2000000000", timeout_s=60)
-    rss_after, fds_after = held()
-    assert result.exit_code == 0
-    assert result.stdout.dropped_bytes + len(result.stdout.data) == 2_000_000_000
-    assert rss_after - rss < 64 << 20
-    assert fds_after <= fds  # layers of earlier checks may have been given back meanwhile
-    await sandbox.destroy()
