@@ -8,10 +8,20 @@ See: docs/architecture.md, "Sandbox"; `dsec.testing.check_sandbox` for the confo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
-from dsec.types import Command, ExecResult, LayerId, NetworkPolicy, SandboxId, SandboxSpec, Stream
+from dsec.types import (
+    Command,
+    Composition,
+    ExecResult,
+    LayerId,
+    NetworkPolicy,
+    SandboxId,
+    SandboxSpec,
+    Stream,
+)
 
 
 class Process(Protocol):
@@ -132,12 +142,24 @@ class Watched(Protocol):
         ...
 
 
-@runtime_checkable
-class Naming(Protocol):
-    """A substrate whose layers have names; of any other a spec must say their ids."""
+Hold = Callable[[Sequence[LayerId]], Awaitable[None]]
+"""Makes these layers stay, all or none.  NotFoundError if one is gone."""
 
-    def layers_of(self, reference: str) -> tuple[LayerId, ...]:
-        """What an image's name, or a layer's id, stands for now, the topmost first.  NotFoundError."""
+
+async def hold_nothing(_layers: Sequence[LayerId]) -> None:
+    """A `Hold` where no layer ever goes."""
+
+
+@runtime_checkable
+class Layered(Protocol):
+    """A substrate whose layers have names, and may go to make room; of any other a spec must say their ids."""
+
+    def composed(self, references: Sequence[str]) -> Composition:
+        """What these stand for now, images by name and layers by id, the topmost first.  NotFoundError."""
+        ...
+
+    def holding(self) -> AbstractContextManager[Hold]:
+        """A block until whose end no layer goes that is made meanwhile, or is given to what this yields."""
         ...
 
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import msgspec
 
 from dsec.conformance.suite import SANDBOX_CHECKS, Outcome, check_sandbox
 from dsec.edge.capture import OutputBuffer
-from dsec.edge.commands import check_spec, encode_command
+from dsec.edge.commands import check_spec, completed, encode_command
 from dsec.edge.exec_log import slice_of
 from dsec.errors import (
     InvalidArgumentError,
@@ -31,7 +32,8 @@ from dsec.errors import (
     SandboxLostError,
     SpawnError,
 )
-from dsec.types import Command, ExecResult, LayerId, NetworkPolicy, Output, SandboxId, SandboxSpec, Stream
+from dsec.sandbox import Hold
+from dsec.types import Command, Composition, ExecResult, LayerId, NetworkPolicy, Output, SandboxId, SandboxSpec, Stream
 
 __all__ = [
     "SANDBOX_CHECKS",
@@ -192,7 +194,7 @@ class FakeSandbox:
         if self._last_number in self.processes:
             raise AssertionError(f"number {number} was given twice")
         self.commands.append(command)
-        answer = self._script(self, command)
+        answer = self._script(self, completed(command, self.spec.defaults, {}))
         process = FakeProcess(self, self._last_number, command, _awaited(answer))
         self.processes[self._last_number] = process
         return process
@@ -256,6 +258,7 @@ class FakeHost:
     def __init__(self) -> None:
         self.sandboxes: dict[SandboxId, FakeSandbox] = {}
         self.layers: dict[LayerId, list[Command]] = {}
+        self._blocks: list[list[LayerId]] = []
         self._made_count = 0
 
     def next_id(self) -> SandboxId:
@@ -268,7 +271,32 @@ class FakeHost:
         digest = hashlib.sha256(repr((sandbox.spec.layers, sandbox.commands)).encode()).hexdigest()
         layer = LayerId(f"sha256:{digest}")
         self.layers[layer] = list(sandbox.commands)
+        for block in self._blocks:
+            block.append(layer)
         return layer
+
+    @contextmanager
+    def holding(self) -> Iterator[Hold]:
+        """See `dsec.sandbox.Layered`."""
+        block: list[LayerId] = []
+
+        async def hold(layers: Sequence[LayerId]) -> None:
+            for layer in layers:
+                if layer not in self.layers:
+                    raise NotFoundError(f"no layer {layer}")
+            block.extend(layers)
+
+        self._blocks.append(block)
+        try:
+            yield hold
+        finally:
+            self._blocks = [other for other in self._blocks if other is not block]
+
+    def make_room(self) -> None:
+        """Every layer goes that nobody holds."""
+        held = {layer for block in self._blocks for layer in block}
+        for layer in self.layers.keys() - held:
+            del self.layers[layer]
 
 
 class FakeSubstrate:
@@ -289,6 +317,14 @@ class FakeSubstrate:
     def adopted(self) -> Mapping[SandboxId, FakeSandbox]:
         """See the port."""
         return self._adopted
+
+    def composed(self, references: Sequence[str]) -> Composition:
+        """See the port; nothing has a name here."""
+        return Composition(layers=tuple(map(LayerId, references)))
+
+    def holding(self) -> AbstractContextManager[Hold]:
+        """See the port."""
+        return self.host.holding()
 
     async def create(self, spec: SandboxSpec, sandbox_id: SandboxId | None = None) -> FakeSandbox:
         """A fresh sandbox.  InvalidArgumentError, NotFoundError (a layer), SpawnError if not open."""

@@ -8,14 +8,17 @@ Invariants:
 1. The same request id gives the same sandbox; with another request it is a DivergedError.
 2. A create that fails leaves nothing, and its request id may be used again.
 3. The sandboxes of a fork become ready in one record: all of them or none.
+4. The layers that a sandbox is made of are held from when they are chosen until it is there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import secrets
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from msgspec import structs
@@ -27,10 +30,10 @@ from dsec.edge.journal import Known, RequestCancelled, SandboxEnded, SandboxRead
 from dsec.edge.leases import Leases, check_lease
 from dsec.edge.live import LiveSandbox, check_size, check_text
 from dsec.edge.registry import Registry
-from dsec.errors import DivergedError, InvalidArgumentError, StateError
+from dsec.errors import DivergedError, InvalidArgumentError, NotFoundError, StateError
 from dsec.lifecycle import EndReason, Happening
 from dsec.replay import first_difference
-from dsec.sandbox import Naming
+from dsec.sandbox import Hold, Layered, hold_nothing
 from dsec.trajectory import CommandFinished, CommandStarted
 from dsec.types import SandboxId, SandboxSpec
 from dsec.views import CreateRequest, SandboxView
@@ -67,7 +70,7 @@ class Ground:
     past: tuple[Outline, ...] = ()
 
 
-Prepare = Callable[[], Awaitable[Ground]]
+Prepare = Callable[[Hold], Awaitable[Ground]]
 
 
 class Creation:
@@ -83,18 +86,18 @@ class Creation:
         """One fresh sandbox."""
         self._check(request)
 
-        async def prepare() -> Ground:
+        async def prepare(_hold: Hold) -> Ground:
             return Ground(self._named(request.spec))
 
         return (await self._once(Wish(request, request.spec), prepare))[0]
 
     def _named(self, spec: SandboxSpec) -> SandboxSpec:
-        """With layers in place of names, so that a name may stand for another image tomorrow.  NotFoundError."""
+        """With layers and defaults in place of names, which may stand for other images tomorrow.  NotFoundError."""
         substrate = self._registry.substrate
-        if not isinstance(substrate, Naming):
+        if not isinstance(substrate, Layered):
             return spec
-        layers = dict.fromkeys(layer for reference in spec.layers for layer in substrate.layers_of(reference))
-        return structs.replace(spec, layers=tuple(layers))
+        made = substrate.composed(spec.layers)
+        return structs.replace(spec, layers=made.layers, defaults=spec.defaults.over(made.defaults))
 
     async def fork(self, live: LiveSandbox, count: int, request: CreateRequest) -> list[SandboxView]:
         """`count` sandboxes that go on from what this one has written; all or none."""
@@ -103,7 +106,7 @@ class Creation:
             raise InvalidArgumentError(f"count {count} is not in [1, {self._registry.config.forks_count_max}]")
         spec = live.known.spec
 
-        async def prepare() -> Ground:
+        async def prepare(_hold: Hold) -> Ground:
             layer = await live.snapshot()
             return Ground(structs.replace(spec, layers=(layer, *spec.layers)))
 
@@ -112,16 +115,22 @@ class Creation:
     async def branch(self, known: Known, key: str, request: CreateRequest) -> SandboxView:
         """A sandbox in the state after command `key` of this one, which may have ended.
 
-        From the newest snapshot before it, by a compared replay of the commands since.  NotFoundError
-        (the key), StateError (those commands overlapped, or one has no known end), DivergedError.
+        From the newest snapshot before it that is still there, by a compared replay of the commands since.
+        NotFoundError (the key), StateError (those commands overlapped, or one has no known end), DivergedError.
         """
         self._check(request)
         spec = known.spec
 
-        async def prepare() -> Ground:
-            newest, past = await asyncio.to_thread(self._registry.history.past, known, key)
-            layers = spec.layers if newest is None else (newest.layer, *spec.layers)
-            return Ground(structs.replace(spec, layers=layers), past)
+        async def prepare(hold: Hold) -> Ground:
+            past = await asyncio.to_thread(self._registry.history.past, known, key)
+            for snapshot in past.snapshots:
+                layers = (snapshot.layer, *spec.layers)
+                try:
+                    await hold(layers)
+                except NotFoundError:  # it made room for others
+                    continue
+                return Ground(structs.replace(spec, layers=layers), past.since(snapshot.after or 0))
+            return Ground(spec, past.since(0))
 
         return (await self._once(Wish(request, spec, origin=known.id, origin_key=key), prepare))[0]
 
@@ -173,20 +182,42 @@ class Creation:
             caller = asyncio.current_task()
             if under_way[1].cancelled() and caller is not None and not caller.cancelling():
                 raise StateError(f"request {request_id!r} was cancelled, or the Edge is closing") from None
-            if not request_id:  # nobody could ever ask for it
-                under_way[1].cancel()
+            if not request_id:
+                self._undo(under_way[1])
             raise
+
+    def _undo(self, making: asyncio.Task[list[SandboxView]]) -> None:
+        """Leave nothing of what nobody could ever ask for; it may be there since this very turn of the loop."""
+        making.cancel()
+        if making.done() and not making.cancelled() and making.exception() is None:
+            for view in making.result():
+                if (live := self._registry.live.get(view.id)) is not None:
+                    self._registry.end(live, EndReason.CANCELLED, "who asked for it went away")
+
+    def _holding(self) -> AbstractContextManager[Hold]:
+        substrate = self._registry.substrate
+        return substrate.holding() if isinstance(substrate, Layered) else contextlib.nullcontext(hold_nothing)
 
     async def _make(self, wish: Wish, prepare: Prepare) -> list[SandboxView]:
         registry = self._registry
         self._leases.require(wish.request.owner, wish.request.epoch)
         asked = amounts_of(wish.spec, wish.count)
         await registry.admission.enter(asked)
-        try:
-            ground = await prepare()
-        except BaseException:
-            registry.admission.leave(asked)
-            raise
+        with self._holding() as hold:
+            try:
+                ground = await prepare(hold)
+                await hold(ground.spec.layers)
+            except BaseException:
+                registry.admission.leave(asked)
+                raise
+            made = await self._make_on(wish, ground)
+        for live in made:
+            registry.watch(live)
+        return [registry.view(live.known) for live in made]
+
+    async def _make_on(self, wish: Wish, ground: Ground) -> list[LiveSandbox]:
+        """All of them, ready, or none; their layers are held, and the promise was made."""
+        registry = self._registry
         births = [registry.spawn(self._bear(wish, ground.spec), "birth") for _ in range(wish.count)]
         try:
             made: list[LiveSandbox] = await asyncio.gather(*births)
@@ -201,9 +232,7 @@ class Creation:
         except BaseException as error:
             await settled(self._unmake(wish, births, error))
             raise
-        for live in made:
-            registry.watch(live)
-        return [registry.view(live.known) for live in made]
+        return made
 
     async def _bear(self, wish: Wish, spec: SandboxSpec) -> LiveSandbox:
         """One sandbox, not yet ready; on any failure nothing of it is left but the promise."""

@@ -35,6 +35,7 @@ from dsec.edge.journal import (
 )
 from dsec.errors import NotFoundError, StateError
 from dsec.trajectory import CommandFinished, CommandRefused, CommandStarted, CommandUnknown, TrajectoryRecord
+from dsec.types import SandboxId
 from dsec.views import CommandView
 
 
@@ -46,6 +47,26 @@ class Outline:
     number: int
     started_lsn: int
     finished_lsn: int = 0
+
+
+@dataclass(frozen=True)
+class Past:
+    """How a sandbox came to the end of a command: its commands up to there, and snapshots, the newest first."""
+
+    sandbox_id: SandboxId
+    commands: tuple[Outline, ...]
+    snapshots: tuple[SnapshotTaken, ...]
+
+    def since(self, after: int) -> tuple[Outline, ...]:
+        """What leads from the state after command `after` to the end.  StateError if it cannot be run again."""
+        commands = [outline for outline in self.commands if outline.number > after]
+        for outline, following in itertools.zip_longest(commands, commands[1:]):
+            if not outline.finished_lsn or (following and following.started_lsn < outline.finished_lsn):
+                raise StateError(
+                    f"command {outline.key!r} of sandbox {self.sandbox_id} has no known end, or others ran beside it: "
+                    "branch from a snapshot that was taken later, or from an earlier command"
+                )
+        return tuple(commands)
 
 
 class History:
@@ -75,11 +96,8 @@ class History:
         payload = await asyncio.to_thread(self._read, lsn)
         return trajectory.decode(payload)
 
-    def past(self, known: Known, key: str) -> tuple[SnapshotTaken | None, tuple[Outline, ...]]:
-        """What makes the state after command `key`: the newest snapshot before it, and the commands since.
-
-        NotFoundError (no such key), StateError (the commands are no sequence that could be run again).
-        """
+    def past(self, known: Known, key: str) -> Past:
+        """How it came to the end of command `key`.  NotFoundError (no such key)."""
         outlines: dict[str, Outline] = {}
         snapshots: list[SnapshotTaken] = []
         for lsn, record in read_records(
@@ -98,16 +116,9 @@ class History:
             raise NotFoundError(f"sandbox {known.id} has no command with key {key!r}")
         target = outlines[key].number
         usable = [snapshot for snapshot in snapshots if (snapshot.after or 0) <= target]
-        newest = max(usable, key=lambda snapshot: snapshot.after or 0, default=None)
-        done = (newest.after or 0) if newest is not None else 0
-        past = sorted((o for o in outlines.values() if done < o.number <= target), key=lambda o: o.number)
-        for outline, following in itertools.zip_longest(past, past[1:]):
-            if not outline.finished_lsn or (following and following.started_lsn < outline.finished_lsn):
-                raise StateError(
-                    f"command {outline.key!r} of sandbox {known.id} has no known end, or others ran beside it: "
-                    "branch from a snapshot that was taken later, or from an earlier command"
-                )
-        return newest, tuple(past)
+        usable.sort(key=lambda snapshot: snapshot.after or 0, reverse=True)
+        commands = sorted((o for o in outlines.values() if o.number <= target), key=lambda outline: outline.number)
+        return Past(known.id, tuple(commands), tuple(usable))
 
     def _read(self, lsn: int) -> bytes:
         for record in wal.Reader(self._directory, after_lsn=lsn - 1, storage=self._storage):

@@ -6,11 +6,12 @@ See: docs/formats/layers.md, "Records".
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import msgspec
 
 from dsec.errors import InvalidArgumentError
-from dsec.types import LayerId
+from dsec.types import Defaults, LayerId
 
 _LAYER_ID = re.compile(r"sha256:[0-9a-f]{64}")
 _PART = r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*"
@@ -34,7 +35,10 @@ class LayerFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How an image wants its commands run; what the sandbox's caller says goes before it."""
+    """How an image wants its commands run; what the sandbox's caller says goes before it.
+
+    `entrypoint` and `command` are kept and shown; a sandbox runs what it is told to, and neither of them.
+    """
 
     env: dict[str, str] = {}
     workdir: str = "/"
@@ -42,15 +46,10 @@ class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
     entrypoint: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
 
-    def over(self, lower: ImageConfig) -> ImageConfig:
-        """What this says, and where it says nothing, what the lower one does."""
-        return ImageConfig(
-            env={**lower.env, **self.env},
-            workdir=self.workdir if self.workdir != "/" else lower.workdir,
-            user=self.user or lower.user,
-            entrypoint=self.entrypoint or lower.entrypoint,
-            command=self.command or lower.command,
-        )
+    @property
+    def defaults(self) -> Defaults:
+        """For the commands of a sandbox; `/`, where commands run anyway, is as good as nothing."""
+        return Defaults(env=self.env, cwd=self.workdir if self.workdir != "/" else "", user=self.user)
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +60,23 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     config: ImageConfig = ImageConfig()
     created_at_s: float = 0.0
     source: str = ""
+
+
+def over_each_other(images: Sequence[Image]) -> Image:
+    """A nameless image of others, the topmost first; how it runs is theirs, the topmost's before the others'."""
+    configs = [image.config for image in images]
+    defaults = Defaults()
+    for config in reversed(configs):
+        defaults = config.defaults.over(defaults)
+    whole = ImageConfig(
+        env=defaults.env,
+        workdir=defaults.cwd or "/",
+        user=defaults.user,
+        entrypoint=next((config.entrypoint for config in configs if config.entrypoint), ()),
+        command=next((config.command for config in configs if config.command), ()),
+    )
+    layers = dict.fromkeys(layer for image in images for layer in image.layers)
+    return Image(name="", layers=tuple(layers), config=whole)
 
 
 def is_layer_id(text: str) -> bool:

@@ -8,15 +8,18 @@ See: docs/formats/layers.md, "Files of a store".
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
 import time
 import urllib.parse
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import msgspec
 
@@ -24,10 +27,12 @@ from dsec.edge.images import content
 from dsec.edge.images.erofs import write_all
 from dsec.edge.images.facts import Image, LayerFacts, check_layer_id
 from dsec.edge.images.streams import Section
-from dsec.errors import HostUnfitError
+from dsec.errors import HostUnfitError, ResourceExhaustedError
 from dsec.types import LayerId
 
 UNLOCKED_S_MAX = 86_400
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Shelf:
@@ -253,3 +258,13 @@ def _sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+async def in_thread(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """Run what touches the disk beside the loop.  ResourceExhaustedError for a full one, else HostUnfitError."""
+    try:
+        return await asyncio.to_thread(work, *arguments, **options)
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise ResourceExhaustedError(f"no room for layers: {error.strerror}") from error
+        raise HostUnfitError(f"the store of layers does not work: {error}") from error

@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import fcntl
 import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 from msgspec.structs import replace
 
@@ -33,17 +31,16 @@ from dsec.edge.images import quota
 from dsec.edge.images.compress import compress
 from dsec.edge.images.directory import DirectoryReader
 from dsec.edge.images.erofs import ImageWriter
-from dsec.edge.images.facts import Image, ImageConfig, LayerFacts, check_image_name, is_layer_id
-from dsec.edge.images.shelf import Shelf, descriptor_id, file_id
+from dsec.edge.images.facts import Image, LayerFacts, check_image_name, is_layer_id, over_each_other
+from dsec.edge.images.shelf import Shelf, descriptor_id, file_id, in_thread
 from dsec.edge.images.tree import Node, below, hide_missing
 from dsec.edge.images.verify import verify
-from dsec.errors import HostUnfitError, NotFoundError, ResourceExhaustedError, StateError
-from dsec.types import LayerId
+from dsec.errors import HostUnfitError, NotFoundError, StateError
+from dsec.sandbox import Hold
+from dsec.types import Composition, LayerId
 
 BYTES_MAX = 1 << 42
 CHECK_BYTES = 16 << 20
-P = ParamSpec("P")
-T = TypeVar("T")
 Read = Callable[[ImageWriter], Node]
 Progress = Callable[[int], None]
 """Called with the count of bytes that were written since the last call."""
@@ -57,6 +54,7 @@ class LayerStore:
         self._shared = Shelf(shared) if shared is not None else None
         self._bytes_max = BYTES_MAX if bytes_max is None else bytes_max
         self._held: dict[LayerId, tuple[int, int]] = {}
+        self._blocks: list[list[LayerId]] = []  # what each block of `holding` holds
 
     async def open(self) -> None:
         """Make the directory and remove what dead processes left unfinished.  HostUnfitError."""
@@ -66,7 +64,7 @@ class LayerStore:
             with self._shelf.changing():
                 self._shelf.sweep()
 
-        await _in_thread(prepare)
+        await in_thread(prepare)
 
     def close(self) -> None:
         """Let go of every layer."""
@@ -116,9 +114,11 @@ class LayerStore:
         layer_id = LayerId(reference)
         return Image(name="", layers=(layer_id, *self.facts(layer_id).parents))
 
-    def layers_of(self, reference: str) -> tuple[LayerId, ...]:
-        """See `dsec.sandbox.Naming`; an id stands for itself, whatever it was made over."""
-        return (LayerId(reference),) if is_layer_id(reference) else self.image(reference).layers
+    def composed(self, references: Sequence[str]) -> Composition:
+        """See `dsec.sandbox.Layered`; an id stands for itself, whatever it was made over."""
+        found = [Image(name="", layers=(LayerId(one),)) if is_layer_id(one) else self.image(one) for one in references]
+        whole = over_each_other(found)
+        return Composition(layers=whole.layers, defaults=whole.config.defaults)
 
     def compose(self, name: str, references: Iterable[str]) -> Image:
         """An image of others and of layers, the topmost first; how it runs is theirs, the topmost's before the others'.
@@ -126,17 +126,13 @@ class LayerStore:
         NotFoundError.
         """
         found = [self.resolve(reference) for reference in references]
-        config = ImageConfig()
-        for image in reversed(found):
-            config = image.config.over(config)
-        layers = dict.fromkeys(layer for image in found for layer in image.layers)
-        return Image(name=name, layers=tuple(layers), config=config, source=" ".join(image.name for image in found))
+        return replace(over_each_other(found), name=name, source=" ".join(image.name for image in found))
 
     async def check(self, layer_ids: Iterable[LayerId]) -> None:
         """Read layers again.  HostUnfitError if one is no longer what its name says."""
         for layer_id in layer_ids:
             path = self.path(layer_id)
-            if await _in_thread(file_id, path) != layer_id:
+            if await in_thread(file_id, path) != layer_id:
                 raise HostUnfitError(f"{path} was changed: it is no longer what it is called")
 
     async def publish(self, image: Image) -> None:
@@ -147,9 +143,9 @@ class LayerStore:
         if self._shared is None:
             raise StateError("there is no shared directory to publish to (DSEC_IMAGES_SHARED)")
         for layer_id in image.layers:
-            await _in_thread(self._shared.receive, self._find(layer_id), layer_id)
+            await in_thread(self._shared.receive, self._find(layer_id), layer_id)
         if image.name:
-            await _in_thread(self._shared.put_image, image)
+            await in_thread(self._shared.put_image, image)
 
     def used_bytes(self) -> int:
         """What this host's layers take on its disk."""
@@ -177,6 +173,22 @@ class LayerStore:
                 self._held[layer_id] = (fd, count - 1)
             else:
                 os.close(fd)
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[Hold]:
+        """See `dsec.sandbox.Layered`."""
+        block: list[LayerId] = []
+
+        async def hold(layer_ids: Sequence[LayerId]) -> None:
+            self.acquire(layer_ids)
+            block.extend(layer_ids)
+
+        self._blocks.append(block)
+        try:
+            yield hold
+        finally:
+            self._blocks = [other for other in self._blocks if other is not block]
+            self.release(block)
 
     def descriptor(self, layer_id: LayerId) -> int:
         """The open file of a held layer; it is the store's.  A copy of it holds the layer for as long as it is open."""
@@ -268,19 +280,25 @@ class LayerStore:
                 progress(count)
 
         build = functools.partial(self._build, read, made_from, parents, step, compressed=compressed)
-        task = asyncio.ensure_future(_in_thread(build))
+        task = asyncio.ensure_future(in_thread(build))
         try:
-            return await asyncio.shield(task)
+            layer_id, held = await asyncio.shield(task)
         except asyncio.CancelledError:
             stopped.set()
             await asyncio.wait([task])
             with contextlib.suppress(Exception):
-                task.result()
+                os.close(task.result()[1])
             raise
+        for block in self._blocks:
+            self.acquire([layer_id])
+            block.append(layer_id)
+        os.close(held)
+        return layer_id
 
     def _build(
         self, read: Read, made_from: str, parents: tuple[LayerId, ...], step: Progress, *, compressed: bool
-    ) -> LayerId:
+    ) -> tuple[LayerId, int]:
+        """The layer, and its file, whose lock holds it."""
         unchecked = 0
 
         def written_more(count: int) -> None:
@@ -314,12 +332,13 @@ class LayerStore:
                 facts = replace(facts, size_bytes=os.fstat(smaller).st_size, metadata_offset=-1)
                 return self._name(smaller, smaller_path, facts)
 
-    def _name(self, file: int, path: Path, facts: LayerFacts) -> LayerId:
+    def _name(self, file: int, path: Path, facts: LayerFacts) -> tuple[LayerId, int]:
         layer_id = descriptor_id(file)
         with self._shelf.changing():
             quota.make_room(self._shelf, self._bytes_max, facts.parents)
             self._shelf.put(path, layer_id, facts)
-        return layer_id
+            fcntl.flock(file, fcntl.LOCK_SH)  # it is no unfinished file any more
+            return layer_id, self._hold(layer_id)
 
     # -- images ----------------------------------------------------------------------------------
 
@@ -333,7 +352,7 @@ class LayerStore:
                     self._find(layer_id)
                 self._shelf.put_image(named)
 
-        await _in_thread(put)
+        await in_thread(put)
         return named
 
     async def untag(self, name: str) -> None:
@@ -344,7 +363,7 @@ class LayerStore:
                 if not self._shelf.remove_image(check_image_name(name)):
                     raise NotFoundError(f"there is no image {name} of this host; dsec image ls names them")
 
-        await _in_thread(remove)
+        await in_thread(remove)
 
     # -- removing --------------------------------------------------------------------------------
 
@@ -361,7 +380,7 @@ class LayerStore:
                 if reason is not None:
                     raise StateError(f"layer {layer_id} must stay: {reason}")
 
-        await _in_thread(remove)
+        await in_thread(remove)
 
     async def collect(self) -> list[LayerId]:
         """Remove every layer that nothing needs, and what dead processes left; the removed layers."""
@@ -371,14 +390,4 @@ class LayerStore:
                 self._shelf.sweep()
                 return quota.evict(self._shelf, lambda: False)
 
-        return await _in_thread(collect)
-
-
-async def _in_thread(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """Run what touches the disk beside the loop.  ResourceExhaustedError for a full one, else HostUnfitError."""
-    try:
-        return await asyncio.to_thread(work, *arguments, **options)
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            raise ResourceExhaustedError(f"no room for layers: {error.strerror}") from error
-        raise HostUnfitError(f"the store of layers does not work: {error}") from error
+        return await in_thread(collect)

@@ -20,7 +20,8 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from dsec.edge import spool
@@ -38,7 +39,8 @@ from dsec.edge.substrates.layer_mounts import LayerMounts, Layers
 from dsec.edge.substrates.seats import Seats
 from dsec.edge.substrates.warm_pool import WarmPool
 from dsec.errors import DsecError, HostUnfitError, SandboxLostError, SpawnError, StateError
-from dsec.types import Command, LayerId, SandboxId, SandboxSpec
+from dsec.sandbox import Hold, hold_nothing
+from dsec.types import Command, Composition, LayerId, SandboxId, SandboxSpec
 
 FILES_PER_SANDBOX = 3  # the guest's socket, its facts, a listener
 FILES_FOR_THE_REST = 1024
@@ -176,9 +178,15 @@ class ContainerSubstrate:
 
     # -- create ----------------------------------------------------------------------------------
 
-    def layers_of(self, reference: str) -> tuple[LayerId, ...]:
-        """See `dsec.sandbox.Naming`."""
-        return (LayerId(reference),) if self.layers is None else self.layers.layers_of(reference)
+    def composed(self, references: Sequence[str]) -> Composition:
+        """See `dsec.sandbox.Layered`."""
+        if self.layers is None:
+            return Composition(layers=tuple(map(LayerId, references)))
+        return self.layers.composed(references)
+
+    def holding(self) -> AbstractContextManager[Hold]:
+        """See `dsec.sandbox.Layered`."""
+        return contextlib.nullcontext(hold_nothing) if self.layers is None else self.layers.holding()
 
     async def create(self, spec: SandboxSpec, sandbox_id: SandboxId | None = None) -> ContainerSandbox:
         """See `dsec.sandbox.Substrate.create`.

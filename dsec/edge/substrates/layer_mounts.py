@@ -14,6 +14,7 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -21,14 +22,19 @@ from dsec.edge.config import LAYERS_COUNT_MAX
 from dsec.edge.keeper import Keeper
 from dsec.edge.spawner import Spawner
 from dsec.errors import NotFoundError, ResourceExhaustedError, SpawnError
-from dsec.types import LayerId
+from dsec.sandbox import Hold
+from dsec.types import Composition, LayerId
 
 
 class Layers(Protocol):
     """What is needed of a store of layers (`dsec.edge.images.store.LayerStore`)."""
 
-    def layers_of(self, reference: str) -> tuple[LayerId, ...]:
-        """See `dsec.sandbox.Naming`."""
+    def composed(self, references: Sequence[str]) -> Composition:
+        """See `dsec.sandbox.Layered`."""
+        ...
+
+    def holding(self) -> AbstractContextManager[Hold]:
+        """See `dsec.sandbox.Layered`."""
         ...
 
     def acquire(self, layer_ids: Iterable[LayerId]) -> None:

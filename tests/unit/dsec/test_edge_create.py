@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 from typing import Any
 
 import pytest
@@ -98,6 +99,21 @@ async def test_a_caller_without_request_id_that_goes_away_leaves_no_sandbox(host
     await edge._registry.settle()
     assert hosts.host.sandboxes == {}
     assert edge.status().used["sandboxes_count"] == 0
+
+
+async def test_a_caller_without_request_id_leaves_no_sandbox_in_whichever_turn_of_the_loop_it_goes(hosts: Any) -> None:
+    edge = await hosts.edge()
+    for turns in itertools.count():
+        creating = asyncio.create_task(edge.create(CreateRequest()))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if not creating.cancel():
+            break
+        with pytest.raises(asyncio.CancelledError):
+            await creating
+        await edge._registry.settle()
+        assert hosts.host.sandboxes == {}, turns
+    assert turns > 5
 
 
 async def test_a_caller_with_a_request_id_that_goes_away_finds_its_sandbox_when_it_comes_back(hosts: Any) -> None:

@@ -165,3 +165,33 @@ async def test_commands_that_overlapped_or_read_from_their_client_are_no_past_to
     with pytest.raises(StateError, match="'slow'"):
         await edge.branch(origin.id, "b")
     assert [view.id for view in edge.list()] == [origin.id]
+
+
+async def test_a_branch_takes_the_newest_snapshot_that_is_still_there(hosts: Any) -> None:
+    edge = await hosts.edge()
+    origin = await edge.create(CreateRequest())
+    layers = []
+    for name in "abc":
+        await edge.exec(origin.id, run(name), name)
+        layers.append(await edge.snapshot(origin.id))
+    for gone, again in ((layers[2], ["c"]), (layers[1], ["b", "c"]), (layers[0], ["a", "b", "c"])):
+        del hosts.host.layers[gone]
+        branch = await edge.branch(origin.id, "c")
+        assert [c.argv[0] for c in hosts.sandbox(branch.id).commands] == again
+
+
+@pytest.mark.parametrize("what", ["fork", "branch"])
+async def test_no_layer_goes_between_its_choice_and_the_birth_of_what_is_made_of_it(hosts: Any, what: str) -> None:
+    class Crowded(FakeSubstrate):
+        async def create(self, spec: SandboxSpec, sandbox_id: SandboxId | None = None) -> FakeSandbox:
+            self.host.make_room()
+            return await super().create(spec, sandbox_id)
+
+    edge = await hosts.edge(Crowded(hosts.script, hosts.host))
+    origin = await edge.create(CreateRequest())
+    await edge.exec(origin.id, run("a"), "a")
+    await edge.snapshot(origin.id)
+    made = [await edge.branch(origin.id, "a")] if what == "branch" else await edge.fork(origin.id, 2)
+    assert {view.spec.layers for view in made} == {tuple(hosts.host.layers)}
+    hosts.host.make_room()
+    assert hosts.host.layers == {}

@@ -103,6 +103,36 @@ async def test_a_held_layer_stays_until_the_last_release(store, source):
     assert await store.collect() == [made]
 
 
+async def test_what_is_made_or_chosen_in_a_block_stays_until_its_end(store, source):
+    old = await layer(store, source, "old")
+    with store.holding() as hold, store.holding() as hold_other:
+        made = await layer(store, source, "made")
+        await hold([old])
+        assert await store.collect() == []
+        for hold_one in (hold, hold_other):
+            with pytest.raises(NotFoundError):
+                await hold_one([old, NOWHERE])
+        assert await store.collect() == []
+    assert set(await store.collect()) == {old, made}
+
+
+async def test_a_layer_that_was_just_made_is_held_before_its_maker_hears_of_it(store, source, monkeypatch):
+    """Another process makes room right after the name appears."""
+    put = store._shelf.put
+
+    def put_and_crowd(*arguments):
+        put(*arguments)
+        crowd.start()
+
+    other = LayerStore(store._shelf._directory)
+    crowd = threading.Thread(target=lambda: asyncio.run(other.collect()))
+    monkeypatch.setattr(store._shelf, "put", put_and_crowd)
+    with store.holding():
+        made = await layer(store, source, "made")
+        crowd.join()
+        assert list(store.layers()) == [made]
+
+
 async def test_layers_are_held_all_or_none(store, source):
     made = await layer(store, source, "a")
     with pytest.raises(NotFoundError):
