@@ -14,7 +14,7 @@ from typing import Any
 import click
 import msgspec
 
-from dsec.cli_sandbox import connected, example
+from dsec.cli_sandbox import ENV_OPTION, connected, example
 from dsec.client.commands import CommandResult, RunOptions
 from dsec.client.sandbox import AsyncSandbox
 from dsec.client.terminal import relay, terminal_size, write_all
@@ -51,18 +51,6 @@ class ExecCommand(click.Command):
             sys.exit(FAILED_CODE)
 
 
-def _parse_envs(context: click.Context, parameter: click.Parameter, pairs: Sequence[str]) -> dict[str, str]:
-    envs = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator:
-            value = os.environ.get(name, "")
-        if not name:
-            raise click.BadParameter(f"{pair!r} is not NAME=VALUE or NAME", context, parameter)
-        envs[name] = value
-    return envs
-
-
 @click.command(
     "exec",
     cls=ExecCommand,
@@ -76,9 +64,9 @@ def _parse_envs(context: click.Context, parameter: click.Parameter, pairs: Seque
 )
 @click.option("--timeout-s", type=float, default=TIMEOUT_S_MAX, help="Kill its tree after so long  [default: 7 days]")
 @click.option("--key", default="", help="Run it once: the same key gives the same result for ever.")
-@click.option("-w", "--cwd", default="/", show_default=True, help="Where it runs.")
-@click.option("-e", "--env", "envs", multiple=True, metavar="NAME[=VALUE]", callback=_parse_envs, help="A variable.")
-@click.option("-u", "--user", default="", help="A name of the sandbox's own, UID or UID:GID  [default: root]")
+@click.option("-w", "--cwd", default="", help="Where it runs  [default: the image's]")
+@ENV_OPTION
+@click.option("-u", "--user", default="", help="USER[:GROUP], names or numbers  [default: the image's]")
 @click.option("-i", "--interactive", is_flag=True, help="Pass our stdin on.")
 @click.option("-t", "--tty", "has_tty", is_flag=True, help="Give it a terminal.")
 @click.option("-d", "--detach", is_flag=True, help="Print its key and leave it running.")

@@ -6,6 +6,7 @@ Every command takes the Edge from DSEC_API_URL and DSEC_API_KEY, else this host'
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -36,6 +37,23 @@ def _parse_labels(context: click.Context, parameter: click.Parameter, pairs: Seq
             raise click.BadParameter(f"{pair!r} is not NAME=VALUE", context, parameter)
         labels[name] = value
     return labels
+
+
+def _parse_envs(context: click.Context, parameter: click.Parameter, pairs: Sequence[str]) -> dict[str, str]:
+    envs = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            value = os.environ.get(name, "")
+        if not name:
+            raise click.BadParameter(f"{pair!r} is not NAME=VALUE or NAME", context, parameter)
+        envs[name] = value
+    return envs
+
+
+ENV_OPTION = click.option(
+    "-e", "--env", "envs", multiple=True, metavar="NAME[=VALUE]", callback=_parse_envs, help="A variable."
+)
 
 
 def label_option(text: str) -> Callable[[Any], Any]:
@@ -69,6 +87,9 @@ def print_ids(ids: Sequence[str], *, as_json: bool) -> None:
 @click.option("--disk-mib", type=click.IntRange(1), help="Disk  [default: three quarters of the memory]")
 @click.option("--cpus", type=float, help="Cores  [default: 1]")
 @click.option("--allow", multiple=True, metavar="RULE", help="It may connect to HOST[:PORT], *.HOST or CIDR.")
+@ENV_OPTION
+@click.option("-w", "--cwd", default="", help="Where commands run  [default: the image's]")
+@click.option("-u", "--user", default="", help="Who runs them: USER[:GROUP]  [default: the image's]")
 @label_option("To find it by.")
 @click.option("--idle-timeout-s", type=float, help="Ends after so long without a command  [default: never]")
 @click.option("--lifetime-s", type=float, help="Ends after so long  [default: never]")
@@ -83,6 +104,9 @@ def create(
     disk_mib: int | None,
     cpus: float | None,
     allow: Sequence[str],
+    envs: dict[str, str],
+    cwd: str,
+    user: str,
     labels: dict[str, str],
     idle_timeout_s: float | None,
     lifetime_s: float | None,
@@ -91,11 +115,18 @@ def create(
     request_id: str,
     as_json: bool,
 ) -> None:
-    """Make a sandbox and print its id; it lives until `dsec rm`, or as long as the options say."""
+    """Make a sandbox and print its id; it lives until `dsec rm`, or as long as the options say.
+
+    What an image says of variables, directory and user is for every command that does not say otherwise; -e, -w and -u
+    go before it.  An image's entry point is not run.
+    """
     options = CreateOptions(
         base=base,
         layers=layers,
         network=allow,
+        envs=envs,
+        cwd=cwd,
+        user=user,
         metadata=labels,
         idle_timeout_s=idle_timeout_s,
         timeout_s=lifetime_s,

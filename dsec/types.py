@@ -93,8 +93,9 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     PATH of its environment).  `env`, `cwd` (which must exist) and `user` go before the sandbox's `Defaults`; with
     those they are all that it gets.  `stdin` (at most STDIN_BYTES_MAX bytes) is followed by end of file.  With
     `merge_stderr` stderr goes to stdout in order, and `ExecResult.stderr` stays empty.  `output_bytes_max` bounds
-    each stream.  `user` is a name of the sandbox's own /etc/passwd, or `uid` or `uid:gid` in digits (without a gid
-    it is that of the account, or the uid itself); one that does not exist is an InvalidArgumentError.
+    each stream.  `user` is a name or a uid, and may say a group or a gid after a colon (else it is the account's
+    with all its groups, or the uid); names are those of the sandbox's own /etc/passwd and /etc/group, and one that is
+    not there is an InvalidArgumentError.
     With `keep_stdin_open` the command reads, after `stdin`, what `Process.write_stdin` sends until
     `close_stdin`.  With `tty` it runs on a terminal of that size: its output is one stream (stdout), and what
     `write_stdin` sends is typed.

@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack, overload
 
-from dsec.client.substrate import RemoteProcess, RemoteSandbox, fresh_name
+from dsec.client.substrate import RemoteProcess, RemoteSandbox
+from dsec.keyed import fresh_name
 from dsec.messages import STREAM_NUMBERS
 from dsec.types import OUTPUT_BYTES_MAX, Command, ExecResult, Output, Stream, TtySize
 from dsec.views import CommandView
@@ -21,12 +22,11 @@ from dsec.views import CommandView
 TIMEOUT_S = 60.0
 TTY_TIMEOUT_S = 86_400.0
 SHELL = ("bash", "-c")
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 OnText = Callable[[str], Awaitable[None] | None]
 
 
 class RunOptions(TypedDict, total=False):
-    """How a command runs; what is left out has the default that `AsyncCommands.make_command` gives it."""
+    """How a command runs; what is left out of `cwd`, `envs` and `user` is as the sandbox or its image has it."""
 
     cwd: str
     envs: Mapping[str, str]
@@ -194,19 +194,18 @@ class AsyncCommands:
     def make_command(
         self, cmd: str | Sequence[str], tty: TtySize | None = None, **options: Unpack[RunOptions]
     ) -> Command:
-        """What `run` runs: a shell line or an argv, over the default environment, the sandbox's, and `envs`."""
-        user, stdin = options.get("user", ""), options.get("stdin", b"")
-        home = {"HOME": "/root" if user in ("", "root", "0") else f"/home/{user}"}
+        """What `run` runs: a shell line or an argv; what it does not say is the sandbox's to say."""
+        stdin = options.get("stdin", b"")
         data = b"" if isinstance(stdin, bool) else stdin
         return Command(
             argv=(*SHELL, cmd) if isinstance(cmd, str) else tuple(cmd),
-            cwd=options.get("cwd", "/"),
-            env={"PATH": PATH, "LANG": "C.UTF-8", **home, **self.envs, **options.get("envs", {})},
+            cwd=options.get("cwd", ""),
+            env={**self.envs, **options.get("envs", {})},
             stdin=data.encode() if isinstance(data, str) else data,
             timeout_s=options.get("timeout_s", TIMEOUT_S),
             output_bytes_max=options.get("output_bytes_max", OUTPUT_BYTES_MAX),
             merge_stderr=options.get("merge_stderr", False),
-            user=user,
+            user=options.get("user", ""),
             keep_stdin_open=stdin is True,
             tty=tty,
         )

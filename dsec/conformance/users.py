@@ -23,7 +23,8 @@ async def a_user_is_a_name_or_digits(substrate: Substrate) -> None:
     async with fresh(substrate) as sandbox:
         await line(sandbox, _ACCOUNT)
         expected = {"": "0 0", "root": "0 0", "agent": "1234 1235", "1234": "1234 1235", "4321": "4321 4321",
-                    "77:88": "77 88", "0:5": "0 5"}  # fmt: skip
+                    "77:88": "77 88", "0:5": "0 5",
+                    "agent:build": "1234 1300", "agent:7": "1234 7", "77:extra": "77 1301"}  # fmt: skip
         for user, wanted in expected.items():
             seen = await line(sandbox, ids, user=user)
             require(seen == wanted, f"{user}: {seen}")
@@ -35,12 +36,15 @@ async def a_named_user_has_its_groups_and_no_more(substrate: Substrate) -> None:
         await line(sandbox, _ACCOUNT)
         require(await line(sandbox, "id -G", user="agent") == "1235 1300 1301", await line(sandbox, "id", user="agent"))
         require(await line(sandbox, "id -G", user="77:88") == "88", await line(sandbox, "id", user="77:88"))
+        require(
+            await line(sandbox, "id -G", user="agent:extra") == "1301", await line(sandbox, "id", user="agent:extra")
+        )
 
 
 @check()
 async def a_user_that_does_not_exist_is_refused(substrate: Substrate) -> None:
-    bad = ("nosuchuser", "root:root", "-1", "1:", ":1", "1:2:3", "99999999999", "4294967295", "1:4294967295", " 1",
-           "1 ", "../root", "a" * 5000)  # fmt: skip
+    bad = ("nosuchuser", "root:nosuchgroup", "nosuchuser:root", "root:", "root:a:b", "-1", "1:", ":1", "1:2:3",
+           "99999999999", "4294967295", "1:4294967295", " 1", "1 ", "../root", "a" * 5000)  # fmt: skip
     async with fresh(substrate) as sandbox:
         for user in bad:
             error = await refusal_of(sandbox.exec(script("id", user=user)))

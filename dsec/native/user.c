@@ -48,9 +48,11 @@ static struct text cut(struct text *from, char separator) {
     return piece;
 }
 
-static int is_equal(struct text text, const char *other) {
-    return text.length == strlen(other) && memcmp(text.at, other, text.length) == 0;
+static int is_equal(struct text one, struct text other) {
+    return one.length == other.length && memcmp(one.at, other.at, one.length) == 0;
 }
+
+static int is_number(struct text text) { return text.length && *text.at >= '0' && *text.at <= '9'; }
 
 /* An id that the user namespace maps; -1 if it is none. */
 static int parse_id(struct text text, uint32_t *id) {
@@ -72,13 +74,13 @@ static int next_line(struct text *file, struct text fields[FIELDS_COUNT]) {
     return 1;
 }
 
-/* The line of /etc/passwd with this name, or with this uid; its name (in `names`), uid and gid. */
-static int find_line(struct text names, const char *name, uint32_t uid, struct text *found, struct user *out) {
+/* The line of /etc/passwd with this name, or if it has none with this uid; its name (in `names`), uid and gid. */
+static int find_line(struct text names, struct text name, uint32_t uid, struct text *found, struct user *out) {
     struct text fields[FIELDS_COUNT];
     while (next_line(&names, fields)) {
         uint32_t line_uid, line_gid;
         if (parse_id(fields[2], &line_uid) < 0 || parse_id(fields[3], &line_gid) < 0) continue;
-        if (name ? !is_equal(fields[0], name) : line_uid != uid) continue;
+        if (name.at ? !is_equal(fields[0], name) : line_uid != uid) continue;
         *found = fields[0];
         out->uid = line_uid;
         out->gid = line_gid;
@@ -95,7 +97,7 @@ static void add_groups(struct text name, struct user *out) {
         if (parse_id(fields[2], &gid) < 0 || gid == out->gid) continue;
         while (fields[3].length) {
             struct text member = cut(&fields[3], ',');
-            if (member.length != name.length || memcmp(member.at, name.at, name.length) != 0) continue;
+            if (!is_equal(member, name)) continue;
             out->groups[out->groups_count++] = gid;
             break;
         }
@@ -103,18 +105,29 @@ static void add_groups(struct text name, struct user *out) {
     free(data);
 }
 
+/* A group by its number, or by its name in /etc/group. */
+static int find_group(struct text text, uint32_t *gid) {
+    if (is_number(text)) return parse_id(text, gid);
+    struct text file = read_file("/etc/group"), fields[FIELDS_COUNT];
+    void *data = (void *)file.at;
+    int result = -1;
+    while (result < 0 && text.length && next_line(&file, fields))
+        if (is_equal(fields[0], text)) result = parse_id(fields[2], gid);
+    free(data);
+    return result;
+}
+
 int find_user(const char *text, struct user *out) {
-    struct text rest = {text, strlen(text)}, uid = cut(&rest, ':'), name = {NULL, 0};
+    struct text group = {text, strlen(text)}, user = cut(&group, ':'), none = {NULL, 0}, name = none;
     *out = (struct user){.uid = 0};
     if (!*text) return 0;
-    int is_number = *text >= '0' && *text <= '9', has_group = strchr(text, ':') != NULL;
-    if ((is_number && parse_id(uid, &out->uid) < 0) || (has_group && (!is_number || parse_id(rest, &out->gid) < 0)))
-        return errno = EINVAL, -1;
-    if (has_group) return 0;
+    int has_number = is_number(user), has_group = user.at[user.length] == ':';
+    if (has_number && parse_id(user, &out->uid) < 0) return errno = EINVAL, -1;
     struct text names = read_file("/etc/passwd");
-    int result = names.length ? find_line(names, is_number ? NULL : text, out->uid, &name, out) : -1;
-    if (result == 0) add_groups(name, out);
-    else out->gid = out->uid;
+    int result = user.length && names.length ? find_line(names, has_number ? none : user, out->uid, &name, out) : -1;
+    if (result < 0) out->gid = out->uid;
+    if (result == 0 && !has_group) add_groups(name, out);
     free((void *)names.at);
-    return result == 0 || is_number ? 0 : (errno = ENOENT, -1);
+    if (result < 0 && !has_number) return errno = ENOENT, -1;
+    return has_group && find_group(group, &out->gid) < 0 ? (errno = ENOENT, -1) : 0;
 }
