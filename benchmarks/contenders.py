@@ -342,19 +342,26 @@ def render(title: str, result: Result) -> None:
         column.justify = "right"
     contestants = {"dsec": result["figures"], **result["baselines"]}
     for operation in dict.fromkeys(operation for values in contestants.values() for operation in values):
+        found = {name: values[operation] for name, values in contestants.items() if operation in values}
+        if [*found] == ["dsec"]:
+            table.add_row(operation, *_cells(found["dsec"]))
+            continue
         table.add_section()
         table.add_row(f"[bold]{operation}")
-        for contender, values in contestants.items():
-            value = values.get(operation)
-            if isinstance(value, dict):
-                times = (value["p50_ms"], value["p95_ms"], value["p99_ms"], value["min_ms"])
-                table.add_row(f"  {contender}", *(f"{time:.2f}" for time in times), f"{value['success']:.1%}")
-            elif value is not None:
-                table.add_row(f"  {contender}", f"{value:.2f}")
+        for contender, value in found.items():
+            table.add_row(f"  {contender}", *_cells(value))
+        table.add_section()
     console.print(table)
     for facts in (result["facts"], {name: f"{ratio:.2f}" for name, ratio in result["ratios"].items()}):
         for name, fact in facts.items():
             console.print(f"{name}: {fact}", highlight=False)
+
+
+def _cells(value: Value) -> list[str]:
+    if isinstance(value, float):
+        return [f"{value:.2f}"]
+    times = (value["p50_ms"], value["p95_ms"], value["p99_ms"], value["min_ms"])
+    return [*(f"{time:.2f}" for time in times), f"{value['success']:.1%}"]
 
 
 def run_apart() -> None:

@@ -7,8 +7,8 @@ The first form fills the host with idle sandboxes (4,000; 200 with --quick), and
 second with 100 and with N alive, in windows that take turns (the fuller host is emptied again between them); memory
 by several accounts; one command in each sandbox after holding all of them; pause and resume of up to 1,000; and
 fork(100) of a sandbox that wrote 50 MiB.  The second form makes and destroys, and counts what a host
-counts before and after.  Sandboxes outlive this process while it runs (a keeper holds copies of their
-descriptors), as under an Edge.  Needs root.
+counts before and after.  All through an Edge in this process: it journals, and its sandboxes could outlive it.
+Needs root.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from pathlib import Path
 from contenders import Result, Value, rate, render, spread
 
 from dsec.edge.config import SubstrateConfig
+from dsec.edge.edge_config import EdgeConfig
 from dsec.edge.images.store import LayerStore
+from dsec.edge.local import EdgeSandbox, EdgeSubstrate
+from dsec.edge.service import Edge
 from dsec.edge.substrates.container import ContainerSubstrate
-from dsec.sandbox import Sandbox
 from dsec.types import Command, SandboxSpec
 
 TRUE = Command(argv=("/bin/true",))
@@ -45,14 +47,21 @@ READ_UPPER = "cat /srv/* | sha256sum"
 
 
 class Host:
-    """A substrate that keeps its sandboxes, in a temporary directory, and those that live."""
+    """An Edge in a temporary directory, and those of its sandboxes that live.
+
+    It promises memory and process ids as often as it is asked to: the benchmark looks for the real bound.
+    """
 
     def __init__(self, directory: Path, count: int) -> None:
         self.directory = directory
-        config = SubstrateConfig(sandboxes_count_max=count + WINDOW_COUNT + FORKS_COUNT + 1)
+        count_max = count + WINDOW_COUNT + FORKS_COUNT + 1
         self.layers = LayerStore(directory / "layers")
-        self.substrate = ContainerSubstrate(config, layers=self.layers, state_dir=directory / "state")
-        self.alive: list[Sandbox] = []
+        containers = ContainerSubstrate(
+            SubstrateConfig(sandboxes_count_max=count_max), layers=self.layers, state_dir=directory / "state"
+        )
+        config = EdgeConfig(sandboxes_count_max=count_max, memory_overcommit=1000, pids_overcommit=1000)
+        self.substrate = EdgeSubstrate(Edge(directory / "edge", containers, config))
+        self.alive: list[EdgeSandbox] = []
 
     async def open(self) -> None:
         """Start, and warm up: the first sandboxes pay for what the others find."""
@@ -110,7 +119,7 @@ def processes_of_ours() -> dict[int, str]:
     ours = {os.getpid()}
     while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
         ours |= more
-    guests = {pid for pid in ours if roles[pid] == roles.get(parents[pid]) == "spawner"}
+    guests = {pid for pid in ours if roles.get(parents[pid]) == "spawner"}
     return {pid: "python" if pid == os.getpid() else "guests" if pid in guests else roles[pid] for pid in ours}
 
 
@@ -192,27 +201,23 @@ async def pausing(host: Host) -> dict[str, Value]:
 
 
 async def forking(host: Host) -> dict[str, Value]:
-    """A snapshot of a sandbox that wrote much, and many sandboxes on it, some of which read it all."""
+    """A snapshot of a sandbox that wrote much, then many that go on from it, some of which read it all."""
+    edge = host.substrate.edge
     source = await host.substrate.create(SandboxSpec())
     written = await source.exec(Command(argv=("/bin/bash", "-c", WRITE_UPPER), env={"PATH": "/usr/bin"}, timeout_s=60))
     started = time.perf_counter()
-    layer = await source.snapshot()
+    await source.snapshot()
     snapshot_s = time.perf_counter() - started
+    started = time.perf_counter()
+    forks = [EdgeSandbox(edge, view.id) for view in await edge.fork(source.id, FORKS_COUNT)]
+    fork_s = time.perf_counter() - started
     read = Command(argv=("/bin/bash", "-c", READ_UPPER), env={"PATH": "/usr/bin"}, timeout_s=60)
-    forks: list[Sandbox] = []
-
-    async def fork(_: int) -> None:
-        forks.append(await host.substrate.create(SandboxSpec(layers=(layer,))))
-
-    forks_per_s = await rate(FORKS_COUNT, CREATES_IN_FLIGHT, fork)
-    forked_s = time.perf_counter() - started
     results = [await one.exec(read) for one in forks[:FORKS_READ_COUNT]]
     equal = sum(result.stdout == written.stdout for result in results)
     await asyncio.gather(source.destroy(), *(one.destroy() for one in forks))
     return {
         f"snapshot_of_{UPPER_MIB}_mib_s": snapshot_s,
-        f"fork_{FORKS_COUNT}_with_snapshot_s": forked_s,
-        "forks_per_s": forks_per_s,
+        f"fork_{FORKS_COUNT}_s": fork_s,
         "forks_equal_to_their_source": equal / FORKS_READ_COUNT,
     }
 
@@ -247,7 +252,7 @@ def count_things(directory: Path) -> dict[str, float]:
         except OSError:
             continue
     mounts = {f"mounts_{role}": _count_lines(f"/proc/{pid}/mountinfo") for pid, role in ours.items() if role in fds}
-    cgroups = sum(1 for root in Path("/sys/fs/cgroup").iterdir() for path in root.rglob("*") if path.is_dir())
+    cgroups = sum(len(folders) for _, folders, _ in os.walk("/sys/fs/cgroup"))
     files = [path for path in directory.rglob("*") if path.is_file()]
     return {
         "processes": len(ours),
