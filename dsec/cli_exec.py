@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -173,17 +174,30 @@ def logs(sandbox_id: str, key: str) -> None:
 
 @click.command(
     short_help="Print every command of a sandbox and what came of it.",
-    epilog=example("dsec trajectory ID", "dsec trajectory ID --json | jq .key"),
+    epilog=example(
+        "dsec trajectory ID", "dsec trajectory ID --json | jq .key", "dsec trajectory ID --directory /var/lib/dsec"
+    ),
 )
 @click.argument("sandbox_id", metavar="ID")
+@click.option(
+    "--directory",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="An Edge's state: read its journal there, without the Edge, also of what it has forgotten.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each command.")
-def trajectory(sandbox_id: str, as_json: bool) -> None:
+def trajectory(sandbox_id: str, directory: Path | None, as_json: bool) -> None:
     """Print every command of a sandbox and what came of it; it outlives the sandbox."""
 
     async def run(sandbox: AsyncSandbox) -> list[CommandView]:
-        return sorted([view async for view in sandbox.trajectory()], key=lambda view: view.number)
+        return [view async for view in sandbox.trajectory()]
 
-    views = asyncio.run(connected(sandbox_id, run))
+    if directory is None:
+        views = asyncio.run(connected(sandbox_id, run))
+    else:
+        from dsec.edge.history import read_trajectory
+
+        views = list(read_trajectory(directory, sandbox_id))
+    views.sort(key=lambda view: view.number)
     if as_json:
         for view in views:
             click.echo(msgspec.json.encode(_fields(view)))

@@ -122,7 +122,7 @@ class Creation:
         spec = known.spec
 
         async def prepare(hold: Hold) -> Ground:
-            past = await asyncio.to_thread(self._registry.history.past, known, key)
+            past = await self._registry.history.past(known, key)
             for snapshot in past.snapshots:
                 layers = (snapshot.layer, *spec.layers)
                 try:

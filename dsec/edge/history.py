@@ -1,6 +1,8 @@
 """Reading back what memory let go: one record by its lsn, or the whole trajectory of a sandbox.
 
-A reader takes no lock, so all of this also works beside a running Edge, and without any.
+A reader takes no lock, so all of this also works beside a running Edge, and without any.  An Edge reads in threads
+of its own, which nothing else waits for: one record at a time, and, apart from these, whole stretches of the
+journal for a bounded number of askers.
 
 See: docs/formats/edge_journal.md.
 """
@@ -9,11 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import wal
 from dsec import trajectory
@@ -29,14 +33,20 @@ from dsec.edge.journal import (
     RequestCancelled,
     SandboxEnded,
     SandboxReady,
+    SandboxRequested,
     SnapshotTaken,
     StateCarried,
     decode,
 )
-from dsec.errors import NotFoundError, StateError
+from dsec.errors import NotFoundError, ResourceExhaustedError, StateError
 from dsec.trajectory import CommandFinished, CommandRefused, CommandStarted, CommandUnknown, TrajectoryRecord
 from dsec.types import SandboxId
 from dsec.views import CommandView
+
+T = TypeVar("T")
+YIELD_COUNT, YIELD_S = 128, 0.0002
+PAGE_COUNT = 64
+"""Commands of a trajectory that are read in one go."""
 
 
 @dataclass(slots=True)
@@ -72,9 +82,14 @@ class Past:
 class History:
     """Trajectory records by lsn, the newest results of them in memory."""
 
-    def __init__(self, directory: Path, bytes_max: int, storage: wal.Storage | None = None) -> None:
-        """`directory` is the Edge's; at most `bytes_max` bytes of output are kept."""
+    def __init__(
+        self, directory: Path, bytes_max: int, scans_count_max: int, storage: wal.Storage | None = None
+    ) -> None:
+        """`directory` is the Edge's; at most `bytes_max` bytes of output are kept, and so many may want to read on."""
         self._directory = directory / LOG
+        self._scans_count = 0
+        self._scans_count_max = scans_count_max
+        self._lookups, self._scans = ThreadPoolExecutor(1, "lookup"), ThreadPoolExecutor(1, "scan")
         self._storage = storage
         self._bytes_max = bytes_max
         self._bytes = 0
@@ -93,19 +108,54 @@ class History:
         if lsn in self._kept:
             self._kept.move_to_end(lsn)
             return self._kept[lsn]
-        payload = await asyncio.to_thread(self._read, lsn)
+        payload = await asyncio.get_running_loop().run_in_executor(self._lookups, self._read, lsn)
         return trajectory.decode(payload)
 
-    def past(self, known: Known, key: str) -> Past:
-        """How it came to the end of command `key`.  NotFoundError (no such key)."""
+    async def trajectory(self, known: Known) -> AsyncIterator[CommandView]:
+        """See `read_trajectory`.  ResourceExhaustedError if too many read already."""
+        entries = _trajectory(known.id, self._records(known))
+        while page := await self._scan(lambda: [*itertools.islice(entries, PAGE_COUNT)]):
+            for entry in page:
+                yield entry
+
+    async def past(self, known: Known, key: str) -> Past:
+        """How it came to the end of command `key`.
+
+        NotFoundError (no such key), StateError (the journal is damaged), ResourceExhaustedError as `trajectory`.
+        """
+        return await self._scan(lambda: self._past(known, key))
+
+    def close(self) -> None:
+        """Read no more; who waits is let go."""
+        for threads in (self._lookups, self._scans):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _scan(self, work: Callable[[], T]) -> T:
+        if self._scans_count >= self._scans_count_max:
+            raise ResourceExhaustedError(f"{self._scans_count} others read the journal: ask again later")
+        self._scans_count += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._scans, work)
+        finally:
+            self._scans_count -= 1
+
+    def _records(self, known: Known) -> Iterator[tuple[int, JournalRecord]]:
+        last_lsn = known.last_lsn if known.is_ended else None
+        return read_records(
+            self._directory.parent, known.id, first_lsn=known.first_lsn, last_lsn=last_lsn, storage=self._storage
+        )
+
+    def _past(self, known: Known, key: str) -> Past:
         outlines: dict[str, Outline] = {}
         snapshots: list[SnapshotTaken] = []
-        for lsn, record in read_records(
-            self._directory.parent, known.id, first_lsn=known.first_lsn, storage=self._storage
-        ):
+        for lsn, record in self._records(known):
             match record:
                 case CommandStarted():
                     outlines[record.key] = Outline(record.key, record.number, lsn)
+                case CommandFinished() if record.key not in outlines:
+                    raise StateError(
+                        f"the journal has the end of {record.key!r} of {known.id} and no start: it is damaged"
+                    )
                 case CommandFinished():
                     outlines[record.key].finished_lsn = lsn
                 case CommandRefused():
@@ -129,15 +179,28 @@ class History:
 
 
 def read_records(
-    directory: Path, sandbox_id: str, *, first_lsn: int = 1, storage: wal.Storage | None = None
+    directory: Path,
+    sandbox_id: str,
+    *,
+    first_lsn: int = 1,
+    last_lsn: int | None = None,
+    storage: wal.Storage | None = None,
 ) -> Iterator[tuple[int, JournalRecord]]:
-    """The records of one sandbox and their lsns, in order."""
+    """The records of one sandbox and their lsns, in order.  NotFoundError if its first ones were dropped."""
     name = sandbox_id.encode(errors="replace")
+    is_begun = False
     for record in wal.Reader(directory / LOG, after_lsn=first_lsn - 1, storage=storage):
         if record.kind in (KIND, trajectory.KIND) and name in record.payload:
             value = decode(record.kind, record.payload)
             if sandbox_id in names_of(value):
+                is_begun = is_begun or isinstance(value, SandboxRequested)
+                if not is_begun:
+                    raise NotFoundError(f"the journal in {directory} has let go of the beginning of {sandbox_id}")
                 yield record.lsn, value
+        if record.lsn == last_lsn:
+            return
+        if record.lsn % YIELD_COUNT == 0:  # else the interpreter lets the loop's thread wait 5 ms for each of its turns
+            time.sleep(YIELD_S)
 
 
 def names_of(record: JournalRecord) -> tuple[str, ...]:
@@ -151,17 +214,19 @@ def names_of(record: JournalRecord) -> tuple[str, ...]:
             return (record.sandbox_id if isinstance(record, EdgeRecord) else record.session,)
 
 
-def read_trajectory(
-    directory: Path, sandbox_id: str, *, first_lsn: int = 1, storage: wal.Storage | None = None
-) -> Iterator[CommandView]:
+def read_trajectory(directory: Path, sandbox_id: str) -> Iterator[CommandView]:
     """The commands of a sandbox from the journal of the Edge at `directory`, running or not.
 
     In the order of their ends, then those without one: `unknown` if nobody will ever say, else
-    `running`.  Memory is that of the commands under way.  NotFoundError if the journal knows no such sandbox.
+    `running`.  Memory is that of the commands under way.  NotFoundError if the journal does not have its beginning.
     """
+    return _trajectory(sandbox_id, read_records(directory, sandbox_id))
+
+
+def _trajectory(sandbox_id: str, records: Iterator[tuple[int, JournalRecord]]) -> Iterator[CommandView]:
     started: dict[str, CommandStarted] = {}
     is_known = is_ended = False
-    for _, record in read_records(directory, sandbox_id, first_lsn=first_lsn, storage=storage):
+    for _, record in records:
         is_known = True
         match record:
             case SandboxEnded():
@@ -175,7 +240,7 @@ def read_trajectory(
             case CommandUnknown() if record.key in started:
                 yield _view(started.pop(record.key), None, "unknown")
     if not is_known:
-        raise NotFoundError(f"the journal in {directory} has no sandbox {sandbox_id!r}")
+        raise NotFoundError(f"the journal has no sandbox {sandbox_id[:80]!r}")
     for start in started.values():
         yield _view(start, None, "unknown" if is_ended else "running")
 

@@ -227,6 +227,8 @@ class Known:
     """When something of it last began, ended or was resumed."""
     reason: EndReason | None = None
     message: str = ""
+    last_lsn: int = 0
+    """Of the newest record about it, those behind its end included."""
 
     @property
     def id(self) -> SandboxId:
@@ -328,19 +330,25 @@ class Ledger:
     def _request(self, record: SandboxRequested, lsn: int) -> None:
         sandbox_id = record.sandbox_id
         folded = Trajectory(sandbox_id, keeps_contents=False, incarnation=1)
-        self.sandboxes[sandbox_id] = Known(record, lsn, record.spec, folded, used_at_s=record.at_s)
+        self.sandboxes[sandbox_id] = Known(record, lsn, record.spec, folded, used_at_s=record.at_s, last_lsn=lsn)
         if record.request.request_id:
             self.requests.setdefault(record.request.request_id, []).append(sandbox_id)
 
     def _command(self, record: TrajectoryRecord, lsn: int) -> None:
-        known = self.sandboxes.get(SandboxId(record.session))
+        known = self._touched(SandboxId(record.session))
         if known is not None and not known.is_ended:
             known.trajectory.apply(record, lsn)
             if isinstance(record, CommandStarted | CommandFinished | CommandRefused | CommandUnknown):
                 known.used_at_s = max(known.used_at_s, record.at_s)
 
-    def _change(self, sandbox_id: SandboxId, record: SandboxChange) -> None:
+    def _touched(self, sandbox_id: SandboxId) -> Known | None:
         known = self.sandboxes.get(sandbox_id)
+        if known is not None:
+            known.last_lsn = self.lsn
+        return known
+
+    def _change(self, sandbox_id: SandboxId, record: SandboxChange) -> None:
+        known = self._touched(sandbox_id)
         if known is None or known.is_ended:
             return
         match record:

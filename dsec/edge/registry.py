@@ -54,7 +54,7 @@ class Registry:
         self.clock = clock
         self.substrate = substrate
         self.ledger = Ledger(config.ended_count_max)
-        self.history = History(directory, config.results_bytes_max, storage)
+        self.history = History(directory, config.results_bytes_max, config.scans_count_max, storage)
         self.log = EdgeLog(directory, config, clock, self._apply, storage)
         self.retention = JournalRetention(directory, self.ledger, self.log, config.log_bytes_max)
         self.admission = Admission(directory, config, clock)

@@ -15,10 +15,9 @@ See: docs/architecture.md, "Edge"; docs/lifecycle.md; docs/formats/edge_journal.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -29,7 +28,6 @@ from dsec.edge.clock import Clock, HostClock
 from dsec.edge.creation import Creation
 from dsec.edge.edge_config import EdgeConfig
 from dsec.edge.exec_log import slice_of
-from dsec.edge.history import read_trajectory
 from dsec.edge.journal import NetworkDecided
 from dsec.edge.leases import Leases
 from dsec.edge.live import check_key
@@ -43,9 +41,6 @@ from dsec.sandbox import Process, Substrate
 from dsec.trajectory import digest_of
 from dsec.types import Command, ExecResult, LayerId, NetworkPolicy, Stream
 from dsec.views import CommandView, CreateRequest, HostView, SandboxView
-
-PAGE_COUNT = 64
-"""Commands of a trajectory that are read in one go."""
 
 
 class Edge:
@@ -63,7 +58,6 @@ class Edge:
         """The substrate is opened and closed by the Edge; `storage` is the journal's disk."""
         self.directory = directory
         self.config = config or EdgeConfig()
-        self._storage = storage
         self._resources = AsyncExitStack()
         self._is_closing = False
         self._registry = Registry(directory, substrate, self.config, clock or HostClock(), storage)
@@ -82,6 +76,7 @@ class Edge:
         async with AsyncExitStack() as stack:
             await registry.log.open()
             stack.push_async_callback(registry.log.close)
+            stack.callback(registry.history.close)
             await registry.substrate.open()
             stack.push_async_callback(self._leave_substrate)
             stack.push_async_callback(registry.abandon)
@@ -224,16 +219,13 @@ class Edge:
         return self._registry.find(sandbox_id).commands()
 
     async def trajectory(self, sandbox_id: str) -> AsyncIterator[CommandView]:
-        """The commands of a sandbox as the journal has them, also of one that has ended; see `read_trajectory`."""
-        entries = self._read(sandbox_id)
-        while page := await asyncio.to_thread(lambda: [*itertools.islice(entries, PAGE_COUNT)]):
-            for entry in page:
-                yield entry
+        """The commands of a sandbox as the journal has them, also of one that has ended; see `read_trajectory`.
 
-    def _read(self, sandbox_id: str) -> Iterator[CommandView]:
-        known = self._registry.ledger.sandboxes.get(sandbox_id)  # type: ignore[call-overload]  # any name may be asked for
-        first_lsn = known.first_lsn if known is not None else 1
-        return read_trajectory(self.directory, sandbox_id, first_lsn=first_lsn, storage=self._storage)
+        NotFoundError also for one that ended longer ago than the Edge remembers (`ended_count_max`): whoever asked
+        for names that there never were would else have the whole journal read.
+        """
+        async for entry in self._registry.history.trajectory(self._registry.known(sandbox_id)):
+            yield entry
 
     async def _past_result(self, sandbox_id: str, key: str, command: Command | None = None) -> ExecResult:
         """The result of a command of a sandbox that has ended.

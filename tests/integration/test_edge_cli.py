@@ -268,6 +268,7 @@ def test_the_life_of_a_sandbox_can_be_led_from_a_shell(edge: Any) -> None:
     assert edge("exec", sandbox, "--", "true").code == 125
     told = edge.done("trajectory", sandbox)
     assert [line.split()[:2] for line in told.splitlines()[1:2]] == [["1", "one"]]
+    assert edge.done("trajectory", sandbox, "--directory", edge.directory / "state") == told
     status = json.loads(edge.done("edge", "status", "--json"))
     assert status["total"]["memory_bytes"] > 0
 
