@@ -2,6 +2,8 @@
 PY := .venv/bin/python
 RUN_DIR ?= runs/main
 PYTEST_ARGS ?=
+# Two files at a time: the tests of one file may share what they started.
+BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 COVERED := tests/unit/wal tests/unit/toolcall_dsl tests/golden tests/faults/test_wal_retention.py \
     tests/faults/test_wal_storage_calls.py tests/properties/test_wal_laws.py tests/properties/test_token_laws.py \
     tests/properties/test_retention_laws.py tests/properties/test_dsl_laws.py tests/properties/test_encode_laws.py
@@ -14,7 +16,7 @@ run: setup ## set up, then run the main job on the bundled tasks; run again to f
 	.venv/bin/dsec run --resume --out "$(RUN_DIR)"
 
 test: setup-dev ## set up, then run the tests (root; under ten minutes on two cores)
-	$(PY) -m pytest tests --ignore tests/external $(PYTEST_ARGS)
+	$(PY) -m pytest tests --ignore tests/external $(BESIDE) $(PYTEST_ARGS)
 
 test-external: setup ## third-party tools in a virtual environment of their own; needs the package index
 	bash tests/external/run

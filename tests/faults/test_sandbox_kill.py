@@ -19,6 +19,8 @@ from dsec.edge.substrates.container import ContainerSubstrate
 from dsec.errors import ResourceExhaustedError, SandboxLostError, SpawnError
 from dsec.types import SandboxSpec
 
+pytestmark = pytest.mark.usefixtures("own_cgroups")
+
 OWNER = """
 import asyncio, os, sys, time
 from dsec.conformance.check import shell
@@ -40,8 +42,8 @@ asyncio.run(main())
 
 
 def cgroups_named(name: str) -> list[Path]:
-    found = cgroup.detect()
-    return [parent / name for parent in cgroup.parents(found, "") if (parent / name).exists()]
+    places = cgroup.parents(cgroup.detect(), SubstrateConfig().cgroup_parent)
+    return [parent / name for parent in places if (parent / name).exists()]
 
 
 def members(directories: list[Path]) -> set[int]:
@@ -113,7 +115,7 @@ async def test_after_a_kill_of_the_whole_tree_the_next_open_sweeps_and_spares_th
     assert (await shell(sandbox, "echo alive")).stdout.data == b"alive\n"
     await later.close()
     await living.close()
-    assert cgroup.sweep() == 0
+    assert cgroup.sweep(SubstrateConfig().cgroup_parent) == 0
 
 
 async def test_a_killed_spawner_loses_its_sandboxes_and_is_replaced() -> None:
@@ -194,7 +196,7 @@ async def test_many_sandboxes_later_the_host_is_as_before() -> None:
         return len(os.listdir("/proc/self/fd")), len(mounts), cgroup_count()
 
     def cgroup_count() -> int:
-        return sum(1 for parent in cgroup.parents(cgroup.detect(), "") for _ in parent.glob(f"{name}/**/"))
+        return sum(1 for place in cgroups_named(name) for _ in place.glob("**/"))
 
     substrate = ContainerSubstrate()
     await substrate.open()

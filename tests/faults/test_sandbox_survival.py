@@ -23,6 +23,8 @@ from dsec.edge.substrates.container import ContainerSubstrate
 from dsec.errors import ResourceExhaustedError, SandboxLostError, SpawnError, StateError
 from dsec.types import SandboxId, SandboxSpec
 
+pytestmark = pytest.mark.usefixtures("own_cgroups")
+
 OWNER = """
 import asyncio, json, os, signal, sys
 from pathlib import Path
@@ -75,7 +77,8 @@ class Owner:
 
 
 def cgroups_named(name: str) -> list[Path]:
-    return [parent / name for parent in cgroup.parents(cgroup.detect(), "") if (parent / name).exists()]
+    places = cgroup.parents(cgroup.detect(), SubstrateConfig().cgroup_parent)
+    return [parent / name for parent in places if (parent / name).exists()]
 
 
 def members(name: str) -> set[int]:
@@ -242,7 +245,7 @@ def test_nothing_is_left_when_the_keeper_dies_with_the_edge(state_dir: Path, vic
         os.kill(owner.facts[victim], signal.SIGKILL)
     owner.kill()
     wait_until_dead(pidfds)
-    cgroup.sweep()
+    cgroup.sweep(SubstrateConfig().cgroup_parent)
     assert cgroups_named(owner.facts["name"]) == []
 
 

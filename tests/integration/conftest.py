@@ -138,21 +138,6 @@ class Dsec:
 
 
 @pytest.fixture(scope="session")
-def cgroup_parent() -> Iterator[str]:
-    """A cgroup directory of this test session in every hierarchy."""
-    found, name = cgroup.detect(), f"dsec_test_{os.getpid()}"
-    made = cgroup.parents(found, name)
-    if found.unified is not None and found.unified_controllers:
-        enabled = " ".join(f"+{controller}" for controller in found.unified_controllers)
-        (found.unified / "cgroup.subtree_control").write_text(enabled)
-    for path in made:
-        path.mkdir()
-    yield name
-    for path in made:
-        cgroup.remove_tree(path)
-
-
-@pytest.fixture(scope="session")
 def session_dsec(cgroup_parent: str) -> Dsec:
     """For fixtures that outlive one test."""
     return Dsec(cgroup_parent)
