@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
 import socket
 from collections.abc import Callable, Sequence
 
@@ -24,6 +25,13 @@ def make_memory_file(name: str, data: bytes) -> int:
     with open(file, "wb", closefd=False) as stream:
         stream.write(data)
     return file
+
+
+def is_hung_up(fd: int) -> bool:
+    """Whether nobody has the other end of an open socket any more."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(0))
 
 
 class PacketSocket:

@@ -70,8 +70,10 @@ class Gateway:
         self._shared = Shared(config or NetworkConfig(), resolve or self._resolve, self._tell)
         self._proxies: dict[SandboxId, Proxy] = {}
 
-    async def apply(self, sandbox_id: SandboxId, guest_pid: int, policy: NetworkPolicy) -> None:
+    async def apply(self, sandbox_id: SandboxId, open_guest: Callable[[], int], policy: NetworkPolicy) -> None:
         """Allow this sandbox what `policy` says and nothing else; connections it no longer allows are closed.
+
+        `open_guest` gives a pidfd of its first process, to be closed here.
 
         InvalidArgumentError (the old policy stays), StateError if a process of the sandbox listens on the
         proxy's port, SandboxLostError, ResourceExhaustedError: then nothing is reachable.
@@ -82,7 +84,7 @@ class Gateway:
             if not policy.rules:
                 return
             proxy = self._proxies[sandbox_id] = Proxy(sandbox_id, self._shared)
-        await proxy.apply(allowlist, guest_pid)
+        await proxy.apply(allowlist, open_guest)
 
     async def adopt(self, keeper: Keeper, kept: dict[str, int], alive: Collection[SandboxId]) -> None:
         """Keep listeners in `keeper` from now on, and take over those that `kept` has of sandboxes that are `alive`.

@@ -2,7 +2,8 @@
 
 A socket belongs for ever to the namespace in which its thread was when it was made.  So a fresh thread enters
 the sandbox's namespace, makes the socket and ends; nothing else of this process was ever there.  The
-sandbox sees a listener on its own loopback and can neither close nor replace it.
+sandbox sees a listener on its own loopback and can neither close nor replace it.  A guest is named by a
+pidfd, since a number may be another process's by now.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ _CLONE_NEWNET = 0x40000000
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-async def open_listener(guest_pid: int) -> socket.socket:
-    """Listen at 127.0.0.1:3128 in the network namespace of `guest_pid`.
+async def open_listener(guest: int) -> socket.socket:
+    """Listen at 127.0.0.1:3128 in the network namespace of `guest`, a pidfd.
 
     StateError if a process of the sandbox has the port, SandboxLostError if the guest is gone.
     """
     with ThreadPoolExecutor(max_workers=1) as fresh:  # never a pooled thread: it stays in the namespace
-        listening = fresh.submit(_listen_in, guest_pid)
+        listening = fresh.submit(_listen_in, guest)
         try:
             return await asyncio.shield(asyncio.wrap_future(listening))
         except asyncio.CancelledError:
@@ -43,24 +44,17 @@ def _close_listener(listening: Future[socket.socket]) -> None:
         listening.result().close()
 
 
-def _listen_in(guest_pid: int) -> socket.socket:
-    enter_network(guest_pid)
+def _listen_in(guest: int) -> socket.socket:
+    enter_network(guest)
     return _listen()
 
 
-def enter_network(guest_pid: int) -> None:
-    """Move the calling thread, for the rest of its life, to the network of `guest_pid`.  SandboxLostError."""
-    try:
-        namespace = os.open(f"/proc/{guest_pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise SandboxLostError(f"the sandbox's network namespace is gone: {error.strerror}") from error
-    try:
-        if os.path.samestat(os.fstat(namespace), os.stat("/proc/self/ns/net")):
-            raise SandboxLostError("the sandbox's first process is gone, and another has its number")
-        if _LIBC.setns(namespace, _CLONE_NEWNET) != 0:
-            raise SandboxLostError(f"cannot enter the sandbox's network: {os.strerror(ctypes.get_errno())}")
-    finally:
-        os.close(namespace)
+def enter_network(guest: int) -> None:
+    """Move the calling thread, for the rest of its life, to the network of `guest`, a pidfd.  SandboxLostError."""
+    if _LIBC.setns(guest, _CLONE_NEWNET) != 0:
+        raise SandboxLostError(f"cannot enter the sandbox's network: {os.strerror(ctypes.get_errno())}")
+    if os.path.samestat(os.stat("/proc/thread-self/ns/net"), os.stat("/proc/self/ns/net")):
+        raise SandboxLostError("the sandbox has no network of its own, but this host's")
 
 
 def _listen() -> socket.socket:

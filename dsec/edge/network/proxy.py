@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -86,8 +87,8 @@ class Proxy:
         self._told_at_s = time.monotonic()
         self._untold_count = 0
 
-    async def apply(self, allowlist: Allowlist, guest_pid: int) -> None:
-        """Obey `allowlist` from now on, and listen.  Raises as `open_listener` does."""
+    async def apply(self, allowlist: Allowlist, open_guest: Callable[[], int]) -> None:
+        """Obey `allowlist` from now on, and listen.  Raises as `open_guest` and `open_listener` do."""
         self.allowlist = allowlist
         for task, connection in self._connections.items():
             if not connection.is_allowed():
@@ -96,11 +97,14 @@ class Proxy:
             if self._server is not None or self._is_closed:
                 return
             if self._listener is None:
-                self._listener = await self._open_listener(guest_pid)
+                self._listener = await self._open_listener(open_guest())
             self._server = await asyncio.start_server(self._on_client, sock=self._listener, limit=HEAD_BYTES_MAX)
 
-    async def _open_listener(self, guest_pid: int) -> socket.socket:
-        listener = await open_listener(guest_pid)
+    async def _open_listener(self, guest: int) -> socket.socket:
+        try:
+            listener = await open_listener(guest)
+        finally:
+            os.close(guest)
         try:
             if self.shared.keeper is not None:
                 await self.shared.keeper.put(self._key, listener.fileno())

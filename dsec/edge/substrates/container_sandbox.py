@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +28,7 @@ from dsec.edge.substrates.layer_mounts import Layers
 from dsec.edge.substrates.processes import GuestProcess
 from dsec.edge.substrates.seats import Seat
 from dsec.edge.substrates.streams import Keeping
-from dsec.errors import HostUnfitError, ResourceExhaustedError, StateError
+from dsec.errors import HostUnfitError, ResourceExhaustedError, SandboxLostError, StateError
 from dsec.types import Command, LayerId, NetworkPolicy, SandboxId, SandboxSpec
 
 log = logging.getLogger(__name__)
@@ -56,17 +57,11 @@ class ContainerSandbox(GuestSandbox):
         self.seat = seat
         self._substrate = substrate
         self._spec = SandboxSpec()
-        self._host_pid = 0
 
     @property
     def spec(self) -> SandboxSpec:
         """What it is, with its present network."""
         return self._spec
-
-    @property
-    def host_pid(self) -> int:
-        """Process id of the guest on the host."""
-        return self._host_pid
 
     # -- birth -----------------------------------------------------------------------------------
 
@@ -136,7 +131,7 @@ class ContainerSandbox(GuestSandbox):
 
     async def _apply_network(self, policy: NetworkPolicy) -> None:
         self._living()
-        await self._substrate.gateway.apply(self._id, self._host_pid, policy)
+        await self._substrate.gateway.apply(self._id, self.open_guest, policy)
         self._spec = msgspec.structs.replace(self._spec, network=policy)
 
     async def snapshot(self) -> LayerId:
@@ -144,12 +139,25 @@ class ContainerSandbox(GuestSandbox):
         layers = self._substrate.layers
         if layers is None:
             raise HostUnfitError("snapshots need a store of layers, and this substrate was made without one")
-        disk = Path(f"/proc/{self._host_pid}/fd/{FD_DISK}/root")
         # Without layers the skeleton lies on the disk itself, and what was removed of it left no whiteout.
         is_plain = self._spec.base == "host" and not self._spec.layers
         beneath = [entry.path for entry in skeleton.entries()] if is_plain else []
         async with self._standing_still():
-            return await whole(layers.pack(disk, self.seat.first_uid, parents=self._spec.layers, beneath=beneath))
+            with self._disk() as disk:
+                return await whole(layers.pack(disk, self.seat.first_uid, parents=self._spec.layers, beneath=beneath))
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[Path]:
+        """What was written below /, for as long as the block; the guest's, whoever has its number later."""
+        try:
+            fd = os.open(f"/proc/{self._host_pid}/fd/{FD_DISK}/root", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SandboxLostError(f"sandbox {self._id} is gone: {error.strerror}") from error
+        try:
+            os.close(self.open_guest())  # it lives still, so the number was its own
+            yield Path(f"/proc/self/fd/{fd}")
+        finally:
+            os.close(fd)
 
     async def _freeze(self) -> None:
         if not await asyncio.to_thread(self.seat.box.freeze):

@@ -79,7 +79,6 @@ class DockerSandbox(GuestSandbox):
         self._id = sandbox_id
         self._substrate = substrate
         self._spec = spec
-        self._host_pid = 0
         self._making: asyncio.Task[None] | None = None
         self._facts = -1
 
@@ -87,11 +86,6 @@ class DockerSandbox(GuestSandbox):
     def name(self) -> str:
         """Of the container."""
         return f"dsec-{self._id}"
-
-    @property
-    def host_pid(self) -> int:
-        """Process id of the guest on the host."""
-        return self._host_pid
 
     # -- made, or taken over ---------------------------------------------------------------------
 
@@ -183,7 +177,7 @@ class DockerSandbox(GuestSandbox):
 
     async def _apply_network(self, policy: NetworkPolicy) -> None:
         self._living()
-        await self._substrate.gateway.apply(self._id, self._host_pid, policy)
+        await self._substrate.gateway.apply(self._id, self.open_guest, policy)
         self._spec = msgspec.structs.replace(self._spec, network=policy)
 
     async def snapshot(self) -> LayerId:

@@ -27,6 +27,7 @@ from dsec.edge.capture import Dispose
 from dsec.edge.commands import encode_command
 from dsec.edge.config import SubstrateConfig
 from dsec.edge.guest import Answer, Guest, Remembered
+from dsec.edge.packets import is_hung_up
 from dsec.edge.substrates.processes import GuestProcess
 from dsec.edge.substrates.streams import Keeping, Streams
 from dsec.errors import InvalidArgumentError, OutcomeUnknownError, SandboxLostError
@@ -45,6 +46,7 @@ class GuestSandbox(ABC):
         self._id = SandboxId("")
         self._config = config
         self._keeping = keeping
+        self._host_pid = 0
         self._guest: Guest | None = None
         self._destroying: asyncio.Task[None] | None = None
         self._execs = asyncio.Semaphore(config.execs_in_flight_max)
@@ -64,6 +66,26 @@ class GuestSandbox(ABC):
     def id(self) -> SandboxId:
         """Unique on this host."""
         return self._id
+
+    @property
+    def host_pid(self) -> int:
+        """Process id of the guest on the host."""
+        return self._host_pid
+
+    def open_guest(self) -> int:
+        """A pidfd of the guest, the taker's.  SandboxLostError if it is gone.
+
+        A dead process has no socket, and a living one its number: so the number was the guest's when it was looked up.
+        """
+        guest = self._living()
+        try:
+            pidfd = os.pidfd_open(self._host_pid)
+        except OSError as error:
+            raise SandboxLostError(f"sandbox {self._id} is gone: {error.strerror}") from error
+        if is_hung_up(guest.fileno()):
+            os.close(pidfd)
+            raise SandboxLostError(f"sandbox {self._id} is gone")
+        return pidfd
 
     # -- what a kind of sandbox adds -------------------------------------------------------------
 

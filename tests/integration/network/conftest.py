@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable
@@ -29,10 +30,14 @@ class Box:
         )
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == b"ready\n"
-        self.pid = self._process.pid
+        self.pid = os.pidfd_open(self._process.pid)
 
     def close(self) -> None:
         self._process.communicate()
+        os.close(self.pid)
+
+    def open(self) -> int:
+        return os.dup(self.pid)
 
     def _run(self, work: Callable[[], socket.socket]) -> socket.socket:
         def inside() -> socket.socket:
@@ -72,7 +77,7 @@ class World:
         return ["169.254.169.254", "127.0.0.2"] if name == "inwards.example" else ["127.0.0.1"]
 
     async def allow(self, *rules: NetworkRule) -> None:
-        await self.gateway.apply(BOX, self.box.pid, NetworkPolicy(rules=rules))
+        await self.gateway.apply(BOX, self.box.open, NetworkPolicy(rules=rules))
 
     async def ask(self, data: bytes) -> bytes:
         """Everything that comes back to `data`, until the other side ends."""

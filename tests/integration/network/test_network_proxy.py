@@ -266,12 +266,14 @@ async def test_a_sandbox_that_took_the_port_is_found_out(world: World) -> None:
 
 async def test_the_hosts_own_network_is_never_listened_on(world: World) -> None:
     child = await asyncio.create_subprocess_exec("/bin/sleep", "60")
+    guest = os.pidfd_open(child.pid)
     for _ in ("alive", "gone"):
         with pytest.raises(SandboxLostError):
-            await world.gateway.apply(BOX, child.pid, NetworkPolicy(rules=(LOOPBACK,)))
+            await world.gateway.apply(BOX, lambda: os.dup(guest), NetworkPolicy(rules=(LOOPBACK,)))
         with contextlib.suppress(ProcessLookupError):
             child.kill()
         await child.wait()
+    os.close(guest)
 
 
 async def test_connections_of_one_sandbox_are_bounded(a_world: Worlds) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import select
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest_asyncio
 
 from dsec.conformance.check import shell
 from dsec.edge.substrates.container import ContainerSubstrate
-from dsec.errors import InvalidArgumentError, StateError
+from dsec.errors import InvalidArgumentError, SandboxLostError, StateError
 from dsec.types import Command, NetworkPolicy, NetworkRule, SandboxSpec
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -114,6 +115,21 @@ async def test_nothing_of_the_network_stays_with_the_host(substrate: ContainerSu
     result = await plain.exec(Command(argv=("/usr/bin/python3", "-c", connect)))
     assert b"ConnectionRefusedError" in result.stderr.data
     await plain.destroy()
+
+
+async def test_no_process_is_entered_that_has_the_number_of_a_dead_guest(substrate: ContainerSubstrate) -> None:
+    other, dead = [await substrate.create(SandboxSpec()) for _ in range(2)]
+    guest = os.pidfd_open(dead.host_pid)
+    os.kill(dead.host_pid, signal.SIGKILL)
+    select.select([guest], [], [])  # and our loop has not heard of it
+    os.close(guest)
+    dead._host_pid = other.host_pid
+    with pytest.raises(SandboxLostError), dead._disk():
+        pass
+    with pytest.raises(SandboxLostError):
+        await dead.update_network(LOOPBACK)
+    await other.update_network(LOOPBACK)  # nothing of ours listens there
+    await other.destroy()
 
 
 async def test_the_way_out_lives_on_with_its_sandbox(tmp_path: Path, url: str) -> None:
