@@ -1,7 +1,7 @@
-"""Rebuild a lost sandbox: a fresh one, the logged commands applied again, each result compared.
+"""The sandbox that a trajectory describes: the one that lived on, or a fresh one, the logged commands applied again.
 
-Files are never copied from a log: the state of a sandbox is what its commands made of the base,
-so the same commands on the same base make it again, and the comparison is the proof.  The first
+Files are never copied from a log: the state of a sandbox is what its commands made of the base, so the same
+commands on the same base make it again, and the comparison of each result is the proof.  The first
 difference is a DivergedError; going on would hand the model a world that its past did not happen in.
 
 See: docs/architecture.md, "Recovery"; docs/adr/0003-rebuild-by-compared-replay.md.
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from dsec.edge.exec_log import DurableSandbox
 from dsec.errors import DivergedError
-from dsec.sandbox import Substrate
+from dsec.sandbox import Sandbox, Substrate
 from dsec.trajectory import KIND, Append, CommandReplayed, Record, SandboxCreated, Trajectory, TrajectoryRecord, encode
 from dsec.types import ExecResult, Output, SandboxSpec
 from wal import settled
@@ -39,30 +39,45 @@ async def incarnate(
     trajectory: Trajectory,
     append: Append,
     is_wanted: Callable[[str], bool] = every_key,
+    survivor: Sandbox | None = None,
 ) -> DurableSandbox:
-    """A sandbox in the state that the trajectory describes: fresh, or rebuilt by a compared replay.
+    """A sandbox in the state that the trajectory describes: the survivor, a fresh one, or one that is rebuilt.
 
-    Replays the finished commands whose key `is_wanted`, in the order in which they started.  Raises
-    DivergedError at the first result that differs (the new sandbox is destroyed), and what
-    `Substrate.create` raises.
+    The survivor is the newest incarnation, of which an earlier process was the owner; its commands go on.  One
+    whose own rebuild was never finished is destroyed.  A rebuild is a compared replay of the finished commands
+    whose key `is_wanted`, in the order in which they started.  Raises DivergedError at the first result that
+    differs (the new sandbox is destroyed), and what `Substrate.create` raises.
     """
-    sandbox = DurableSandbox(await substrate.create(spec), trajectory, folding(append, trajectory))
+    record = folding(append, trajectory)
+    if survivor is not None and not trajectory.is_whole(is_wanted):
+        await survivor.destroy()
+        survivor = None
+    sandbox = DurableSandbox(survivor or await substrate.create(spec), trajectory, record)
     try:
-        await sandbox.record(SandboxCreated(trajectory.session, trajectory.incarnation + 1, spec))
-        for key, entry in list(trajectory.entries.items()):
-            if entry.result is None or not is_wanted(key):
-                continue
-            again = await (await sandbox.sandbox.start(entry.command, sandbox.take_number())).wait()
-            difference = first_difference(entry.result, again)
-            await sandbox.record(
-                CommandReplayed(trajectory.session, trajectory.incarnation, key, is_equal=difference is None)
-            )
-            if difference is not None:
-                raise DivergedError(f"{trajectory.session}: replay of {key!r} differs from the log: {difference}")
+        if survivor is not None:
+            await sandbox.attach()
+        else:
+            created = SandboxCreated(trajectory.session, trajectory.incarnation + 1, spec, sandbox.sandbox.id)
+            await record(created)
+            await _replay(sandbox, is_wanted)
     except BaseException:
         await sandbox.destroy()
         raise
     return sandbox
+
+
+async def _replay(sandbox: DurableSandbox, is_wanted: Callable[[str], bool]) -> None:
+    trajectory = sandbox.trajectory
+    for key, entry in list(trajectory.entries.items()):
+        if entry.result is None or not is_wanted(key):
+            continue
+        number = sandbox.take_number()
+        again = await (await sandbox.sandbox.start(entry.command, number)).wait()
+        difference = first_difference(entry.result, again)
+        is_equal = difference is None
+        await sandbox.record(CommandReplayed(trajectory.session, trajectory.incarnation, key, is_equal, number))
+        if not is_equal:
+            raise DivergedError(f"{trajectory.session}: replay of {key!r} differs from the log: {difference}")
 
 
 def first_difference(logged: ExecResult, again: ExecResult) -> str | None:

@@ -27,7 +27,7 @@ from typing import Literal
 import msgspec
 
 from dsec.errors import DivergedError
-from dsec.types import Command, ExecResult, Output, SandboxSpec
+from dsec.types import Command, ExecResult, Output, SandboxId, SandboxSpec
 
 KIND = 3
 """Record kind of the trajectory schema in a log."""
@@ -40,11 +40,12 @@ Append = Callable[[int, bytes], Awaitable[int]]
 
 
 class SandboxCreated(msgspec.Struct, frozen=True, tag="sandbox_created"):
-    """A real sandbox now carries the session."""
+    """A real sandbox now carries the session; `sandbox_id` is its substrate's name for it."""
 
     session: str
     incarnation: int
     spec: SandboxSpec
+    sandbox_id: SandboxId = SandboxId("")
 
 
 class CommandStarted(msgspec.Struct, frozen=True, tag="command_started"):
@@ -88,12 +89,13 @@ class CommandUnknown(msgspec.Struct, frozen=True, tag="command_unknown"):
 
 
 class CommandReplayed(msgspec.Struct, frozen=True, tag="command_replayed"):
-    """A finished command was applied again, to a new incarnation, and compared with its result."""
+    """A finished command was applied again, to a new incarnation, under `number`, and compared with its result."""
 
     session: str
     incarnation: int
     key: str
     is_equal: bool
+    number: int = 0
 
 
 TrajectoryRecord = SandboxCreated | CommandStarted | CommandFinished | CommandRefused | CommandUnknown | CommandReplayed
@@ -192,6 +194,10 @@ class Trajectory:
     session: str
     keeps_contents: bool = True
     incarnation: int = 0
+    sandbox_id: SandboxId = field(default=SandboxId(""))
+    """Of the newest incarnation."""
+    has_diverged: bool = False
+    """Whether a replay onto the newest incarnation differed."""
     entries: dict[str, Entry] = field(default_factory=dict)
     replayed_count: int = 0
     run_twice_count: int = 0
@@ -202,7 +208,8 @@ class Trajectory:
         """Fold one record in.  Raises DivergedError if it contradicts an earlier one."""
         match record:
             case SandboxCreated():
-                self.incarnation = record.incarnation
+                self.incarnation, self.sandbox_id = record.incarnation, record.sandbox_id
+                self.has_diverged = False
             case CommandStarted():
                 self._start(record, lsn)
             case CommandFinished():
@@ -220,10 +227,20 @@ class Trajectory:
             case CommandReplayed():
                 self._count_application(self._entry(record.key), record.incarnation)
                 self.replayed_count += 1
+                self.last_number = max(self.last_number, record.number)
+                self.has_diverged |= not record.is_equal
 
     def is_open_here(self, entry: Entry) -> bool:
         """True if the command was applied to this incarnation and has no known end."""
         return entry.state in ("running", "unknown") and entry.incarnation == self.incarnation
+
+    def is_whole(self, is_wanted: Callable[[str], bool]) -> bool:
+        """True if the newest incarnation has had every finished command that `is_wanted`, with the same result."""
+        return not self.has_diverged and all(
+            entry.incarnation == self.incarnation
+            for key, entry in self.entries.items()
+            if entry.state == "finished" and is_wanted(key)
+        )
 
     def forget_contents(self) -> None:
         """Drop what only a rebuild needs (inputs and outputs); counts and keys stay.  For a closed session."""

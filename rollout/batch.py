@@ -39,6 +39,7 @@ class Batch:
     """What to run: a directory, the job and its tasks for a new run, and whether an old one may go on.
 
     `check_logged` gets the job of a run that goes on, and raises if the caller asked for another.
+    `edge_url` is the Edge whose sandboxes are used ("": one of this process).
     """
 
     directory: Path
@@ -47,6 +48,7 @@ class Batch:
     check_logged: Callable[[Job], None]
     resume: bool
     config: RolloutConfig
+    edge_url: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None])
         raise RequestError(f"{batch.directory} holds a run already: add --resume to finish it, or choose another --out")
     began = time.monotonic()
     asked = None if is_begun else _ask(batch)
-    async with make_service(batch.directory, batch.config) as service:
+    async with make_service(batch.directory, batch.config, batch.edge_url) as service:
         if (logged := service.ledger.jobs.get(REQUEST_ID)) is not None:
             batch.check_logged(logged)
         elif service.ledger.jobs:
@@ -116,6 +118,7 @@ async def run_in_process(
     temperature: float = 0.0,
     seed: int = 0,
     config: RolloutConfig | None = None,
+    edge_url: str = "",
 ) -> AsyncGenerator[TrajectoryRecord, None]:
     """Roll out tasks (names of bundled ones, or folders) in this process; yields each rollout that has ended.
 
@@ -126,7 +129,7 @@ async def run_in_process(
     loaded = [load_task(task) if isinstance(task, Path) else load_bundled([task])[0] for task in tasks]
     check_packages(loaded)
     job = make_job(REQUEST_ID, loaded, group_size=group_size, sampling=Sampling(temperature=temperature, seed=seed))
-    async with make_service(directory, config or RolloutConfig()) as service:
+    async with make_service(directory, config or RolloutConfig(), edge_url) as service:
         await service.submit(job, loaded)
         await service.start()
         ended = [member for member, _, _ in service.ledger.members(REQUEST_ID) if service.ledger.is_done(member)]

@@ -51,7 +51,13 @@ Examples:
   dsec run --out runs/first
   dsec run my/tasks --group-size 8 --temperature 1 --seed 7 --out runs/second
   dsec run --resume --out runs/second
-  dsec run --agent oracle --out runs/oracle --json"""
+  dsec run --agent oracle --out runs/oracle --json
+  dsec run --edge unix:/run/dsec/edge.sock --out runs/shared"""
+
+EDGE_HELP = (
+    "Take the sandboxes of a running `dsec edge serve`: unix:PATH, tcp:HOST:PORT or tls:HOST:PORT, the token in "
+    "DSEC_API_KEY.  [default: an Edge of its own, in this process]"
+)
 
 SHOW_EXAMPLE = """\b
 Examples:
@@ -77,6 +83,7 @@ Examples:
 )
 @click.option("--group-size", type=int, default=1, show_default=True, help="Rollouts of each task, 1 to 1024.")
 @click.option("--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Rollouts at once.")
+@click.option("--edge", "edge_url", metavar="URL", default="", help=EDGE_HELP)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling; the same seed, the same tokens.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy; else 0.001 to 10.")
 @click.option("--thinking", type=click.Choice(["none", "high", "max"]), default="high", show_default=True)
@@ -89,6 +96,7 @@ def run(
     agent: AgentKind,
     group_size: int,
     concurrency: int,
+    edge_url: str,
     seed: int,
     temperature: float,
     thinking: Thinking,
@@ -126,6 +134,7 @@ def run(
         check_logged=lambda job: check_same(click.get_current_context(), directory, job),
         resume=resume,
         config=RolloutConfig(concurrency=concurrency),
+        edge_url=edge_url,
     )
     console = Console(stderr=True)
     table = LiveTable()
@@ -220,20 +229,21 @@ def _told(kind: int, payload: bytes) -> object:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/server"), show_default=True)
 @click.option("--listen", default="127.0.0.1:7710", show_default=True, help="HOST:PORT; port 0 takes a free one.")
 @click.option("--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Rollouts at once.")
-def serve(out: Path, listen: str, concurrency: int) -> None:
+@click.option("--edge", "edge_url", metavar="URL", default="", help=EDGE_HELP)
+def serve(out: Path, listen: str, concurrency: int, edge_url: str) -> None:
     """Serve rollouts over gRPC (rollout.pb.v1.RolloutService, health, reflection) until a signal comes.
 
     Unfinished rollouts of the directory's log are taken up at once.  The port has no authentication:
     listen on a loopback or private address only.
     """
-    asyncio.run(_serve(out, listen, RolloutConfig(concurrency=concurrency)))
+    asyncio.run(_serve(out, listen, RolloutConfig(concurrency=concurrency), edge_url))
 
 
-async def _serve(directory: Path, listen: str, config: RolloutConfig) -> None:
+async def _serve(directory: Path, listen: str, config: RolloutConfig, edge_url: str) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with make_service(directory, config) as service:
+    async with make_service(directory, config, edge_url) as service:
         await service.start()
         server = await start_server(service, listen)
         where = f"{listen.rpartition(':')[0]}:{server.port}"

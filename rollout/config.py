@@ -18,6 +18,9 @@ class RolloutConfig(BaseSettings):
     rollouts_count_max: int = Field(default=100_000, ge=1, description="rollouts that one job may ask for")
     context_tokens_count_max: int = Field(default=2048, ge=1, description="longest context that a job may ask for")
     watch_events_count_max: int = Field(default=100_000, ge=1, description="events kept for a slow watcher")
+    lease_ttl_s: float = Field(
+        default=600.0, gt=0, le=86_400, description="how long the sandboxes of a killed run wait for it at an --edge"
+    )
     log_sync: str = Field(
         default="always",
         description="when the log is synced: always, interval(MS), or os (survives a kill, not a power cut)",

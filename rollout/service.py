@@ -111,12 +111,20 @@ class RolloutService:
         await self.engine.open()
         self._resources.push_async_callback(self.substrate.close)
         await self.substrate.open()
+        await self.sandboxes.adopt(self._open_rollouts())
         self._resources.push_async_callback(self._stop_rollouts)
         self._is_started = True
         for request_id in list(self.ledger.jobs):
             if request_id in self.ledger.cancelled:
                 await self._finish_cancelled(request_id)
             self._start(request_id)
+
+    def _open_rollouts(self) -> list[str]:
+        return [
+            rollout_id
+            for rollout_id, state in self.ledger.rollouts.items()
+            if not self.ledger.is_done(rollout_id) and state.opened.request_id not in self.ledger.cancelled
+        ]
 
     async def __aexit__(self, *_: object) -> None:
         """Stop running rollouts where they are (the log keeps them), free everything."""
@@ -185,6 +193,7 @@ class RolloutService:
         """A member that waited for its turn is opened first: a group is whole in the log, also when cancelled."""
         if rollout_id not in self.ledger.rollouts:
             await self._open(request_id, rollout_id, group, index)
+        await self.sandboxes.drop(rollout_id)
         await self._record(RolloutFinished(rollout_id, FinishReason.CANCELLED))
 
     async def wait(self, request_id: str) -> None:

@@ -109,7 +109,7 @@ async def test_a_replay_that_differs_is_a_typed_error_and_leaves_no_sandbox(log:
     with pytest.raises(DivergedError, match=r"'a'.*stdout at byte 1"):
         await incarnate(substrate, SandboxSpec(), log.fold(), log.append)
     assert substrate.sandboxes[0].is_destroyed
-    assert log.records[-1] == CommandReplayed("s", 2, "a", is_equal=False)
+    assert log.records[-1] == CommandReplayed("s", 2, "a", is_equal=False, number=2)
 
 
 def test_a_command_applied_twice_to_one_incarnation_is_counted() -> None:
