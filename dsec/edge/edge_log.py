@@ -118,9 +118,10 @@ class EdgeLog:
             except wal.WalError as error:
                 await self._recover(generation, error)
                 continue
-            durable.add_done_callback(partial(self._on_durable, record, lsn))
+            folded = asyncio.get_running_loop().create_future()  # our own: a caller that leaves cancels no commit
+            durable.add_done_callback(partial(self._on_durable, record, lsn, folded))
             try:
-                await asyncio.shield(durable)
+                await folded
             except wal.WalError as error:
                 if lsn < await self._recover(generation, error):
                     return lsn
@@ -131,9 +132,14 @@ class EdgeLog:
                 continue
             return lsn
 
-    def _on_durable(self, record: JournalRecord, lsn: int, durable: asyncio.Future[None]) -> None:
-        if not durable.cancelled() and durable.exception() is None:
-            self._fold(record, lsn)
+    def _on_durable(
+        self, record: JournalRecord, lsn: int, folded: asyncio.Future[None], durable: asyncio.Future[None]
+    ) -> None:
+        error = durable.exception()
+        if not folded.done():
+            folded.set_result(None) if error is None else folded.set_exception(error)
+        if error is None:
+            self._fold(record, lsn)  # before the writer's next step
 
     def check_room(self, size_bytes: int = 0) -> None:
         """ResourceExhaustedError while the disk has no room for new work."""

@@ -15,8 +15,9 @@ import os
 import resource
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from dsec.edge.native_process import NativeProcess
 from dsec.edge.native_wire import (
@@ -28,7 +29,7 @@ from dsec.edge.native_wire import (
     encode_string,
     encode_u32,
 )
-from dsec.edge.packets import PacketSocket
+from dsec.edge.packets import PacketSocket, close_all
 from dsec.errors import DsecError, HostUnfitError, ResourceExhaustedError
 
 ATTACH_TIMEOUT_S = 10.0
@@ -83,27 +84,49 @@ class Keeper:
         return -1 if self._process is None else self._process.pid
 
     async def put(self, key: str, fd: int) -> None:
-        """Keep a copy of `fd`; ours must stay open until `drop`.  ResourceExhaustedError, HostUnfitError."""
-        if len(os.fsencode(key)) > KEY_BYTES_MAX:
-            raise ValueError(f"the key {key[:80]!r}… is too long")
-        if key not in self._held and len(self._held) >= self._count_max:
+        """Keep a copy of `fd`; ours must stay open until it is dropped.  ResourceExhaustedError, HostUnfitError."""
+        await self.put_all({key: fd})
+
+    async def put_all(self, files: Mapping[str, int]) -> None:
+        """As `put`, of up to PACKET_FDS_MAX in one message.
+
+        What was sent lies in the keeper's queue, which outlives us: nobody need wait until it was read.
+        """
+        for key in files:
+            if len(os.fsencode(key)) > KEY_BYTES_MAX:
+                raise ValueError(f"the key {key[:80]!r}… is too long")
+        if len(self._held) + sum(key not in self._held for key in files) > self._count_max:
             raise ResourceExhaustedError(
                 f"the keeper can hold {self._count_max} descriptors and does: raise the hard limit of open files"
             )
-        token = self._held[key][0] if key in self._held else self._free_tokens.pop()
-        self._held[key] = token, fd
-        if not await self._send_put(key):
+        for key, fd in files.items():
+            token = self._held[key][0] if key in self._held else self._free_tokens.pop()
+            self._held[key] = token, fd
+        if not await self._send_put(files):
             await self._heal()
 
     async def drop(self, key: str) -> None:
         """Keep it no more; nothing if it is not kept."""
-        token, _ = self._held.pop(key, (-1, -1))
-        if token < 0:
-            return
-        self._free_tokens.append(token)
-        if self._packets is not None:
-            with contextlib.suppress(ConnectionError):  # a new keeper is not told of it
-                await self._packets.send(encode_u32(MessageType.DROP, token))
+        await self._send_drop(self._forget([key]))
+
+    def release(self, files: Mapping[str, int]) -> None:
+        """Keep these no more, then close ours; nobody need wait for it."""
+        tokens = self._forget(files)
+        if not tokens or self._packets is None or self._packets.send_now(_encode_drop(tokens)):
+            self._free_tokens += tokens
+            close_all(files.values())
+        else:
+            self._spawn(self._release(tokens, files), "release descriptors")
+
+    async def _release(self, tokens: list[int], files: Mapping[str, int]) -> None:
+        try:
+            await self._send_drop(tokens)
+        finally:
+            close_all(files.values())
+
+    def _forget(self, keys: Iterable[str]) -> list[int]:
+        """The tokens of what was held: free once the keeper has been told."""
+        return [self._held.pop(key)[0] for key in keys if key in self._held]
 
     async def close(self) -> None:
         """Leave the keeper to the next process; with nothing kept it ends, and this waits.  Safe to call twice."""
@@ -111,6 +134,8 @@ class Keeper:
             return
         if self._held:
             await self._heal_alone()  # what is left must be there
+        else:
+            await asyncio.gather(*self._tasks, return_exceptions=True)  # it ends when it was told of all of it
         self._is_closed = True
         for task in self._tasks:
             task.cancel()
@@ -171,8 +196,7 @@ class Keeper:
         self._count_max = min(KEPT_COUNT_MAX, files_max - _OTHER_FILES_COUNT)
 
     def _release_kept(self) -> None:
-        for fd in self.kept.values():
-            os.close(fd)
+        close_all(self.kept.values())
         self.kept.clear()
         self._held.clear()
 
@@ -196,17 +220,30 @@ class Keeper:
         self._packets = PacketSocket(ours, self._on_packet, self._on_close)
         await self._list()
 
-    async def _send_put(self, key: str) -> bool:
+    async def _send_put(self, keys: Collection[str]) -> bool:
         """False if there is no keeper."""
-        token, fd = self._held[key]
         if self._packets is None:
             return False
+        message = encode_u32(MessageType.PUT, len(keys))
+        fds = []
+        for key in keys:
+            token, fd = self._held[key]
+            message += encode_u32(token) + encode_string(key)
+            fds.append(fd)
         try:
-            await self._packets.send(encode_u32(MessageType.PUT, token) + encode_string(key), [fd])
+            await self._packets.send(message, fds)
         except ConnectionError:
             self._packets.close()
             return False
         return True
+
+    async def _send_drop(self, tokens: list[int]) -> None:
+        try:
+            if tokens and self._packets is not None:
+                with contextlib.suppress(ConnectionError):  # a new keeper is not told of it
+                    await self._packets.send(_encode_drop(tokens))
+        finally:
+            self._free_tokens += tokens
 
     async def _heal(self) -> None:
         """Start another keeper, if there is none, and give it everything.  HostUnfitError if it does not last."""
@@ -218,7 +255,7 @@ class Keeper:
                 with contextlib.suppress(ConnectionError):
                     await self._start()
                     for key in list(self._held):
-                        if key in self._held and not await self._send_put(key):
+                        if key in self._held and not await self._send_put([key]):
                             break
                     if self._held:
                         log.warning("the keeper had ended: another one holds %d descriptors", len(self._held))
@@ -245,7 +282,10 @@ class Keeper:
             if not self._listed.done():
                 self._listed.set_exception(ConnectionResetError("the keeper ended"))
             return
-        task = asyncio.create_task(self._heal_alone(), name="heal the keeper")
+        self._spawn(self._heal_alone(), "heal the keeper")
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -260,6 +300,10 @@ class Keeper:
             self._listed.set_result(None)
         else:
             raise MalformedMessageError(f"the keeper sent a message of type {kind}")
+
+
+def _encode_drop(tokens: list[int]) -> bytes:
+    return encode_u32(MessageType.DROP, len(tokens), *tokens)
 
 
 @contextlib.contextmanager

@@ -11,11 +11,10 @@ import logging
 import os
 import select
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from dsec.edge.native_wire import PACKET_BYTES_MAX, MalformedMessageError
+from dsec.edge.native_wire import PACKET_BYTES_MAX, PACKET_FDS_MAX, MalformedMessageError
 
-_PACKETS_PER_TURN = 16
 log = logging.getLogger(__name__)
 
 
@@ -27,11 +26,18 @@ def make_memory_file(name: str, data: bytes) -> int:
     return file
 
 
+<<<<<<< HEAD
 def is_hung_up(fd: int) -> bool:
     """Whether nobody has the other end of an open socket any more."""
     poll = select.poll()
     poll.register(fd, 0)
     return bool(poll.poll(0))
+=======
+def close_all(fds: Iterable[int]) -> None:
+    """Close each of them."""
+    for fd in fds:
+        os.close(fd)
+>>>>>>> 203c91b (wip)
 
 
 class PacketSocket:
@@ -72,19 +78,27 @@ class PacketSocket:
                 if not self._is_open:
                     raise ConnectionError("the other end of the socket is gone")
                 try:
-                    socket.send_fds(self._socket, [data], list(fds))
+                    if fds:
+                        socket.send_fds(self._socket, [data], fds)
+                    else:
+                        self._socket.send(data)
                 except BlockingIOError:
                     await self._writable()
                 else:
                     return
 
-    def send_now(self, data: bytes) -> None:
-        """Send one small packet if there is room and the other end lives; else nothing."""
-        if self._is_open:
-            try:
+    def send_now(self, data: bytes) -> bool:
+        """Send one packet, if the other end still lives; False if this would have to wait."""
+        if self._send_order.locked():
+            return False
+        try:
+            if self._is_open:
                 self._socket.send(data)
-            except OSError:
-                return
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # it is gone, and nobody need be told
+        return True
 
     async def _writable(self) -> None:
         ready = asyncio.Event()
@@ -96,23 +110,18 @@ class PacketSocket:
                 self._loop.remove_writer(self._socket.fileno())
 
     def _receive(self) -> None:
-        for _ in range(_PACKETS_PER_TURN):
-            if not self._is_open:
-                return
-            try:
-                data, fds, _, _ = socket.recv_fds(self._socket, PACKET_BYTES_MAX, 4, socket.MSG_CMSG_CLOEXEC)
-            except BlockingIOError:
-                return
-            except OSError:
-                data, fds = b"", []
-            is_well = bool(data) and self._deliver(data, fds)
-            for fd in fds:
-                os.close(fd)
-            if not is_well:
-                if self._is_open:
-                    self.close()
-                    self._on_close()
-                return
+        """Take one packet; the loop comes back for the next."""
+        try:
+            data, fds, _, _ = socket.recv_fds(self._socket, PACKET_BYTES_MAX, PACKET_FDS_MAX, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, fds = b"", []
+        is_well = bool(data) and self._deliver(data, fds)
+        close_all(fds)
+        if not is_well and self._is_open:
+            self.close()
+            self._on_close()
 
     def _deliver(self, data: bytes, fds: list[int]) -> bool:
         """Whether the packet could be read."""

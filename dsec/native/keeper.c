@@ -59,10 +59,10 @@ static void drop(struct kept *item) {
 }
 
 /* Takes the fd out of `fd` if it keeps it.  -1: the message makes no sense. */
-static int on_put(struct reader *in, int *fd) {
+static int put_one(struct reader *in, int *fd) {
     uint32_t token = take_u32(in), length;
     const char *key = take_string(in, &length);
-    if (in->bad || token >= KEPT_COUNT_MAX || length > KEY_BYTES_MAX || *fd < 0) return -1;
+    if (in->bad || token >= KEPT_COUNT_MAX || length > KEY_BYTES_MAX) return -1;
     char *copy = strdup(key);
     if (!copy) return -1;
     drop(&table[token]);
@@ -72,11 +72,21 @@ static int on_put(struct reader *in, int *fd) {
     return 0;
 }
 
-static int on_drop(struct reader *in) {
-    uint32_t token = take_u32(in);
-    if (in->bad || token >= KEPT_COUNT_MAX) return -1;
-    drop(&table[token]);
+static int on_put(struct reader *in, int *fds, int fds_count) {
+    uint32_t count = take_u32(in);
+    if (in->bad || count != (uint32_t)fds_count) return -1;
+    for (int i = 0; i < fds_count; i++)
+        if (put_one(in, &fds[i]) < 0) return -1;
     return 0;
+}
+
+static int on_drop(struct reader *in) {
+    for (uint32_t count = take_u32(in); count > 0; count--) {
+        uint32_t token = take_u32(in);
+        if (in->bad || token >= KEPT_COUNT_MAX) return -1;
+        drop(&table[token]);
+    }
+    return in->bad ? -1 : 0;
 }
 
 static int on_list(void) {
@@ -101,7 +111,7 @@ static int on_message(void) {
     if (length <= 0) return -1;
     struct reader in = {packet, packet + length, 0};
     switch (take_u32(&in)) {
-    case MSG_PUT: result = fds_count == 1 ? on_put(&in, &fds[0]) : -1; break;
+    case MSG_PUT: result = on_put(&in, fds, fds_count); break;
     case MSG_DROP: result = on_drop(&in); break;
     case MSG_LIST: result = on_list(); break;
     default: result = -1;

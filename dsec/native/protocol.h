@@ -59,8 +59,9 @@
  *            ENDED_COUNT_MAX that ended, then SYNCED
  *
  * Python -> keeper   (one connection is served at a time; the next waits until its process has closed it, or died)
- *   PUT      u32 token, string key     + fd    kept under the token (below KEPT_COUNT_MAX), replacing what was there
- *   DROP     u32 token
+ *   PUT      list of (u32 token, string key)     + as many fds, each kept under its token (below KEPT_COUNT_MAX),
+ *            replacing what was there
+ *   DROP     list of u32 token
  *   LIST     KEPT for each, then SYNCED
  * keeper -> Python
  *   KEPT     u32 token, string key     + fd

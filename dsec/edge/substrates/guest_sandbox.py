@@ -23,7 +23,6 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
-from dsec.edge.capture import Dispose
 from dsec.edge.commands import encode_command
 from dsec.edge.config import SubstrateConfig
 from dsec.edge.guest import Answer, Guest, Remembered
@@ -59,7 +58,7 @@ class GuestSandbox(ABC):
         self._gate = asyncio.Lock()
         self._paused_at: float | None = None
         self._paused_s = 0.0
-        self._pause_note: tuple[int, Dispose] | None = None
+        self._pause_note: tuple[str, int] | None = None
         self._on_end: Callable[[], None] = lambda: None
 
     @property
@@ -155,15 +154,12 @@ class GuestSandbox(ABC):
         """See `ProcessOwner`."""
         guest = self._living()
         waiting = guest.answer(number)
-        deadline = time.monotonic() + timeout_s + self._config.answer_grace_s - self._paused_in_all_s()
+        until_s = time.monotonic() + timeout_s + self._config.answer_grace_s - self._paused_in_all_s()
+        watch = AnswerWatch(waiting, lambda: until_s + self._paused_in_all_s() - time.monotonic(), self.give_up)
         try:
-            while not waiting.done():
-                left_s = deadline + self._paused_in_all_s() - time.monotonic()
-                if left_s <= 0:
-                    raise self.give_up("its guest stopped answering")
-                await asyncio.wait([waiting], timeout=max(left_s, PAUSED_POLL_S))
-            return waiting.result()
+            return await waiting
         finally:
+            watch.stop()
             guest.forget(number)
 
     # -- commands --------------------------------------------------------------------------------
@@ -294,9 +290,9 @@ class GuestSandbox(ABC):
         self._paused_at = time.monotonic()
         try:
             await whole(self._freeze())
-            fd = os.dup(self._living().fileno())
-            self._pause_note = fd, os.close
-            self._pause_note = fd, await self._keeping.keep(*_PAUSED, fd)
+            key = self._keeping.key(*_PAUSED)
+            self._pause_note = key, os.dup(self._living().fileno())
+            await self._keeping.keep(dict([self._pause_note]))
         except BaseException:
             await self._resume()
             raise
@@ -310,9 +306,12 @@ class GuestSandbox(ABC):
         self._paused_s += span_s
         self._paused_at = None
         await whole(self._thaw())
+        self._release_note()
+
+    def _release_note(self) -> None:
         note, self._pause_note = self._pause_note, None
         if note is not None:
-            note[1](note[0])
+            self._keeping.release(dict([note]))
 
     def _paused_in_all_s(self) -> float:
         return self._paused_s + (0.0 if self._paused_at is None else time.monotonic() - self._paused_at)
@@ -333,21 +332,38 @@ class GuestSandbox(ABC):
         await self._release()
         for process in list(self._processes.values()):
             await process.ended()
-        note, self._pause_note = self._pause_note, None
-        if note is not None:
-            note[1](note[0])
+        self._release_note()
         await self._keeping.close()
 
     def detach(self) -> None:
         """Leave it to the next process."""
         self._keeping.detach()
-        for process in list(self._processes.values()):
-            process.detach()
-        if self._pause_note is not None:
-            os.close(self._pause_note[0])
+        self._release_note()
         if self._guest is not None:
             self._guest.close()
             self._guest = None
+
+
+class AnswerWatch:
+    """Gives up on a guest that has not answered when no time is left."""
+
+    def __init__(
+        self, waiting: asyncio.Future[Answer], left_s: Callable[[], float], give_up: Callable[[str], SandboxLostError]
+    ) -> None:
+        self._waiting = waiting
+        self._left_s = left_s
+        self._give_up = give_up
+        self._timer = asyncio.get_running_loop().call_later(left_s(), self._look)
+
+    def _look(self) -> None:
+        if (left_s := self._left_s()) > 0:  # the sandbox is paused, or was
+            self._timer = asyncio.get_running_loop().call_later(max(left_s, PAUSED_POLL_S), self._look)
+        elif not self._waiting.done():
+            self._waiting.set_exception(self._give_up("its guest stopped answering"))
+
+    def stop(self) -> None:
+        """It has answered."""
+        self._timer.cancel()
 
 
 async def whole(work: Coroutine[None, None, _T]) -> _T:

@@ -84,10 +84,7 @@ class GuestProcess:
 
     async def wait(self) -> ExecResult:
         """See `dsec.sandbox.Process`."""
-        await asyncio.wait([self._end])
-        if self._end.cancelled():
-            raise SandboxLostError("the command was left to the next process")
-        return self._end.result()
+        return await asyncio.shield(self._end)
 
     async def attached(self) -> None:
         """Wait until it has its terminal, or has ended."""
@@ -102,10 +99,6 @@ class GuestProcess:
     async def ended(self) -> None:
         """Wait until nothing of it is left here, whatever came of it."""
         await asyncio.wait([self._end])
-
-    def detach(self) -> None:
-        """Leave it to the next process."""
-        self._end.cancel()
 
     async def kill(self) -> None:
         """See `dsec.sandbox.Process`."""

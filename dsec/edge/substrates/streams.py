@@ -1,8 +1,8 @@
 """The streams of one command, and what keeps them through the death of this process.
 
 A command has pipes, or a terminal.  Where the substrate has a keeper, each of our ends is kept there
-from before the command starts until after it was disposed of, and output goes to files; else both are this
-process's alone.
+from before the command starts until it ends (stdin: until its end was told), and output goes to files; else both
+are this process's alone.
 
 Invariants:
     1. Every descriptor is closed, however the command ends, and a kept one is dropped by the keeper first.
@@ -19,10 +19,10 @@ import struct
 import termios
 import time
 from collections.abc import Mapping
-from functools import partial
 from typing import Protocol
 
-from dsec.edge.capture import END_OF_TRANSMISSION, Dispose, OutputBuffer, PipeReader, PipeWriter, Sink
+from dsec.edge.capture import END_OF_TRANSMISSION, OutputBuffer, PipeReader, PipeWriter, Sink
+from dsec.edge.packets import close_all
 from dsec.edge.spool import Spool
 from dsec.errors import ResourceExhaustedError
 from dsec.types import Command, Output, SandboxId, Stream
@@ -31,12 +31,12 @@ from dsec.types import Command, Output, SandboxId, Stream
 class KeeperLike(Protocol):
     """What `dsec.edge.keeper.Keeper` offers."""
 
-    async def put(self, key: str, fd: int) -> None:
-        """Keep a copy of `fd`, which stays open until `drop`."""
+    async def put_all(self, files: Mapping[str, int]) -> None:
+        """Keep copies of these, which stay open until `release`."""
         ...
 
-    async def drop(self, key: str) -> None:
-        """Keep it no more."""
+    def release(self, files: Mapping[str, int]) -> None:
+        """Keep them no more, and close them."""
         ...
 
 
@@ -57,47 +57,40 @@ class Keeping:
         self._prefix = f"exec/{sandbox_id}/"
         self._keeper = keeper
         self._spool = spool
-        self._left: dict[tuple[int, str], tuple[int, str, float]] = {}
-        self._drops: set[asyncio.Task[None]] = set()
+        self._left: dict[tuple[int, str], tuple[str, int, float]] = {}
         self._is_detached = False
 
     def adopt(self, files: Mapping[str, int]) -> None:
         """Own what an earlier process left under our keys (without their prefix)."""
         for key, fd in files.items():
             number, role, put_ms = key.split("/")
-            self._left[int(number), role] = fd, self._prefix + key, int(put_ms) / 1000
+            self._left[int(number), role] = self._prefix + key, fd, int(put_ms) / 1000
 
-    async def keep(self, number: int, role: str, fd: int) -> Dispose:
-        """Keep a copy of `fd`; gives what closes both.  ResourceExhaustedError, HostUnfitError."""
-        if self._keeper is None:
-            return os.close
-        key = f"{self._prefix}{number}/{role}/{round(time.monotonic() * 1000)}"
-        try:
-            await self._keeper.put(key, fd)
-        except BaseException:
-            await self._keeper.drop(key)
-            raise
-        return partial(self._dispose, self._keeper, key)
+    def key(self, number: int, role: str) -> str:
+        """Of a descriptor that is put now."""
+        return f"{self._prefix}{number}/{role}/{round(time.monotonic() * 1000)}"
 
-    def take(self, number: int, role: str) -> tuple[int, Dispose] | None:
-        """A descriptor that an earlier process left, and what closes it."""
+    async def keep(self, files: Mapping[str, int]) -> None:
+        """Keep copies of these; `release` them, also after a failure.  ResourceExhaustedError, HostUnfitError."""
+        if self._keeper is not None:
+            await self._keeper.put_all(files)
+
+    def release(self, files: Mapping[str, int]) -> None:
+        """Keep these no more, and close them."""
+        if self._keeper is None or self._is_detached:
+            close_all(files.values())
+        else:
+            self._keeper.release(files)
+
+    def take(self, number: int, role: str) -> tuple[str, int] | None:
+        """A descriptor that an earlier process left, and its key."""
         left = self._left.pop((number, role), None)
-        if left is None or self._keeper is None:
-            return None
-        return left[0], partial(self._dispose, self._keeper, left[1])
+        return None if left is None else left[:2]
 
     def left_since(self, number: int, role: str) -> float | None:
         """When an earlier process put a descriptor that was not taken yet (time.monotonic)."""
         left = self._left.get((number, role))
         return None if left is None else left[2]
-
-    def _dispose(self, keeper: KeeperLike, key: str, fd: int) -> None:
-        if self._is_detached:
-            os.close(fd)
-            return
-        task = asyncio.create_task(_drop(keeper, key, fd), name=f"drop {key}")
-        self._drops.add(task)
-        task.add_done_callback(self._drops.discard)
 
     def sink(self, number: int, stream: Stream, command: Command) -> Sink:
         """Where that output goes."""
@@ -113,26 +106,17 @@ class Keeping:
     def detach(self) -> None:
         """From now on close our own copies only: the next process goes on with what is kept."""
         self._is_detached = True
-        for fd, _, _ in self._left.values():
-            os.close(fd)
+        self._release_left()
+
+    def _release_left(self) -> None:
+        self.release({key: fd for key, fd, _ in self._left.values()})
         self._left.clear()
 
     async def close(self) -> None:
-        """Dispose of what was never taken, wait until all is dropped, and remove the output: the sandbox is gone."""
-        for number, role in list(self._left):
-            if (taken := self.take(number, role)) is not None:
-                taken[1](taken[0])
-        if self._drops:
-            await asyncio.wait(self._drops)
+        """Dispose of what was never taken, and remove the output: the sandbox is gone."""
+        self._release_left()
         if self._spool is not None:
             await asyncio.to_thread(self._spool.remove)
-
-
-async def _drop(keeper: KeeperLike, key: str, fd: int) -> None:
-    try:
-        await keeper.drop(key)
-    finally:
-        os.close(fd)
 
 
 class Streams:
@@ -147,6 +131,7 @@ class Streams:
         self._readers: dict[Stream, PipeReader] = {}
         names: tuple[Stream, ...] = ("stdout",) if command.merge_stderr or command.tty else ("stdout", "stderr")
         self._sinks = {name: keeping.sink(number, name, command) for name in names}
+        self._ours: dict[str, int] = {}  # by their keys; kept until the command ends
         self._terminal = -1
         self._attached = asyncio.Event()
 
@@ -158,11 +143,12 @@ class Streams:
             if self._command.stdin or self._command.keep_stdin_open:
                 theirs, ours = os.pipe2(os.O_CLOEXEC)
                 self.theirs.append(theirs)
-                await self._write(ours)
+                self._write(ours)
             for stream in self._sinks:
                 ours, theirs = os.pipe2(os.O_CLOEXEC)
                 self.theirs.append(theirs)
-                await self._read(stream, ours)
+                self._read(stream, self._keeping.key(self._number, stream), ours)
+            await self._keeping.keep(self._ours)
         except OSError as error:
             self.close()
             raise ResourceExhaustedError(f"no pipes for a command: {error}") from error
@@ -171,40 +157,45 @@ class Streams:
             raise
         self._attached.set()
 
-    async def _write(self, fd: int) -> None:
+    def _write(self, fd: int) -> None:
         """What fits into the pipe is with the command already; only a writer that has more to come is kept."""
-        writer = self._writer = PipeWriter(fd, self._command.stdin, is_kept_open=self._command.keep_stdin_open)
-        if writer.is_open:
-            writer.dispose = await self._keeping.keep(self._number, "stdin", fd)
+        self._writer = PipeWriter(fd, self._command.stdin, is_kept_open=self._command.keep_stdin_open)
+        if self._writer.is_open:
+            self._own_input(self._keeping.key(self._number, "stdin"), fd)
 
-    async def _read(self, stream: Stream, fd: int) -> None:
-        reader = self._readers[stream] = PipeReader(fd, self._sinks[stream], self._keeping.scratch)
-        reader.dispose = await self._keeping.keep(self._number, stream, fd)
+    def _own_input(self, key: str, fd: int) -> None:
+        """The command sees its end when nobody has it any more."""
+        self._ours[key] = fd
+        if self._writer is not None:
+            self._writer.dispose = lambda _: self._keeping.release({key: self._ours.pop(key)})
+
+    def _read(self, stream: Stream, key: str, fd: int, *, is_terminal: bool = False) -> None:
+        self._ours[key] = fd
+        self._readers[stream] = PipeReader(fd, self._sinks[stream], self._keeping.scratch, is_terminal=is_terminal)
+        self._readers[stream].dispose = _leave
 
     async def attach(self, master: int) -> None:
         """Take over the command's terminal, and type what it was given to read."""
-        self._use_terminal(master, self._command.stdin)
-        self._readers["stdout"].dispose = await self._keeping.keep(self._number, "tty", master)
+        key = self._keeping.key(self._number, "tty")
+        self._use_terminal(key, master, self._command.stdin)
+        await self._keeping.keep({key: master})
 
-    def _use_terminal(self, master: int, data: bytes) -> None:
+    def _use_terminal(self, key: str, master: int, data: bytes) -> None:
         self._terminal = master
         self._writer = PipeWriter(os.dup(master), data, is_kept_open=True)
-        sink = self._sinks["stdout"]
-        self._readers["stdout"] = PipeReader(master, sink, self._keeping.scratch, is_terminal=True)
+        self._read("stdout", key, master, is_terminal=True)
         self._attached.set()
 
     def resume(self) -> bool:
         """Go on with what an earlier process left; False if not all of `stdin` had reached the command."""
-        for stream, sink in self._sinks.items():
+        for stream in self._sinks:
             if (kept := self._keeping.take(self._number, stream)) is not None:
-                self._readers[stream] = PipeReader(kept[0], sink, self._keeping.scratch)
-                self._readers[stream].dispose = kept[1]
+                self._read(stream, *kept)
         if (kept := self._keeping.take(self._number, "tty")) is not None:
-            self._use_terminal(kept[0], b"")
-            self._readers["stdout"].dispose = kept[1]
+            self._use_terminal(*kept, b"")
         if (kept := self._keeping.take(self._number, "stdin")) is not None:
-            self._writer = PipeWriter(kept[0], is_kept_open=True)
-            self._writer.dispose = kept[1]
+            self._writer = PipeWriter(kept[1], is_kept_open=True)
+            self._own_input(*kept)
         self._attached.set()
         return self._command.keep_stdin_open or self._command.tty is not None or self._writer is None
 
@@ -214,8 +205,7 @@ class Streams:
 
     def close_theirs(self) -> None:
         """Close the ends that were sent."""
-        for fd in self.theirs:
-            os.close(fd)
+        close_all(self.theirs)
         self.theirs = []
 
     async def write(self, data: bytes) -> None:
@@ -258,6 +248,13 @@ class Streams:
             self._writer.close()
         for reader in self._readers.values():
             reader.close()
+        ours, self._ours = self._ours, {}
+        if ours:
+            self._keeping.release(ours)
         for stream, sink in self._sinks.items():
             self._keeping.end(self._number, stream, sink)
         self._attached.set()
+
+
+def _leave(_fd: int) -> None:
+    """It is closed with the others of its command."""
