@@ -36,6 +36,7 @@ from dsec.edge.spawner import step_error
 from dsec.errors import SandboxLostError, SpawnError
 from dsec.types import Command
 
+_ENDED = "the sandbox ended while the command ran"
 _ANSWERS = (MessageType.EXITED, MessageType.REFUSED)
 
 
@@ -167,10 +168,10 @@ class Guest:
         """Move every deadline: the guest was frozen for so long.  SandboxLostError."""
         await self._send(encode_u32(MessageType.EXTEND) + encode_u64(max(0, round(span_s * 1000))))
 
-    def close(self) -> None:
+    def close(self, why: str = _ENDED) -> None:
         """Close the connection (which ends the guest, unless somebody else holds it) and fail what waits."""
         self._packets.close()
-        self._fail_all()
+        self._fail_all(why)
 
     def _on_packet(self, data: bytes, fds: list[int]) -> None:
         reader = MessageReader(data)
@@ -207,15 +208,15 @@ class Guest:
             waiting.set_result(answer)
 
     def _on_close(self) -> None:
-        self._fail_all()
+        self._fail_all(_ENDED)
         self._on_lost()
 
-    def _fail_all(self) -> None:
+    def _fail_all(self, why: str) -> None:
         if not self._ready.done():
             self._ready.set_exception(SpawnError("the guest ended during its setup"))
             self._ready.exception()
         for waiting in self._answers.values():
-            _lose(waiting, "the sandbox ended while the command ran")
+            _lose(waiting, why)
         if self._synced is not None:
             _lose(self._synced, "the sandbox ended")
 

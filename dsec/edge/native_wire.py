@@ -127,14 +127,14 @@ def encode_u64(value: int) -> bytes:
 
 def encode_string(text: str | bytes) -> bytes:
     """A string as the C side reads it without copying: length, bytes, one zero byte."""
-    data = os.fsencode(text)
-    return struct.pack("<I", len(data)) + data + b"\0"
+    data = text if isinstance(text, bytes) else os.fsencode(text)
+    return len(data).to_bytes(4, "little") + data + b"\0"
 
 
 def encode_strings(texts: Iterable[str | bytes]) -> bytes:
     """A counted list of strings."""
     parts = [encode_string(text) for text in texts]
-    return struct.pack("<I", len(parts)) + b"".join(parts)
+    return encode_u32(len(parts)) + b"".join(parts)
 
 
 def encode_init(hierarchies: Iterable[tuple[str, str]], slots_count: int, flags: int = 0) -> bytes:

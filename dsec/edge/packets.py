@@ -26,18 +26,17 @@ def make_memory_file(name: str, data: bytes) -> int:
     return file
 
 
-<<<<<<< HEAD
 def is_hung_up(fd: int) -> bool:
     """Whether nobody has the other end of an open socket any more."""
     poll = select.poll()
     poll.register(fd, 0)
     return bool(poll.poll(0))
-=======
+
+
 def close_all(fds: Iterable[int]) -> None:
     """Close each of them."""
     for fd in fds:
         os.close(fd)
->>>>>>> 203c91b (wip)
 
 
 class PacketSocket:

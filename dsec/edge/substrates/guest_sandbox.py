@@ -340,7 +340,7 @@ class GuestSandbox(ABC):
         self._keeping.detach()
         self._release_note()
         if self._guest is not None:
-            self._guest.close()
+            self._guest.close("the command was left to the next process")
             self._guest = None
 
 

@@ -132,6 +132,49 @@ async def test_thousands_are_kept(tmp_path: Path) -> None:
     await close_all(later)
 
 
+async def test_several_are_put_and_released_at_once(tmp_path: Path) -> None:
+    keeper = await Keeper.open(NATIVE_BINARY, tmp_path / "keeper.sock", 600)
+    first, second = os.pipe(), os.pipe()
+    await keeper.put_all({"first/read": first[0], "first/write": first[1], "second/write": second[1]})
+    await keeper.put_all({"second/read": second[0]})
+    keeper.release({"first/read": first[0], "first/write": first[1], "never put": os.dup(first[0])})
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(first[0])
+    later = await again(keeper)
+    assert sorted(later.kept) == ["second/read", "second/write"]
+    os.close(second[1])
+    os.write(later.kept["second/write"], b"x")
+    assert os.read(second[0], 2) == b"x"
+    later.release({"second/write": later.kept.pop("second/write")})
+    assert os.read(second[0], 2) == b""  # nobody has the other end, the keeper neither
+    later.release({"second/read": later.kept.pop("second/read")})
+    os.close(second[0])
+    await close_all(later)
+
+
+async def test_what_is_released_stays_open_until_a_slow_keeper_was_told(tmp_path: Path) -> None:
+    keeper = await Keeper.open(NATIVE_BINARY, tmp_path / "keeper.sock", 600)
+    file = os.memfd_create("file")
+    await keeper.put("released", released := os.dup(file))
+    os.kill(keeper.pid, signal.SIGSTOP)
+    behind = [asyncio.create_task(keeper.put(f"{number}", file)) for number in range(2000)]
+    await asyncio.sleep(0)
+    assert not behind[-1].done()
+    keeper.release({"released": released})
+    await asyncio.sleep(0)
+    os.fstat(released)
+    os.kill(keeper.pid, signal.SIGCONT)
+    await asyncio.gather(*behind, *keeper._tasks)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(released)
+    later = await again(keeper)
+    assert len(later.kept) == 2000
+    for key in list(later.kept):
+        await later.drop(key)
+    os.close(file)
+    await close_all(later)
+
+
 async def test_a_second_living_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keeper = await Keeper.open(NATIVE_BINARY, tmp_path / "keeper.sock", 600)
     monkeypatch.setattr(keeper_module, "ATTACH_TIMEOUT_S", 0.05)
@@ -146,7 +189,9 @@ async def test_a_packet_without_sense_ends_the_connection_and_nothing_else(tmp_p
     await keeper.put("kept", read)
     pid = keeper.pid
     await keeper.close()
-    for packet in (b"", b"x", b"\xff" * 4, b"\x19\0\0\0", b"\x19\0\0\0\xff\xff\xff\xff\1\0\0\0a\0", b"\x1a\0\0\0"):
+    put, drop, many, one = b"\x19\0\0\0", b"\x1a\0\0\0", b"\xff\xff\xff\xff", b"\1\0\0\0"
+    packets = (b"", b"x", many, put, put + many, put + one + many + one + b"a\0", drop, drop + one + many, drop + many)
+    for packet in packets:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as hostile:
             hostile.connect(str(keeper._path))
             if packet:
