@@ -150,12 +150,12 @@ class ContainerSandbox(GuestSandbox):
     def _disk(self) -> Iterator[Path]:
         """What was written below /, for as long as the block; the guest's, whoever has its number later."""
         try:
-            fd = os.open(f"/proc/{self._host_pid}/fd/{FD_DISK}/root", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd = os.open(f"/proc/{self._host_pid}/fd/{FD_DISK}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise SandboxLostError(f"sandbox {self._id} is gone: {error.strerror}") from error
         try:
             os.close(self.open_guest())  # it lives still, so the number was its own
-            yield Path(f"/proc/self/fd/{fd}")
+            yield Path(f"/proc/self/fd/{fd}/root")
         finally:
             os.close(fd)
 
