@@ -322,8 +322,7 @@ class Ledger:
         for owner, epoch, expires_at_s, is_live in record.leases:
             if owner not in self.leases:
                 self.leases[owner] = Lease(epoch, expires_at_s, is_live)
-                if not is_live:
-                    self._lapsed[owner] = None
+                self._lapsed.update({} if is_live else {owner: None})
         self.cancelled = dict.fromkeys(record.cancelled) | self.cancelled
         self._bound(self.cancelled)
 
@@ -342,8 +341,7 @@ class Ledger:
                 known.used_at_s = max(known.used_at_s, record.at_s)
 
     def _touched(self, sandbox_id: SandboxId) -> Known | None:
-        known = self.sandboxes.get(sandbox_id)
-        if known is not None:
+        if (known := self.sandboxes.get(sandbox_id)) is not None:
             known.last_lsn = self.lsn
         return known
 

@@ -15,7 +15,8 @@ from dsec.conformance.check import Check, line, script, shell
 from dsec.conformance.suite import checks_for
 from dsec.edge.config import DockerConfig
 from dsec.edge.substrates.docker import DOCKER_LACKS, DockerSubstrate
-from dsec.errors import HostUnfitError, InvalidArgumentError, SandboxLostError
+from dsec.edge.substrates.docker_engine import check_docker
+from dsec.errors import HostUnfitError, InvalidArgumentError, ResourceExhaustedError, SandboxLostError
 from dsec.types import LayerId, SandboxId, SandboxSpec
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -112,6 +113,23 @@ async def test_layers_that_were_not_made_upon_each_other_are_refused(substrate: 
         await substrate.create(SandboxSpec(layers=(made[0], made[1])))
 
 
+async def test_a_hole_that_docker_would_write_out_is_refused(substrate: DockerSubstrate) -> None:
+    sandbox = await substrate.create(SandboxSpec())
+    await line(sandbox, "truncate -s 1T /srv/hole")
+    with pytest.raises(ResourceExhaustedError, match="holes included"):
+        await sandbox.snapshot()
+    await line(sandbox, "truncate -s 1M /srv/hole")
+    await sandbox.snapshot()
+    await sandbox.destroy()
+
+
+async def test_the_doctor_says_whose_root_a_containers_root_is(docker_url: str) -> None:
+    (finding,) = await asyncio.to_thread(check_docker, DockerConfig(url=docker_url))
+    assert (finding.name, finding.optional) == ("docker users", True)
+    assert ("this host's root" in finding.detail) == (not finding.ok)
+    assert check_docker(DockerConfig(url="unix:///no/such/socket")) == []
+
+
 COMMAND = "echo one; until [ -e /tmp/go ]; do sleep 0.02; done; echo two"
 EDGE = """
 import asyncio, os, sys
@@ -145,9 +163,11 @@ async def killed_edge(url: str, state: str) -> None:
 
 async def test_a_sandbox_lives_on_when_its_edge_is_killed(docker_url: str, tmp_path: Path) -> None:
     await killed_edge(docker_url, str(tmp_path))
+    (tmp_path / "spool" / "long-gone").mkdir()
     substrate = DockerSubstrate(DockerConfig(url=docker_url), state_dir=tmp_path)
     await substrate.open()
     try:
+        assert [path.name for path in (tmp_path / "spool").iterdir()] == ["kept"]
         sandbox = substrate.adopted()[SandboxId("kept")]
         process = await sandbox.resume_process(7, script(COMMAND))
         assert process is not None

@@ -15,7 +15,7 @@ MODULE_LINES_MAX = 400
 FUNCTION_LINES_MAX = 70
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "stuff", "lib"}
 DOORS = {
-    "docker": {"dsec/edge/substrates/docker.py"},
+    "docker": {"dsec/edge/substrates/docker.py", "dsec/edge/substrates/docker_engine.py"},
     "fastapi": set(),
     "redis": set(),
     "sqlalchemy": set(),

@@ -22,10 +22,8 @@ import contextlib
 import os
 import re
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,14 +31,15 @@ from typing import Any, TypeVar
 import docker
 from docker.errors import DockerException, ImageNotFound, NotFound
 
+from dsec.edge import spool
 from dsec.edge.capture import READ_BYTES_MAX
 from dsec.edge.commands import check_spec, name_sandbox
 from dsec.edge.config import DockerConfig
 from dsec.edge.keeper import Keeper
 from dsec.edge.network.gateway import Gateway
-from dsec.edge.spool import Spool
 from dsec.edge.substrates import docker_image
 from dsec.edge.substrates.adoption import KeptSandbox, sort_kept
+from dsec.edge.substrates.docker_engine import FAILURES, Engine
 from dsec.edge.substrates.docker_sandbox import DockerSandbox
 from dsec.edge.substrates.streams import Keeping
 from dsec.errors import (
@@ -58,7 +57,6 @@ DOCKER_LACKS: frozenset[Feature] = frozenset({"disk_quota", "layers", "own_mount
 """What Docker cannot promise everywhere; docs/threat_model.md says where it does."""
 
 _T = TypeVar("_T")
-_FAILURES = (DockerException, OSError)  # those of requests are OSErrors
 _LAYER = re.compile(r"sha256:[0-9a-f]{64}")
 _OWNER = "dsec.owner"  # label of a container: the process with which it ends, as `_identity` says it
 _BELOW = "dsec.below"  # label of an image: what its sandbox was made from, as `_recipe` says it
@@ -71,39 +69,6 @@ _MASKED = (
 )  # fmt: skip
 """Of /proc: what native sandboxes hide (rootfs.c), and what Docker does."""
 _OWN_COUNT = 2  # processes: pid 1, and the supervisor of a command
-
-
-class Engine:
-    """Docker's API without blocking the loop.  A call that was begun goes on when its waiter is cancelled."""
-
-    def __init__(self, config: DockerConfig) -> None:
-        threads = config.creates_in_flight_max + 4
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="docker")
-        url = config.url or os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
-        if not url.startswith("unix://"):
-            raise HostUnfitError(f"{url!r} is not the socket of a Docker daemon on this host (unix:///...)")
-        with socket.socket(socket.AF_UNIX) as probe:  # Docker's client would leave its socket open
-            probe.connect(url.removeprefix("unix://"))
-        self.api = docker.APIClient(base_url=url, version="auto", timeout=config.call_timeout_s, max_pool_size=threads)
-
-    async def call(self, function: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
-        """Run a blocking function in one of our threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *arguments, **named))
-
-    def close(self) -> None:
-        """Wait for what runs, then drop the connections."""
-        self._threads.shutdown()
-        self.api.close()
-
-    async def remove(self, name: str) -> None:
-        """End a container and wait until nothing of it is left; one that is not there is well."""
-        with contextlib.suppress(NotFound):
-            try:
-                await self.call(self.api.remove_container, name, v=True, force=True)
-            except NotFound:
-                raise
-            except _FAILURES:  # it is being removed already: its pid 1 saw the end of the connection
-                await self.call(self.api.wait, name, condition="removed")
 
 
 class DockerSubstrate:
@@ -143,8 +108,8 @@ class DockerSubstrate:
         if self._state_dir is None:
             return Keeping(sandbox_id, self._scratch)
         place, config = self._state_dir / "spool" / sandbox_id, self._config
-        spool = Spool(place, config.spool_bytes_max, config.spool_sandbox_bytes_max)
-        return Keeping(sandbox_id, self._scratch, self.keeper, spool)
+        files = spool.Spool(place, config.spool_bytes_max, config.spool_sandbox_bytes_max)
+        return Keeping(sandbox_id, self._scratch, self.keeper, files)
 
     # -- open and close --------------------------------------------------------------------------
 
@@ -152,7 +117,7 @@ class DockerSubstrate:
         """See `dsec.sandbox.Substrate.open`.  Proves itself by one sandbox that runs one command."""
         try:
             self._engine = await asyncio.to_thread(Engine, self._config)
-        except _FAILURES as error:
+        except FAILURES as error:
             raise HostUnfitError(f"cannot reach Docker ({error}): start dockerd, or set DOCKER_HOST") from error
         try:
             self._make_directory()
@@ -160,13 +125,14 @@ class DockerSubstrate:
                 path = self._state_dir / "keeper.sock"
                 self.keeper = await Keeper.open(self._config.binary_path, path, self._config.keep_s)
                 await self._adopt(self.keeper)
+                await asyncio.to_thread(spool.sweep, self._state_dir / "spool", set(self._sandboxes))
             await self._sweep()
             self._image = self._config.image or await self._make_image()
             self._has_quota = await self._probe_quota()
             await self._prove()
         except BaseException as error:
             await self.detach()
-            if isinstance(error, (DsecError, *_FAILURES)):
+            if isinstance(error, (DsecError, *FAILURES)):
                 raise HostUnfitError(f"Docker cannot be used: {error}") from error
             raise
 
@@ -317,7 +283,7 @@ class DockerSubstrate:
                 labels={_OWNER: _identity(self.keeper.pid if self.keeper else os.getpid())},
             )  # fmt: skip
             await self.engine.call(api.start, name)
-        except _FAILURES as error:
+        except FAILURES as error:
             raise SpawnError(f"Docker made no sandbox: {error}") from error
 
     async def end_of(self, name: str) -> str:
@@ -353,7 +319,15 @@ class DockerSubstrate:
         return top
 
     async def commit(self, name: str, spec: SandboxSpec) -> LayerId:
-        """See `DockerHost`: an image.  Docker reads it back, and compares with the digest of what it wrote."""
+        """See `DockerHost`: an image.  Docker reads it back, and compares with the digest of what it wrote.
+
+        Docker writes holes out, and a sandbox can make one of exabytes: they count like what was written.
+        """
+        found = await self._tell(self.engine.api.containers, all=True, size=True, filters={"name": f"^/{name}$"})
+        if (size := sum(one.get("SizeRw") or 0 for one in found)) > spec.disk_bytes:
+            raise ResourceExhaustedError(
+                f"the sandbox's files have {size} bytes, holes included, more than its disk_bytes, {spec.disk_bytes}"
+            )
         labels = {_BELOW: _recipe(spec.base, spec.layers)}
         made = await self._tell(self.engine.api.commit, name, pause=False, conf={"Labels": labels})
         await self._tell(self._read_back, made["Id"])
@@ -366,13 +340,13 @@ class DockerSubstrate:
     async def _tell(self, function: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
         try:
             return await self.engine.call(function, *arguments, **named)
-        except _FAILURES as error:
+        except FAILURES as error:
             raise ResourceExhaustedError(f"Docker: {error}") from error
 
     async def forget(self, sandbox: DockerSandbox) -> None:
         """Remove the container; what Docker refuses ends by itself, and is swept later."""
         if self._engine is not None:
-            with contextlib.suppress(*_FAILURES):
+            with contextlib.suppress(*FAILURES):
                 await self._engine.remove(sandbox.name)
         self._sandboxes.pop(sandbox.id, None)
         self._adopted.pop(sandbox.id, None)
