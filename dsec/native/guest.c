@@ -123,7 +123,7 @@ static int reap(void) {
         pid_t ended = attribute_end(pid, &status);
         for (int i = 0; i < EXECS_COUNT_MAX; i++) {
             struct command *command = &commands[i];
-            if (command->state == COMMAND_NONE || command->pid != ended) continue;
+            if (command->state == COMMAND_NONE || !ended || command->pid != ended) continue;
             command->pid = 0;
             command->wait_status = status;
             if (command->state == COMMAND_RUNNING) finish(command);

@@ -33,14 +33,17 @@
 #define START_POLL_MS 10
 #define START_POLLS_MAX 500
 #define KILLED_STATUS 9 /* a wait status: death by SIGKILL */
+#define NO_LEADER (-1)
 
-/* One page of these is shared with the supervisors.  `supervisor` 0: none, or it was killed. */
+/* One page of these is shared with the supervisors.  `supervisor` 0: none, or it was killed.  `leader` is the
+ * command's own process, or before it has said that it runs a number below NO_LEADER, another one for each attempt. */
 struct supervised {
     pid_t supervisor, leader;
-    int is_used, is_dying, has_ended, wait_status, error;
+    int is_used, is_dying, error;
 };
 
 static struct supervised *table;
+static pid_t last_ticket = NO_LEADER;
 
 int is_supervising(void) {
     return table != NULL;
@@ -68,31 +71,37 @@ void release_supervised(const struct exec_group *group) {
     table[group->number].is_used = 0;
 }
 
-/* The supervisor's life.  With `is_dying` it stays until its whole tree is reaped. */
-static _Noreturn void stay(struct supervised *entry) {
-    int status;
-    pid_t pid;
-    while ((pid = waitpid(-1, &status, 0)) > 0 || errno == EINTR) {
-        if (pid != entry->leader) continue;
-        entry->wait_status = status;
-        entry->has_ended = 1;
-        if (!entry->is_dying) break;
+/* The supervisor's life.  With `is_dying` it stays until its whole tree is reaped.  Else it leaves its command's end
+ * to the guest, which inherits it: whoever kills us between reaping an end and telling it would make it nobody's. */
+static _Noreturn void stay(const struct supervised *entry) {
+    siginfo_t child;
+    for (;;) {
+        int is_found = waitid(P_ALL, 0, &child, WEXITED | WNOWAIT) == 0;
+        if (!is_found && errno != EINTR) break;
+        if (!is_found) continue;
+        if (child.si_pid == entry->leader && !entry->is_dying) break;
+        waitpid(child.si_pid, NULL, 0);
     }
     _exit(0);
 }
 
-/* In the supervisor's process; returns in the command's, with 0. */
-static pid_t start_leader(struct supervised *entry, int started) {
+/* Who comes first decides: the command's process before it runs, or the guest when it waits no longer. */
+static int claim(struct supervised *entry, pid_t ticket, pid_t leader) {
+    return __sync_bool_compare_and_swap(&entry->leader, ticket, leader);
+}
+
+/* In the supervisor's process; returns in the command's, with 0.  The command may kill its supervisor before that
+ * gets to say anything, so it is the command itself that says that it runs: else it would be started again. */
+static pid_t start_leader(struct supervised *entry, pid_t ticket, int started) {
     prctl(PR_SET_CHILD_SUBREAPER, 1);
     pid_t leader = (pid_t)syscall(SYS_clone, SIGCHLD, 0L, 0L, 0L, 0L);
     if (leader == 0) {
+        if (!claim(entry, ticket, getpid())) _exit(127);
         close(started);
         return 0;
     }
-    entry->error = errno;
-    entry->leader = leader;
+    if (leader < 0) entry->error = errno;
     syscall(SYS_close_range, 3, ~0U, 0); /* `started` too, which is the word to the guest */
-    if (leader < 0) _exit(1);
     stay(entry);
 }
 
@@ -106,19 +115,22 @@ pid_t launch_supervised(const struct exec_group *group) {
     struct supervised *entry = &table[group->number];
     int started[2];
     if (pipe2(started, O_CLOEXEC) < 0) return -1;
+    pid_t ticket = --last_ticket;
+    entry->leader = ticket;
+    entry->error = 0;
     pid_t supervisor = (pid_t)syscall(SYS_clone, SIGCHLD, 0L, 0L, 0L, 0L);
     if (supervisor == 0) {
         close(started[0]);
-        return start_leader(entry, started[1]);
+        return start_leader(entry, ticket, started[1]);
     }
     int error = errno;
     close(started[1]);
     if (supervisor > 0) await_leader(supervisor, started[0]);
     close(started[0]);
     entry->supervisor = supervisor > 0 ? supervisor : 0;
-    if (supervisor > 0 && entry->leader > 0) return entry->leader;
+    if (supervisor > 0 && !claim(entry, ticket, NO_LEADER)) return entry->leader;
     if (supervisor > 0) forget_supervised(group);
-    errno = supervisor < 0 ? error : entry->leader < 0 ? entry->error : EAGAIN;
+    errno = supervisor < 0 ? error : entry->error ? entry->error : EAGAIN;
     return -1;
 }
 
@@ -134,9 +146,8 @@ pid_t attribute_end(pid_t reaped, int *status) {
         struct supervised *entry = &table[i];
         if (!entry->is_used || entry->supervisor != reaped) continue;
         entry->supervisor = 0;
-        int is_orphan = !entry->has_ended && kill(entry->leader, 0) == 0;
-        if (is_orphan) return 0;
-        *status = entry->has_ended ? entry->wait_status : KILLED_STATUS;
+        if (kill(entry->leader, 0) == 0) return 0; /* our own child now, ended or not */
+        *status = KILLED_STATUS;
         return entry->leader;
     }
     return reaped;

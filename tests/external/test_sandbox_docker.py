@@ -102,6 +102,16 @@ async def test_a_command_that_kills_its_supervisor_is_still_answered_and_timed(s
     await sandbox.destroy()
 
 
+async def test_a_command_that_kills_its_supervisor_at_its_first_step_runs_once_and_its_end_is_kept(
+    substrate: DockerSubstrate,
+) -> None:
+    sandbox = await substrate.create(SandboxSpec())
+    for _ in range(60):
+        result = await shell(sandbox, "kill -9 -1; echo still; exit 6")
+        assert (result.exit_code, result.stdout.data) == (6, b"still\n")
+    await sandbox.destroy()
+
+
 async def test_layers_that_were_not_made_upon_each_other_are_refused(substrate: DockerSubstrate) -> None:
     made: list[LayerId] = []
     for name in ("one", "two"):
