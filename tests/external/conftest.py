@@ -1,4 +1,4 @@
-"""A Docker daemon of our own for the tests that need one: no network, everything below one directory."""
+"""A Docker daemon of our own for the tests that need one: no network, all of it below one directory and one cgroup."""
 
 import shutil
 import signal
@@ -22,6 +22,7 @@ def docker_url() -> Iterator[str]:
     url = f"unix://{place}/sock"
     command = ["dockerd", "--iptables=false", "--ip-forward=false", "--ip-masq=false", "--bridge=none"]
     command += [f"--data-root={place}/root", f"--exec-root={place}/run", f"--pidfile={place}/pid", "-H", url]
+    command += [f"--cgroup-parent=/{place.name}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, text=True, start_new_session=True, **pipes) as daemon:
         try:
@@ -40,3 +41,5 @@ def docker_url() -> Iterator[str]:
     for mount in sorted((mount for mount in left if mount.startswith(str(place))), reverse=True):
         subprocess.run(["umount", "-l", mount], check=True)
     shutil.rmtree(place)
+    for parent in Path("/sys/fs/cgroup").glob(f"**/{place.name}"):
+        parent.rmdir()
