@@ -1,0 +1,110 @@
+"""`dsec run` over an Edge, its own or a served one: killed alone, it goes on with the sandboxes that lived on."""
+
+import contextlib
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import wal
+from rollout.ledger import Ledger
+from rollout.main import load_tokenizer
+
+SOLUTION = "solution/0"
+SOLVE = "echo begun >> /app/begun; sleep 1.5; [ $(wc -l < /app/begun) = 1 ] && echo yes > /app/done.txt\n"
+
+
+@pytest.fixture
+def task(make_task: Callable[..., Path], tmp_path: Path) -> Path:
+    """Solved only if its solution runs once in a sandbox, and to its end."""
+    folder = make_task(tmp_path / "task")
+    (folder / "solution/solve.sh").write_text(SOLVE)
+    return folder
+
+
+@pytest.fixture(params=["own", "served"])
+def edge(request: pytest.FixtureRequest, dsec: Any, edge_process: Any, tmp_path: Path) -> Any:
+    """None for a run with an Edge of its own, or one that is served."""
+    if request.param == "own":
+        yield None
+        return
+    served = edge_process(dsec, tmp_path / "edge")
+    yield served
+    assert sandboxes(served) == []
+    served.stop()
+
+
+def run(edge: Any, task: Path, out: Path) -> tuple[object, ...]:
+    where = ("--edge", edge.url) if edge else ()
+    return ("run", task, "--agent", "oracle", "--out", out, "--resume", "--json", *where)
+
+
+def sandboxes(edge: Any) -> list[Any]:
+    """Those that live."""
+    found: list[Any] = json.loads(edge.done("ps", "--json"))
+    return found
+
+
+def in_its_solution(dsec: Any, edge: Any, task: Path, out: Path, **env: str) -> tuple[subprocess.Popen[str], str]:
+    """A run whose solution runs, and the name of its sandbox."""
+    process: subprocess.Popen[str] = dsec.start(*run(edge, task, out), env=env)
+    while True:
+        assert process.poll() is None, process.communicate()
+        with contextlib.suppress(wal.WalError, subprocess.TimeoutExpired):
+            process.wait(0.02)
+        if not (out / "wal").exists():
+            continue
+        for trajectory in Ledger.read(out / "wal", load_tokenizer()).trajectories.values():
+            if SOLUTION in trajectory.entries:
+                return process, trajectory.sandbox_id
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """The run, and nothing else."""
+    process.kill()
+    process.communicate()
+
+
+def test_a_command_in_flight_is_collected_in_the_same_sandbox(dsec: Any, edge: Any, task: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process, sandbox_id = in_its_solution(dsec, edge, task, out)
+    kill(process)
+    summary = dsec.done(*run(edge, task, out)).json()
+    assert (summary["solved"], summary["infra_failures"], summary["resumes"]) == (1, 0, 1)
+    assert (summary["commands_replayed"], summary["commands_run_twice"]) == (0, 0)
+    (trajectory,) = Ledger.read(out / "wal", load_tokenizer()).trajectories.values()
+    assert (trajectory.incarnation, trajectory.sandbox_id) == (1, sandbox_id)
+    assert not (out / "edge").exists()
+
+
+def test_a_killed_run_that_nobody_resumes_leaves_nothing_at_the_edge(
+    dsec: Any, edge_process: Any, task: Path, tmp_path: Path
+) -> None:
+    edge = edge_process(dsec, tmp_path / "edge")
+    process, _ = in_its_solution(dsec, edge, task, tmp_path / "run", DSEC_LEASE_TTL_S="1")
+    kill(process)
+    assert len(sandboxes(edge)) == 1
+    while sandboxes(edge):
+        pass
+    summary = dsec.done(*run(edge, task, tmp_path / "run")).json()
+    assert (summary["solved"], summary["commands_run_twice"]) == (1, 0)
+    edge.stop()
+
+
+def test_an_interrupted_run_destroys_its_sandboxes(dsec: Any, edge: Any, task: Path, tmp_path: Path) -> None:
+    process, _ = in_its_solution(dsec, edge, task, tmp_path / "run")
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert dsec.guests() == []
+
+
+def test_an_edge_that_cannot_be_reached_is_told_before_anything_runs(dsec: Any, task: Path, tmp_path: Path) -> None:
+    ran = dsec("run", task, "--out", tmp_path / "run", "--edge", f"unix:{tmp_path}/none")
+    assert (ran.code, "no Edge answers at" in ran.err) == (3, True), ran.err
+    ran = dsec("run", task, "--out", tmp_path / "run2", "--edge", "http://localhost")
+    assert (ran.code, "is no address" in ran.err) == (2, True), ran.err
+    assert not (tmp_path / "run2").exists()
