@@ -23,6 +23,7 @@ from dsec.edge.native_process import NativeProcess
 from dsec.edge.native_wire import (
     KEPT_COUNT_MAX,
     KEY_BYTES_MAX,
+    PROTOCOL_VERSION,
     MalformedMessageError,
     MessageReader,
     MessageType,
@@ -53,7 +54,7 @@ class Keeper:
         self._held: dict[str, tuple[int, int]] = {}  # key -> (token, fd)
         self._count_max = KEPT_COUNT_MAX
         self._free_tokens = list(range(KEPT_COUNT_MAX - 1, -1, -1))
-        self._listed: asyncio.Future[None] | None = None
+        self._listed: asyncio.Future[int] | None = None
         self._healing = asyncio.Lock()
         self._is_closed = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -63,7 +64,7 @@ class Keeper:
     async def open(cls, binary: Path, path: Path, keep_s: int) -> Keeper:
         """Connect to the keeper of `path`, or start one that ends `keep_s` seconds after its last user.
 
-        HostUnfitError, also where another living process uses it.
+        HostUnfitError, also where another living process uses it, or another build of dsec started it.
         """
         keeper = cls(binary, path, keep_s)
         try:
@@ -169,24 +170,43 @@ class Keeper:
         self._packets = PacketSocket(connection, self._on_packet, self._on_close)
         try:
             async with asyncio.timeout(ATTACH_TIMEOUT_S):
-                await self._list()
-        except ConnectionError:  # it ended just now
+                version = await self._list()
+        except ConnectionError:
             self._release_kept()
+            await self._require_ended(pid)
             return False
         except TimeoutError as error:
             raise HostUnfitError(f"the keeper of {self._path} serves another process") from error
+        if version != PROTOCOL_VERSION:
+            raise self._stranger(pid, f"its protocol is {version}, ours {PROTOCOL_VERSION}")
         used = {token for token, _ in self._held.values()}
         self._free_tokens = [token for token in self._free_tokens if token not in used]
         return True
 
-    async def _list(self) -> None:
-        """Ask what is kept, and wait for all of it.  ConnectionError."""
+    async def _require_ended(self, pid: int) -> None:
+        """HostUnfitError if a keeper that hung up lives on: it does not understand us, and may hold sandboxes."""
+        try:
+            async with asyncio.timeout(ATTACH_TIMEOUT_S):
+                if self._process is not None:
+                    await self._process.ended()
+        except TimeoutError as error:
+            raise self._stranger(pid, "we do not understand each other") from error
+        self._process = None
+
+    def _stranger(self, pid: int, why: str) -> HostUnfitError:
+        return HostUnfitError(
+            f"the keeper of {self._path} was started by another build of dsec ({why}): serve this directory with that "
+            f"build until its sandboxes have ended, or end all of them: kill {pid}"
+        )
+
+    async def _list(self) -> int:
+        """Ask what is kept, and wait for all of it; the keeper's version.  ConnectionError."""
         if self._packets is None:
             raise ConnectionError("there is no keeper")
         self._listed = asyncio.get_running_loop().create_future()
         try:
             await self._packets.send(encode_u32(MessageType.LIST))
-            await self._listed
+            return await self._listed
         finally:
             self._listed = None
 
@@ -218,7 +238,10 @@ class Keeper:
                 ours.close()
                 raise
         self._packets = PacketSocket(ours, self._on_packet, self._on_close)
-        await self._list()
+        if (version := await self._list()) != PROTOCOL_VERSION:
+            raise HostUnfitError(
+                f"{self._binary} is of another build: its protocol is {version}, not {PROTOCOL_VERSION}"
+            )
 
     async def _send_put(self, keys: Collection[str]) -> bool:
         """False if there is no keeper."""
@@ -297,7 +320,7 @@ class Keeper:
             self.kept[key] = fd = fds.pop(0)
             self._held[key] = token, fd
         elif kind == MessageType.SYNCED and self._listed is not None and not self._listed.done():
-            self._listed.set_result(None)
+            self._listed.set_result(0 if reader.is_at_end else reader.u32())
         else:
             raise MalformedMessageError(f"the keeper sent a message of type {kind}")
 

@@ -17,6 +17,7 @@ import msgspec
 
 from dsec.types import SandboxSpec
 
+PROTOCOL_VERSION = 1
 NO_SLOT = 0xFFFFFFFF
 PACKET_BYTES_MAX = 65536
 PACKET_FDS_MAX = 4
@@ -170,6 +171,11 @@ class MessageReader:
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._offset = 0
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether every field was read."""
+        return self._offset >= len(self._data)
 
     def u32(self) -> int:
         """The next number."""

@@ -22,6 +22,7 @@ from dsec.edge.native_wire import (
     DESTROY_NETWORK,
     INIT_KEPT,
     NO_SLOT,
+    PROTOCOL_VERSION,
     CgroupPlan,
     MalformedMessageError,
     MessageReader,
@@ -245,7 +246,12 @@ class Spawner:
     def _on_start(self, kind: int, number: int, reader: MessageReader) -> None:
         if kind == MessageType.INITED:
             self.first_uid, self.slots_count = number, reader.u32()
-            self._inited.set_result(None)
+            version = 0 if reader.is_at_end else reader.u32()
+            if version == PROTOCOL_VERSION:
+                self._inited.set_result(None)
+            else:
+                what = f"its protocol is {version}, not {PROTOCOL_VERSION}: build dsec-sandbox again"
+                self._inited.set_exception(HostUnfitError(f"the spawner is of another build: {what}"))
         elif kind == MessageType.FAILED:
             self._inited.set_exception(HostUnfitError(f"the spawner cannot start: {step_error(reader)}"))
         else:

@@ -101,6 +101,7 @@ static int on_list(void) {
     }
     out.length = 0;
     put_u32(&out, MSG_SYNCED);
+    put_u32(&out, PROTOCOL_VERSION);
     return send_message(connection, &out, -1);
 }
 

@@ -8,7 +8,8 @@
  *
  * Numbers are little endian: u32, u64.  A string is u32 length, the bytes, one zero byte that
  * the length does not count.  A list is u32 count, then its items.  The first u32 of a message
- * is its type.  A message that does not parse ends the connection: both ends are ours.
+ * is its type.  A message that does not parse ends the connection: both ends are ours.  Both are of one build, too: who
+ * finds a keeper or spawner of another PROTOCOL_VERSION leaves it alone.
  *
  * Python -> spawner
  *   INIT     u32 flags (INIT_*), u32 slots count, u32 count, count x (string parent, string name)     + fd: the base skeleton
@@ -26,7 +27,7 @@
  *   SYNC                    asks what there is: INITED again, MOUNTED for each layer, ALIVE for each sandbox, then SYNCED
  *
  * spawner -> Python
- *   INITED   u32 the first host uid of slot 0, u32 slots count
+ *   INITED   u32 the first host uid of slot 0, u32 slots count, u32 PROTOCOL_VERSION
  *   FAILED   u32 slot (NO_SLOT: INIT failed), string step, u32 errno
  *   CREATED  u32 slot, u32 host pid of the guest                 + fd: Python's end of the guest socket
  *   GONE     u32 slot        every process dead, every cgroup removed or empty; the slot may be used again
@@ -65,7 +66,8 @@
  *   LIST     KEPT for each, then SYNCED
  * keeper -> Python
  *   KEPT     u32 token, string key     + fd
- *   SYNCED
+ *   SYNCED   u32 PROTOCOL_VERSION
+ * LIST, KEPT and SYNCED stay as they are for ever: by them builds find out about each other.
  *
  * The skeleton (a memfd; each sandbox unpacks it as its own root) is a list without a count, to the end of the file:
  *   u32 kind ('d' directory, 'f' file, 'l' symbolic link), u32 mode, string path, string content
@@ -133,6 +135,10 @@ enum refusal_stage {
     STAGE_USER = 9,     /* no such user */
     STAGE_TTY = 10,     /* no terminal to be had */
 };
+
+/* One more with every change after which a keeper, spawner or guest of before, or what the keeper has (its keys, the
+ * facts of a sandbox), is not understood. */
+#define PROTOCOL_VERSION 1
 
 #define NO_SLOT 0xffffffffu
 

@@ -52,6 +52,7 @@ int report_start(void) {
     put_u32(&out, MSG_INITED);
     put_u32(&out, spawner.first_uid);
     put_u32(&out, spawner.slots_count);
+    put_u32(&out, PROTOCOL_VERSION);
     return send_message(spawner.control, &out, -1);
 }
 

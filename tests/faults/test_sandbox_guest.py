@@ -12,9 +12,16 @@ import pytest
 
 from dsec.conformance.check import ENV, shell
 from dsec.edge.config import SubstrateConfig
-from dsec.edge.native_wire import MessageType, Stage, encode_string, encode_u32
+from dsec.edge.native_wire import PROTOCOL_VERSION, MessageType, Stage, encode_string, encode_u32
 from dsec.edge.substrates.container import ContainerSubstrate
-from dsec.errors import DsecError, InvalidArgumentError, ResourceExhaustedError, SandboxLostError, SpawnError
+from dsec.errors import (
+    DsecError,
+    HostUnfitError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    SandboxLostError,
+    SpawnError,
+)
 from dsec.types import Command, SandboxSpec
 
 # A spawner and its guests as one process.  A command `answer HEX` is answered with these bytes, in which
@@ -38,7 +45,7 @@ def serve(guest):
 
 control = socket.socket(fileno=int(sys.argv[2]))
 control.recv(65536)
-control.send(encode_u32(MessageType.INITED, 0, 256))
+control.send(encode_u32(MessageType.INITED, 0, 256, {version}))
 while packet := control.recv(65536):
     kind, slot = struct.unpack_from("<2I", packet)
     if kind == MessageType.DESTROY:
@@ -52,11 +59,23 @@ while packet := control.recv(65536):
 """
 
 
+def write_spawner(program: Path, version: int = PROTOCOL_VERSION, step: str = "pass") -> None:
+    text = SPAWNER.replace("{python}", sys.executable).replace("{version}", str(version))
+    program.write_text(text.replace("    kind, slot =", f"    {step}\n    kind, slot ="))
+    program.chmod(0o755)
+
+
+async def test_a_spawner_of_another_build_is_refused(tmp_path: Path) -> None:
+    program = tmp_path / "spawner"
+    write_spawner(program, PROTOCOL_VERSION + 1)
+    with pytest.raises(HostUnfitError, match="another build"):
+        await ContainerSubstrate(SubstrateConfig(binary_path=program)).open()
+
+
 @pytest.fixture
 async def scripted(tmp_path: Path) -> AsyncIterator[ContainerSubstrate]:
     program = tmp_path / "spawner"
-    program.write_text(SPAWNER.replace("{python}", sys.executable))
-    program.chmod(0o755)
+    write_spawner(program)
     substrate = ContainerSubstrate(SubstrateConfig(binary_path=program))
     await substrate.open()
     yield substrate
@@ -149,10 +168,8 @@ async def test_descriptors_that_nobody_asked_for_are_closed(scripted: ContainerS
 
 async def test_a_spawner_that_talks_nonsense_is_replaced(tmp_path: Path) -> None:
     program = tmp_path / "spawner"
-    mad = SPAWNER.replace("{python}", sys.executable).replace("    kind, slot =", "    NONSENSE\n    kind, slot =")
     once = f"os.path.exists({str(tmp_path)!r} + '/mad') and (os.unlink({str(tmp_path)!r} + '/mad'), control.send(b'x'))"
-    program.write_text(mad.replace("NONSENSE", once))
-    program.chmod(0o755)
+    write_spawner(program, step=once)
     substrate = ContainerSubstrate(SubstrateConfig(binary_path=program))
     await substrate.open()
     (tmp_path / "mad").touch()

@@ -9,7 +9,9 @@ Each descriptor has a key that says what it is; a sandbox is whole if its guest'
     layer/<number>/<layer id>             the open file of a mounted layer
     network/<sandbox id>                  where its proxy listens (dsec/edge/network)
 
-See: dsec/edge/keeper.py.
+Another form of these, or of the facts, is another PROTOCOL_VERSION.
+
+See: dsec/edge/keeper.py, dsec/native/protocol.h.
 """
 
 from __future__ import annotations

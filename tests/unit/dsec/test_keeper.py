@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from dsec.edge import keeper as keeper_module
 from dsec.edge.config import NATIVE_BINARY
 from dsec.edge.keeper import Keeper
-from dsec.edge.native_wire import KEY_BYTES_MAX
+from dsec.edge.native_wire import KEY_BYTES_MAX, PROTOCOL_VERSION, MessageType, encode_string, encode_u32
 from dsec.errors import HostUnfitError
 
 
@@ -181,6 +182,52 @@ async def test_a_second_living_process_is_refused(tmp_path: Path, monkeypatch: p
     with pytest.raises(HostUnfitError, match="serves another process"):
         await Keeper.open(NATIVE_BINARY, tmp_path / "keeper.sock", 600)
     await keeper.close()
+
+
+def serve_as(path: Path, *answers: bytes) -> threading.Thread:
+    """A keeper that we are: it is asked once, and has one descriptor."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(path))
+    listener.listen()
+
+    def serve() -> None:
+        with listener, listener.accept()[0] as connection:
+            connection.recv(100)
+            socket.send_fds(connection, [encode_u32(MessageType.KEPT, 0) + encode_string("kept")], [0])
+            for answer in answers:
+                connection.send(answer)
+            connection.recv(100)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (encode_u32(MessageType.SYNCED), "its protocol is 0"),
+        (encode_u32(MessageType.SYNCED, PROTOCOL_VERSION + 1), f"its protocol is {PROTOCOL_VERSION + 1}"),
+        (b"\xff\xff\xff\xff", "do not understand"),
+    ],
+)
+async def test_a_keeper_of_another_build_is_left_alone_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, why: str
+) -> None:
+    monkeypatch.setattr(keeper_module, "ATTACH_TIMEOUT_S", 0.05 if "understand" in why else 10)
+    files = len(os.listdir("/proc/self/fd"))
+    path = tmp_path / "keeper.sock"
+    stranger = serve_as(path, answer)
+    with pytest.raises(HostUnfitError, match=rf"{why}.*kill {os.getpid()}"):
+        await Keeper.open(NATIVE_BINARY, path, 600)
+    stranger.join()
+    assert path.exists()
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_both_sides_know_one_version() -> None:
+    header = NATIVE_BINARY.with_name("protocol.h").read_text()
+    assert f"\n#define PROTOCOL_VERSION {PROTOCOL_VERSION}\n" in header
 
 
 async def test_a_packet_without_sense_ends_the_connection_and_nothing_else(tmp_path: Path) -> None:
