@@ -1,5 +1,6 @@
 """The law of the service: from any prefix of its log a run ends the same, and nothing logged is done again."""
 
+import contextlib
 import math
 import shutil
 from collections.abc import AsyncGenerator, Sequence
@@ -8,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import wal
-from dsec.testing import FakeSandbox, FakeSubstrate, Script
-from dsec.types import Command, ExecResult, Output
+from dsec.testing import FakeHost, FakeSandbox, FakeSubstrate, Script
+from dsec.types import Command, ExecResult, Output, SandboxId, SandboxSpec
 from rollout import journal
 from rollout.bench.tasks import Task, task_from_files
 from rollout.config import RolloutConfig
@@ -102,6 +103,88 @@ async def test_from_every_prefix_of_its_log_a_run_ends_the_same_and_draws_no_log
         assert (summary.solved, summary.infra_failures) == (2, 0)
         assert (summary.tokens_regenerated, summary.commands_run_twice) == (0, 0)
         shutil.rmtree(directory)
+
+
+class MortalSubstrate(FakeSubstrate):
+    """Its process can be killed: what is on the host is then out of its reach."""
+
+    is_dead = False
+
+    async def create(self, spec: SandboxSpec, sandbox_id: SandboxId | None = None) -> FakeSandbox:
+        made = await super().create(spec, sandbox_id)
+        made.__class__ = MortalSandbox
+        made.owner = self  # type: ignore[attr-defined]
+        return made
+
+    async def open(self) -> None:
+        await super().open()
+        for sandbox in self.adopted().values():
+            sandbox.owner = self  # type: ignore[attr-defined]
+
+    async def close(self) -> None:
+        if not self.is_dead:
+            await super().close()
+
+
+class MortalSandbox(FakeSandbox):
+    owner: MortalSubstrate
+
+    async def destroy(self) -> None:
+        if not self.owner.is_dead:
+            await super().destroy()
+
+
+class LastWords:
+    """A log that a number of records reach; with the last one its process dies, before or after that is durable."""
+
+    def __init__(self, commit: wal.GroupCommit, count: int, substrate: MortalSubstrate, *, writes_last: bool) -> None:
+        self._commit, self._left, self._substrate, self._writes_last = commit, count, substrate, writes_last
+
+    async def append(self, kind: int, payload: bytes) -> int:
+        self._left -= 1
+        if self._left > 0:
+            return await self._commit.append(kind, payload)
+        self._substrate.is_dead = True
+        if self._left == 0 and self._writes_last:
+            await self._commit.append(kind, payload)
+        raise wal.ClosedError(Path("killed"))
+
+    async def close(self) -> None:
+        await self._commit.close()
+
+
+async def run_until(count: int, directory: Path, host: FakeHost, *, writes_last: bool = False) -> Ledger:
+    """Run or resume on the host, until a process that writes so many records is killed."""
+    engine, substrate = ScriptedEngine(TOKENIZER, script, chunk_tokens_count=5), MortalSubstrate(world, host)
+    async with RolloutService(directory, engine, substrate, TOKENIZER, CONFIG) as service:
+        commit = service.journal._commit
+        service.journal._commit = LastWords(commit, count, substrate, writes_last=writes_last)  # type: ignore[assignment]
+        with contextlib.suppress(wal.ClosedError):
+            if not service.ledger.jobs:
+                await service.submit(make_job("run", tasks()[:1], group_size=1, sampling=Sampling(seed=1)), tasks()[:1])
+            await service.start()
+            await service.wait("run")
+        return service.ledger
+
+
+@pytest.mark.parametrize("writes_last", [False, True])
+async def test_wherever_a_process_is_killed_the_next_one_goes_on_in_the_sandbox_that_lived_on(
+    tmp_path: Path, *, writes_last: bool
+) -> None:
+    whole = await run_until(10_000, tmp_path / "whole", FakeHost())
+    assert summarise(whole).solved == 1
+    (trajectory,) = whole.trajectories.values()
+    for count in range(1, len(list(wal.read(tmp_path / "whole/wal"))) + 1):
+        host = FakeHost()
+        await run_until(count, tmp_path / f"{count}", host, writes_last=writes_last)
+        resumed = await run_until(10_000, tmp_path / f"{count}", host)
+        assert token_ids(resumed) == token_ids(whole), f"killed at record {count}"
+        summary = summarise(resumed)
+        assert (summary.tokens_regenerated, summary.commands_replayed, summary.commands_run_twice) == (0, 0, 0)
+        (again,) = resumed.trajectories.values()
+        assert list(again.entries) == list(trajectory.entries), f"killed at record {count}"
+        assert again.incarnation == 1
+        assert host.sandboxes == {}
 
 
 async def test_the_ledger_that_a_service_holds_equals_the_one_that_is_read_back(tmp_path: Path) -> None:
