@@ -1,27 +1,34 @@
 """Commands for layers and images: `dsec image build|import|tag|ls|inspect|rm|publish|gc`.
 
-They work on this host's store directly (DSEC_IMAGES_DIRECTORY), beside a running Edge or without one.
+With DSEC_API_URL they ask that Edge; without it they work on this host's store directly (DSEC_IMAGES_DIRECTORY),
+beside a running Edge or with none.  What reads and writes more than an archive (build, publish, --check) is always done
+on the host of the store.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import click
 import msgspec
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from dsec.client.images import AsyncImages
 from dsec.edge.images.config import ImagesConfig
-from dsec.edge.images.facts import Image, LayerFacts, is_layer_id
+from dsec.edge.images.service import Images as LocalImages
 from dsec.edge.images.store import LayerStore
+from dsec.errors import NotFoundError
+from dsec.images import Image, Layer, check_image_name, is_layer_id
 from dsec.terminal import render_columns, visible_line
 from dsec.types import LayerId
+from dsec.views import ImportOptions
 
 MIB = 1 << 20
 T = TypeVar("T")
@@ -32,17 +39,37 @@ COMPRESS_OPTION = click.option(
 TAG_OPTION = click.option("--tag", default="", help="The image's name.")
 
 
-class Layer(LayerFacts, frozen=True, kw_only=True):
-    """A layer as the commands print it."""
+class Images(Protocol):
+    """What `dsec.edge.images.service.Images` and `dsec.client.images.AsyncImages` have in common."""
 
-    id: LayerId
+    async def images(self) -> list[Image]: ...  # noqa: D102  documented there
+
+    async def layers(self) -> list[Layer]: ...  # noqa: D102
+
+    async def tag(self, name: str, references: Sequence[str]) -> Image: ...  # noqa: D102
+
+    async def remove(self, reference: str) -> None: ...  # noqa: D102
+
+    async def collect(self) -> list[LayerId]: ...  # noqa: D102
 
 
 def _example(*lines: str) -> str:
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def _run(use: Callable[[LayerStore], Awaitable[T]]) -> T:
+def _run(use: Callable[[Images], Awaitable[T]]) -> T:
+    """What `use` makes of the Edge's images, or without DSEC_API_URL of this host's."""
+    if os.environ.get("DSEC_API_URL"):
+        return asyncio.run(_ask(use))
+    return _run_here(lambda store: use(LocalImages(store)))
+
+
+async def _ask(use: Callable[[AsyncImages], Awaitable[T]]) -> T:
+    async with AsyncImages() as images:
+        return await use(images)
+
+
+def _run_here(use: Callable[[LayerStore], Awaitable[T]]) -> T:
     async def run() -> T:
         store = ImagesConfig().store()
         await store.open()
@@ -51,6 +78,11 @@ def _run(use: Callable[[LayerStore], Awaitable[T]]) -> T:
         finally:
             store.close()
 
+    url = os.environ.get("DSEC_API_URL", "unix:")
+    if not url.startswith("unix:"):
+        raise click.UsageError(
+            f"this works on this host's own images, and DSEC_API_URL names {url}: do it there, or unset DSEC_API_URL"
+        )
     return asyncio.run(run())
 
 
@@ -98,7 +130,7 @@ def debian(packages: str, suite: str, mirror: str, tag: str, *, compressed: bool
     from dsec.edge.images.debian import build_debian
 
     with _progress("building") as (count, report):
-        made = _run(
+        made = _run_here(
             lambda store: build_debian(
                 store,
                 tag or "debian",
@@ -131,7 +163,7 @@ def directory(path: Path, at: str, tag: str, *, compressed: bool, as_json: bool)
         return await store.tag(made) if tag else made
 
     with _progress("building") as (count, _):
-        made = _run(make)
+        made = _run_here(make)
     if tag or as_json:
         _print_image(made, as_json=as_json)
     else:
@@ -148,12 +180,13 @@ def import_(path: Path, reference: str, tag: str, *, compressed: bool, as_json: 
     """An image from an OCI layout or what `docker save` wrote (a directory or a tar); the tag is as there."""
     from dsec.edge.images.importer import import_image
 
-    with _progress("importing") as (count, _):
-        made = _run(
-            lambda store: import_image(
-                store, path, name=tag, reference=reference, compressed=compressed, progress=count
-            )
-        )
+    options = ImportOptions(name=tag, reference=reference, compressed=compressed)
+    if os.environ.get("DSEC_API_URL"):
+        with _progress("sending") as (count, _):
+            made = asyncio.run(_ask(lambda images: images.import_archive(path, options, progress=count)))
+    else:
+        with _progress("importing") as (count, _):
+            made = _run_here(lambda store: import_image(store, path, options, progress=count))
     _print_image(made, as_json=as_json)
 
 
@@ -163,7 +196,7 @@ def import_(path: Path, reference: str, tag: str, *, compressed: bool, as_json: 
 @JSON_OPTION
 def tag(name: str, references: tuple[str, ...], *, as_json: bool) -> None:
     """Name what lies over each other, the topmost first: images by name, layers by id."""
-    made = _run(lambda store: store.tag(store.compose(name, references)))
+    made = _run(lambda images: images.tag(name, references))
     _print_image(made, as_json=as_json)
 
 
@@ -171,18 +204,14 @@ def tag(name: str, references: tuple[str, ...], *, as_json: bool) -> None:
 @JSON_OPTION
 def ls(*, as_json: bool) -> None:
     """Every image, then every layer that no image has."""
-
-    async def look(store: LayerStore) -> tuple[list[Image], dict[LayerId, LayerFacts]]:
-        return list(store.images().values()), store.layers()
-
-    images, layers = _run(look)
+    images, layers = _run(_look)
     if as_json:
-        listed: Any = {"images": images, "layers": [_layer(layer_id, facts) for layer_id, facts in layers.items()]}
+        listed: Any = {"images": images, "layers": list(layers.values())}
         click.echo(msgspec.json.encode(listed))
         return
     named = {layer_id for made in images for layer_id in made.layers}
     rows = [(one.name, str(len(one.layers)), _size(one.layers, layers), one.source) for one in images]
-    rows += [(layer_id, "1", _size([layer_id], layers), facts.made_from) for layer_id, facts in layers.items()
+    rows += [(layer_id, "1", _size([layer_id], layers), layer.made_from) for layer_id, layer in layers.items()
              if layer_id not in named]  # fmt: skip
     click.echo(render_columns(("IMAGE", "LAYERS", "MIB", "FROM"), rows))
 
@@ -192,14 +221,19 @@ def ls(*, as_json: bool) -> None:
 @click.option("--check", is_flag=True, help="Read every layer again and compare its digest.")
 def inspect(reference: str, *, check: bool) -> None:
     """One image or layer, all that is known of it, as JSON."""
-
-    async def look(store: LayerStore) -> dict[str, Any]:
-        found = store.resolve(reference)
-        if check:
-            await store.check(found.layers)
-        return {"image": found, "layers": [_layer(layer_id, store.facts(layer_id)) for layer_id in found.layers]}
-
-    click.echo(msgspec.json.format(msgspec.json.encode(_run(look))))
+    images, layers = _run(_look)
+    if is_layer_id(reference):
+        found = Image(name="", layers=(LayerId(reference), *_known(layers, reference).parents))
+    else:
+        name = check_image_name(reference)
+        matches = [one for one in images if one.name == name]
+        if not matches:
+            raise NotFoundError(f"there is no image {reference}; dsec image ls names them")
+        found = matches[0]
+    if check:
+        _run_here(lambda store: store.check(found.layers))
+    shown = {"image": found, "layers": [_known(layers, layer_id) for layer_id in found.layers]}
+    click.echo(msgspec.json.format(msgspec.json.encode(shown)))
 
 
 @image.command(epilog=_example("dsec image rm tools:1"))
@@ -207,12 +241,9 @@ def inspect(reference: str, *, check: bool) -> None:
 def rm(references: tuple[str, ...]) -> None:
     """Forget images by name (their layers go when the room is needed, or with `gc`), or remove layers by id."""
 
-    async def remove(store: LayerStore) -> None:
+    async def remove(images: Images) -> None:
         for reference in references:
-            if is_layer_id(reference):
-                await store.remove(LayerId(reference))
-            else:
-                await store.untag(reference)
+            await images.remove(reference)
 
     _run(remove)
 
@@ -221,7 +252,7 @@ def rm(references: tuple[str, ...]) -> None:
 @JSON_OPTION
 def gc(*, as_json: bool) -> None:
     """Remove every layer that no image, no other layer and no sandbox needs."""
-    removed = _run(lambda store: store.collect())
+    removed = _run(lambda images: images.collect())
     click.echo(msgspec.json.encode(removed) if as_json else "\n".join(removed), nl=as_json or bool(removed))
     if not as_json:
         click.echo(f"removed {len(removed)} layers", file=sys.stderr)
@@ -236,12 +267,18 @@ def publish(references: tuple[str, ...]) -> None:
         for reference in references:
             await store.publish(store.resolve(reference))
 
-    _run(copy)
+    _run_here(copy)
 
 
-def _layer(layer_id: LayerId, facts: LayerFacts) -> Layer:
-    return Layer(id=layer_id, **msgspec.structs.asdict(facts))
+async def _look(images: Images) -> tuple[list[Image], dict[LayerId, Layer]]:
+    return await images.images(), {layer.id: layer for layer in await images.layers()}
 
 
-def _size(layer_ids: Any, layers: dict[LayerId, LayerFacts]) -> str:
+def _known(layers: dict[LayerId, Layer], reference: str) -> Layer:
+    if (found := layers.get(LayerId(reference))) is None:
+        raise NotFoundError(f"there is no layer {reference}")
+    return found
+
+
+def _size(layer_ids: Any, layers: dict[LayerId, Layer]) -> str:
     return f"{sum(layers[one].size_bytes for one in layer_ids if one in layers) / MIB:,.1f}"

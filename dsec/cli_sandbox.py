@@ -190,13 +190,17 @@ def rm(ids: Sequence[str]) -> None:
 
 @click.command(
     short_help="Keep what was written in a sandbox, as a layer.",
-    epilog=example("layer=$(dsec snapshot ID)", "dsec create --layer $layer"),
+    epilog=example("layer=$(dsec snapshot ID)", "dsec create --layer $layer", "dsec snapshot ID --tag agent:3"),
 )
 @click.argument("sandbox_id", metavar="ID")
+@click.option("--tag", default="", help="Name it, and what it lies over, as an image.")
 @JSON_OPTION
-def snapshot(sandbox_id: str, as_json: bool) -> None:
-    """Pack what was written in a sandbox as a layer, and print the layer's id."""
-    layer = asyncio.run(connected(sandbox_id, lambda sandbox: sandbox.snapshot()))
+def snapshot(sandbox_id: str, tag: str, as_json: bool) -> None:
+    """Pack what was written in a sandbox as a layer, and print the layer's id.
+
+    Without --tag the layer goes when room is needed.  The image of --tag runs commands as the sandbox does.
+    """
+    layer = asyncio.run(connected(sandbox_id, lambda sandbox: sandbox.snapshot(tag)))
     click.echo(msgspec.json.encode({"layer": layer}) if as_json else layer)
 
 

@@ -180,7 +180,7 @@ class Files:
         """
         await self.make_dir(path)
         if isinstance(source, Path):
-            async with aclosing(_pack(source)) as pieces:
+            async with aclosing(pack_directory(source)) as pieces:
                 await self._unpack(pieces, path)
         else:
             await self._unpack(source, path)
@@ -290,7 +290,7 @@ async def _whole_archive(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         raise InvalidArgumentError("the archive has no end: it is cut off, compressed, or no tar archive")
 
 
-async def _pack(directory: Path) -> AsyncGenerator[bytes]:
+async def pack_directory(directory: Path) -> AsyncGenerator[bytes]:
     """A directory of this machine as an archive; this machine's tar makes it."""
     if not directory.is_dir():
         raise InvalidArgumentError(f"{str(directory)!r} is not a directory of this machine")

@@ -12,7 +12,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from dsec.errors import InvalidArgumentError
+from dsec.images import Image, ImageConfig, Layer
 from dsec.pb.v1 import edge_pb2 as pb
 from dsec.types import (
     Command,
@@ -27,7 +30,7 @@ from dsec.types import (
     Stream,
     TtySize,
 )
-from dsec.views import CommandView, CreateRequest, HostView, SandboxView
+from dsec.views import CommandView, CreateRequest, HostView, ImportOptions, SandboxView
 
 STREAMS: dict[int, Stream] = {pb.STREAM_UNSPECIFIED: "stdout", pb.STDOUT: "stdout", pb.STDERR: "stderr"}
 STREAM_NUMBERS: dict[Stream, pb.Stream] = {"stdout": pb.STDOUT, "stderr": pb.STDERR}
@@ -254,6 +257,62 @@ def info_of(message: pb.CommandInfo) -> CommandView:
         state=message.state,  # type: ignore[arg-type]  # the server's own words
         result=result_of(message.result) if message.HasField("result") else None,
     )
+
+
+def layer_message(layer: Layer) -> pb.LayerFacts:
+    """A layer as it is shown."""
+    return pb.LayerFacts(**msgspec.structs.asdict(layer))
+
+
+def layer_of(message: pb.LayerFacts) -> Layer:
+    """A layer as it is shown."""
+    fields = {name: getattr(message, name) for name in Layer.__struct_fields__}
+    return Layer(**fields | {"parents": tuple(message.parents)})
+
+
+def image_message(image: Image) -> pb.Image:
+    """A name for layers."""
+    return pb.Image(
+        name=image.name,
+        layers=image.layers,
+        defaults=defaults_message(image.config.defaults),
+        entrypoint=image.config.entrypoint,
+        command=image.config.command,
+        created_at_s=image.created_at_s,
+        source=image.source,
+    )
+
+
+def image_of(message: pb.Image) -> Image:
+    """A name for layers."""
+    defaults = defaults_of(message.defaults)
+    config = ImageConfig(
+        env=defaults.env,
+        workdir=defaults.cwd or "/",
+        user=defaults.user,
+        entrypoint=tuple(message.entrypoint),
+        command=tuple(message.command),
+    )
+    return Image(
+        name=message.name,
+        layers=tuple(map(LayerId, message.layers)),
+        config=config,
+        created_at_s=message.created_at_s,
+        source=message.source,
+    )
+
+
+def import_message(options: ImportOptions) -> pb.ImportOptions:
+    """How an archive becomes an image.  InvalidArgumentError for what is no text."""
+    try:
+        return pb.ImportOptions(**msgspec.structs.asdict(options))
+    except ValueError as error:
+        raise InvalidArgumentError(f"the name of an image or of its archive cannot be sent: {error}") from error
+
+
+def import_of(message: pb.ImportOptions) -> ImportOptions:
+    """How an archive becomes an image."""
+    return ImportOptions(**{name: getattr(message, name) for name in ImportOptions.__struct_fields__})
 
 
 def host_message(view: HostView) -> pb.Host:

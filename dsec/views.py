@@ -60,6 +60,19 @@ class CommandView(msgspec.Struct, frozen=True, kw_only=True):
     result: ExecResult | None = None
 
 
+class ImportOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How an archive becomes an image.
+
+    `name` is the image's ("": as it is named there, or after `source`, the archive's own name); `reference` says which,
+    where there are several; `compressed` layers are smaller and take longer to make.
+    """
+
+    name: str = ""
+    reference: str = ""
+    source: str = ""
+    compressed: bool = False
+
+
 class HostView(msgspec.Struct, frozen=True, kw_only=True):
     """An Edge and its host: what is used of each bound (name -> used, total), and the sandboxes by state."""
 

@@ -206,9 +206,9 @@ class Sandbox:
         """Let it go on."""
         LOOP.run(self._sandbox.resume())
 
-    def snapshot(self) -> LayerId:
-        """What was written in it, as a layer: `create(layers=[layer])` goes on from there."""
-        return LOOP.run(self._sandbox.snapshot())
+    def snapshot(self, name: str = "") -> LayerId:
+        """What was written in it, as a layer: `create(layers=[layer])` goes on from there; with a name, an image."""
+        return LOOP.run(self._sandbox.snapshot(name))
 
     def fork(self, count: int = 1, **options: Unpack[CreateOptions]) -> Sequence[Self]:
         """Sandboxes that go on from what was written in this one: all of them, or none and an error."""

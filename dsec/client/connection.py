@@ -104,6 +104,26 @@ class Connection:
         finally:
             call.cancel()
 
+    async def exchange(self, name: str, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """One call that answers each request, which is sent when the one before was answered, and then its last word.
+
+        Not repeated.  Raises as `call`, and what `requests` raises.  (A server that refuses while a message is on its
+        way would be lost in an error of gRPC's own.)
+        """
+        await self._connected(Patience())
+        call = getattr(self.stub, name)(metadata=self._metadata)
+        try:
+            async for request in requests:
+                await call.write(request)
+                yield await call.read()
+                self._has_answered = True
+            await call.done_writing()
+            yield await call.read()
+        except grpc.aio.AioRpcError as error:
+            raise self._failure(error) from None
+        finally:
+            call.cancel()
+
     async def _connected(self, patience: Patience) -> None:
         broken = UnreachableError(f"the connection to the Edge at {self.url} broke")
         try:

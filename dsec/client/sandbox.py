@@ -170,9 +170,13 @@ class AsyncSandbox:
         """Let it go on."""
         await self.remote.resume()
 
-    async def snapshot(self) -> LayerId:
-        """What was written in it, as a layer: `create(layers=[layer])` goes on from there."""
-        return await self.remote.snapshot()
+    async def snapshot(self, name: str = "") -> LayerId:
+        """What was written in it, as a layer: `create(layers=[layer])` goes on from there.
+
+        With a name it becomes an image, together with what it lies over and how commands run there; without one it
+        goes when room is needed.
+        """
+        return await self.remote.snapshot(name)
 
     async def fork(self, count: int = 1, **options: Unpack[CreateOptions]) -> Sequence[Self]:
         """Sandboxes that go on from what was written in this one: all of them, or none and an error."""

@@ -196,9 +196,10 @@ class RemoteSandbox:
         """See `dsec.sandbox.Sandbox.resume`."""
         await self._connection.call("Resume", self._reference)
 
-    async def snapshot(self) -> LayerId:
-        """See `dsec.sandbox.Sandbox.snapshot`."""
-        reply = await self._connection.call("Snapshot", self._reference, timeout_s=SLOW_CALL_TIMEOUT_S)
+    async def snapshot(self, name: str = "") -> LayerId:
+        """See `dsec.sandbox.Sandbox.snapshot`.  With a name, that and what it lies over become an image."""
+        request = pb.SnapshotRequest(sandbox_id=self._id, name=name)
+        reply = await self._connection.call("Snapshot", request, timeout_s=SLOW_CALL_TIMEOUT_S)
         return LayerId(reply.layer_id)
 
     async def fork(self, count: int, options: CreateRequest) -> list[SandboxId]:

@@ -5,10 +5,12 @@ See: proto/dsec/pb/v1/edge.proto; dsec/wire.py for the statuses; dsec/messages.p
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import grpc
@@ -17,9 +19,10 @@ from grpc_reflection.v1alpha import reflection
 
 from dsec import messages
 from dsec.edge.attach import Chunk, attach
+from dsec.edge.images.service import Images
 from dsec.edge.listen import Listen, claim_socket
 from dsec.edge.service import Edge
-from dsec.errors import DsecError, InvalidArgumentError
+from dsec.errors import DsecError, HostUnfitError, InvalidArgumentError
 from dsec.pb.v1 import edge_pb2 as pb
 from dsec.pb.v1 import edge_pb2_grpc as pb_grpc
 from dsec.types import Stream
@@ -48,8 +51,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class EdgeServicer(pb_grpc.EdgeServicer):
     """The calls of edge.proto, each on the open Edge."""
 
-    def __init__(self, edge: Edge) -> None:
+    def __init__(self, edge: Edge, images: Images | None) -> None:
         self._edge = edge
+        self._images = images
 
     # ruff: noqa: N802  (the names are the protocol's; their documentation is in edge.proto)
     # ruff: noqa: D102
@@ -76,9 +80,14 @@ class EdgeServicer(pb_grpc.EdgeServicer):
     async def Resume(self, request: pb.SandboxRef, context: Context) -> pb.Done:
         return await _done(context, "Resume", self._edge.resume(request.sandbox_id))
 
-    async def Snapshot(self, request: pb.SandboxRef, context: Context) -> pb.Layer:
+    async def Snapshot(self, request: pb.SnapshotRequest, context: Context) -> pb.Layer:
         async with _answering(context, "Snapshot"):
-            return pb.Layer(layer_id=await self._edge.snapshot(request.sandbox_id))
+            take = partial(self._edge.snapshot, request.sandbox_id)
+            if request.name:
+                layer = await self._store().snapshot(request.name, take, self._edge.get(request.sandbox_id))
+            else:
+                layer = await take()
+            return pb.Layer(layer_id=layer)
 
     async def Fork(self, request: pb.ForkRequest, context: Context) -> pb.Sandboxes:
         async with _answering(context, "Fork"):
@@ -171,6 +180,51 @@ class EdgeServicer(pb_grpc.EdgeServicer):
         async with _answering(context, "GetHost"):
             return messages.host_message(self._edge.status())
 
+    def _store(self) -> Images:
+        if self._images is None:
+            raise HostUnfitError("this Edge's substrate has no store of images: images are Docker's own there")
+        return self._images
+
+    async def ListImages(self, request: pb.ListImagesRequest, context: Context) -> AsyncIterator[pb.Image]:
+        async with _answering(context, "ListImages"):
+            for image in await self._store().images():
+                yield messages.image_message(image)
+
+    async def ListLayers(self, request: pb.ListLayersRequest, context: Context) -> AsyncIterator[pb.LayerFacts]:
+        async with _answering(context, "ListLayers"):
+            for layer in await self._store().layers():
+                yield messages.layer_message(layer)
+
+    async def ImportImage(self, requests: AsyncIterator[pb.ImportImageRequest], context: Context) -> None:
+        async with _answering(context, "ImportImage"):
+            first = await anext(requests, None)
+            if first is None or not first.HasField("options"):
+                raise InvalidArgumentError("the first message says the options, and those after it the archive's bytes")
+
+            async def pieces() -> AsyncIterator[bytes]:
+                total = 0
+                await context.write(pb.ImportImageReply(received_bytes=total))
+                async for request in requests:
+                    yield request.data
+                    total += len(request.data)
+                    await context.write(pb.ImportImageReply(received_bytes=total))
+
+            image = await self._store().receive(messages.import_of(first.options), pieces())
+            await context.write(pb.ImportImageReply(image=messages.image_message(image)))
+
+    async def TagImage(self, request: pb.TagImageRequest, context: Context) -> pb.Image:
+        async with _answering(context, "TagImage"):
+            return messages.image_message(await self._store().tag(request.name, request.references))
+
+    async def RemoveImage(self, request: pb.RemoveImageRequest, context: Context) -> pb.Done:
+        async with _answering(context, "RemoveImage"):
+            await self._store().remove(request.reference)
+            return pb.Done()
+
+    async def CollectLayers(self, request: pb.CollectLayersRequest, context: Context) -> pb.CollectedLayers:
+        async with _answering(context, "CollectLayers"):
+            return pb.CollectedLayers(layer_ids=await self._store().collect())
+
 
 def _chunk_message(chunk: Chunk) -> pb.Chunk:
     return pb.Chunk(stream=messages.STREAM_NUMBERS[chunk.stream], offset=chunk.offset, data=chunk.data)
@@ -201,6 +255,8 @@ async def _answering(context: Context, call: str) -> AsyncIterator[None]:
         await context.abort(*status_of(error))
     except grpc.aio.AbortError:
         raise
+    except grpc.aio.InternalError as error:  # of gRPC's own: a chunk could not be sent, for its reader is gone
+        raise asyncio.CancelledError from error
     except Exception:
         _log.exception("%s failed", call)
         await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has it")
@@ -242,12 +298,15 @@ class Server:
         await self._server.stop(STOP_GRACE_S)
 
 
-async def start_server(edge: Edge, listen: Listen) -> Server:
-    """Serve an open Edge at an address, with health and reflection.  InvalidArgumentError if it cannot be bound."""
+async def start_server(edge: Edge, listen: Listen, images: Images | None = None) -> Server:
+    """Serve an open Edge and its images at an address, with health and reflection.
+
+    InvalidArgumentError if it cannot be bound.
+    """
     interceptors = [TokenInterceptor(listen.token)] if listen.token else []
     server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS, maximum_concurrent_rpcs=CALLS_COUNT_MAX)
     name = pb.DESCRIPTOR.services_by_name["Edge"].full_name
-    pb_grpc.add_EdgeServicer_to_server(EdgeServicer(edge), server)  # type: ignore[no-untyped-call]
+    pb_grpc.add_EdgeServicer_to_server(EdgeServicer(edge, images), server)  # type: ignore[no-untyped-call]
     checks = health.aio.HealthServicer()  # type: ignore[attr-defined]  # stub lags behind the package
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

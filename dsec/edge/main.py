@@ -13,6 +13,8 @@ import msgspec
 from dsec.edge.config import DockerConfig, SubstrateConfig
 from dsec.edge.edge_config import EdgeConfig
 from dsec.edge.grpc_server import Server, start_server
+from dsec.edge.images.service import Images
+from dsec.edge.images.store import LayerStore
 from dsec.edge.listen import Certificate, Listen, make_listen
 from dsec.edge.service import Edge
 from dsec.errors import InvalidArgumentError
@@ -80,6 +82,12 @@ async def make_substrate(name: str, directory: Path, config: EdgeConfig) -> Subs
     return ContainerSubstrate(substrate_config, layers=layers, state_dir=directory)
 
 
+def images_of(substrate: Substrate) -> Images | None:
+    """What its sandboxes are made of by name, if it has a store of ours."""
+    layers = getattr(substrate, "layers", None)
+    return Images(layers) if isinstance(layers, LayerStore) else None
+
+
 async def serve(options: ServeOptions, tell: Callable[[Ready], None]) -> int:
     """Serve until SIGINT or SIGTERM; gives how many sandboxes live on.
 
@@ -98,7 +106,7 @@ async def serve(options: ServeOptions, tell: Callable[[Ready], None]) -> int:
     edge = Edge(options.directory, substrate, config)
     await edge.open()
     try:
-        left = await _serve(edge, listens, options, stop, tell)
+        left = await _serve(edge, images_of(substrate), listens, options, stop, tell)
     except BaseException:
         await edge.detach()
         raise
@@ -110,12 +118,17 @@ async def serve(options: ServeOptions, tell: Callable[[Ready], None]) -> int:
 
 
 async def _serve(
-    edge: Edge, listens: list[Listen], options: ServeOptions, stop: asyncio.Event, tell: Callable[[Ready], None]
+    edge: Edge,
+    images: Images | None,
+    listens: list[Listen],
+    options: ServeOptions,
+    stop: asyncio.Event,
+    tell: Callable[[Ready], None],
 ) -> int:
     servers: list[Server] = []
     try:
         for listen in listens:
-            server = await start_server(edge, listen)
+            server = await start_server(edge, listen, images)
             servers.append(server)
         living = len(edge.list({}))
         urls = [server.url for server in servers]

@@ -16,7 +16,7 @@ from dsec.errors import ResourceExhaustedError
 KILLED_EVERYWHERE = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from dsec.edge.images.facts import Image
+from dsec.images import Image
 from dsec.edge.images.store import LayerStore
 
 directory, source = Path(sys.argv[1]), Path(sys.argv[2])

@@ -89,6 +89,22 @@ def test_forks_branches_and_the_next_edge_keep_it_though_the_name_is_anothers_no
     assert said(edge, sandbox, "--key", "k") == wanted
 
 
+def test_a_snapshot_with_a_name_is_an_image_that_goes_on_and_runs_commands_alike(edge: Any) -> None:
+    sandbox = edge.done("create", "--layer", "app:1", "-e", "B=create").strip()
+    edge.done("exec", sandbox, "-u", "root", "--", "sh", "-c", "echo mine > /srv/app/mine")
+    layer = edge.done("snapshot", sandbox, "--tag", "mine:1").strip()
+    edge.done("rm", sandbox)
+    edge.done("image", "gc")
+    made = edge("image", "inspect", "mine:1").json()
+    assert made["image"]["layers"][0] == layer
+    assert made["image"]["source"] == f"snapshot of {sandbox}"
+    again = edge.done("create", "--layer", "mine:1").strip()
+    assert said(edge, again) == "/srv/app 1234:1300 image-create"
+    assert edge.done("exec", again, "--", "cat", "mine", "main") == "mine\n1"
+    refused = edge("snapshot", again, "--tag", "../x")
+    assert (refused.code, "no image name" in refused.err) == (2, True)
+
+
 def test_a_python_program_gets_the_same_and_files_are_roots(edge: Any) -> None:
     with Sandbox.create(layers=["app:1"], envs={"B": "python"}, url=edge.url) as sandbox:
         assert sandbox.commands.run(SAYS).stdout.strip() == "/srv/app 1234:1300 image-python"

@@ -18,9 +18,9 @@ import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from dsec.edge.images.facts import Image, ImageConfig
 from dsec.edge.images.store import LayerStore, Progress
 from dsec.errors import HostUnfitError, InvalidArgumentError
+from dsec.images import Image, ImageConfig
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]{1,100}")

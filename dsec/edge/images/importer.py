@@ -5,17 +5,21 @@ See: docs/formats/layers.md, "Images".
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from dsec.edge.images.archive import read_archive
 from dsec.edge.images.erofs import ImageWriter
-from dsec.edge.images.facts import Image, check_image_name
 from dsec.edge.images.oci import Blob, open_image
+from dsec.edge.images.shelf import in_thread
 from dsec.edge.images.store import LayerStore, Progress
 from dsec.edge.images.streams import unpacked
 from dsec.edge.images.tree import Node
 from dsec.errors import InvalidArgumentError
+from dsec.images import Image, check_image_name
 from dsec.types import LayerId
+from dsec.views import ImportOptions
+from wal import settled
 
 UNPACKED_BYTES_MAX = 64 << 30
 
@@ -23,37 +27,36 @@ UNPACKED_BYTES_MAX = 64 << 30
 async def import_image(
     store: LayerStore,
     path: Path,
+    options: ImportOptions = ImportOptions(),  # noqa: B008 - frozen
     *,
-    name: str = "",
-    reference: str = "",
-    compressed: bool = False,
     unpacked_bytes_max: int = UNPACKED_BYTES_MAX,
     progress: Progress | None = None,
 ) -> Image:
-    """Make the layers of the image at `path` and name them (by default as the image is named there).
+    """Make the layers of the image at `path` and name them.
 
     NotFoundError, InvalidArgumentError (also: a digest that is not right), ResourceExhaustedError (the quota, or
     a layer that unpacks to more than `unpacked_bytes_max`), HostUnfitError.
     """
     layers: list[LayerId] = []
-    try:
-        with open_image(path, reference, unpacked_bytes_max) as found:
-            name = check_image_name(name or _short(found.name) or path.name.partition(".")[0].lower())
-            for index, blob in enumerate(found.layers):
-                key = f"{blob.diff_id}{' as the lowest' if index == 0 else ''}"
-                layer_id = store.made_from(key)
-                if layer_id is None:
-                    layer_id = await store.add(
-                        _Reader(blob, index, unpacked_bytes_max),
-                        made_from=key,
-                        compressed=compressed,
-                        progress=progress,
-                    )
-                store.acquire([layer_id])
-                layers.append(layer_id)
-            return await store.tag(Image(name=name, layers=tuple(layers[::-1]), config=found.config, source=str(path)))
-    finally:
-        store.release(layers)
+    source = options.source or str(path)
+    with contextlib.ExitStack() as stack:
+        stack.callback(store.release, layers)
+        opened = open_image(path, options.reference, unpacked_bytes_max, store.shelf.scratch)
+        found = await settled(in_thread(stack.enter_context, opened))  # it reads all of it, for its digests
+        name = check_image_name(options.name or _short(found.name) or Path(source).name.partition(".")[0].lower())
+        for index, blob in enumerate(found.layers):
+            key = f"{blob.diff_id}{' as the lowest' if index == 0 else ''}"
+            layer_id = await in_thread(store.made_from, key)
+            if layer_id is None:
+                layer_id = await store.add(
+                    _Reader(blob, index, unpacked_bytes_max),
+                    made_from=key,
+                    compressed=options.compressed,
+                    progress=progress,
+                )
+            store.acquire([layer_id])
+            layers.append(layer_id)
+        return await store.tag(Image(name=name, layers=tuple(layers[::-1]), config=found.config, source=source))
 
 
 class _Reader:

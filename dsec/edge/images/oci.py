@@ -23,10 +23,10 @@ from typing import TypeVar
 import msgspec
 
 from dsec.edge.images.archive import members
-from dsec.edge.images.facts import ImageConfig
 from dsec.edge.images.streams import Section, Stream, unpacked
 from dsec.edge.images.tree import parts
 from dsec.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from dsec.images import ImageConfig
 
 DOCUMENT_BYTES_MAX = 8 << 20
 LAYERS_COUNT_MAX = 64
@@ -104,8 +104,9 @@ class FoundImage(msgspec.Struct, frozen=True):
 class _Layout:
     """The files of a layout by path: in a directory, or stretches of one tar file."""
 
-    def __init__(self, root: Path, stack: contextlib.ExitStack, bytes_max: int) -> None:
+    def __init__(self, root: Path, stack: contextlib.ExitStack, bytes_max: int, scratch: Path | None) -> None:
         self._root = root
+        self._scratch = scratch
         self._stack = stack
         self._stretches: dict[bytes, tuple[int, int]] | None = None
         self._links: dict[bytes, bytes] = {}
@@ -133,8 +134,8 @@ class _Layout:
 
     def _unpack(self, stream: Stream) -> None:
         """A layout that is compressed as a whole is read from a copy that is not."""
-        copy = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  the stack closes it
         try:
+            copy = self._stack.enter_context(tempfile.TemporaryFile(dir=self._scratch))  # noqa: SIM115  the stack closes it
             while block := stream.take(1 << 20):
                 copy.write(block)
             copy.flush()
@@ -187,13 +188,13 @@ class _Layout:
 
 
 @contextlib.contextmanager
-def open_image(path: Path, reference: str, bytes_max: int) -> Iterator[FoundImage]:
-    """The image at `path`; `reference` says which, where there are several.
+def open_image(path: Path, reference: str, bytes_max: int, scratch: Path | None = None) -> Iterator[FoundImage]:
+    """The image at `path`; `reference` says which, where there are several.  `scratch`: where a nameless copy may be.
 
     NotFoundError, InvalidArgumentError, ResourceExhaustedError (a tar that unpacks to more than `bytes_max`).
     """
     with contextlib.ExitStack() as stack:
-        layout = _Layout(path, stack, bytes_max)
+        layout = _Layout(path, stack, bytes_max, scratch)
         if layout.has("manifest.json"):
             yield _saved_image(layout, reference)
         elif layout.has("index.json"):

@@ -25,9 +25,9 @@ import msgspec
 
 from dsec.edge.images import content
 from dsec.edge.images.erofs import write_all
-from dsec.edge.images.facts import Image, LayerFacts, check_layer_id
 from dsec.edge.images.streams import Section
 from dsec.errors import HostUnfitError, ResourceExhaustedError
+from dsec.images import Image, LayerFacts, check_layer_id
 from dsec.types import LayerId
 
 UNLOCKED_S_MAX = 86_400
@@ -43,6 +43,11 @@ class Shelf:
         self._layers = directory / "layers" / "sha256"
         self._images = directory / "images"
         self._temporary = directory / "tmp"
+
+    @property
+    def scratch(self) -> Path:
+        """Where nameless files may be made, on the same disk."""
+        return self._temporary
 
     def make(self) -> None:
         """Make what is missing; only root looks inside, since layers hold what other users may not read."""

@@ -31,11 +31,11 @@ from dsec.edge.images import quota
 from dsec.edge.images.compress import compress
 from dsec.edge.images.directory import DirectoryReader
 from dsec.edge.images.erofs import ImageWriter
-from dsec.edge.images.facts import Image, LayerFacts, check_image_name, is_layer_id, over_each_other
 from dsec.edge.images.shelf import Shelf, descriptor_id, file_id, in_thread
 from dsec.edge.images.tree import Node, below, hide_missing
 from dsec.edge.images.verify import verify
 from dsec.errors import HostUnfitError, NotFoundError, StateError
+from dsec.images import Image, LayerFacts, check_image_name, is_layer_id, over_each_other
 from dsec.sandbox import Hold
 from dsec.types import Composition, LayerId
 
@@ -50,9 +50,9 @@ class LayerStore:
     """The layers below `directory`, of at most `bytes_max` bytes in all, and those of `shared`."""
 
     def __init__(self, directory: Path, bytes_max: int | None = None, *, shared: Path | None = None) -> None:
-        self._shelf = Shelf(directory)
+        self.shelf = Shelf(directory)
         self._shared = Shelf(shared) if shared is not None else None
-        self._bytes_max = BYTES_MAX if bytes_max is None else bytes_max
+        self.bytes_max = BYTES_MAX if bytes_max is None else bytes_max
         self._held: dict[LayerId, tuple[int, int]] = {}
         self._blocks: list[list[LayerId]] = []  # what each block of `holding` holds
 
@@ -60,9 +60,9 @@ class LayerStore:
         """Make the directory and remove what dead processes left unfinished.  HostUnfitError."""
 
         def prepare() -> None:
-            self._shelf.make()
-            with self._shelf.changing():
-                self._shelf.sweep()
+            self.shelf.make()
+            with self.shelf.changing():
+                self.shelf.sweep()
 
         await in_thread(prepare)
 
@@ -75,7 +75,7 @@ class LayerStore:
     # -- looking ---------------------------------------------------------------------------------
 
     def _find(self, layer_id: LayerId) -> Shelf:
-        for shelf in (self._shelf, self._shared):
+        for shelf in (self.shelf, self._shared):
             if shelf is not None and shelf.has(layer_id):
                 return shelf
         raise NotFoundError(f"there is no layer {layer_id}")
@@ -90,7 +90,7 @@ class LayerStore:
 
     def layers(self) -> dict[LayerId, LayerFacts]:
         """Every layer, the one of this host that was used longest ago first."""
-        return {**(self._shared.layers() if self._shared else {}), **self._shelf.layers()}
+        return {**(self._shared.layers() if self._shared else {}), **self.shelf.layers()}
 
     def made_from(self, source: str) -> LayerId | None:
         """The layer that was made from exactly this source, if it is here."""
@@ -98,7 +98,7 @@ class LayerStore:
 
     def images(self) -> dict[str, Image]:
         """Every image by name; one of this host goes before a shared one."""
-        return {**(self._shared.images() if self._shared else {}), **self._shelf.images()}
+        return {**(self._shared.images() if self._shared else {}), **self.shelf.images()}
 
     def image(self, name: str) -> Image:
         """The image of that name (`:latest` where it has no tag).  NotFoundError."""
@@ -149,7 +149,7 @@ class LayerStore:
 
     def used_bytes(self) -> int:
         """What this host's layers take on its disk."""
-        return self._shelf.used_bytes()
+        return self.shelf.used_bytes()
 
     # -- holding ---------------------------------------------------------------------------------
 
@@ -203,7 +203,7 @@ class LayerStore:
         except OSError as error:
             raise HostUnfitError(f"layer {layer_id} cannot be opened: {error}") from error
         try:
-            if shelf is self._shelf:
+            if shelf is self.shelf:
                 fcntl.flock(fd, fcntl.LOCK_SH)
                 if os.fstat(fd).st_nlink == 0:
                     raise NotFoundError(f"there is no layer {layer_id} any more")
@@ -259,7 +259,7 @@ class LayerStore:
 
     def staging(self) -> contextlib.AbstractContextManager[Path]:
         """A directory on the store's disk to put a tree together in; gone afterwards, also if we die."""
-        return self._shelf.staging()
+        return self.shelf.staging()
 
     async def add(
         self,
@@ -307,11 +307,11 @@ class LayerStore:
             unchecked += count
             if unchecked > CHECK_BYTES:
                 unchecked = 0
-                with self._shelf.changing():
-                    quota.make_room(self._shelf, self._bytes_max, parents)
+                with self.shelf.changing():
+                    quota.make_room(self.shelf, self.bytes_max, parents)
 
-        with self._shelf.temporary() as (file, path):
-            with contextlib.closing(ImageWriter(file, bytes_max=self._bytes_max, step=written_more)) as writer:
+        with self.shelf.temporary() as (file, path):
+            with contextlib.closing(ImageWriter(file, bytes_max=self.bytes_max, step=written_more)) as writer:
                 root = read(writer)
                 written = writer.finish(root)
             verify(file, root)
@@ -326,7 +326,7 @@ class LayerStore:
             )
             if not compressed:
                 return self._name(file, path, facts)
-            with self._shelf.temporary() as (smaller, smaller_path):
+            with self.shelf.temporary() as (smaller, smaller_path):
                 compress(file, smaller_path)
                 verify(smaller, root)
                 facts = replace(facts, size_bytes=os.fstat(smaller).st_size, metadata_offset=-1)
@@ -334,9 +334,9 @@ class LayerStore:
 
     def _name(self, file: int, path: Path, facts: LayerFacts) -> tuple[LayerId, int]:
         layer_id = descriptor_id(file)
-        with self._shelf.changing():
-            quota.make_room(self._shelf, self._bytes_max, facts.parents)
-            self._shelf.put(path, layer_id, facts)
+        with self.shelf.changing():
+            quota.make_room(self.shelf, self.bytes_max, facts.parents)
+            self.shelf.put(path, layer_id, facts)
             fcntl.flock(file, fcntl.LOCK_SH)  # it is no unfinished file any more
             return layer_id, self._hold(layer_id)
 
@@ -347,10 +347,10 @@ class LayerStore:
         named = replace(image, name=check_image_name(image.name), created_at_s=image.created_at_s or time.time())
 
         def put() -> None:
-            with self._shelf.changing():
+            with self.shelf.changing():
                 for layer_id in named.layers:
                     self._find(layer_id)
-                self._shelf.put_image(named)
+                self.shelf.put_image(named)
 
         await in_thread(put)
         return named
@@ -359,8 +359,8 @@ class LayerStore:
         """Forget the name; the layers stay until the room is needed.  NotFoundError."""
 
         def remove() -> None:
-            with self._shelf.changing():
-                if not self._shelf.remove_image(check_image_name(name)):
+            with self.shelf.changing():
+                if not self.shelf.remove_image(check_image_name(name)):
                     raise NotFoundError(f"there is no image {name} of this host; dsec image ls names them")
 
         await in_thread(remove)
@@ -371,11 +371,11 @@ class LayerStore:
         """Remove one layer of this host.  NotFoundError; StateError, with the reason, if it must stay."""
 
         def remove() -> None:
-            with self._shelf.changing():
-                if not self._shelf.has(layer_id):
+            with self.shelf.changing():
+                if not self.shelf.has(layer_id):
                     raise NotFoundError(f"there is no layer {layer_id} on this host")
-                reason = quota.needed(self._shelf).get(layer_id)
-                if reason is None and not quota.remove_unheld(self._shelf, layer_id):
+                reason = quota.needed(self.shelf).get(layer_id)
+                if reason is None and not quota.remove_unheld(self.shelf, layer_id):
                     reason = "a sandbox or a host agent uses it"
                 if reason is not None:
                     raise StateError(f"layer {layer_id} must stay: {reason}")
@@ -386,8 +386,8 @@ class LayerStore:
         """Remove every layer that nothing needs, and what dead processes left; the removed layers."""
 
         def collect() -> list[LayerId]:
-            with self._shelf.changing():
-                self._shelf.sweep()
-                return quota.evict(self._shelf, lambda: False)
+            with self.shelf.changing():
+                self.shelf.sweep()
+                return quota.evict(self.shelf, lambda: False)
 
         return await in_thread(collect)

@@ -158,6 +158,14 @@ class ListRequest(_message.Message):
     labels: _containers.ScalarMap[str, str]
     def __init__(self, labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
+class SnapshotRequest(_message.Message):
+    __slots__ = ("sandbox_id", "name")
+    SANDBOX_ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    sandbox_id: str
+    name: str
+    def __init__(self, sandbox_id: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
+
 class Layer(_message.Message):
     __slots__ = ("layer_id",)
     LAYER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -423,3 +431,101 @@ class Host(_message.Message):
     total: _containers.ScalarMap[str, float]
     sandboxes: _containers.ScalarMap[str, int]
     def __init__(self, used: _Optional[_Mapping[str, float]] = ..., total: _Optional[_Mapping[str, float]] = ..., sandboxes: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class ListImagesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListLayersRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LayerFacts(_message.Message):
+    __slots__ = ("id", "size_bytes", "metadata_offset", "entries_count", "content_bytes", "created_at_s", "made_from", "parents")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    METADATA_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_COUNT_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_S_FIELD_NUMBER: _ClassVar[int]
+    MADE_FROM_FIELD_NUMBER: _ClassVar[int]
+    PARENTS_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    size_bytes: int
+    metadata_offset: int
+    entries_count: int
+    content_bytes: int
+    created_at_s: float
+    made_from: str
+    parents: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, id: _Optional[str] = ..., size_bytes: _Optional[int] = ..., metadata_offset: _Optional[int] = ..., entries_count: _Optional[int] = ..., content_bytes: _Optional[int] = ..., created_at_s: _Optional[float] = ..., made_from: _Optional[str] = ..., parents: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Image(_message.Message):
+    __slots__ = ("name", "layers", "defaults", "entrypoint", "command", "created_at_s", "source")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULTS_FIELD_NUMBER: _ClassVar[int]
+    ENTRYPOINT_FIELD_NUMBER: _ClassVar[int]
+    COMMAND_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_S_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    layers: _containers.RepeatedScalarFieldContainer[str]
+    defaults: Defaults
+    entrypoint: _containers.RepeatedScalarFieldContainer[str]
+    command: _containers.RepeatedScalarFieldContainer[str]
+    created_at_s: float
+    source: str
+    def __init__(self, name: _Optional[str] = ..., layers: _Optional[_Iterable[str]] = ..., defaults: _Optional[_Union[Defaults, _Mapping]] = ..., entrypoint: _Optional[_Iterable[str]] = ..., command: _Optional[_Iterable[str]] = ..., created_at_s: _Optional[float] = ..., source: _Optional[str] = ...) -> None: ...
+
+class ImportOptions(_message.Message):
+    __slots__ = ("name", "reference", "source", "compressed")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    reference: str
+    source: str
+    compressed: bool
+    def __init__(self, name: _Optional[str] = ..., reference: _Optional[str] = ..., source: _Optional[str] = ..., compressed: _Optional[bool] = ...) -> None: ...
+
+class ImportImageRequest(_message.Message):
+    __slots__ = ("options", "data")
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    options: ImportOptions
+    data: bytes
+    def __init__(self, options: _Optional[_Union[ImportOptions, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class ImportImageReply(_message.Message):
+    __slots__ = ("received_bytes", "image")
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    received_bytes: int
+    image: Image
+    def __init__(self, received_bytes: _Optional[int] = ..., image: _Optional[_Union[Image, _Mapping]] = ...) -> None: ...
+
+class TagImageRequest(_message.Message):
+    __slots__ = ("name", "references")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    REFERENCES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    references: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., references: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RemoveImageRequest(_message.Message):
+    __slots__ = ("reference",)
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    reference: str
+    def __init__(self, reference: _Optional[str] = ...) -> None: ...
+
+class CollectLayersRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CollectedLayers(_message.Message):
+    __slots__ = ("layer_ids",)
+    LAYER_IDS_FIELD_NUMBER: _ClassVar[int]
+    layer_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, layer_ids: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -66,7 +66,7 @@ class EdgeStub:
                 _registered_method=True)
         self.Snapshot = channel.unary_unary(
                 '/dsec.pb.v1.Edge/Snapshot',
-                request_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.SandboxRef.SerializeToString,
+                request_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.SnapshotRequest.SerializeToString,
                 response_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.Layer.FromString,
                 _registered_method=True)
         self.Fork = channel.unary_unary(
@@ -164,6 +164,36 @@ class EdgeStub:
                 request_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.GetHostRequest.SerializeToString,
                 response_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.Host.FromString,
                 _registered_method=True)
+        self.ListImages = channel.unary_stream(
+                '/dsec.pb.v1.Edge/ListImages',
+                request_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.ListImagesRequest.SerializeToString,
+                response_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.Image.FromString,
+                _registered_method=True)
+        self.ListLayers = channel.unary_stream(
+                '/dsec.pb.v1.Edge/ListLayers',
+                request_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.ListLayersRequest.SerializeToString,
+                response_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.LayerFacts.FromString,
+                _registered_method=True)
+        self.ImportImage = channel.stream_stream(
+                '/dsec.pb.v1.Edge/ImportImage',
+                request_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.ImportImageRequest.SerializeToString,
+                response_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.ImportImageReply.FromString,
+                _registered_method=True)
+        self.TagImage = channel.unary_unary(
+                '/dsec.pb.v1.Edge/TagImage',
+                request_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.TagImageRequest.SerializeToString,
+                response_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.Image.FromString,
+                _registered_method=True)
+        self.RemoveImage = channel.unary_unary(
+                '/dsec.pb.v1.Edge/RemoveImage',
+                request_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.RemoveImageRequest.SerializeToString,
+                response_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.Done.FromString,
+                _registered_method=True)
+        self.CollectLayers = channel.unary_unary(
+                '/dsec.pb.v1.Edge/CollectLayers',
+                request_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.CollectLayersRequest.SerializeToString,
+                response_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.CollectedLayers.FromString,
+                _registered_method=True)
 
 
 class EdgeServicer:
@@ -211,7 +241,8 @@ class EdgeServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Snapshot(self, request, context):
-        """What was written in it, as a layer.
+        """What was written in it, as a layer.  With a `name` that layer, what it lies over and how commands run there
+        become an image; without one the layer goes when room is needed.  Each call makes a layer: NOT idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -352,6 +383,57 @@ class EdgeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListImages(self, request, context):
+        """Images and layers of the Edge's own store (docs/formats/layers.md): what Create takes by name.  HOST_UNFIT where the
+        substrate has none (Docker).  The command line of the host works on the same store, beside this.
+
+        Every image, sorted by name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLayers(self, request, context):
+        """Every layer, the one that was used longest ago first; also those that no image has (snapshots).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportImage(self, request_iterator, context):
+        """Take an image in from a client that has it as an archive: `options` first, then its bytes in order, a few MiB in a
+        message.  Each message is answered with the count of bytes that are on the disk by then; wait for that before the
+        next, so that no refusal is lost.  After the end the image comes, when every layer was unpacked, checked against its
+        digest and mounted.  A client that goes away before leaves nothing but layers that were whole already, which go when
+        room is needed.  Idempotent: layers that are there are not made again, and the name moves.  INVALID_ARGUMENT (no
+        image, damaged, no name), NOT_FOUND (the reference), RESOURCE_EXHAUSTED (the quota, the disk, too many at once).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TagImage(self, request, context):
+        """Name what lies over each other; a name that is taken moves.  Sandboxes keep what they were made of.  Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveImage(self, request, context):
+        """Forget an image by name, or remove a layer by id.  NOT_FOUND, also at a repetition; FAILED_PRECONDITION: a sandbox,
+        an image or another layer needs the layer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CollectLayers(self, request, context):
+        """Remove every layer that nothing needs.  Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EdgeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -387,7 +469,7 @@ def add_EdgeServicer_to_server(servicer, server):
             ),
             'Snapshot': grpc.unary_unary_rpc_method_handler(
                     servicer.Snapshot,
-                    request_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.SandboxRef.FromString,
+                    request_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.SnapshotRequest.FromString,
                     response_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.Layer.SerializeToString,
             ),
             'Fork': grpc.unary_unary_rpc_method_handler(
@@ -484,6 +566,36 @@ def add_EdgeServicer_to_server(servicer, server):
                     servicer.GetHost,
                     request_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.GetHostRequest.FromString,
                     response_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.Host.SerializeToString,
+            ),
+            'ListImages': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListImages,
+                    request_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.ListImagesRequest.FromString,
+                    response_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.Image.SerializeToString,
+            ),
+            'ListLayers': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListLayers,
+                    request_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.ListLayersRequest.FromString,
+                    response_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.LayerFacts.SerializeToString,
+            ),
+            'ImportImage': grpc.stream_stream_rpc_method_handler(
+                    servicer.ImportImage,
+                    request_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.ImportImageRequest.FromString,
+                    response_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.ImportImageReply.SerializeToString,
+            ),
+            'TagImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.TagImage,
+                    request_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.TagImageRequest.FromString,
+                    response_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.Image.SerializeToString,
+            ),
+            'RemoveImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveImage,
+                    request_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.RemoveImageRequest.FromString,
+                    response_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.Done.SerializeToString,
+            ),
+            'CollectLayers': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectLayers,
+                    request_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.CollectLayersRequest.FromString,
+                    response_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.CollectedLayers.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -673,7 +785,7 @@ class Edge:
             request,
             target,
             '/dsec.pb.v1.Edge/Snapshot',
-            dsec_dot_pb_dot_v1_dot_edge__pb2.SandboxRef.SerializeToString,
+            dsec_dot_pb_dot_v1_dot_edge__pb2.SnapshotRequest.SerializeToString,
             dsec_dot_pb_dot_v1_dot_edge__pb2.Layer.FromString,
             options,
             channel_credentials,
@@ -1188,6 +1300,168 @@ class Edge:
             '/dsec.pb.v1.Edge/GetHost',
             dsec_dot_pb_dot_v1_dot_edge__pb2.GetHostRequest.SerializeToString,
             dsec_dot_pb_dot_v1_dot_edge__pb2.Host.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/dsec.pb.v1.Edge/ListImages',
+            dsec_dot_pb_dot_v1_dot_edge__pb2.ListImagesRequest.SerializeToString,
+            dsec_dot_pb_dot_v1_dot_edge__pb2.Image.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLayers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/dsec.pb.v1.Edge/ListLayers',
+            dsec_dot_pb_dot_v1_dot_edge__pb2.ListLayersRequest.SerializeToString,
+            dsec_dot_pb_dot_v1_dot_edge__pb2.LayerFacts.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportImage(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/dsec.pb.v1.Edge/ImportImage',
+            dsec_dot_pb_dot_v1_dot_edge__pb2.ImportImageRequest.SerializeToString,
+            dsec_dot_pb_dot_v1_dot_edge__pb2.ImportImageReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TagImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dsec.pb.v1.Edge/TagImage',
+            dsec_dot_pb_dot_v1_dot_edge__pb2.TagImageRequest.SerializeToString,
+            dsec_dot_pb_dot_v1_dot_edge__pb2.Image.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dsec.pb.v1.Edge/RemoveImage',
+            dsec_dot_pb_dot_v1_dot_edge__pb2.RemoveImageRequest.SerializeToString,
+            dsec_dot_pb_dot_v1_dot_edge__pb2.Done.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectLayers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dsec.pb.v1.Edge/CollectLayers',
+            dsec_dot_pb_dot_v1_dot_edge__pb2.CollectLayersRequest.SerializeToString,
+            dsec_dot_pb_dot_v1_dot_edge__pb2.CollectedLayers.FromString,
             options,
             channel_credentials,
             insecure,

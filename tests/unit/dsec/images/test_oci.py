@@ -14,6 +14,7 @@ from dsec.edge.images import oci
 from dsec.edge.images.importer import import_image
 from dsec.edge.images.oci import open_image
 from dsec.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from dsec.views import ImportOptions
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -107,7 +108,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 async def test_an_image_of_every_shape_becomes_the_same_layers(layout, tmp_path, store, mounted, show, shape):
-    image = await import_image(store, shape(layout, tmp_path), name="base")
+    image = await import_image(store, shape(layout, tmp_path), ImportOptions(name="base"))
     assert image.name == "base:latest"
     assert image.config.env == {"PATH": "/bin", "A": "b=c"}
     assert (image.config.workdir, image.config.user, image.config.command) == ("/w", "7", ("sh",))
@@ -123,14 +124,16 @@ async def test_packed_layers_are_unpacked(tmp_path, tars, store, tool):
     def pack(data):
         return subprocess.run([tool, "-cq"], input=data, capture_output=True, check=True).stdout
 
-    plain = await import_image(store, Layout(tmp_path / "plain", tars).oci(), name="plain")
-    packed = await import_image(store, Layout(tmp_path / "packed", tars, pack).oci(), name="packed")
+    plain = await import_image(store, Layout(tmp_path / "plain", tars).oci(), ImportOptions(name="plain"))
+    packed = await import_image(store, Layout(tmp_path / "packed", tars, pack).oci(), ImportOptions(name="packed"))
     assert packed.layers == plain.layers
 
 
 async def test_a_layer_that_is_there_is_not_made_again(layout, tmp_path, tars, store):
     first = await import_image(store, layout.oci())
-    other = await import_image(store, Layout(tmp_path / "other", [*tars, tars[1]]).saved(links=True), name="other")
+    other = await import_image(
+        store, Layout(tmp_path / "other", [*tars, tars[1]]).saved(links=True), ImportOptions(name="other")
+    )
     assert other.layers[1:] == first.layers
     assert other.layers[0] == first.layers[0]
     assert len(store.layers()) == 2

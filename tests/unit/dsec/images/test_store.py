@@ -8,7 +8,6 @@ import threading
 import pytest
 
 from dsec.edge.images import store as store_module
-from dsec.edge.images.facts import Image, ImageConfig
 from dsec.edge.images.store import LayerStore
 from dsec.edge.images.tree import directory
 from dsec.errors import (
@@ -18,6 +17,7 @@ from dsec.errors import (
     ResourceExhaustedError,
     StateError,
 )
+from dsec.images import Image, ImageConfig
 from dsec.types import LayerId
 
 NOWHERE = LayerId("sha256:" + "0" * 64)
@@ -118,15 +118,15 @@ async def test_what_is_made_or_chosen_in_a_block_stays_until_its_end(store, sour
 
 async def test_a_layer_that_was_just_made_is_held_before_its_maker_hears_of_it(store, source, monkeypatch):
     """Another process makes room right after the name appears."""
-    put = store._shelf.put
+    put = store.shelf.put
 
     def put_and_crowd(*arguments):
         put(*arguments)
         crowd.start()
 
-    other = LayerStore(store._shelf._directory)
+    other = LayerStore(store.shelf._directory)
     crowd = threading.Thread(target=lambda: asyncio.run(other.collect()))
-    monkeypatch.setattr(store._shelf, "put", put_and_crowd)
+    monkeypatch.setattr(store.shelf, "put", put_and_crowd)
     with store.holding():
         made = await layer(store, source, "made")
         crowd.join()

@@ -1,4 +1,4 @@
-"""What the store knows about layers and images, as it lies on the disk (JSON).
+"""What a store knows about layers and images: as it lies on the disk (JSON), and as clients see it.
 
 See: docs/formats/layers.md, "Records".
 """
@@ -32,6 +32,12 @@ class LayerFacts(msgspec.Struct, frozen=True, kw_only=True):
     created_at_s: float
     made_from: str = ""
     parents: tuple[LayerId, ...] = ()
+
+
+class Layer(LayerFacts, frozen=True, kw_only=True):
+    """A layer as it is shown."""
+
+    id: LayerId
 
 
 class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
