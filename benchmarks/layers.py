@@ -23,11 +23,11 @@ from pathlib import Path
 
 from contenders import Figures, Result, Value, rate, render, split
 
+from dsec.archive import Stream
 from dsec.edge.config import SubstrateConfig
 from dsec.edge.images.archive import read_archive
 from dsec.edge.images.erofs import ImageWriter
 from dsec.edge.images.store import LayerStore
-from dsec.edge.images.streams import Stream
 from dsec.edge.images.tree import Node
 from dsec.edge.linux.mounts import mount_image
 from dsec.edge.substrates.container import ContainerSubstrate

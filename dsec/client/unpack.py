@@ -15,9 +15,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from dsec.edge.images.archive import members
-from dsec.edge.images.streams import Stream
-from dsec.edge.images.tree import parts
+from dsec.archive import Stream, members, parts
 from dsec.errors import InvalidArgumentError, ResourceExhaustedError
 
 DOWNLOAD_BYTES_MAX = 64 << 30

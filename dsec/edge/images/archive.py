@@ -1,11 +1,8 @@
 """Tar streams as sources of layers: one pass, nothing unpacked.
 
-`tarfile` reads the headers and nothing else; it never sees a path of the host.  An archive is
-hostile: its paths are taken apart by name (`tree`), its sizes are bounded, its damage is an error
-and no early end.  The marks by which an image's layer hides names of the layers below (`.wh.`) become
-overlayfs's own.
+The marks by which an image's layer hides names of the layers below (`.wh.`) become overlayfs's own.
 
-See: docs/formats/layers.md, "Images"; the OCI image specification, "Image Layer Filesystem Changeset".
+See: dsec/archive.py; docs/formats/layers.md, "Images"; the OCI image specification, "Image Layer Filesystem Changeset".
 """
 
 from __future__ import annotations
@@ -13,16 +10,13 @@ from __future__ import annotations
 import os
 import stat
 import tarfile
-from collections.abc import Iterator
-from typing import IO, cast
 
+from dsec.archive import Stream, members
 from dsec.edge.images import content
 from dsec.edge.images.erofs import ImageWriter
-from dsec.edge.images.streams import Stream
 from dsec.edge.images.tree import CAPABILITY, Node, Tree, plain_capability
 from dsec.errors import InvalidArgumentError
 
-HEADER_BYTES_MAX = 1 << 20
 TIME_S_MAX = 1 << 34
 _WHITEOUT, _OPAQUE, _AUFS = b".wh.", b".wh..wh..opq", b".wh..wh."
 _XATTR = "SCHILY.xattr."
@@ -32,54 +26,6 @@ _TYPES = {
     tarfile.DIRTYPE: stat.S_IFDIR, tarfile.SYMTYPE: stat.S_IFLNK, tarfile.CHRTYPE: stat.S_IFCHR,
     tarfile.BLKTYPE: stat.S_IFBLK, tarfile.FIFOTYPE: stat.S_IFIFO,
 }  # fmt: skip
-
-
-class _Headers:
-    """A stream as `tarfile` wants a file: it reads headers, and seeks over what it takes for data."""
-
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-        self.last = b""
-
-    def read(self, count: int) -> bytes:
-        if not 0 <= count <= HEADER_BYTES_MAX:
-            raise InvalidArgumentError(f"an archive's header of {count} bytes")
-        self.last = self._stream.take(count)
-        return self.last
-
-    def tell(self) -> int:
-        return self._stream.position
-
-    def seek(self, position: int) -> None:
-        if position < self._stream.position:
-            raise InvalidArgumentError("an archive's sizes contradict each other")
-        self._stream.skip(position - self._stream.position)
-
-
-class _Archive(tarfile.TarFile):
-    """By its constructor, which unlike `open` tries no compression; `members` is where it would keep every header."""
-
-    members: list[tarfile.TarInfo]
-
-
-def members(stream: Stream) -> Iterator[tarfile.TarInfo]:
-    """The entries of a tar stream, to its very end; what of an entry's data is not taken is skipped.
-
-    InvalidArgumentError for anything that is no tar.
-    """
-    headers = _Headers(stream)
-    try:
-        archive = _Archive(fileobj=cast("IO[bytes]", headers), encoding="utf-8", errors="surrogateescape")
-        while (member := archive.next()) is not None:
-            archive.members.clear()
-            yield member
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise InvalidArgumentError(f"not a tar archive, or a damaged one: {error}") from error
-    if any(headers.last):  # `tarfile` takes a broken header for the end; the end is zeros
-        raise InvalidArgumentError(f"a damaged tar archive: no header at byte {stream.position - len(headers.last)}")
-    while padding := stream.take(HEADER_BYTES_MAX):
-        if padding != bytes(len(padding)):
-            raise InvalidArgumentError("a damaged tar archive: something follows its end")
 
 
 def read_archive(stream: Stream, writer: ImageWriter, *, is_lowest: bool = False) -> Node:

@@ -14,9 +14,10 @@ import stat
 import struct
 from pathlib import Path
 
+from dsec.archive import DEPTH_MAX
 from dsec.edge.images import content
 from dsec.edge.images.erofs import ImageWriter
-from dsec.edge.images.tree import CAPABILITY, DEPTH_MAX, OPAQUE, Node, Tree, plain_capability
+from dsec.edge.images.tree import CAPABILITY, OPAQUE, Node, Tree, plain_capability
 from dsec.errors import HostUnfitError, InvalidArgumentError
 
 IDS_COUNT = 65536

@@ -22,9 +22,8 @@ from typing import TypeVar
 
 import msgspec
 
-from dsec.edge.images.archive import members
-from dsec.edge.images.streams import Section, Stream, unpacked
-from dsec.edge.images.tree import parts
+from dsec.archive import Stream, members, parts
+from dsec.edge.images.streams import Section, unpacked
 from dsec.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from dsec.images import ImageConfig
 

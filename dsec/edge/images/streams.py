@@ -14,11 +14,11 @@ import io
 import os
 import subprocess
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING, cast
 
-from dsec.errors import HostUnfitError, InvalidArgumentError, ResourceExhaustedError
+from dsec.archive import Stream
+from dsec.errors import HostUnfitError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -56,63 +56,6 @@ class Section(io.RawIOBase):
         while block := self.read(_COPY_BYTES):
             state.update(block)
         return state.hexdigest()
-
-
-class Stream:
-    """Bytes in order, no more than `bytes_max` of them, and their sha256.
-
-    `is_packed`: they come out of a decompressor.  With `skip`, skipped bytes are neither read nor in the sha256.
-    """
-
-    def __init__(
-        self,
-        read: Callable[[int], bytes | None],
-        bytes_max: int,
-        *,
-        is_packed: bool = False,
-        skip: Callable[[int], None] | None = None,
-    ) -> None:
-        self.is_packed = is_packed
-        self._read = read
-        self._bytes_max = bytes_max
-        self._skip = skip
-        self._state = hashlib.sha256()
-        self.position = 0
-
-    def take(self, count: int) -> bytes:
-        """The next `count` bytes, fewer only at the end.
-
-        InvalidArgumentError for damaged compression, ResourceExhaustedError beyond the bound.
-        """
-        taken = []
-        while count:
-            try:
-                block = self._read(min(count, _COPY_BYTES))
-            except (OSError, EOFError, zlib.error) as error:
-                raise InvalidArgumentError(f"an archive cannot be read: {error}") from error
-            if not block:
-                break
-            self._state.update(block)
-            taken.append(block)
-            count -= len(block)
-            self.position += len(block)
-            if self.position > self._bytes_max:
-                raise ResourceExhaustedError(f"an archive unpacks to more than {self._bytes_max} bytes")
-        return taken[0] if len(taken) == 1 else b"".join(taken)
-
-    def skip(self, count: int) -> None:
-        """Go on by `count` bytes, or to the end."""
-        if self._skip is not None:
-            self._skip(count)
-            self.position += count
-            return
-        while count > 0 and (block := self.take(min(count, _COPY_BYTES))):
-            count -= len(block)
-
-    @property
-    def digest(self) -> str:
-        """The sha256 of what was taken, in hex digits."""
-        return self._state.hexdigest()
 
 
 @contextlib.contextmanager

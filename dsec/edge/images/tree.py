@@ -1,6 +1,6 @@
 """A file tree as values: what a layer is made from, and what its mounted image is compared with.
 
-Paths are bytes and are taken apart by name alone; no path of an archive ever reaches the host's file
+Paths are bytes and are taken apart by name alone (dsec/archive.py); no path of an archive ever reaches the host's file
 system, so there is nothing for `..`, links or devices to attack.
 
 Invariants:
@@ -16,11 +16,10 @@ from collections.abc import Iterable
 
 import msgspec
 
+from dsec.archive import parts
 from dsec.errors import InvalidArgumentError
 
 ENTRIES_COUNT_MAX = 4_000_000
-DEPTH_MAX = 256
-NAME_BYTES_MAX = 255
 OPAQUE = b"trusted.overlay.opaque"
 CAPABILITY = b"security.capability"
 _CAPABILITY_SIZES = {2: 20, 3: 24}
@@ -68,16 +67,6 @@ def whiteout() -> Node:
 def directory(mode: int = 0o755) -> Node:
     """An empty directory of root's."""
     return Node(stat.S_IFDIR | mode)
-
-
-def parts(path: bytes) -> tuple[bytes, ...]:
-    """The names in a path; a leading slash and `.` mean nothing.  InvalidArgumentError for `..` and the like."""
-    names = tuple(name for name in path.split(b"/") if name not in {b"", b"."})
-    if b".." in names or b"\0" in path or any(len(name) > NAME_BYTES_MAX for name in names):
-        raise InvalidArgumentError(f"a path that no layer can have: {path[:200]!r}")
-    if len(names) > DEPTH_MAX:
-        raise InvalidArgumentError(f"a path of more than {DEPTH_MAX} names: {path[:200]!r}")
-    return names
 
 
 def hide_missing(root: Node, paths: Iterable[str]) -> None:

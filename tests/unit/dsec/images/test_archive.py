@@ -9,8 +9,9 @@ import tarfile
 
 import pytest
 
+from dsec.archive import Stream
 from dsec.edge.images.archive import read_archive
-from dsec.edge.images.streams import Section, Stream, unpacked
+from dsec.edge.images.streams import Section, unpacked
 from dsec.edge.images.tree import CAPABILITY, OPAQUE
 from dsec.errors import InvalidArgumentError, ResourceExhaustedError
 

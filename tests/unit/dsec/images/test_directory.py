@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dsec.archive import DEPTH_MAX
 from dsec.edge.images.directory import IDS_COUNT, DirectoryReader
-from dsec.edge.images.tree import DEPTH_MAX, OPAQUE
+from dsec.edge.images.tree import OPAQUE
 from dsec.errors import HostUnfitError, InvalidArgumentError
 
 FIRST = 0x10000000

@@ -2,8 +2,9 @@
 
 import pytest
 
+from dsec.archive import DEPTH_MAX, parts
 from dsec.edge.images import tree
-from dsec.edge.images.tree import DEPTH_MAX, OPAQUE, Node, Tree, below, directory, hide_missing, parts
+from dsec.edge.images.tree import OPAQUE, Node, Tree, below, directory, hide_missing
 from dsec.errors import InvalidArgumentError
 
 FILE = 0o100644
