@@ -55,22 +55,31 @@ class RunEdge(EdgeSubstrate):
 
     def __init__(self, directory: Path, config: SubstrateConfig) -> None:
         """`directory` holds one directory for each boot: what an earlier one left cannot live any more."""
-        home = directory / HostClock().boot_id
-        super().__init__(Edge(home, ContainerSubstrate(config, state_dir=home), edge_config()))
+        self._home = directory / HostClock().boot_id
+        self._config = config
         self._is_open = False
+        self._make()
+
+    def _make(self) -> None:
+        self._containers = ContainerSubstrate(self._config, state_dir=self._home)
+        super().__init__(Edge(self._home, self._containers, edge_config()))
 
     async def open(self) -> None:
-        """As every Edge's."""
+        """As every Edge's; what lives on with too few slots for this run is destroyed, and rebuilt."""
         await super().open()
+        if self._containers.spawner.slots_count < self._config.sandboxes_count_max:
+            await super().close()
+            self._make()
+            await super().open()
         self._is_open = True
 
     async def close(self) -> None:
         """Destroy what lives, and forget it."""
         await super().close()
         if self._is_open:
-            await asyncio.to_thread(shutil.rmtree, self.edge.directory, ignore_errors=True)
+            await asyncio.to_thread(shutil.rmtree, self._home, ignore_errors=True)
             with contextlib.suppress(OSError):
-                self.edge.directory.parent.rmdir()
+                self._home.parent.rmdir()
 
 
 def _remote_substrate(edge_url: str, directory: Path, config: RolloutConfig) -> Substrate:

@@ -80,6 +80,16 @@ def test_a_command_in_flight_is_collected_in_the_same_sandbox(dsec: Any, edge: A
     assert not (out / "edge").exists()
 
 
+def test_more_rollouts_at_once_than_before_get_their_sandboxes(dsec: Any, task: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process, sandbox_id = in_its_solution(dsec, None, task, out, DSEC_EDGE_SANDBOXES_COUNT_MAX="16")
+    kill(process)
+    summary = dsec.done(*run(None, task, out), "--concurrency", 17).json()
+    assert (summary["solved"], summary["infra_failures"], summary["commands_run_twice"]) == (1, 0, 0)
+    (trajectory,) = Ledger.read(out / "wal", load_tokenizer()).trajectories.values()
+    assert (trajectory.incarnation, trajectory.sandbox_id != sandbox_id) == (2, True)
+
+
 def test_a_killed_run_that_nobody_resumes_leaves_nothing_at_the_edge(
     dsec: Any, edge_process: Any, task: Path, tmp_path: Path
 ) -> None:
