@@ -306,6 +306,8 @@ async def start_server(edge: Edge, listen: Listen, images: Images | None = None)
     interceptors = [TokenInterceptor(listen.token)] if listen.token else []
     server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS, maximum_concurrent_rpcs=CALLS_COUNT_MAX)
     name = pb.DESCRIPTOR.services_by_name["Edge"].full_name
+    # With every call grpc.aio waits anew for each registered method; the generic handlers serve the same methods.
+    server.add_registered_method_handlers = lambda _service, _handlers: None  # type: ignore[attr-defined]
     pb_grpc.add_EdgeServicer_to_server(EdgeServicer(edge, images), server)  # type: ignore[no-untyped-call]
     checks = health.aio.HealthServicer()  # type: ignore[attr-defined]  # stub lags behind the package
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
