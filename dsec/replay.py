@@ -69,7 +69,7 @@ async def incarnate(
 async def _replay(sandbox: DurableSandbox, is_wanted: Callable[[str], bool]) -> None:
     trajectory = sandbox.trajectory
     for key, entry in list(trajectory.entries.items()):
-        if entry.result is None or not is_wanted(key):
+        if entry.result is None or not entry.ran or not is_wanted(key):
             continue
         number = sandbox.take_number()
         again = await (await sandbox.sandbox.start(entry.command, number)).wait()

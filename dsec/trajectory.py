@@ -60,13 +60,14 @@ class CommandStarted(msgspec.Struct, frozen=True, tag="command_started"):
 
 
 class CommandFinished(msgspec.Struct, frozen=True, tag="command_finished"):
-    """Durable before anyone learns the result."""
+    """Durable before anyone learns the result; without `ran` it was killed before it began: no replay runs it."""
 
     session: str
     incarnation: int
     key: str
     result: ExecResult
     at_s: float = 0.0
+    ran: bool = True
 
 
 class CommandRefused(msgspec.Struct, frozen=True, tag="command_refused"):
@@ -179,6 +180,7 @@ class Entry:
     result: ExecResult | None = None
     started_lsn: int = 0
     finished_lsn: int = 0
+    ran: bool = True
     incarnation: int = 0
     """The newest one that the command was applied to."""
     applied_count: int = 0
@@ -216,7 +218,7 @@ class Trajectory:
                 entry = self._entry(record.key)
                 if entry.state == "finished":
                     raise DivergedError(f"{self.session}: key {record.key!r} finished twice")
-                entry.state, entry.finished_lsn = "finished", lsn
+                entry.state, entry.finished_lsn, entry.ran = "finished", lsn, record.ran
                 entry.result = record.result if self.keeps_contents else bare(record.result)
             case CommandRefused():
                 entry = self._entry(record.key)

@@ -42,17 +42,23 @@ from dsec.trajectory import (
 )
 from dsec.types import Command, ExecResult, Output
 
+KILLED_CODE = 137
 Recall = Callable[[int], Awaitable[TrajectoryRecord]]
 """The trajectory record of an lsn, read back."""
 
 
 class Running:
-    """A command between its request and its durable end; `process` is done once the sandbox runs it."""
+    """A command between its request and its durable end.
+
+    `process` is done once the sandbox runs it, or (None) once it is certain that it never will.
+    """
 
     def __init__(self, key: str, number: int, command: Command, digest: bytes) -> None:
         self.key, self.number, self.command, self.digest = key, number, command, digest
-        self.process: asyncio.Future[Process] = asyncio.get_running_loop().create_future()
+        self.process: asyncio.Future[Process | None] = asyncio.get_running_loop().create_future()
         self.end: asyncio.Task[ExecResult] | None = None
+        self.is_killed = False
+        self.is_starting = False
 
     async def wait(self) -> ExecResult:
         """The result, once it is durable; a caller that is cancelled leaves the command alone.
@@ -69,9 +75,19 @@ class Running:
                 raise let_go(self.key) from None
             raise
 
-    async def started(self) -> Process:
-        """The running process; raises what kept it from starting."""
+    async def started(self) -> Process | None:
+        """The running process, None if it was killed before it ran; raises what kept it from starting."""
         return await asyncio.shield(self.process)
+
+    def kill_early(self) -> bool:
+        """Whether it has no process yet; then it gets none, or one that is killed at once."""
+        if self.process.done():
+            return False
+        self.is_killed = True
+        if self.is_starting and self.end is not None:
+            self.is_starting = False
+            self.end.cancel()  # `_start` knows what that means
+        return True
 
 
 def let_go(key: str) -> UnreachableError:
@@ -238,13 +254,9 @@ class DurableSandbox:
     async def _perform(self, running: Running, process: Process | None) -> ExecResult:
         """From a durable start to a durable end; `process` is the one that runs already, if there is one."""
         try:
-            if process is None:
-                if self._wake is not None:
-                    await self._wake()
-                process = await self.sandbox.start(self._shape(running.command), running.number)
+            process = await self._start(running) if process is None else process
             running.process.set_result(process)
-            result = await process.wait()
-            self._keep(process)
+            result = await self._end_of(process) if process is not None else ExecResult(exit_code=KILLED_CODE)
         except OutcomeUnknownError:
             await self.record(CommandUnknown(*self._session, running.key, self.now()))
             raise
@@ -255,7 +267,35 @@ class DurableSandbox:
             if error.command_started == "no":
                 await self.record(CommandRefused(*self._session, running.key, f"{error.code}: {error}", self.now()))
             raise
-        await self.record(CommandFinished(*self._session, running.key, result, self.now()))
+        ran = process is not None
+        await self.record(CommandFinished(*self._session, running.key, result, self.now(), ran=ran))
+        return result
+
+    async def _start(self, running: Running) -> Process | None:
+        """Start it; None if it was killed before it ran."""
+        if running.is_killed:
+            return None
+        command, is_asked = self._shape(running.command), False
+        running.is_starting = True
+        try:
+            if self._wake is not None:
+                await self._wake()
+            is_asked = True
+            return await self.sandbox.start(command, running.number)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not running.is_killed or task is None or task.uncancel() > 0:
+                raise
+        finally:
+            running.is_starting = False
+        process = await self.sandbox.resume_process(running.number, command) if is_asked else None
+        if process is not None:  # it ran already
+            await process.kill()
+        return process
+
+    async def _end_of(self, process: Process) -> ExecResult:
+        result = await process.wait()
+        self._keep(process)
         return result
 
     async def stop(self) -> None:

@@ -57,6 +57,7 @@ class Outline:
     number: int
     started_lsn: int
     finished_lsn: int = 0
+    ran: bool = True
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Past:
 
     def since(self, after: int) -> tuple[Outline, ...]:
         """What leads from the state after command `after` to the end.  StateError if it cannot be run again."""
-        commands = [outline for outline in self.commands if outline.number > after]
+        commands = [outline for outline in self.commands if outline.number > after and outline.ran]
         for outline, following in itertools.zip_longest(commands, commands[1:]):
             if not outline.finished_lsn or (following and following.started_lsn < outline.finished_lsn):
                 raise StateError(
@@ -157,7 +158,7 @@ class History:
                         f"the journal has the end of {record.key!r} of {known.id} and no start: it is damaged"
                     )
                 case CommandFinished():
-                    outlines[record.key].finished_lsn = lsn
+                    outlines[record.key].finished_lsn, outlines[record.key].ran = lsn, record.ran
                 case CommandRefused():
                     outlines.pop(record.key, None)
                 case SnapshotTaken(after=int()):

@@ -145,7 +145,9 @@ class LiveSandbox:
         running = self.begin(command, key)
         if running is None:
             return self.view(key)
-        await running.started()
+        if await running.started() is None:
+            await running.wait()
+            return self.view(key)
         return CommandView(key=running.key, number=running.number, command=running.command, state="running")
 
     async def wait(self, key: str) -> ExecResult:
@@ -162,6 +164,14 @@ class LiveSandbox:
                 raise OutcomeUnknownError(f"nobody knows how {key!r} ended in sandbox {self.known.id}")
             return None
         return await running.started()
+
+    async def kill(self, key: str) -> None:
+        """Kill its whole tree, or see to it that it never runs; nothing if it has ended.  Raises as `process`."""
+        running = self.durable.running.get(key)
+        if running is None or not running.kill_early():
+            process = await self.process(key)
+            if process is not None:
+                await process.kill()
 
     async def read_output(self, key: str, stream: Stream, offset: int, bytes_max: int, ended: Processes) -> bytes:
         """Output by offset: from the process while it is known, else from what the result kept."""

@@ -107,7 +107,10 @@ class Registry:
         """Take charge of a sandbox that is there, and whose promise was made."""
 
         async def wake() -> None:
-            await live.wake()
+            if live.state is State.PAUSED:  # goes on if who asked is killed meanwhile
+                await asyncio.shield(self.spawn(live.wake(), f"wake {known.id}"))
+            else:
+                await live.wake()
 
         durable = DurableSandbox(
             sandbox,

@@ -177,9 +177,8 @@ class Edge:
         return await self._registry.find(sandbox_id).wait(key)
 
     async def kill(self, sandbox_id: str, key: str) -> None:
-        """Kill a command's whole tree; one that has ended is fine."""
-        if (process := await self._process(sandbox_id, key)) is not None:
-            await process.kill()
+        """Kill a command's whole tree; one that has ended is fine, and one that waits for its start never runs."""
+        await self._registry.find(sandbox_id).kill(key)
 
     async def signal(self, sandbox_id: str, key: str, number: int) -> None:
         """Send a signal to a command's process group."""

@@ -52,6 +52,7 @@ class GuestSandbox(ABC):
         self._processes: dict[int, GuestProcess] = {}
         self._known: WeakValueDictionary[int, GuestProcess] = WeakValueDictionary()
         self._last_number = 0
+        self._unsent: set[int] = set()  # numbers that were taken, and of which the guest was not told
         self._first_number = NUMBER_MAX  # of those that this process started
         self._is_adopted = False
         self._remembered: Remembered | None = None
@@ -182,6 +183,7 @@ class GuestSandbox(ABC):
         body = encode_command(command)
         number = await self._take_number(number)
         streams = Streams(number, command, self._keeping)
+        self._unsent.add(number)
         await streams.open()
         try:
             async with self._gate:
@@ -191,6 +193,7 @@ class GuestSandbox(ABC):
         except BaseException:
             streams.close()
             raise
+        self._unsent.discard(number)
         streams.close_theirs()
         process = self._follow(GuestProcess(self, number, command, streams, time.monotonic()))
         if command.tty is not None:
@@ -239,6 +242,8 @@ class GuestSandbox(ABC):
         """See `dsec.sandbox.Sandbox.resume_process`."""
         if (process := self._known.get(number)) is not None:
             return process
+        if number in self._unsent:
+            return None
         guest, remembered = self._living(), await self._remember()
         if (process := self._known.get(number)) is not None:  # another caller was faster
             return process

@@ -1,7 +1,7 @@
 """Keyed, durable commands of the Edge: once for each key, whoever asks, whatever was killed."""
 
 import asyncio
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -16,8 +16,8 @@ from dsec.errors import (
     SandboxLostError,
     UnreachableError,
 )
-from dsec.testing import FakeSandbox
-from dsec.types import Command, ExecResult, Output, TtySize
+from dsec.testing import FakeProcess, FakeSandbox, FakeSubstrate
+from dsec.types import Command, ExecResult, Output, SandboxId, SandboxSpec, TtySize
 from dsec.views import CreateRequest
 
 LS = Command(argv=("ls",))
@@ -47,6 +47,76 @@ def world(hosts: Any) -> World:
 async def made(hosts: Any, **config: Any) -> tuple[Any, str]:
     edge = await hosts.edge(**config)
     return edge, (await edge.create(CreateRequest())).id
+
+
+class SlowToStart(FakeSandbox):
+    """Whoever wants something waits for the test: at the step that its command names."""
+
+    may_go_on: ClassVar[asyncio.Event]
+    waiting: ClassVar[list[str]]
+
+    async def resume(self) -> None:
+        if self.is_paused:
+            self.waiting.append("wake")
+            await self.may_go_on.wait()
+        await super().resume()
+
+    async def start(self, command: Command, number: int | None = None) -> FakeProcess:
+        if command.argv[0] == "unsent":
+            self.waiting.append("unsent")
+            await self.may_go_on.wait()
+        process = await super().start(command, number)
+        if command.argv[0] == "sent":
+            self.waiting.append("sent")
+            await self.may_go_on.wait()
+        return process
+
+
+class SlowSubstrate(FakeSubstrate):
+    async def create(self, spec: SandboxSpec, sandbox_id: SandboxId | None = None) -> FakeSandbox:
+        sandbox = await super().create(spec, sandbox_id)
+        sandbox.__class__ = SlowToStart
+        return sandbox
+
+
+@pytest.mark.parametrize("where", ["wake", "unsent", "sent"])
+async def test_a_command_that_waits_for_its_start_is_killed_at_once_and_never_runs(
+    hosts: Any, world: World, where: str
+) -> None:
+    SlowToStart.may_go_on, SlowToStart.waiting = asyncio.Event(), []
+    edge = await hosts.edge(SlowSubstrate(hosts.answer, hosts.host))
+    box = (await edge.create(CreateRequest())).id
+    await edge.exec(box, Command(argv=("now",)), "before")
+    if where == "wake":
+        await edge.pause(box)
+    command = Command(argv=(where,))
+    starting = asyncio.create_task(edge.start(box, command, "k"))
+    await hosts.until(lambda: SlowToStart.waiting == [where])
+    await edge.kill(box, "k")
+    result = await edge.exec(box, command, "k")
+    assert (result.exit_code, result.stdout.total_bytes) == (137, 0)
+    assert (await starting).state == ("finished" if where != "sent" else "running")
+    SlowToStart.may_go_on.set()
+    await edge.kill(box, "k")
+    assert await edge.exec(box, command, "k") == result
+    await edge.exec(box, Command(argv=("now",)), "after")
+    assert world.runs == ["now", *(["sent"] if where == "sent" else []), "now"]
+    await hosts.kill(edge)
+    edge = await hosts.edge()
+    assert await edge.exec(box, command, "k") == result
+    if where != "sent":  # what never ran is no past to run again
+        world.runs.clear()
+        await edge.branch(box, "after")
+        assert world.runs == ["now", "now"]
+
+
+async def test_a_command_that_is_killed_before_it_is_written_down_never_runs(hosts: Any, world: World) -> None:
+    edge, box = await made(hosts)
+    running = asyncio.create_task(edge.exec(box, LS, "k"))
+    await hosts.until(lambda: edge._registry.find(box).durable.running)
+    await edge.kill(box, "k")
+    assert (await running).exit_code == 137
+    assert world.runs == []
 
 
 async def test_twenty_callers_of_one_key_make_one_command_and_get_one_result(hosts: Any, world: World) -> None:

@@ -98,6 +98,18 @@ async def test_a_number_names_one_command_for_ever(sandbox: ContainerSandbox) ->
         await sandbox.resume_process(42, script("true"))
 
 
+async def test_a_start_that_was_given_up_before_the_guest_heard_of_it_never_was(sandbox: ContainerSandbox) -> None:
+    command = script("touch /tmp/ran")
+    async with sandbox._gate:  # as a snapshot holds it
+        starting = asyncio.create_task(sandbox.start(command, 7))
+        await asyncio.sleep(0)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+    assert (await (await sandbox.start(script("test -e /tmp/ran"), 8)).wait()).exit_code == 1
+    assert await sandbox.resume_process(7, command) is None
+
+
 async def test_a_waiter_that_goes_away_leaves_the_command(sandbox: ContainerSandbox) -> None:
     process = await sandbox.start(script("echo ready; read; exit 5", keep_stdin_open=True))
     waiters = [asyncio.create_task(process.wait()) for _ in range(3)]
