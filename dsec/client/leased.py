@@ -56,6 +56,13 @@ class LeasedSubstrate:
         """See `dsec.sandbox.Substrate.create`; the Edge alone gives ids.  Waits a while for room."""
         if sandbox_id is not None:
             raise InvalidArgumentError("an Edge gives its sandboxes their ids: leave sandbox_id out")
+        try:
+            return await self._create(spec)
+        except StateError:  # the Edge was out of reach for so long that our lease lapsed
+            await self._renew()
+            return await self._create(spec)
+
+    async def _create(self, spec: SandboxSpec) -> RemoteSandbox:
         request = CreateRequest(spec=spec, labels=self._labels, owner=self._owner)
         return await create_remote(self._remote.connection, request, ROOM)
 
