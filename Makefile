@@ -10,7 +10,7 @@ COVERED := tests/unit/wal tests/unit/toolcall_dsl tests/golden tests/faults/test
 PIP := .venv/bin/pip install --disable-pip-version-check
 logged = $(1) > build/setup.log 2>&1 || { tail -n 30 build/setup.log; exit 1; }
 
-.PHONY: run test test-external coverage check bench protos lock setup setup-dev native clean
+.PHONY: run test test-external coverage covered check bench protos lock setup setup-dev native clean
 
 run: setup ## set up, then run the main job on the bundled tasks; run again to finish or to see the result
 	.venv/bin/dsec run --resume --out "$(RUN_DIR)"
@@ -23,9 +23,12 @@ test-external: setup ## third-party tools in a virtual environment of their own;
 
 coverage: setup-dev ## wal/ and toolcall_dsl/ have no line and no branch that their own tests do not reach
 	$(PY) -m coverage erase
-	$(PY) -m coverage run -m pytest -q $(COVERED)
+	$(PY) -m coverage run -m pytest -q $(BESIDE) $(PYTEST_ARGS) $(COVERED)
 	$(PY) -m coverage combine -q
 	$(PY) -m coverage report
+
+covered: ## say which tests `make coverage` runs
+	@echo $(COVERED)
 
 check: setup-dev ## lint, types, import contracts, house rules
 	.venv/bin/ruff check .
