@@ -58,16 +58,27 @@ def replace_file(
     """
     _require_replaceable(parent, name)
     fresh = b".dsec-" + secrets.token_hex(8).encode()  # no longer than any name may be, and nobody's guess
-    fd = os.open(fresh, _NEW_FILE, 0o600, dir_fd=parent)
+    fd, is_nameless = _open_fresh(parent, fresh)
     try:
         with os.fdopen(fd, "wb") as file:
             for piece in _bounded(pieces, bytes_max):
                 file.write(piece)
+            file.flush()
             os.fchmod(fd, mode & 0o777)
+            if is_nameless:
+                os.link(f"/proc/self/fd/{fd}", fresh, dst_dir_fd=parent, follow_symlinks=True)
         os.rename(fresh, name, src_dir_fd=parent, dst_dir_fd=parent)
     except BaseException:
         _clear(parent, fresh)
         raise
+
+
+def _open_fresh(parent: int, name: bytes) -> tuple[int, bool]:
+    """A new file, without a name where the file system can do that: then a kill -9 leaves nothing of it."""
+    with contextlib.suppress(OSError):
+        if os.access("/proc/self/fd", os.X_OK):  # by which it gets its name
+            return os.open(".", os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=parent), True
+    return os.open(name, _NEW_FILE, 0o600, dir_fd=parent), False
 
 
 def _require_replaceable(parent: int, name: bytes) -> None:
