@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -86,6 +87,7 @@ async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None])
         raise RequestError(f"{batch.directory} holds a run already: add --resume to finish it, or choose another --out")
     began = time.monotonic()
     asked = None if is_begun else _ask(batch)
+    stopped = _stop_signal()  # from here on nothing lives that an end in order would not destroy
     async with make_service(batch.directory, batch.config, batch.edge_url) as service:
         if (logged := service.ledger.jobs.get(REQUEST_ID)) is not None:
             batch.check_logged(logged)
@@ -96,18 +98,20 @@ async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None])
         await service.start()
         has_worked = service.running_count > 0
         waiting = asyncio.create_task(service.wait(REQUEST_ID))
-        stopped = _stop_signal(waiting)
+        ends: list[asyncio.Future[Any]] = [waiting, stopped]
+        while not any(end.done() for end in ends):
+            draw(service, time.monotonic() - began)
+            await asyncio.wait(ends, timeout=_DRAW_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED)
+        if stopped.done():
+            waiting.cancel()
         with suppress(asyncio.CancelledError):
-            while not waiting.done():
-                draw(service, time.monotonic() - began)
-                await asyncio.wait([waiting], timeout=_DRAW_INTERVAL_S)
             await waiting
         draw(service, time.monotonic() - began)
         if has_worked:
             await service.note_work(REQUEST_ID, time.monotonic() - began)
         summary = summarise(service.ledger)
     write_results(batch.directory, service, summary)
-    return Outcome(summary, has_worked, stopped[0] if stopped else None)
+    return Outcome(summary, has_worked, stopped.result() if stopped.done() else None)
 
 
 async def run_in_process(
@@ -171,14 +175,15 @@ def write_results(directory: Path, service: RolloutService, summary: Summary) ->
         ) from error
 
 
-def _stop_signal(waiting: asyncio.Task[None]) -> list[signal.Signals]:
-    """Cancel the wait at SIGINT or SIGTERM; the list tells afterwards which one came."""
-    came: list[signal.Signals] = []
+def _stop_signal() -> asyncio.Future[signal.Signals]:
+    """Done with SIGINT or SIGTERM, whichever comes first."""
+    loop = asyncio.get_running_loop()
+    came: asyncio.Future[signal.Signals] = loop.create_future()
 
     def stop(number: signal.Signals) -> None:
-        came.append(number)
-        waiting.cancel()
+        if not came.done():
+            came.set_result(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+        loop.add_signal_handler(number, stop, number)
     return came

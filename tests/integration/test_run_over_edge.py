@@ -112,6 +112,16 @@ def test_an_interrupted_run_destroys_its_sandboxes(dsec: Any, edge: Any, task: P
     assert dsec.guests() == []
 
 
+def test_a_run_that_is_interrupted_while_it_starts_leaves_nothing(dsec: Any, task: Path, tmp_path: Path) -> None:
+    process = dsec.start(*run(None, task, tmp_path / "run"))
+    while not (tmp_path / "run/edge").exists():
+        assert process.poll() is None, process.communicate()
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert dsec.processes(dsec.sessions) == []
+
+
 def test_an_edge_that_cannot_be_reached_is_told_before_anything_runs(dsec: Any, task: Path, tmp_path: Path) -> None:
     ran = dsec("run", task, "--out", tmp_path / "run", "--edge", f"unix:{tmp_path}/none")
     assert (ran.code, "no Edge answers at" in ran.err) == (3, True), ran.err
