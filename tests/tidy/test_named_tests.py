@@ -1,4 +1,4 @@
-"""What a document calls a proof exists: every test and check that it names would be collected and run."""
+"""What a document points at exists: the tests and checks that it calls proofs would be collected, its links lead on."""
 
 import ast
 import json
@@ -12,6 +12,7 @@ from dsec.testing import SANDBOX_CHECKS
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = ROOT / "tests/golden/hostile"
 PAGES = ("docs/threat_model.md", "docs/track_record.md")
+MARKDOWN = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 CHECKS = {check.name for check in SANDBOX_CHECKS}
 
 
@@ -55,6 +56,12 @@ def test_every_proof_of_a_page_is_a_test(page: str) -> None:
     assert len(rows) > 20
     assert [about for about, names in rows if not names] == []
     assert [name for _, names in rows for name in names if not is_there(name)] == []
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_of_a_page_leads_to_a_file(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_every_hostile_case_has_its_proofs_or_says_what_it_waits_for() -> None:
