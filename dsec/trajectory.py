@@ -237,12 +237,16 @@ class Trajectory:
         return entry.state in ("running", "unknown") and entry.incarnation == self.incarnation
 
     def is_whole(self, is_wanted: Callable[[str], bool]) -> bool:
-        """True if the newest incarnation has had every finished command that `is_wanted`, with the same result."""
-        return not self.has_diverged and all(
-            entry.incarnation == self.incarnation
-            for key, entry in self.entries.items()
-            if entry.state == "finished" and is_wanted(key)
-        )
+        """True if what the newest incarnation had is what a rebuild would give it, with the same results.
+
+        That is every finished command whose key `is_wanted`, those without an end, and nothing of any other key.
+        """
+
+        def is_right(key: str, entry: Entry) -> bool:
+            is_applied = entry.incarnation == self.incarnation and entry.applied_count > 0
+            return is_applied or entry.state != "finished" if is_wanted(key) else not is_applied
+
+        return not self.has_diverged and all(is_right(key, entry) for key, entry in self.entries.items())
 
     def forget_contents(self) -> None:
         """Drop what only a rebuild needs (inputs and outputs); counts and keys stay.  For a closed session."""

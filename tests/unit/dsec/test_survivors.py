@@ -1,13 +1,14 @@
 """A sandbox that outlived its process: what the next one does with it, wherever the first one may have died."""
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 
 from dsec import trajectory
 from dsec.edge.exec_log import DurableSandbox
 from dsec.errors import OutcomeUnknownError
-from dsec.replay import incarnate
+from dsec.replay import every_key, incarnate
 from dsec.testing import FakeHost, FakeSandbox, FakeSubstrate
 from dsec.trajectory import Trajectory
 from dsec.types import Command, ExecResult, Output, SandboxSpec
@@ -41,12 +42,12 @@ class World:
             folded.apply(record)
         return folded
 
-    async def process(self) -> DurableSandbox:
+    async def process(self, is_wanted: Callable[[str], bool] = every_key) -> DurableSandbox:
         """What the next process makes of log and host."""
         substrate, folded = FakeSubstrate(self.answer, self.host), self.fold()
         await substrate.open()
         survivor = substrate.adopted().get(folded.sandbox_id)
-        return await incarnate(substrate, SandboxSpec(), folded, self.append, survivor=survivor)
+        return await incarnate(substrate, SandboxSpec(), folded, self.append, is_wanted, survivor)
 
     def commands(self) -> list[list[str]]:
         """What each living sandbox was given."""
@@ -136,6 +137,15 @@ async def test_a_rebuild_that_differed_is_not_gone_on_with(world: World) -> None
     world.records[-1] = trajectory.CommandReplayed("s", 2, "a", is_equal=False, number=2)
     assert (await world.process()).sandbox.id != rebuilt.sandbox.id
     assert world.commands() == [["ls"]]
+
+
+async def test_a_sandbox_that_had_more_than_is_wanted_is_not_gone_on_with(world: World) -> None:
+    sandbox = await world.process()
+    await sandbox.exec("good", LS)
+    await sandbox.exec("try/0", CAT)
+    again = await world.process(lambda key: key != "try/0")
+    assert (await again.exec("try/1", PWD)).stdout.head == b"ls;pwd"
+    assert world.commands() == [["ls", "pwd"]]
 
 
 def test_a_log_from_before_sandboxes_had_names_claims_none() -> None:
