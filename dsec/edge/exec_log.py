@@ -255,6 +255,8 @@ class DurableSandbox:
         """From a durable start to a durable end; `process` is the one that runs already, if there is one."""
         try:
             process = await self._start(running) if process is None else process
+            if process is not None and running.is_killed:
+                await process.kill()
             running.process.set_result(process)
             result = await self._end_of(process) if process is not None else ExecResult(exit_code=KILLED_CODE)
         except OutcomeUnknownError:
@@ -272,7 +274,7 @@ class DurableSandbox:
         return result
 
     async def _start(self, running: Running) -> Process | None:
-        """Start it; None if it was killed before it ran."""
+        """Start it, or find it started; None if it was killed before it ran."""
         if running.is_killed:
             return None
         command, is_asked = self._shape(running.command), False
@@ -288,10 +290,7 @@ class DurableSandbox:
                 raise
         finally:
             running.is_starting = False
-        process = await self.sandbox.resume_process(running.number, command) if is_asked else None
-        if process is not None:  # it ran already
-            await process.kill()
-        return process
+        return await self.sandbox.resume_process(running.number, command) if is_asked else None
 
     async def _end_of(self, process: Process) -> ExecResult:
         result = await process.wait()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from dsec import trajectory
-from dsec.edge.exec_log import DurableSandbox
+from dsec.edge.exec_log import DurableSandbox, Running
 from dsec.errors import OutcomeUnknownError
 from dsec.replay import every_key, incarnate
 from dsec.testing import FakeHost, FakeSandbox, FakeSubstrate
@@ -77,6 +77,18 @@ async def test_a_command_in_flight_is_collected(world: World) -> None:
     world.may_answer.set()
     assert (await again.exec("a", LS)).stdout.head == b"ls"
     assert world.commands() == [["ls"]]
+
+
+async def test_a_kill_that_comes_while_a_command_is_collected_is_not_lost(world: World) -> None:
+    world.may_answer.clear()
+    running = (await world.process()).begin("a", LS)
+    assert running is not None
+    process = await running.started()
+    again = await world.process()
+    collected = Running("a", running.number, LS, running.digest)
+    again._begin(collected, again._perform(collected, process))
+    assert collected.kill_early()
+    assert (await collected.wait()).exit_code == 137
 
 
 async def test_one_that_ended_unseen_is_collected_too(world: World) -> None:
