@@ -1,0 +1,101 @@
+"""The Edge of one run, in the run's process: what it may have, where its state lies, and when that goes.
+
+The run's own log is what must survive a power cut.  This Edge's journal is what a run that was killed finds its
+sandboxes by; they do not outlive the kernel, so the journal need not either, and is not synced.
+
+See: dsec/edge/local.py, docs/adr/0010-the-edge-in-process.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import resource
+import shutil
+from pathlib import Path
+
+from dsec.edge.clock import HostClock
+from dsec.edge.config import SLOTS_COUNT_MAX, SubstrateConfig
+from dsec.edge.edge_config import EdgeConfig
+from dsec.edge.local import EdgeSubstrate
+from dsec.edge.service import Edge
+from dsec.edge.substrates.container import ContainerSubstrate
+from rollout.errors import RequestError
+
+_FDS_COUNT_BASE = 256
+_FDS_COUNT_PER_SANDBOX = 8
+"""A guest's socket, and a command's pipes: both ends of three while it starts."""
+
+
+class RunEdge(EdgeSubstrate):
+    """An Edge for one run, on a directory that goes when the run has ended in order: nothing lives that needs it."""
+
+    def __init__(self, directory: Path, config: SubstrateConfig) -> None:
+        """`directory` holds one directory for each boot: what an earlier one left cannot live any more."""
+        self._home = directory / HostClock().boot_id
+        self._config = config
+        self._is_open = False
+        super().__init__(self._make())
+
+    def _make(self) -> Edge:
+        self._containers = ContainerSubstrate(self._config, state_dir=self._home)
+        return Edge(self._home, self._containers, edge_config())
+
+    async def open(self) -> None:
+        """As every Edge's; what lives on with too few slots for this run is destroyed, and rebuilt."""
+        await super().open()
+        if self._containers.spawner.slots_count < self._config.sandboxes_count_max:
+            await super().close()
+            self.edge = self._make()
+            await super().open()
+        self._is_open = True
+
+    async def close(self) -> None:
+        """Destroy what lives, and forget it."""
+        await super().close()
+        if self._is_open:
+            await asyncio.to_thread(shutil.rmtree, self._home, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._home.parent.rmdir()
+
+
+def edge_config() -> EdgeConfig:
+    """The bounds of a run's own Edge: those that somebody set, else none but the run's concurrency."""
+    config = EdgeConfig()
+    of_a_run = {
+        "memory_overcommit": math.inf,
+        "pids_overcommit": math.inf,
+        "disk_free_bytes_min": 0,
+        "results_bytes_max": 8 << 20,
+        "log_sync": "os",
+        "log_bytes_max": 256 << 20,
+        "log_reserve_bytes": 1 << 20,
+    }
+    return config.model_copy(update={k: v for k, v in of_a_run.items() if k not in config.model_fields_set})
+
+
+def substrate_config(concurrency: int) -> SubstrateConfig:
+    """The host's bounds with a slot and the descriptors for each of `concurrency` rollouts.
+
+    RequestError names the bound that somebody set below that.
+    """
+    config = SubstrateConfig()
+    if config.sandboxes_count_max < concurrency:
+        if "sandboxes_count_max" in config.model_fields_set:
+            raise RequestError(
+                f"{concurrency} rollouts at once need as many sandboxes, and DSEC_EDGE_SANDBOXES_COUNT_MAX allows "
+                f"{config.sandboxes_count_max}: raise it, or lower the concurrency"
+            )
+        slots = min(SLOTS_COUNT_MAX, concurrency + config.creates_in_flight_max)  # one that ends still has its slot
+        config = config.model_copy(update={"sandboxes_count_max": slots})
+    needed = _FDS_COUNT_BASE + concurrency * _FDS_COUNT_PER_SANDBOX
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise RequestError(
+                f"{concurrency} rollouts at once need {needed} open files, and this process may have {hard}: "
+                f"raise the hard limit (ulimit -Hn {needed}), or lower the concurrency"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    return config
