@@ -22,8 +22,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from dsec.edge.config import NATIVE_BINARY
-from dsec.edge.linux.cgroup import is_leftover
+from dsec.edge.config import NATIVE_BINARY, SubstrateConfig
+from dsec.edge.linux import cgroup
 
 BINARY = "dsec-sandbox"
 KINDS = ("run", "tree")
@@ -63,7 +63,8 @@ def kill_tree(root: int) -> None:
 
 def leftovers_of(root: Path) -> list[str]:
     """Cgroups without an owner, mounts of ours that the host can see, and keepers and spawners of runs below `root`."""
-    groups = [str(path) for path in Path("/sys/fs/cgroup").rglob("dsec-*") if path.is_dir() and is_leftover(path.name)]
+    places = cgroup.parents(cgroup.detect(), SubstrateConfig().cgroup_parent)
+    groups = [str(path) for place in places for path in place.glob("dsec-*") if cgroup.is_leftover(path.name)]
     mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if str(root) in line.split()[1]]
     return groups + mounts + processes_of(root / BINARY)
 

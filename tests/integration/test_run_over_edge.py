@@ -80,6 +80,20 @@ def test_a_command_in_flight_is_collected_in_the_same_sandbox(dsec: Any, edge: A
     assert not (out / "edge").exists()
 
 
+def test_a_served_edge_that_is_killed_under_a_run_costs_it_nothing(
+    dsec: Any, edge_process: Any, task: Path, tmp_path: Path
+) -> None:
+    edge, out = edge_process(dsec, tmp_path / "edge"), tmp_path / "run"
+    process, _ = in_its_solution(dsec, edge, task, out)
+    edge.kill()
+    edge.start()
+    said, err = process.communicate(timeout=90)
+    summary = json.loads(said)
+    assert (summary["solved"], summary["infra_failures"], summary["commands_replayed"]) == (1, 0, 0), err
+    assert sandboxes(edge) == []
+    edge.stop()
+
+
 def test_more_rollouts_at_once_than_before_get_their_sandboxes(dsec: Any, task: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process, sandbox_id = in_its_solution(dsec, None, task, out, DSEC_EDGE_SANDBOXES_COUNT_MAX="16")
