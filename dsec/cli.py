@@ -7,7 +7,7 @@ import sys
 import click
 import msgspec
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from dsec.edge.config import SubstrateConfig
 from dsec.edge.images.host import check_images
@@ -25,7 +25,7 @@ def doctor(as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.encode(findings))
     else:
-        table = Table("check", "", "seen", "way out")
+        table = Table("check", "", Column("seen", overflow="fold"), Column("way out", overflow="fold"))
         for finding in findings:
             missing = "[yellow]optional[/]" if finding.optional else "[red]missing[/]"
             mark = "[green]ok[/]" if finding.ok else missing

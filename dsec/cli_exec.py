@@ -161,7 +161,10 @@ def result_fields(result: ExecResult) -> dict[str, object]:
 @click.argument("sandbox_id", metavar="ID")
 @click.argument("key")
 def logs(sandbox_id: str, key: str) -> None:
-    """Print what a command wrote, from its first byte until it ends; `dsec trajectory` shows the keys."""
+    """Print what a command wrote, from its first byte until it ends.
+
+    KEY is the command's key, or # and its number, as `dsec trajectory` shows them.
+    """
 
     async def run(sandbox: AsyncSandbox) -> None:
         handle = await sandbox.commands.connect(key)

@@ -103,10 +103,11 @@ def _failure(path: str, result: ExecResult) -> DsecError:
     found = _SAID.fullmatch(said)
     number = int(found[1]) if found else 0
     text = said.decode(errors="replace").strip()
+    more = "" if text.endswith(f": {path}") else f" ({text!r})"
     if result.timed_out:
         return OutcomeUnknownError(f"{path!r}: not done within its time")
     if number in _MISSING or (result.exit_code == 127 and found is None):
-        return NotFoundError(f"{path!r}: {os.strerror(number or errno.ENOENT)} ({text!r})")
+        return NotFoundError(f"{path!r}: {os.strerror(number or errno.ENOENT)}{more}")
     if number in _EXHAUSTED or result.oom_killed or result.exit_code == 126 or b"No space left" in said:
         return ResourceExhaustedError(f"{path!r}: {text!r}")
     if result.exit_code in (137, 143):

@@ -32,6 +32,7 @@ from dsec.types import Command, ExecResult, Output, SandboxId, SandboxSpec
 KIND = 3
 """Record kind of the trajectory schema in a log."""
 
+REFUSAL_CHARS_MAX = 512
 BRIEF_CHARS_MAX = 2048
 """Of argv and env together: what a fold without contents keeps of a command."""
 
@@ -178,6 +179,8 @@ class Entry:
     number: int = 0
     state: Literal["running", "finished", "refused", "unknown"] = "running"
     result: ExecResult | None = None
+    refusal: str = ""
+    """Why it did not run, the last time."""
     started_lsn: int = 0
     finished_lsn: int = 0
     ran: bool = True
@@ -222,7 +225,7 @@ class Trajectory:
                 entry.result = record.result if self.keeps_contents else bare(record.result)
             case CommandRefused():
                 entry = self._entry(record.key)
-                entry.state = "refused"
+                entry.state, entry.refusal = "refused", record.why[:REFUSAL_CHARS_MAX]
                 entry.applied_count -= 1
             case CommandUnknown():
                 self._entry(record.key).state = "unknown"

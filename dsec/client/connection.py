@@ -125,7 +125,7 @@ class Connection:
             call.cancel()
 
     async def _connected(self, patience: Patience) -> None:
-        broken = UnreachableError(f"the connection to the Edge at {self.url} broke")
+        broken = self._unreachable("no connection")
         try:
             async with asyncio.timeout(self.patience_s(broken, patience)):
                 await self._channel.channel_ready()
@@ -145,11 +145,13 @@ class Connection:
         if not isinstance(failure, UnreachableError):
             self._has_answered = True
             return failure
+        return self._unreachable(str(failure).rpartition("error: ")[2])
+
+    def _unreachable(self, why: str) -> UnreachableError:
         if self._has_answered:
-            return UnreachableError(f"the connection to the Edge at {self.url} broke: {failure}")
+            return UnreachableError(f"the connection to the Edge at {self.url} broke: {why}")
         return UnreachableError(
-            f"no Edge answers at {self.url} ({str(failure).rpartition('error: ')[2]}): "
-            "start one with `dsec edge serve`, or set DSEC_API_URL"
+            f"no Edge answers at {self.url} ({why}): start one with `dsec edge serve`, or set DSEC_API_URL"
         )
 
     def use(self) -> Connection:

@@ -174,10 +174,10 @@ class RemoteSandbox:
         return None if view is None else RemoteProcess(self._connection, self._id, view.key, number, command)
 
     async def process(self, key: str) -> RemoteProcess:
-        """The command that was started under `key`.  NotFoundError."""
+        """The command that was started under `key`, or with the number of `#number`.  NotFoundError."""
         for view in await self.commands():
-            if view.key == key:
-                return RemoteProcess(self._connection, self._id, key, view.number, view.command)
+            if key in (view.key, f"#{view.number}"):
+                return RemoteProcess(self._connection, self._id, view.key, view.number, view.command)
         raise NotFoundError(f"sandbox {self._id} has no command {key!r}")
 
     async def commands(self) -> list[CommandView]:

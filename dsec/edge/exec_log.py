@@ -200,7 +200,9 @@ class DurableSandbox:
     def entry(self, key: str) -> Entry:
         """What the trajectory knows of a key.  NotFoundError."""
         entry = self.trajectory.entries.get(key)
-        if entry is None or entry.state == "refused":
+        if entry is not None and entry.state == "refused":
+            raise NotFoundError(f"{self.trajectory.session}: {key!r} did not run ({entry.refusal})")
+        if entry is None:
             raise NotFoundError(f"{self.trajectory.session} has no command with key {key!r}")
         return entry
 

@@ -82,6 +82,16 @@ def test_output_that_the_log_does_not_hold_is_read_after(edge: Any, sandbox: str
     )
 
 
+def test_a_command_is_found_by_its_number_too_and_one_that_did_not_run_says_why(edge: Any, sandbox: str) -> None:
+    edge.done("exec", sandbox, "--", "echo", "first")
+    assert edge.done("logs", sandbox, "#1") == "first\n"
+    refused = edge("exec", sandbox, "--key", "k", "-u", "nobody:nosuch", "--", "true")
+    assert (refused.code, "nobody:nosuch" in refused.err) == (125, True)
+    late = edge("logs", sandbox, "k")
+    assert late.code == 2
+    assert "nobody:nosuch" in late.err or "no command" in late.err
+
+
 def test_a_key_runs_once_and_belongs_to_one_command(edge: Any, sandbox: str) -> None:
     counting = ("exec", sandbox, "--key", "k", "--", "sh", "-c", "echo >> /root/n; wc -l < /root/n")
     assert [edge.done(*counting).strip() for _ in range(3)] == ["1", "1", "1"]

@@ -41,7 +41,7 @@ async def import_image(
     source = options.source or str(path)
     with contextlib.ExitStack() as stack:
         stack.callback(store.release, layers)
-        opened = open_image(path, options.reference, unpacked_bytes_max, store.shelf.scratch)
+        opened = open_image(path, options.reference, unpacked_bytes_max, store.shelf.scratch, source)
         found = await settled(in_thread(stack.enter_context, opened))  # it reads all of it, for its digests
         name = check_image_name(options.name or _short(found.name) or Path(source).name.partition(".")[0].lower())
         for index, blob in enumerate(found.layers):

@@ -103,8 +103,11 @@ class FoundImage(msgspec.Struct, frozen=True):
 class _Layout:
     """The files of a layout by path: in a directory, or stretches of one tar file."""
 
-    def __init__(self, root: Path, stack: contextlib.ExitStack, bytes_max: int, scratch: Path | None) -> None:
+    def __init__(
+        self, root: Path, stack: contextlib.ExitStack, bytes_max: int, scratch: Path | None, name: str
+    ) -> None:
         self._root = root
+        self._name = name
         self._scratch = scratch
         self._stack = stack
         self._stretches: dict[bytes, tuple[int, int]] | None = None
@@ -129,7 +132,7 @@ class _Layout:
             elif member.type == tarfile.SYMTYPE:
                 self._links[name] = os.path.normpath(os.path.join(os.path.dirname(name), os.fsencode(member.linkname)))
             if len(self._stretches) + len(self._links) > _FILES_COUNT_MAX:
-                raise InvalidArgumentError(f"{self._root} holds more than {_FILES_COUNT_MAX} files: no image layout")
+                raise InvalidArgumentError(f"{self._name} holds more than {_FILES_COUNT_MAX} files: no image layout")
 
     def _unpack(self, stream: Stream) -> None:
         """A layout that is compressed as a whole is read from a copy that is not."""
@@ -139,7 +142,7 @@ class _Layout:
                 copy.write(block)
             copy.flush()
         except OSError as error:
-            raise ResourceExhaustedError(f"no room to unpack {self._root}: {error.strerror}") from error
+            raise ResourceExhaustedError(f"no room to unpack {self._name}: {error.strerror}") from error
         self._fd = copy.fileno()
 
     def section(self, name: str) -> Section:
@@ -148,13 +151,13 @@ class _Layout:
         if self._stretches is None:
             place = (self._root / os.fsdecode(path)).resolve()
             if not place.is_relative_to(self._root.resolve()):
-                raise InvalidArgumentError(f"{name!r:.200} leads out of {self._root}")
+                raise InvalidArgumentError(f"{name!r:.200} leads out of {self._name}")
             fd = _open(place)
             self._stack.callback(os.close, fd)
             return Section(fd, 0, os.fstat(fd).st_size)
         stretch = self._stretches.get(self._links.get(path, path))
         if stretch is None:
-            raise NotFoundError(f"{self._root} has no {name!r:.200}")
+            raise NotFoundError(f"{self._name} has no {name!r:.200}")
         return Section(self._fd, *stretch)
 
     def has(self, name: str) -> bool:
@@ -169,11 +172,11 @@ class _Layout:
         """A JSON file.  InvalidArgumentError unless it is one of that kind."""
         data = Stream(section.read, 1 << 62).take(DOCUMENT_BYTES_MAX + 1)
         if len(data) > DOCUMENT_BYTES_MAX:
-            raise InvalidArgumentError(f"a document of more than {DOCUMENT_BYTES_MAX} bytes in {self._root}")
+            raise InvalidArgumentError(f"a document of more than {DOCUMENT_BYTES_MAX} bytes in {self._name}")
         try:
             return msgspec.json.decode(data, type=kind)
         except (msgspec.DecodeError, UnicodeError) as error:
-            raise InvalidArgumentError(f"a document of {self._root} is not what it should be: {error}") from error
+            raise InvalidArgumentError(f"a document of {self._name} is not what it should be: {error}") from error
 
     def blob(self, descriptor: _Descriptor) -> Callable[[], Section]:
         """The checked content of a descriptor, as often as it is wanted."""
@@ -182,24 +185,28 @@ class _Layout:
             raise InvalidArgumentError(f"a digest of an unknown kind: {descriptor.digest!r:.100}")
         path = f"blobs/{algorithm}/{expected}"
         if self.section(path).digest(algorithm) != expected:
-            raise InvalidArgumentError(f"{path} of {self._root} does not have that digest")
+            raise InvalidArgumentError(f"{path} of {self._name} does not have that digest")
         return lambda: self.section(path)
 
 
 @contextlib.contextmanager
-def open_image(path: Path, reference: str, bytes_max: int, scratch: Path | None = None) -> Iterator[FoundImage]:
-    """The image at `path`; `reference` says which, where there are several.  `scratch`: where a nameless copy may be.
+def open_image(
+    path: Path, reference: str, bytes_max: int, scratch: Path | None = None, name: str = ""
+) -> Iterator[FoundImage]:
+    """The image at `path`, in errors called `name`; `reference` says which, where there are several.
+
+    `scratch` is a directory for nameless copies.
 
     NotFoundError, InvalidArgumentError, ResourceExhaustedError (a tar that unpacks to more than `bytes_max`).
     """
     with contextlib.ExitStack() as stack:
-        layout = _Layout(path, stack, bytes_max, scratch)
+        layout = _Layout(path, stack, bytes_max, scratch, name or str(path))
         if layout.has("manifest.json"):
             yield _saved_image(layout, reference)
         elif layout.has("index.json"):
             yield _oci_image(layout, reference)
         else:
-            raise InvalidArgumentError(f"{path} has neither index.json nor manifest.json: no image")
+            raise InvalidArgumentError(f"{name or path} has neither index.json nor manifest.json: no image")
 
 
 def _saved_image(layout: _Layout, reference: str) -> FoundImage:
