@@ -56,7 +56,7 @@ async def a_sandbox_full_of_processes_answers_with_a_result_and_can_be_emptied(s
     fill = (
         "import os, time\n"
         "read, write = os.pipe()\n"
-        "if os.fork(): print(int(os.read(read, 9))); raise SystemExit\n"
+        "if os.fork(): print(int(os.read(read, 2))); raise SystemExit\n"
         "os.closerange(0, 3)\n"
         "children = 0\n"
         "while True:\n"

@@ -58,6 +58,7 @@ class PacketSocket:
         self._on_close = on_close
         self._loop = asyncio.get_running_loop()
         self._send_order = asyncio.Lock()
+        self._behind_count = 0  # of those who wait to send
         self._is_open = True
         self._loop.add_reader(connection.fileno(), self._receive)
 
@@ -72,32 +73,35 @@ class PacketSocket:
 
     async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send one packet; waits while the other end is behind.  ConnectionError if it is gone."""
-        async with self._send_order:
-            while True:
-                if not self._is_open:
-                    raise ConnectionError("the other end of the socket is gone")
-                try:
-                    if fds:
-                        socket.send_fds(self._socket, [data], fds)
-                    else:
-                        self._socket.send(data)
-                except BlockingIOError:
-                    await self._writable()
-                else:
-                    return
-
-    def send_now(self, data: bytes) -> bool:
-        """Send one packet, if the other end still lives; False if this would have to wait."""
-        if self._send_order.locked():
-            return False
+        if not self._behind_count and self._send_at_once(data, fds):
+            return
+        self._behind_count += 1
         try:
-            if self._is_open:
+            async with self._send_order:
+                while not self._send_at_once(data, fds):
+                    await self._writable()
+        finally:
+            self._behind_count -= 1
+
+    def _send_at_once(self, data: bytes, fds: Sequence[int]) -> bool:
+        """False if there is no room now.  ConnectionError."""
+        if not self._is_open:
+            raise ConnectionError("the other end of the socket is gone")
+        try:
+            if fds:
+                socket.send_fds(self._socket, [data], fds)
+            else:
                 self._socket.send(data)
         except BlockingIOError:
             return False
-        except OSError:
-            pass  # it is gone, and nobody need be told
         return True
+
+    def send_now(self, data: bytes) -> bool:
+        """Send one packet, if the other end still lives; False if this would have to wait."""
+        try:
+            return not self._behind_count and self._send_at_once(data, ())
+        except ConnectionError:
+            return True  # nobody need be told
 
     async def _writable(self) -> None:
         ready = asyncio.Event()

@@ -194,7 +194,7 @@ class GuestSandbox(ABC):
             streams.close()
             raise
         self._unsent.discard(number)
-        streams.close_theirs()
+        streams.begin()
         process = self._follow(GuestProcess(self, number, command, streams, time.monotonic()))
         if command.tty is not None:
             await self._attached(process)

@@ -132,6 +132,7 @@ class Streams:
         names: tuple[Stream, ...] = ("stdout",) if command.merge_stderr or command.tty else ("stdout", "stderr")
         self._sinks = {name: keeping.sink(number, name, command) for name in names}
         self._ours: dict[str, int] = {}  # by their keys; kept until the command ends
+        self._unread: dict[Stream, str] = {}
         self._terminal = -1
         self._attached = asyncio.Event()
 
@@ -144,10 +145,10 @@ class Streams:
                 theirs, ours = os.pipe2(os.O_CLOEXEC)
                 self.theirs.append(theirs)
                 self._write(ours)
-            for stream in self._sinks:
-                ours, theirs = os.pipe2(os.O_CLOEXEC)
+            keys = {stream: self._keeping.key(self._number, stream) for stream in self._sinks}
+            for key in keys.values():
+                self._ours[key], theirs = os.pipe2(os.O_CLOEXEC)
                 self.theirs.append(theirs)
-                self._read(stream, self._keeping.key(self._number, stream), ours)
             await self._keeping.keep(self._ours)
         except OSError as error:
             self.close()
@@ -155,7 +156,15 @@ class Streams:
         except BaseException:
             self.close()
             raise
-        self._attached.set()
+        self._unread = keys
+
+    def begin(self) -> None:
+        """The command has its ends: begin to read from ours.  What this costs nobody waits for."""
+        self.close_theirs()
+        for stream, key in self._unread.items():
+            self._read(stream, key, self._ours[key])
+        if self._command.tty is None:
+            self._attached.set()
 
     def _write(self, fd: int) -> None:
         """What fits into the pipe is with the command already; only a writer that has more to come is kept."""
