@@ -13,7 +13,10 @@ import contextlib
 import math
 import resource
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+
+from pydantic_settings import BaseSettings
 
 from dsec.edge.clock import HostClock
 from dsec.edge.config import SLOTS_COUNT_MAX, SubstrateConfig
@@ -26,6 +29,18 @@ from rollout.errors import RequestError
 _FDS_COUNT_BASE = 256
 _FDS_COUNT_PER_SANDBOX = 8
 """A guest's socket, and a command's pipes: both ends of three while it starts."""
+
+EDGE_OF_A_RUN = {
+    "memory_overcommit": math.inf,
+    "pids_overcommit": math.inf,
+    "disk_free_bytes_min": 0,
+    "results_bytes_max": 8 << 20,
+    "log_sync": "os",
+    "log_bytes_max": 256 << 20,
+    "log_reserve_bytes": 1 << 20,
+}
+SPOOL_OF_A_RUN = {"spool_bytes_max": 4 << 20, "spool_sandbox_bytes_max": 16 << 20}
+"""A rollout asks for 2 MiB of a command's output at most, and never for that of an earlier one."""
 
 
 class RunEdge(EdgeSubstrate):
@@ -63,16 +78,7 @@ class RunEdge(EdgeSubstrate):
 def edge_config() -> EdgeConfig:
     """The bounds of a run's own Edge: those that somebody set, else none but the run's concurrency."""
     config = EdgeConfig()
-    of_a_run = {
-        "memory_overcommit": math.inf,
-        "pids_overcommit": math.inf,
-        "disk_free_bytes_min": 0,
-        "results_bytes_max": 8 << 20,
-        "log_sync": "os",
-        "log_bytes_max": 256 << 20,
-        "log_reserve_bytes": 1 << 20,
-    }
-    return config.model_copy(update={k: v for k, v in of_a_run.items() if k not in config.model_fields_set})
+    return config.model_copy(update=_unset(config, EDGE_OF_A_RUN))
 
 
 def substrate_config(concurrency: int) -> SubstrateConfig:
@@ -81,6 +87,7 @@ def substrate_config(concurrency: int) -> SubstrateConfig:
     RequestError names the bound that somebody set below that.
     """
     config = SubstrateConfig()
+    config = config.model_copy(update=_unset(config, SPOOL_OF_A_RUN))
     if config.sandboxes_count_max < concurrency:
         if "sandboxes_count_max" in config.model_fields_set:
             raise RequestError(
@@ -99,3 +106,8 @@ def substrate_config(concurrency: int) -> SubstrateConfig:
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     return config
+
+
+def _unset(config: BaseSettings, bounds: Mapping[str, object]) -> dict[str, object]:
+    """Those of `bounds` that nobody set."""
+    return {name: bound for name, bound in bounds.items() if name not in config.model_fields_set}
