@@ -59,6 +59,7 @@ class EdgeLog:
     ) -> None:
         """`directory/log` is the log; `apply` folds."""
         self.directory = directory / LOG
+        self._disk = directory
         self._reserve = directory / RESERVE
         self._config = config
         self._clock = clock
@@ -145,10 +146,10 @@ class EdgeLog:
         """ResourceExhaustedError while the disk has no room for new work."""
         if self._generation is not None and self._generation.next_lsn is not None:
             raise ResourceExhaustedError("the journal cannot be written at the moment; free some disk space")
-        above = free_bytes_above_floor(self.directory.parent, self._config.disk_free_bytes_min)
+        above = free_bytes_above_floor(self._disk, self._config.disk_free_bytes_min)
         if above < size_bytes:
             raise ResourceExhaustedError(
-                f"disk of {self.directory.parent}: asked {size_bytes} bytes, {size_bytes - above} too few are free"
+                f"disk of {self._disk}: asked {size_bytes} bytes, {size_bytes - above} too few are free"
             )
         if self._is_reserve_spent and above > 2 * self._config.log_reserve_bytes:
             self._keep_reserve()
