@@ -43,8 +43,8 @@ async def incarnate(
 ) -> DurableSandbox:
     """A sandbox in the state that the trajectory describes: the survivor, a fresh one, or one that is rebuilt.
 
-    The survivor is the newest incarnation, of which an earlier process was the owner; its commands go on.  One
-    whose own rebuild was never finished is destroyed.  A rebuild is a compared replay of the finished commands
+    The survivor is the newest incarnation, left by an earlier process; its commands go on.  One whose own rebuild was
+    never finished is destroyed.  A rebuild is a compared replay of the finished commands
     whose key `is_wanted`, in the order in which they started.  Raises DivergedError at the first result that
     differs (the new sandbox is destroyed), and what `Substrate.create` raises.
     """
@@ -68,12 +68,12 @@ async def incarnate(
 
 async def _replay(sandbox: DurableSandbox, is_wanted: Callable[[str], bool]) -> None:
     trajectory = sandbox.trajectory
-    for key, entry in list(trajectory.entries.items()):
-        if entry.result is None or not entry.ran or not is_wanted(key):
-            continue
+    for key, entry in trajectory.to_rebuild(is_wanted).items():
+        if (logged := entry.result) is None:
+            raise DivergedError(f"{trajectory.session}: the result of {key!r} was let go, and cannot be compared")
         number = sandbox.take_number()
         again = await (await sandbox.sandbox.start(entry.command, number)).wait()
-        difference = first_difference(entry.result, again)
+        difference = first_difference(logged, again)
         is_equal = difference is None
         await sandbox.record(CommandReplayed(trajectory.session, trajectory.incarnation, key, is_equal, number))
         if not is_equal:

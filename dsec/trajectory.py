@@ -239,17 +239,22 @@ class Trajectory:
         """True if the command was applied to this incarnation and has no known end."""
         return entry.state in ("running", "unknown") and entry.incarnation == self.incarnation
 
+    def to_rebuild(self, is_wanted: Callable[[str], bool]) -> dict[str, Entry]:
+        """The finished commands that make the state anew, in order: those that ran, and whose key `is_wanted`."""
+        return {
+            key: entry
+            for key, entry in self.entries.items()
+            if entry.state == "finished" and entry.ran and is_wanted(key)
+        }
+
     def is_whole(self, is_wanted: Callable[[str], bool]) -> bool:
-        """True if what the newest incarnation had is what a rebuild would give it, with the same results.
-
-        That is every finished command whose key `is_wanted`, those without an end, and nothing of any other key.
-        """
-
-        def is_right(key: str, entry: Entry) -> bool:
-            is_applied = entry.incarnation == self.incarnation and entry.applied_count > 0
-            return is_applied or entry.state != "finished" if is_wanted(key) else not is_applied
-
-        return not self.has_diverged and all(is_right(key, entry) for key, entry in self.entries.items())
+        """True if the newest incarnation had what a rebuild would give it, with the same results, and nothing else."""
+        had = {key for key, entry in self.entries.items() if entry.incarnation == self.incarnation}
+        return (
+            not self.has_diverged
+            and self.to_rebuild(is_wanted).keys() <= had
+            and all(is_wanted(key) for key in had if self.entries[key].applied_count > 0)
+        )
 
     def forget_contents(self) -> None:
         """Drop what only a rebuild needs (inputs and outputs); counts and keys stay.  For a closed session."""

@@ -141,6 +141,17 @@ async def test_a_rebuild_that_was_not_finished_is_begun_anew(world: World, lost_
     assert (world.fold().incarnation, world.fold().run_twice_count) == (3, 0)
 
 
+async def test_what_never_ran_is_not_missed_in_a_rebuild(world: World) -> None:
+    sandbox = await world.process()
+    await sandbox.exec("a", LS)
+    await sandbox.record(trajectory.CommandStarted("s", 1, "b", CAT, 2))
+    await sandbox.record(trajectory.CommandFinished("s", 1, "b", ExecResult(exit_code=137), ran=False))
+    await sandbox.destroy()
+    rebuilt = await world.process()
+    assert (await world.process()).sandbox.id == rebuilt.sandbox.id
+    assert world.commands() == [["ls"]]
+
+
 async def test_a_rebuild_that_differed_is_not_gone_on_with(world: World) -> None:
     sandbox = await world.process()
     await sandbox.exec("a", LS)
