@@ -14,7 +14,7 @@ import click
 import msgspec
 
 from dsec.client.connection import connect
-from dsec.client.sandbox import AsyncSandbox, CreateOptions
+from dsec.client.sandbox import AsyncSandbox, CreateOptions, LifeOptions
 from dsec.client.substrate import RemoteSandbox
 from dsec.terminal import render_columns
 from dsec.types import SandboxId
@@ -121,7 +121,6 @@ def create(
     go before it.  An image's entry point is not run.
     """
     options = CreateOptions(
-        base=base,
         layers=layers,
         network=allow,
         envs=envs,
@@ -142,7 +141,7 @@ def create(
         options["cpu"] = cpus
 
     async def run() -> SandboxView | str:
-        sandbox = await AsyncSandbox.create(**options)
+        sandbox = await AsyncSandbox.create(base, **options)
         try:
             return await sandbox.view() if as_json else sandbox.id
         finally:
@@ -220,7 +219,7 @@ def fork(sandbox_id: str, count: int, after: str | None, labels: dict[str, str],
     """
 
     async def run(sandbox: AsyncSandbox) -> list[str]:
-        options = CreateOptions(metadata=labels, idle_timeout_s=None)
+        options = LifeOptions(metadata=labels, idle_timeout_s=None)
         if after is None:
             forks = await sandbox.fork(count, **options)
         else:

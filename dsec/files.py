@@ -71,6 +71,10 @@ class Files:
             parts += [part async for part in self.open_read(path, offset + CHUNK_BYTES, rest)]
         return b"".join(parts)
 
+    async def read_text(self, path: str) -> str:
+        """A whole regular file as text, with U+FFFD for what is not UTF-8."""
+        return (await self.read(path)).decode(errors="replace")
+
     async def open_read(self, path: str, offset: int = 0, length: int | None = None) -> AsyncGenerator[bytes]:
         """The same in pieces of at most CHUNK_BYTES, however large the file is."""
         _check_path(path)
@@ -82,7 +86,7 @@ class Files:
     async def write(
         self,
         path: str,
-        data: bytes | AsyncIterator[bytes],
+        data: bytes | str | AsyncIterator[bytes],
         *,
         mode: int | None = None,
         offset: int | None = None,
@@ -101,6 +105,7 @@ class Files:
         flags = {"--append": append, "--parents": make_parents, "--exclusive": exclusive, "--atomic": atomic}
         options += [flag for flag, is_set in flags.items() if is_set]
         _check_path(path)
+        data = data.encode() if isinstance(data, str) else data
         if isinstance(data, bytes):
             options += ["--bytes", str(len(data))]
             if len(data) <= CHUNK_BYTES:

@@ -15,7 +15,7 @@ from typing import Literal, Self, Unpack, overload
 from dsec.client.blocking_files import BlockingFiles
 from dsec.client.commands import AsyncCommands, AsyncPty, CommandHandle, CommandResult, RunOptions, checked
 from dsec.client.loop import LOOP
-from dsec.client.sandbox import AsyncSandbox, CreateOptions, Network
+from dsec.client.sandbox import AsyncSandbox, CreateOptions, LifeOptions, Network
 from dsec.types import OUTPUT_BYTES_MAX, LayerId, SandboxId, Stream
 from dsec.views import CommandView, SandboxView
 
@@ -167,9 +167,9 @@ class Sandbox:
         self.pty = Pty(sandbox.pty)
 
     @classmethod
-    def create(cls, *, url: str = "", token: str = "", **options: Unpack[CreateOptions]) -> Self:
+    def create(cls, base: str = "host", *, url: str = "", token: str = "", **options: Unpack[CreateOptions]) -> Self:
         """As `AsyncSandbox.create`."""
-        return cls(LOOP.run(AsyncSandbox.create(url=url, token=token, **options)))
+        return cls(LOOP.run(AsyncSandbox.create(base, url=url, token=token, **options)))
 
     @classmethod
     def connect(cls, sandbox_id: str, *, url: str = "", token: str = "", envs: Mapping[str, str] | None = None) -> Self:
@@ -210,11 +210,11 @@ class Sandbox:
         """What was written in it, as a layer: `create(layers=[layer])` goes on from there; with a name, an image."""
         return LOOP.run(self._sandbox.snapshot(name))
 
-    def fork(self, count: int = 1, **options: Unpack[CreateOptions]) -> Sequence[Self]:
+    def fork(self, count: int = 1, **options: Unpack[LifeOptions]) -> Sequence[Self]:
         """Sandboxes that go on from what was written in this one: all of them, or none and an error."""
         return [type(self)(fork) for fork in LOOP.run(self._sandbox.fork(count, **options))]
 
-    def branch(self, key: str, **options: Unpack[CreateOptions]) -> Self:
+    def branch(self, key: str, **options: Unpack[LifeOptions]) -> Self:
         """A sandbox in the state after the command that was run under `key`; works after this one's end, too."""
         return type(self)(LOOP.run(self._sandbox.branch(key, **options)))
 

@@ -33,13 +33,17 @@ class BlockingFiles:
         """Bytes of a regular file, `length` of them or all to its end, in memory."""
         return LOOP.run(self._files.read(path, offset, length))
 
+    def read_text(self, path: str) -> str:
+        """A whole regular file as text, with U+FFFD for what is not UTF-8."""
+        return LOOP.run(self._files.read_text(path))
+
     def open_read(self, path: str, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
         """The same in pieces, however large the file is."""
         return LOOP.iterate(self._files.open_read(path, offset, length))
 
-    def write(self, path: str, data: bytes | Iterable[bytes], **options: Unpack[WriteOptions]) -> None:
+    def write(self, path: str, data: bytes | str | Iterable[bytes], **options: Unpack[WriteOptions]) -> None:
         """Write a regular file; see `Files.write`."""
-        LOOP.run(self._files.write(path, data if isinstance(data, bytes) else _pieces(data), **options))
+        LOOP.run(self._files.write(path, data if isinstance(data, bytes | str) else _pieces(data), **options))
 
     def list(self, path: str, depth: int = 1) -> builtins.list[Entry]:
         """What is below a directory, `depth` levels of it, sorted by path."""

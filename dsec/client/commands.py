@@ -37,6 +37,13 @@ class RunOptions(TypedDict, total=False):
     merge_stderr: bool
 
 
+def check_options(options: Mapping[str, object], known: type) -> None:
+    """TypeError for an option that is none: a misspelt limit must not be no limit."""
+    names = known.__annotations__
+    if unknown := sorted(options.keys() - names.keys()):
+        raise TypeError(f"there is no option {unknown[0]!r}; there are {', '.join(names)}")
+
+
 class CommandFailedError(Exception):
     """A command that was run with `check=True` did not end with 0; `result` says how it ended."""
 
@@ -195,6 +202,7 @@ class AsyncCommands:
         self, cmd: str | Sequence[str], tty: TtySize | None = None, **options: Unpack[RunOptions]
     ) -> Command:
         """What `run` runs: a shell line or an argv; what it does not say is the sandbox's to say."""
+        check_options(options, RunOptions)
         stdin = options.get("stdin", b"")
         data = b"" if isinstance(stdin, bool) else stdin
         return Command(

@@ -15,7 +15,7 @@ from typing import Self, TypedDict, Unpack
 import msgspec
 
 from dsec import messages
-from dsec.client.commands import AsyncCommands, AsyncPty
+from dsec.client.commands import AsyncCommands, AsyncPty, check_options
 from dsec.client.connection import Connection, Patience, connect
 from dsec.client.policy import parse_policy
 from dsec.client.substrate import RemoteSandbox, create_remote
@@ -33,35 +33,41 @@ Network = NetworkPolicy | Iterable[str]
 """An allowlist, or its rules as text (`api.example.com:443`, `*.example.org`, `10.0.0.0/8:80,443`)."""
 
 
-class CreateOptions(TypedDict, total=False):
-    """What a sandbox is made of; what is left out has the default of `dsec.types.SandboxSpec`.
+class LifeOptions(TypedDict, total=False):
+    """How long a sandbox lives, and how it is found.
 
-    `base` is "host", or an image's name or a layer with an operating system; `timeout_s` is its whole lifetime and
-    `idle_timeout_s` how long it may go without a command (default: an hour; None: for ever).  `envs`, `cwd` and
-    `user` are for every command that does not say otherwise, whoever runs it, and go before what an image says.  A fork
-    or a branch has its origin's; there `envs` are given to every command that the object runs.
+    `timeout_s` is its whole lifetime and `idle_timeout_s` how long it may go without a command (default: an hour; None:
+    for ever).  `envs` are for every command that does not say otherwise: of a fresh sandbox whoever runs it, of a fork
+    or a branch those that the object runs.
     """
 
-    base: str
-    layers: Sequence[str]
     timeout_s: float | None
     idle_timeout_s: float | None
     envs: Mapping[str, str]
-    cwd: str
-    user: str
     metadata: Mapping[str, str]
-    cpu: float
-    memory_bytes: int
-    disk_bytes: int
-    network: Network
     owner: str
     epoch: int
     request_id: str
 
 
-def make_request(options: CreateOptions) -> CreateRequest:
-    """The request that these options are."""
-    base = options.get("base", "host")
+class CreateOptions(LifeOptions, total=False):
+    """What a fresh sandbox is made of; what is left out has the default of `dsec.types.SandboxSpec`.
+
+    `layers` lie over the base, the topmost first; `envs`, `cwd` and `user` go before what an image says.
+    """
+
+    layers: Sequence[str]
+    cwd: str
+    user: str
+    cpu: float
+    memory_bytes: int
+    disk_bytes: int
+    network: Network
+
+
+def make_request(options: CreateOptions, base: str = "host") -> CreateRequest:
+    """The request for a fresh sandbox.  TypeError for an option that is none."""
+    check_options(options, CreateOptions)
     layers = [*options.get("layers", ()), *([] if base in ("host", "") else [base])]
     spec = SandboxSpec(
         base="host" if base == "host" else "",
@@ -76,8 +82,17 @@ def make_request(options: CreateOptions) -> CreateRequest:
         limits |= {"memory_bytes": options["memory_bytes"], "disk_bytes": options["memory_bytes"] * 3 // 4}
     if "disk_bytes" in options:
         limits["disk_bytes"] = options["disk_bytes"]
+    return msgspec.structs.replace(_request_of(options), spec=msgspec.structs.replace(spec, **limits))
+
+
+def make_heir_request(options: LifeOptions) -> CreateRequest:
+    """The request for a sandbox that is made of what its origin is.  TypeError for an option that is none."""
+    check_options(options, LifeOptions)
+    return _request_of(options)
+
+
+def _request_of(options: LifeOptions) -> CreateRequest:
     return CreateRequest(
-        spec=msgspec.structs.replace(spec, **limits),
         request_id=options.get("request_id", ""),
         labels=dict(options.get("metadata", {})),
         owner=options.get("owner", ""),
@@ -99,13 +114,16 @@ class AsyncSandbox:
         self.pty = AsyncPty(self.commands, self.remote)
 
     @classmethod
-    async def create(cls, *, url: str = "", token: str = "", **options: Unpack[CreateOptions]) -> Self:
+    async def create(
+        cls, base: str = "host", *, url: str = "", token: str = "", **options: Unpack[CreateOptions]
+    ) -> Self:
         """A fresh sandbox of the Edge at `url` (default: DSEC_API_URL, else this host's Edge), ready for commands.
 
+        `base` is "host", or an image's name or a layer with an operating system.
         ResourceExhaustedError when the host has been full for `BUSY_S`, UnreachableError, InvalidArgumentError,
         NotFoundError (a layer that is not there).  Cancelled, it leaves none.
         """
-        request = make_request(options)
+        request = make_request(options, base)
         connection = connect(url, token)
         try:
             remote = await create_remote(connection, request, Patience(busy_s=BUSY_S))
@@ -178,18 +196,18 @@ class AsyncSandbox:
         """
         return await self.remote.snapshot(name)
 
-    async def fork(self, count: int = 1, **options: Unpack[CreateOptions]) -> Sequence[Self]:
+    async def fork(self, count: int = 1, **options: Unpack[LifeOptions]) -> Sequence[Self]:
         """Sandboxes that go on from what was written in this one: all of them, or none and an error."""
-        forks = await self.remote.fork(count, make_request(options))
+        forks = await self.remote.fork(count, make_heir_request(options))
         envs = {**self.commands.envs, **options.get("envs", {})}
         return [type(self)(self._connection.use(), sandbox_id, envs) for sandbox_id in forks]
 
-    async def branch(self, key: str, **options: Unpack[CreateOptions]) -> Self:
+    async def branch(self, key: str, **options: Unpack[LifeOptions]) -> Self:
         """A sandbox in the state after the command that was run under `key`; works after this one's end, too.
 
         Made from the newest snapshot before it and a replay whose every result is compared.  DivergedError.
         """
-        sandbox_id = await self.remote.branch(key, make_request(options))
+        sandbox_id = await self.remote.branch(key, make_heir_request(options))
         return type(self)(self._connection.use(), sandbox_id, {**self.commands.envs, **options.get("envs", {})})
 
     async def update_network(self, network: Network) -> None:

@@ -28,7 +28,7 @@ from dsec.errors import (
     UnreachableError,
 )
 from dsec.pb.v1 import edge_pb2 as pb
-from dsec.types import Command, SandboxSpec, TtySize
+from dsec.types import PATH, Command, SandboxSpec, TtySize
 from dsec.views import CreateRequest
 
 TOKEN = "0123456789abcdef"
@@ -57,7 +57,9 @@ async def test_what_a_command_did_comes_back_as_it_was(world: Any, sandbox: Asyn
     )
     result = await sandbox.remote.exec(command, "k")
     assert (result.exit_code, result.stdout.data, result.stderr.data) == (7, b"out\xff", b"err")
-    assert msgspec.structs.replace(world.runs[0], output_bytes_max=10) == command
+    ran = world.runs[0]
+    assert ran.env == {"PATH": PATH, "LANG": "C.UTF-8", "HOME": "/", **command.env}
+    assert msgspec.structs.replace(ran, output_bytes_max=10, env=command.env) == command
     views = [view async for view in sandbox.trajectory()]
     assert [(view.key, view.number, view.command, view.state, view.result) for view in views] == [
         ("k", 1, command, "finished", result)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dsec import messages
 from dsec.address import parse_address
 from dsec.client.policy import parse_policy
-from dsec.client.sandbox import CreateOptions, make_request
+from dsec.client.sandbox import CreateOptions, make_heir_request, make_request
 from dsec.errors import DsecError, InvalidArgumentError, UnreachableError
 from dsec.terminal import render_columns, visible_line
 from dsec.types import (
@@ -227,11 +227,16 @@ def test_one_rule_is_not_taken_for_a_list_of_letters() -> None:
 
 def test_options_of_create_become_the_spec_that_they_mean() -> None:
     layer = "sha256:" + "0" * 64
-    request = make_request(CreateOptions(base=layer, layers=["sha256:top"], memory_bytes=1 << 30, cpu=2, timeout_s=60))
+    request = make_request(CreateOptions(layers=["sha256:top"], memory_bytes=1 << 30, cpu=2, timeout_s=60), layer)
     assert request.spec == SandboxSpec(
         base="", layers=(LayerId("sha256:top"), LayerId(layer)), memory_bytes=1 << 30, disk_bytes=3 << 28, cpu_cores=2
     )
     assert (request.lifetime_s, request.idle_timeout_s) == (60, 3600)
+    for options in ({"memory": 1 << 30}, {"timeout": 5.0}):
+        with pytest.raises(TypeError, match="there is no option"):
+            make_request(options)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="'layers'"):
+        make_heir_request({"layers": ["sha256:top"]})  # type: ignore[typeddict-unknown-key]
     assert make_request(CreateOptions()).spec == SandboxSpec()
     assert make_request(CreateOptions(idle_timeout_s=None)).idle_timeout_s is None
 

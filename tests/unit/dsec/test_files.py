@@ -68,6 +68,10 @@ async def test_ranges_are_read_and_written(files: Files) -> None:
     assert await files.read("/tmp/f", 5, 7) == data[5:12]
     assert await files.read("/tmp/f", 3, CHUNK_BYTES + 9) == data[3 : CHUNK_BYTES + 12]
     assert await files.read("/tmp/f", len(data), 9) == await files.read("/tmp/f", 0, 0) == b""
+    await files.write("/tmp/text", "gr\u00fc\u00df")
+    assert await files.read("/tmp/text") == "gr\u00fc\u00df".encode()
+    await files.write("/tmp/text", b"a\xff")
+    assert await files.read_text("/tmp/text") == "a\ufffd"
     await files.write("/tmp/f", b"middle", offset=10)
     await files.write("/tmp/f", b"end", append=True)
     assert await files.read("/tmp/f") == data[:10] + b"middle" + data[16:] + b"end"
