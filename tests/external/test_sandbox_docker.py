@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -162,13 +163,14 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 
-async def killed_edge(url: str, state: str) -> None:
-    """An Edge that makes a sandbox, starts a command in it, and is killed."""
+async def killed_edge(url: str, state: str) -> int:
+    """An Edge that makes a sandbox, starts a command in it, and is killed; its pid."""
     edge = await asyncio.create_subprocess_exec(sys.executable, "-c", EDGE, COMMAND, url, state, stdout=subprocess.PIPE)
     assert edge.stdout is not None
     assert await edge.stdout.readline() == b"ready\n"
     edge.kill()
     await edge.wait()
+    return edge.pid
 
 
 async def test_a_sandbox_lives_on_when_its_edge_is_killed(docker_url: str, tmp_path: Path) -> None:
@@ -189,12 +191,16 @@ async def test_a_sandbox_lives_on_when_its_edge_is_killed(docker_url: str, tmp_p
 
 
 async def test_a_sandbox_without_a_keeper_ends_with_its_edge(docker_url: str) -> None:
-    await killed_edge(docker_url, "")
+    pid = await killed_edge(docker_url, "")
     client = docker.APIClient(base_url=docker_url, version="auto")
     with contextlib.suppress(docker.errors.NotFound):
         await asyncio.to_thread(client.wait, "dsec-kept", condition="removed")
     client.close()
     assert "/dsec-kept" not in containers_of(docker_url)
+    later = DockerSubstrate(DockerConfig(url=docker_url))
+    await later.open()
+    await later.close()
+    assert list(Path(tempfile.gettempdir()).glob(f"dsec-docker-{pid}.*")) == []
 
 
 async def test_a_host_without_docker_is_unfit_and_told_what_to_do() -> None:
