@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import json
 import os
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from contenders import (
@@ -42,6 +43,8 @@ from dsec.types import Command, SandboxSpec
 TRUE = ("/bin/true",)
 SIZES = {"256_kib": 256 << 10, "16_mib": 16 << 20}
 IN_FLIGHT = 16
+IN_A_ROW = 20
+PAUSE_S = 0.02
 Exec = Callable[[tuple[str, ...], int], Awaitable[None]]
 """Run an argv, whose output has so many bytes, to its end."""
 
@@ -99,15 +102,24 @@ async def over_grpc() -> AsyncIterator[Exec]:
 
 
 async def take_turns(execs: dict[str, Exec], rounds: int, figures: Figures) -> None:
-    """One command at a time; bulk output in every fifth round, Docker in every fourth."""
+    """Some commands in a row each, in another order every round, then some with a pause before each.
+
+    Caches and processors cool down in a pause, and what changes threads and processes most feels it most.  Docker
+    takes part in every second round, and in no pause.
+    """
+    order = deque(execs.items())
     for index in range(rounds):
-        for name, run in execs.items():
-            if name == "docker" and index % 4:
+        for name, run in order:
+            if name == "docker" and index % 2:
                 continue
-            await figures.time(name, "exec_true", run(TRUE, 0))
-            if index % 5 == 0:
-                for size, count in SIZES.items():
-                    await figures.time(name, f"output_{size}", run(head(count), count))
+            for _ in range(IN_A_ROW):
+                await figures.time(name, "exec_true", run(TRUE, 0))
+            for size, count in SIZES.items():
+                await figures.time(name, f"output_{size}", run(head(count), count))
+            for _ in range(IN_A_ROW if name != "docker" else 0):
+                await asyncio.sleep(PAUSE_S)
+                await figures.time(name, "exec_true_after_a_pause", run(TRUE, 0))
+        order.rotate()
 
 
 async def all_at_once(execs: dict[str, Exec], count: int) -> dict[str, dict[str, Value]]:
@@ -150,11 +162,11 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--rounds", type=int, help="rounds of the turn-taking part (50 with --quick, else 400)")
+    parser.add_argument("--rounds", type=int, help="rounds of the turn-taking part (3 with --quick, else 20)")
     parser.add_argument("--without", default="", metavar="NAMES", help="contenders to leave out: docker,crun")
     arguments = parser.parse_args()
     run_apart()
-    rounds = arguments.rounds or (50 if arguments.quick else 400)
+    rounds = arguments.rounds or (3 if arguments.quick else 20)
     result = asyncio.run(measure(rounds, 400 if arguments.quick else 2000, arguments.without))
     result["facts"]["cores"] = str(os.cpu_count())
     if arguments.json:

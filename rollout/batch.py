@@ -25,7 +25,7 @@ from rollout.engine import Sampling
 from rollout.errors import RequestError, ResultsError
 from rollout.events import Job, RolloutFinished
 from rollout.jobs import load_bundled, make_job
-from rollout.main import make_service
+from rollout.main import holds_edge, make_service
 from rollout.record import TrajectoryRecord, trajectory_record
 from rollout.service import RolloutService
 from rollout.summary import Summary, summarise
@@ -95,7 +95,8 @@ async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None])
             raise RequestError(f"{batch.directory} holds the jobs of a server: resume them with dsec serve")
         else:
             await service.submit(*(asked or _ask(batch)))
-        await service.start()
+        if not service.is_ended(REQUEST_ID) or holds_edge(batch.directory):
+            await service.start()
         has_worked = service.running_count > 0
         waiting = asyncio.create_task(service.wait(REQUEST_ID))
         ends: list[asyncio.Future[Any]] = [waiting, stopped]

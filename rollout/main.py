@@ -16,10 +16,17 @@ from rollout.errors import JournalError
 from rollout.service import RolloutService
 from toolcall_dsl import Tokenizer
 
+EDGE = "edge"
+
 
 def load_tokenizer() -> Tokenizer:
     """The tokenizer of the embedded checkpoint."""
     return Tokenizer.from_file(DEFAULT_CHECKPOINT / "tokenizer.json")
+
+
+def holds_edge(directory: Path) -> bool:
+    """Whether a run there was killed before its own Edge had ended in order."""
+    return (directory / EDGE).exists()
 
 
 def make_service(directory: Path, config: RolloutConfig, edge_url: str = "") -> RolloutService:
@@ -32,7 +39,7 @@ def make_service(directory: Path, config: RolloutConfig, edge_url: str = "") -> 
     if edge_url:
         substrate = _remote_substrate(edge_url, directory, config)
     else:
-        substrate = RunEdge(directory / "edge", substrate_config(config.concurrency))
+        substrate = RunEdge(directory / EDGE, substrate_config(config.concurrency))
     return RolloutService(directory, EmbeddedEngine(), substrate, load_tokenizer(), config)
 
 

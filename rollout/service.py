@@ -196,6 +196,10 @@ class RolloutService:
         await self.sandboxes.drop(rollout_id)
         await self._record(RolloutFinished(rollout_id, FinishReason.CANCELLED))
 
+    def is_ended(self, request_id: str) -> bool:
+        """Whether every rollout of the job has ended: nothing is left to start for it."""
+        return all(self.ledger.is_done(rollout_id) for rollout_id, _, _ in self.ledger.members(request_id))
+
     async def wait(self, request_id: str) -> None:
         """Return when no rollout of the job runs any more (ended, or stopped by an infrastructure failure).
 

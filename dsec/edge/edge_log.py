@@ -206,7 +206,8 @@ class EdgeLog:
         """Hold some disk back, if there is enough; without it a full disk is met a little earlier."""
         self._is_reserve_spent = False
         size = self._config.log_reserve_bytes
-        if not size or self._reserve.exists() or free_bytes_above_floor(self._reserve.parent, 2 * size) < 0:
+        disk = os.statvfs(self._disk)
+        if not size or self._reserve.exists() or disk.f_bavail * disk.f_frsize < 2 * size:
             return
         try:
             fd = os.open(self._reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
