@@ -139,7 +139,10 @@ async def test_the_way_out_lives_on_with_its_sandbox(tmp_path: Path, url: str) -
     await made[1].update_network(LOOPBACK)
     dead = await first.create(SandboxSpec(network=LOOPBACK))
     await first.detach()
+    end = os.pidfd_open(dead.host_pid)
     os.kill(dead.host_pid, signal.SIGKILL)
+    select.select([end], [], [])
+    os.close(end)
     second = ContainerSubstrate(state_dir=tmp_path)
     await second.open()
     try:
