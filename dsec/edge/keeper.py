@@ -244,8 +244,9 @@ class Keeper:
             )
 
     async def _send_put(self, keys: Collection[str]) -> bool:
-        """False if there is no keeper."""
-        if self._packets is None:
+        """False if there is no keeper, or it ended before it took them."""
+        packets = self._packets  # another keeper's, after we had to wait
+        if packets is None:
             return False
         message = encode_u32(MessageType.PUT, len(keys))
         fds = []
@@ -254,9 +255,9 @@ class Keeper:
             message += encode_u32(token) + encode_string(key)
             fds.append(fd)
         try:
-            await self._packets.send(message, fds)
+            await packets.send(message, fds)
         except ConnectionError:
-            self._packets.close()
+            packets.close()
             return False
         return True
 

@@ -58,6 +58,7 @@ class PacketSocket:
         self._on_close = on_close
         self._loop = asyncio.get_running_loop()
         self._send_order = asyncio.Lock()
+        self._room = asyncio.Event()  # for the next packet, or it is too late for one
         self._behind_count = 0  # of those who wait to send
         self._is_open = True
         self._loop.add_reader(connection.fileno(), self._receive)
@@ -104,10 +105,10 @@ class PacketSocket:
             return True  # nobody need be told
 
     async def _writable(self) -> None:
-        ready = asyncio.Event()
-        self._loop.add_writer(self._socket.fileno(), ready.set)
+        self._room.clear()
+        self._loop.add_writer(self._socket.fileno(), self._room.set)
         try:
-            await ready.wait()
+            await self._room.wait()
         finally:
             if self._is_open:
                 self._loop.remove_writer(self._socket.fileno())
@@ -136,9 +137,10 @@ class PacketSocket:
         return True
 
     def close(self) -> None:
-        """Close our end; safe to call twice.  `on_close` is not called."""
+        """Close our end; safe to call twice.  Who waits to send learns of it.  `on_close` is not called."""
         if self._is_open:
             self._is_open = False
+            self._room.set()
             self._loop.remove_reader(self._socket.fileno())
             self._loop.remove_writer(self._socket.fileno())
             self._socket.close()

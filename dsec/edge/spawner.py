@@ -152,7 +152,8 @@ class Spawner:
         try:
             await self._send(encode_create(slot, spec, layers, plan))
         except BaseException:
-            gone.set_result(None)  # the spawner never heard of it
+            if not gone.done():  # it died while we waited
+                gone.set_result(None)  # the spawner never heard of it
             raise
         created = self._created[slot] = loop.create_future()
         try:

@@ -176,6 +176,28 @@ async def test_what_is_released_stays_open_until_a_slow_keeper_was_told(tmp_path
     await close_all(later)
 
 
+async def test_who_waits_for_a_keeper_that_is_killed_goes_on_with_the_next_one(tmp_path: Path) -> None:
+    keeper = await Keeper.open(NATIVE_BINARY, tmp_path / "keeper.sock", 600)
+    file = os.memfd_create("file")
+    await keeper.put("released", released := os.dup(file))
+    pid = keeper.pid
+    os.kill(pid, signal.SIGSTOP)
+    behind = [asyncio.create_task(keeper.put(f"{number}", file)) for number in range(1000)]
+    await asyncio.sleep(0)
+    assert not behind[-1].done()
+    keeper.release({"released": released})
+    os.kill(pid, signal.SIGKILL)
+    async with asyncio.timeout(30):
+        await asyncio.gather(*behind, *keeper._tasks)
+    assert keeper.pid != pid
+    later = await again(keeper)
+    assert sorted(later.kept) == sorted(f"{number}" for number in range(1000))
+    for key in list(later.kept):
+        await later.drop(key)
+    os.close(file)
+    await close_all(later)
+
+
 async def test_a_second_living_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keeper = await Keeper.open(NATIVE_BINARY, tmp_path / "keeper.sock", 600)
     monkeypatch.setattr(keeper_module, "ATTACH_TIMEOUT_S", 0.05)
