@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
@@ -59,17 +60,21 @@ class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
-    """A name for layers, the topmost first as in `SandboxSpec.layers`."""
+    """A name for layers, the topmost first as in `SandboxSpec.layers`, over the `base` that they were made over."""
 
     name: str
     layers: tuple[LayerId, ...]
+    base: Literal["host", ""] = ""
     config: ImageConfig = ImageConfig()
     created_at_s: float = 0.0
     source: str = ""
 
 
 def over_each_other(images: Sequence[Image]) -> Image:
-    """A nameless image of others, the topmost first; how it runs is theirs, the topmost's before the others'."""
+    """A nameless image of others, the topmost first, over the base of the lowest.
+
+    How it runs is theirs, the topmost's before the others'.
+    """
     configs = [image.config for image in images]
     defaults = Defaults()
     for config in reversed(configs):
@@ -82,7 +87,7 @@ def over_each_other(images: Sequence[Image]) -> Image:
         command=next((config.command for config in configs if config.command), ()),
     )
     layers = dict.fromkeys(layer for image in images for layer in image.layers)
-    return Image(name="", layers=tuple(layers), config=whole)
+    return Image(name="", layers=tuple(layers), base=images[-1].base if images else "", config=whole)
 
 
 def is_layer_id(text: str) -> bool:

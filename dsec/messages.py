@@ -275,6 +275,7 @@ def image_message(image: Image) -> pb.Image:
     return pb.Image(
         name=image.name,
         layers=image.layers,
+        base=image.base,
         defaults=defaults_message(image.config.defaults),
         entrypoint=image.config.entrypoint,
         command=image.config.command,
@@ -296,6 +297,7 @@ def image_of(message: pb.Image) -> Image:
     return Image(
         name=message.name,
         layers=tuple(map(LayerId, message.layers)),
+        base="host" if message.base == "host" else "",
         config=config,
         created_at_s=message.created_at_s,
         source=message.source,

@@ -154,7 +154,7 @@ async def hold_nothing(_layers: Sequence[LayerId]) -> None:
 class Layered(Protocol):
     """A substrate whose layers have names, and may go to make room; of any other a spec must say their ids."""
 
-    def composed(self, references: Sequence[str]) -> Composition:
+    async def composed(self, references: Sequence[str]) -> Composition:
         """What these stand for now, images by name and layers by id, the topmost first.  NotFoundError."""
         ...
 

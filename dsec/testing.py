@@ -318,7 +318,7 @@ class FakeSubstrate:
         """See the port."""
         return self._adopted
 
-    def composed(self, references: Sequence[str]) -> Composition:
+    async def composed(self, references: Sequence[str]) -> Composition:
         """See the port; nothing has a name here."""
         return Composition(layers=tuple(map(LayerId, references)))
 

@@ -137,9 +137,13 @@ class ExecResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Composition(msgspec.Struct, frozen=True, kw_only=True):
-    """What images and layers are together: layers over each other, the topmost first, and how commands run there."""
+    """What images and layers are together: layers over each other, the topmost first, and how commands run there.
+
+    `base` is what the lowest of them needs below it, as in `SandboxSpec`.
+    """
 
     layers: tuple[LayerId, ...]
+    base: Literal["host", ""] = ""
     defaults: Defaults = Defaults()
 
 

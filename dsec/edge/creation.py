@@ -87,17 +87,18 @@ class Creation:
         self._check(request)
 
         async def prepare(_hold: Hold) -> Ground:
-            return Ground(self._named(request.spec))
+            return Ground(await self._named(request.spec))
 
         return (await self._once(Wish(request, request.spec), prepare))[0]
 
-    def _named(self, spec: SandboxSpec) -> SandboxSpec:
+    async def _named(self, spec: SandboxSpec) -> SandboxSpec:
         """With layers and defaults in place of names, which may stand for other images tomorrow.  NotFoundError."""
         substrate = self._registry.substrate
         if not isinstance(substrate, Layered):
             return spec
-        made = substrate.composed(spec.layers)
-        return structs.replace(spec, layers=made.layers, defaults=spec.defaults.over(made.defaults))
+        made = await substrate.composed(spec.layers)
+        defaults = spec.defaults.over(made.defaults)
+        return structs.replace(spec, base=spec.base or made.base, layers=made.layers, defaults=defaults)
 
     async def fork(self, live: LiveSandbox, count: int, request: CreateRequest) -> list[SandboxView]:
         """`count` sandboxes that go on from what this one has written; all or none."""

@@ -98,8 +98,9 @@ def test_a_snapshot_with_a_name_is_an_image_that_goes_on_and_runs_commands_alike
     made = edge("image", "inspect", "mine:1").json()
     assert made["image"]["layers"][0] == layer
     assert made["image"]["source"] == f"snapshot of {sandbox}"
-    again = edge.done("create", "--layer", "mine:1").strip()
-    assert said(edge, again) == "/srv/app 1234:1300 image-create"
+    for option in ("--base", "--layer"):
+        again = edge.done("create", option, "mine:1").strip()
+        assert said(edge, again) == "/srv/app 1234:1300 image-create"
     assert edge.done("exec", again, "--", "cat", "mine", "main") == "mine\n1"
     refused = edge("snapshot", again, "--tag", "../x")
     assert (refused.code, "no image name" in refused.err) == (2, True)

@@ -133,6 +133,8 @@ async def test_images_are_sent_listed_named_and_removed_from_far_away(far: Far, 
     assert layers[first.layers[0]].content_bytes == MIB
     with pytest.raises(StateError, match="image"):
         await far.images.remove(first.layers[0])
+    with pytest.raises(InvalidArgumentError, match="65 images"):
+        await far.images.tag("many", ["hi:1"] * 65)
     for name in ("both", "hi:1", "packed:1"):
         await far.images.remove(name)
     assert await far.images.collect() == list(first.layers)

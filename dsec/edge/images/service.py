@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import msgspec
 
+from dsec.edge.config import SANDBOX_LAYERS_COUNT_MAX
 from dsec.edge.images import quota
 from dsec.edge.images.importer import import_image
 from dsec.edge.images.shelf import in_thread
@@ -52,7 +53,9 @@ class Images:
         """Name what lies over each other, the topmost first: images by name, layers by id.  NotFoundError."""
         if not references:
             raise InvalidArgumentError(f"image {name!r:.100} would be made of nothing")
-        return await self._store.tag(self._store.compose(name, references))
+        if len(references) > SANDBOX_LAYERS_COUNT_MAX:
+            raise InvalidArgumentError(f"{len(references)} images and layers: at most {SANDBOX_LAYERS_COUNT_MAX}")
+        return await self._store.tag(await in_thread(self._store.compose, name, references))
 
     async def snapshot(self, name: str, take: Callable[[], Awaitable[LayerId]], origin: SandboxView) -> LayerId:
         """Take a snapshot, and name it together with all that it lies over, and how commands run there."""
@@ -61,8 +64,8 @@ class Images:
         config = ImageConfig(env=spec.defaults.env, workdir=spec.defaults.cwd or "/", user=spec.defaults.user)
         with self._store.holding():
             layer = await take()
-            made = Image(name=name, layers=(layer, *spec.layers), config=config, source=f"snapshot of {origin.id}")
-            await self._store.tag(made)
+            layers, source = (layer, *spec.layers), f"snapshot of {origin.id}"
+            await self._store.tag(Image(name=name, layers=layers, base=spec.base, config=config, source=source))
             return layer
 
     async def remove(self, reference: str) -> None:

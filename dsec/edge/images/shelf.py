@@ -138,12 +138,12 @@ class Shelf:
 
     def images(self) -> dict[str, Image]:
         """Every image by name."""
-        found = {}
-        for path in sorted(self._images.glob("*.json")):
-            with contextlib.suppress(OSError, msgspec.DecodeError):
-                image = msgspec.json.decode(path.read_bytes(), type=Image)
-                found[image.name] = image
-        return found
+        found = map(_read_image, sorted(self._images.glob("*.json")))
+        return {image.name: image for image in found if image is not None}
+
+    def image(self, name: str) -> Image | None:
+        """The image of that name, if there is one."""
+        return _read_image(self._image_path(name))
 
     def put_image(self, image: Image) -> None:
         """Name an image, under the lock; an older one of that name loses it."""
@@ -236,6 +236,12 @@ def file_id(path: Path) -> LayerId:
     """The layer that a file is."""
     with path.open("rb") as file:
         return descriptor_id(file.fileno())
+
+
+def _read_image(path: Path) -> Image | None:
+    with contextlib.suppress(OSError, msgspec.DecodeError):  # going, or written by hand
+        return msgspec.json.decode(path.read_bytes(), type=Image)
+    return None
 
 
 def _is_abandoned(path: Path) -> bool:

@@ -102,10 +102,10 @@ class LayerStore:
 
     def image(self, name: str) -> Image:
         """The image of that name (`:latest` where it has no tag).  NotFoundError."""
-        found = self.images().get(check_image_name(name))
-        if found is None:
-            raise NotFoundError(f"there is no image {name}; dsec image ls names them")
-        return found
+        for shelf in (self.shelf, self._shared):
+            if shelf is not None and (found := shelf.image(check_image_name(name))) is not None:
+                return found
+        raise NotFoundError(f"there is no image {name}; dsec image ls names them")
 
     def resolve(self, reference: str) -> Image:
         """The image that a name, or the id of one layer, stands for.  NotFoundError."""
@@ -114,11 +114,14 @@ class LayerStore:
         layer_id = LayerId(reference)
         return Image(name="", layers=(layer_id, *self.facts(layer_id).parents))
 
-    def composed(self, references: Sequence[str]) -> Composition:
+    async def composed(self, references: Sequence[str]) -> Composition:
         """See `dsec.sandbox.Layered`; an id stands for itself, whatever it was made over."""
-        found = [Image(name="", layers=(LayerId(one),)) if is_layer_id(one) else self.image(one) for one in references]
+        found = [
+            Image(name="", layers=(LayerId(one),)) if is_layer_id(one) else await in_thread(self.image, one)
+            for one in references
+        ]
         whole = over_each_other(found)
-        return Composition(layers=whole.layers, defaults=whole.config.defaults)
+        return Composition(layers=whole.layers, base=whole.base, defaults=whole.config.defaults)
 
     def compose(self, name: str, references: Iterable[str]) -> Image:
         """An image of others and of layers, the topmost first; how it runs is theirs, the topmost's before the others'.

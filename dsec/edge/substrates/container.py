@@ -178,11 +178,11 @@ class ContainerSubstrate:
 
     # -- create ----------------------------------------------------------------------------------
 
-    def composed(self, references: Sequence[str]) -> Composition:
+    async def composed(self, references: Sequence[str]) -> Composition:
         """See `dsec.sandbox.Layered`."""
         if self.layers is None:
             return Composition(layers=tuple(map(LayerId, references)))
-        return self.layers.composed(references)
+        return await self.layers.composed(references)
 
     def holding(self) -> AbstractContextManager[Hold]:
         """See `dsec.sandbox.Layered`."""

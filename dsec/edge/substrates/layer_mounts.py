@@ -29,7 +29,7 @@ from dsec.types import Composition, LayerId
 class Layers(Protocol):
     """What is needed of a store of layers (`dsec.edge.images.store.LayerStore`)."""
 
-    def composed(self, references: Sequence[str]) -> Composition:
+    async def composed(self, references: Sequence[str]) -> Composition:
         """See `dsec.sandbox.Layered`."""
         ...
 

@@ -461,7 +461,7 @@ class LayerFacts(_message.Message):
     def __init__(self, id: _Optional[str] = ..., size_bytes: _Optional[int] = ..., metadata_offset: _Optional[int] = ..., entries_count: _Optional[int] = ..., content_bytes: _Optional[int] = ..., created_at_s: _Optional[float] = ..., made_from: _Optional[str] = ..., parents: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Image(_message.Message):
-    __slots__ = ("name", "layers", "defaults", "entrypoint", "command", "created_at_s", "source")
+    __slots__ = ("name", "layers", "defaults", "entrypoint", "command", "created_at_s", "source", "base")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     DEFAULTS_FIELD_NUMBER: _ClassVar[int]
@@ -469,6 +469,7 @@ class Image(_message.Message):
     COMMAND_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_S_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
     name: str
     layers: _containers.RepeatedScalarFieldContainer[str]
     defaults: Defaults
@@ -476,7 +477,8 @@ class Image(_message.Message):
     command: _containers.RepeatedScalarFieldContainer[str]
     created_at_s: float
     source: str
-    def __init__(self, name: _Optional[str] = ..., layers: _Optional[_Iterable[str]] = ..., defaults: _Optional[_Union[Defaults, _Mapping]] = ..., entrypoint: _Optional[_Iterable[str]] = ..., command: _Optional[_Iterable[str]] = ..., created_at_s: _Optional[float] = ..., source: _Optional[str] = ...) -> None: ...
+    base: str
+    def __init__(self, name: _Optional[str] = ..., layers: _Optional[_Iterable[str]] = ..., defaults: _Optional[_Union[Defaults, _Mapping]] = ..., entrypoint: _Optional[_Iterable[str]] = ..., command: _Optional[_Iterable[str]] = ..., created_at_s: _Optional[float] = ..., source: _Optional[str] = ..., base: _Optional[str] = ...) -> None: ...
 
 class ImportOptions(_message.Message):
     __slots__ = ("name", "reference", "source", "compressed")

@@ -18,7 +18,7 @@ from dsec.errors import (
     StateError,
 )
 from dsec.images import Image, ImageConfig
-from dsec.types import LayerId
+from dsec.types import Composition, Defaults, LayerId
 
 NOWHERE = LayerId("sha256:" + "0" * 64)
 
@@ -192,6 +192,24 @@ async def test_images_lie_over_each_other(store, source):
     both = store.compose("both", ["tools", "base", base])
     assert both.layers == (tools, base)
     assert both.config == ImageConfig(env={"PATH": "/bin", "A": "2"}, command=("sh",), workdir="/w", user="7")
+
+
+async def test_an_image_is_looked_up_alone(store, source, tmp_path):
+    made = await layer(store, source, "a")
+    await store.tag(Image(name="a", layers=(made,), config=ImageConfig(user="7")))
+    os.mkfifo(tmp_path / "store/images/slow%3Alatest.json")  # whoever reads this one waits for ever
+    assert await store.composed([made, "a"]) == Composition(layers=(made,), defaults=Defaults(user="7"))
+    for name in ("b", "a/" * 90 + "a"):
+        with pytest.raises(NotFoundError):
+            await store.composed([name])
+
+
+async def test_what_lies_over_something_is_over_what_that_lies_over(store, source):
+    low, top = await layer(store, source, "low"), await layer(store, source, "top")
+    await store.tag(Image(name="low", layers=(low,), base="host"))
+    await store.tag(store.compose("both", [top, "low"]))
+    assert await store.composed(["both"]) == Composition(layers=(top, low), base="host")
+    assert (await store.composed(["low", top])).base == ""
 
 
 async def test_a_snapshot_stands_for_what_it_was_made_over(store, source):
