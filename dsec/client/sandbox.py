@@ -119,7 +119,7 @@ class AsyncSandbox:
     ) -> Self:
         """A fresh sandbox of the Edge at `url` (default: DSEC_API_URL, else this host's Edge), ready for commands.
 
-        `base` is "host", a layer with an operating system, or the name of an image that has one or was made over "host".
+        `base` is "host", a layer with an operating system, or the name of an image that has one or lies over "host".
         ResourceExhaustedError when the host has been full for `BUSY_S`, UnreachableError, InvalidArgumentError,
         NotFoundError (a layer that is not there).  Cancelled, it leaves none.
         """

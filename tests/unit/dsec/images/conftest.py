@@ -133,3 +133,18 @@ class Tar:
 @pytest.fixture
 def tar() -> type[Tar]:
     return Tar
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Callable[..., Path]:
+    """A directory with one file, made by its content."""
+
+    def make(text: str, size: int = 0) -> Path:
+        path = tmp_path / f"source-{text}"
+        path.mkdir()
+        (path / "file").write_text(text)
+        (path / "ballast").write_bytes(os.urandom(size))
+        os.utime(path, (1, 1))
+        return path
+
+    return make

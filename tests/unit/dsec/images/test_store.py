@@ -23,21 +23,6 @@ from dsec.types import Composition, Defaults, LayerId
 NOWHERE = LayerId("sha256:" + "0" * 64)
 
 
-@pytest.fixture
-def source(tmp_path):
-    """A directory with one file, made by its content."""
-
-    def make(text, size=0):
-        path = tmp_path / f"source-{text}"
-        path.mkdir()
-        (path / "file").write_text(text)
-        (path / "ballast").write_bytes(os.urandom(size))
-        os.utime(path, (1, 1))
-        return path
-
-    return make
-
-
 async def layer(store, source, text, size=0, **options):
     return await store.add_directory(source(text, size), **options)
 
@@ -346,63 +331,3 @@ async def test_a_place_that_is_none_is_said(tmp_path):
 
 async def test_only_root_looks_into_a_store(store, tmp_path):
     assert (tmp_path / "store").stat().st_mode & 0o777 == 0o700
-
-
-# -- a shared directory --------------------------------------------------------------------------
-
-
-@pytest.fixture
-async def shared(tmp_path, source):
-    """A store of another host that shares its directory, with one image."""
-    made = LayerStore(tmp_path / "shared")
-    await made.open()
-    await made.tag(Image(name="base", layers=(await layer(made, source, "base", 5000),)))
-    return made
-
-
-async def test_shared_layers_are_used_where_they_lie_and_never_touched(shared, tmp_path, source):
-    host = LayerStore(tmp_path / "host", 1 << 20, shared=tmp_path / "shared")
-    await host.open()
-    (base,) = host.image("base").layers
-    assert host.path(base) == shared.path(base)
-    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "shared").rglob("*"))
-    host.acquire([base])
-    top = await host.pack(source("top"), 0, parents=(base,))
-    assert host.resolve(top).layers == (top, base)
-    assert host.used_bytes() < 1 << 20
-    assert await host.collect() == [top]
-    with pytest.raises(NotFoundError):
-        await host.remove(base)
-    host.close()
-    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "shared").rglob("*")) == before
-
-
-async def test_what_is_published_is_there_for_every_host(shared, tmp_path, source):
-    one, two = (LayerStore(tmp_path / name, shared=tmp_path / "shared") for name in ("one", "two"))
-    await one.open()
-    await two.open()
-    made = await layer(one, source, "mine", 5000)
-    await one.publish(await one.tag(Image(name="mine", layers=(made,))))
-    await one.publish(one.resolve(made))
-    await one.untag("mine")
-    await one.remove(made)
-    assert one.image("mine") == two.image("mine")
-    await two.check([made])
-    assert list((tmp_path / "shared" / "tmp").iterdir()) == []
-
-
-async def test_there_must_be_a_place_to_publish_to(store, source):
-    with pytest.raises(StateError, match="no shared directory"):
-        await store.publish(store.resolve(await layer(store, source, "a")))
-
-
-async def test_a_damaged_layer_is_not_published(shared, tmp_path, source):
-    host = LayerStore(tmp_path / "host", shared=tmp_path / "shared")
-    await host.open()
-    made = await layer(host, source, "mine", 5000)
-    host.path(made).chmod(0o600)
-    host.path(made).write_bytes(b"x" * 5000)
-    with pytest.raises(HostUnfitError, match="did not arrive"):
-        await host.publish(host.resolve(made))
-    assert made not in shared.layers()
-    assert list((tmp_path / "shared" / "tmp").iterdir()) == []
