@@ -59,12 +59,18 @@ class RunEdge(EdgeSubstrate):
 
     async def open(self) -> None:
         """As every Edge's; what lives on with too few slots for this run is destroyed, and rebuilt."""
+        await asyncio.to_thread(self._forget_earlier_boots)
         await super().open()
         if self._containers.spawner.slots_count < self._config.sandboxes_count_max:
             await super().close()
             self.edge = self._make()
             await super().open()
         self._is_open = True
+
+    def _forget_earlier_boots(self) -> None:
+        for home in self._home.parent.glob("*"):
+            if home != self._home:
+                shutil.rmtree(home, ignore_errors=True)
 
     async def close(self) -> None:
         """Destroy what lives, and forget it."""

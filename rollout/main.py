@@ -7,6 +7,7 @@ from pathlib import Path
 
 import wal
 from dsec.address import parse_address
+from dsec.edge.clock import HostClock
 from dsec.sandbox import Substrate
 from rollout.config import RolloutConfig
 from rollout.edge import RunEdge, substrate_config
@@ -17,6 +18,8 @@ from rollout.service import RolloutService
 from toolcall_dsl import Tokenizer
 
 EDGE = "edge"
+_LOCKS = "[0-9a-f]" * 8 + ".lock"
+"""Of a log, by epoch: docs/formats/wal.md."""
 
 
 def load_tokenizer() -> Tokenizer:
@@ -47,13 +50,18 @@ def _remote_substrate(edge_url: str, directory: Path, config: RolloutConfig) -> 
     from dsec.client.leased import LeasedSubstrate  # gRPC, which a run with an Edge of its own does not need
 
     parse_address(edge_url)
-    return LeasedSubstrate(edge_url, partial(_log_id, directory / "wal"), config.lease_ttl_s)
+    return LeasedSubstrate(edge_url, partial(sandbox_labels, directory / "wal"), config.lease_ttl_s)
 
 
-def _log_id(log: Path) -> str:
-    """What names a run for ever, wherever its directory is moved: the id in the log's header."""
+def sandbox_labels(log: Path) -> dict[str, str]:
+    """What the sandboxes of an open log are found by: `run`, its id, and `log`, the one file that locks it.
+
+    A copy of a run has its id and all that it ever wrote, but not that file: it is on this boot of this host, and its
+    inode is taken for as long as somebody holds the lock.
+    """
     reader = wal.Reader(log)
     next(iter(reader), None)
     if reader.header is None:
         raise JournalError(f"{log} has no header yet")
-    return reader.header.log_id.hex()
+    lock = max(log.glob(_LOCKS)).stat()
+    return {"run": reader.header.log_id.hex(), "log": f"{HostClock().boot_id}/{lock.st_dev:x}/{lock.st_ino:x}"}

@@ -207,6 +207,7 @@ class Runner:
         yield Judged(rollout.id, reward.value, reward.components, reward.verifier_digest, spent, output)
 
     async def finish(self, rollout: Rollout, effect: Finish) -> Events:
-        """The last event."""
+        """The last event, of a rollout that has left nothing behind."""
+        await self.sandboxes.drop(rollout.id)
         spent = rollout.spent
         yield RolloutFinished(rollout.id, effect.reason, spent.sampling_s, spent.tools_s, spent.log_s)

@@ -1,8 +1,9 @@
 """Sandboxes of an Edge that live as long as a job that is run by one process after another: `LeasedSubstrate`.
 
-The job has a name, which labels its sandboxes: whoever opens the substrate under that name takes up what the
-process before left.  Each process creates under a lease of its own, and renews beside it those of what it took up,
-since no sandbox changes its lease.  When no process comes back, all of it ends with the leases.
+The job's sandboxes have labels of its own: whoever opens the substrate with those takes up what the process before
+left, and destroys it in the end; so two that live at once must never have the same.  Each process creates under a
+lease of its own, and renews beside it those of what it took up, since no sandbox changes its lease.  When no process
+comes back, all of it ends with the leases.
 
 See: dsec/edge/leases.py, dsec/client/substrate.py.
 """
@@ -29,14 +30,14 @@ _log = logging.getLogger(__name__)
 
 
 class LeasedSubstrate:
-    """The sandboxes of a named job at an Edge.  Implements `dsec.sandbox.Substrate`."""
+    """The sandboxes of one job at an Edge.  Implements `dsec.sandbox.Substrate`."""
 
-    def __init__(self, url: str, name: Callable[[], str], ttl_s: float, token: str = "") -> None:
-        """`name` is asked at `open`; what a killed process left ends `ttl_s` seconds after it last renewed."""
+    def __init__(self, url: str, labels: Callable[[], dict[str, str]], ttl_s: float, token: str = "") -> None:
+        """`labels` is asked at `open`; what a killed process left ends `ttl_s` seconds after it last renewed."""
         self._url, self._token = url, token
-        self._name = name
-        self._ttl_s = ttl_s
+        self._labels_of_job = labels
         self._labels: dict[str, str] = {}
+        self._ttl_s = ttl_s
         self._remote = RemoteSubstrate()
         self._owner = ""
         self._owners: set[tuple[str, int]] = set()
@@ -44,7 +45,7 @@ class LeasedSubstrate:
 
     async def open(self) -> None:
         """Connect, take up what an earlier process left, and begin to renew.  UnreachableError."""
-        self._labels = {"run": self._name()}
+        self._labels = self._labels_of_job()
         self._remote = RemoteSubstrate(self._url, self._token, self._labels)
         await self._remote.open()
         views = [await sandbox.view() for sandbox in self._remote.adopted().values()]

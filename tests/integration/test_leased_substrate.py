@@ -27,7 +27,7 @@ class Host:
         self.edge = Edge(directory, FakeSubstrate(), EdgeConfig(log_sync="os"), clock=self.clock)
 
     def job(self, name: str = "job") -> LeasedSubstrate:
-        return LeasedSubstrate(self.url, lambda: name, TTL_S)
+        return LeasedSubstrate(self.url, lambda: {"run": name}, TTL_S)
 
     def expires_at_s(self) -> float:
         """Of the lease that lapses first."""

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 import wal
 from rollout.ledger import Ledger
-from rollout.main import load_tokenizer
+from rollout.main import load_tokenizer, sandbox_labels
 
 SOLUTION = "solution/0"
 SOLVE = "echo begun >> /app/begun; sleep 1.5; [ $(wc -l < /app/begun) = 1 ] && echo yes > /app/done.txt\n"
@@ -78,6 +80,50 @@ def test_a_command_in_flight_is_collected_in_the_same_sandbox(dsec: Any, edge: A
     (trajectory,) = Ledger.read(out / "wal", load_tokenizer()).trajectories.values()
     assert (trajectory.incarnation, trajectory.sandbox_id) == (1, sandbox_id)
     assert not (out / "edge").exists()
+
+
+def test_what_earlier_boots_left_goes_also_when_the_run_has_ended(dsec: Any, task: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    dsec.done(*run(None, task, out))
+    (out / "edge/earlier-boot/log").mkdir(parents=True)
+    dsec.done(*run(None, task, out))
+    assert not (out / "edge").exists()
+
+
+def test_a_copy_of_a_living_run_leaves_that_its_sandboxes(
+    dsec: Any, edge_process: Any, task: Path, tmp_path: Path
+) -> None:
+    edge, out, copy = edge_process(dsec, tmp_path / "edge"), tmp_path / "run", tmp_path / "copy"
+    process, sandbox_id = in_its_solution(dsec, edge, task, out)
+    process.send_signal(signal.SIGSTOP)  # it lives, and will want its sandbox when the copy is done
+    shutil.copytree(out, copy)
+    copied = dsec.done(*run(edge, task, copy)).json()
+    assert [view["id"] for view in sandboxes(edge)] == [sandbox_id]
+    process.send_signal(signal.SIGCONT)
+    summary = json.loads(process.communicate(timeout=60)[0])
+    assert [each["solved"] for each in (copied, summary)] == [1, 1]
+    assert [each["commands_replayed"] > 0 for each in (copied, summary)] == [True, False]
+    (trajectory,) = Ledger.read(out / "wal", load_tokenizer()).trajectories.values()
+    assert (trajectory.incarnation, trajectory.sandbox_id) == (1, sandbox_id)
+    assert sandboxes(edge) == []
+    edge.stop()
+
+
+def test_a_run_is_found_where_it_was_moved_and_not_where_it_was_copied(tmp_path: Path) -> None:
+    def labels(directory: Path) -> dict[str, str]:
+        log = wal.Log.open(directory)
+        try:
+            return sandbox_labels(directory)
+        finally:
+            log.close()
+
+    first = labels(tmp_path / "run")
+    assert labels(tmp_path / "run") == first
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert labels(tmp_path / "moved") == first
+    copied = labels(tmp_path / "copy")
+    assert (copied["run"] == first["run"], copied["log"] == first["log"]) == (True, False)
 
 
 def test_a_served_edge_that_is_killed_under_a_run_costs_it_nothing(

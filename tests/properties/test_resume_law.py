@@ -177,6 +177,8 @@ async def test_wherever_a_process_is_killed_the_next_one_goes_on_in_the_sandbox_
     for count in range(1, len(list(wal.read(tmp_path / "whole/wal"))) + 1):
         host = FakeHost()
         await run_until(count, tmp_path / f"{count}", host, writes_last=writes_last)
+        ended = Ledger.read(tmp_path / f"{count}/wal", TOKENIZER)
+        assert not any(map(ended.is_done, ended.rollouts)) or host.sandboxes == {}, "nobody would look for it any more"
         resumed = await run_until(10_000, tmp_path / f"{count}", host)
         assert token_ids(resumed) == token_ids(whole), f"killed at record {count}"
         summary = summarise(resumed)
