@@ -92,13 +92,19 @@ class Creation:
         return (await self._once(Wish(request, request.spec), prepare))[0]
 
     async def _named(self, spec: SandboxSpec) -> SandboxSpec:
-        """With layers and defaults in place of names, which may stand for other images tomorrow.  NotFoundError."""
+        """With layers and defaults in place of names, which may stand for other images tomorrow.
+
+        NotFoundError, InvalidArgumentError (together with what the images say it is too much).
+        """
         substrate = self._registry.substrate
         if not isinstance(substrate, Layered):
             return spec
         made = await substrate.composed(spec.layers)
         defaults = spec.defaults.over(made.defaults)
-        return structs.replace(spec, base=spec.base or made.base, layers=made.layers, defaults=defaults)
+        named = structs.replace(spec, base=spec.base or made.base, layers=made.layers, defaults=defaults)
+        check_size("the sandbox, with what its images say,", named, CREATE_BYTES_MAX)
+        check_spec(named)
+        return named
 
     async def fork(self, live: LiveSandbox, count: int, request: CreateRequest) -> list[SandboxView]:
         """`count` sandboxes that go on from what this one has written; all or none."""

@@ -24,8 +24,6 @@ import msgspec
 from dsec.edge.packets import make_memory_file
 from dsec.types import SandboxId, SandboxSpec
 
-FACTS_BYTES_MAX = 1 << 20
-
 
 class KeptSandbox(msgspec.Struct):
     """A sandbox of an earlier process; the descriptors are the taker's."""
@@ -81,7 +79,7 @@ def make_facts(spec: SandboxSpec) -> int:
 
 def _read_facts(fd: int) -> SandboxSpec | None:
     with contextlib.suppress(OSError, msgspec.DecodeError):
-        return msgspec.json.decode(os.pread(fd, FACTS_BYTES_MAX, 0), type=SandboxSpec)
+        return msgspec.json.decode(os.pread(fd, os.fstat(fd).st_size, 0), type=SandboxSpec)
     return None
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from dsec.errors import (
     StateError,
 )
 from dsec.testing import FakeSandbox, FakeSubstrate
-from dsec.types import Command, LayerId, SandboxId, SandboxSpec
+from dsec.types import Command, Composition, Defaults, LayerId, SandboxId, SandboxSpec
 from dsec.views import CreateRequest
 
 LS = Command(argv=("ls",))
@@ -49,6 +50,25 @@ class FailingSubstrate(FakeSubstrate):
             self.failures_count -= 1
             raise SpawnError("step clone: EAGAIN")
         return await super().create(spec, sandbox_id)
+
+
+class LoudSubstrate(FakeSubstrate):
+    """Its images have something to say."""
+
+    async def composed(self, references: Sequence[str]) -> Composition:
+        return Composition(layers=(), defaults=Defaults(env={name: name * 100_000 for name in references}))
+
+
+async def test_what_images_say_is_bounded_with_the_request_and_not_written_down(hosts: Any) -> None:
+    edge = await hosts.edge(LoudSubstrate(hosts.answer, hosts.host))
+    lsn = edge._registry.log.lsn
+    with pytest.raises(InvalidArgumentError, match="what its images say, has 30"):
+        await edge.create(CreateRequest(spec=SandboxSpec(layers=("A", "B", "C"))))
+    with pytest.raises(InvalidArgumentError, match="how commands of this sandbox or image run"):
+        await edge.create(CreateRequest(spec=SandboxSpec(layers=("AB",))))
+    assert edge._registry.log.lsn == lsn
+    assert not any(edge._registry.admission.used.values())
+    assert (await edge.create(CreateRequest(spec=SandboxSpec(layers=("A",))))).spec.defaults.env["A"] == "A" * 100_000
 
 
 async def test_a_sandbox_is_shown_as_it_was_asked_for(hosts: Any) -> None:
