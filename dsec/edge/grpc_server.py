@@ -9,7 +9,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -164,10 +164,10 @@ class EdgeServicer(pb_grpc.EdgeServicer):
             for view in self._edge.commands(request.sandbox_id):
                 yield _brief(messages.info_message(view))
 
-    async def GetTrajectory(self, request: pb.SandboxRef, context: Context) -> AsyncIterator[pb.CommandInfo]:
-        async with _answering(context, "GetTrajectory"):
-            async for view in self._edge.trajectory(request.sandbox_id):
-                yield messages.info_message(view)
+    async def GetTrajectory(self, request: pb.SandboxRef, context: Context) -> None:
+        async with _answering(context, "GetTrajectory"), aclosing(self._edge.trajectory(request.sandbox_id)) as views:
+            async for view in views:
+                await context.write(messages.info_message(view))
 
     async def GrantLease(self, request: pb.GrantLeaseRequest, context: Context) -> pb.Done:
         grant = self._edge.grant_lease(request.owner, request.epoch, request.ttl_s)

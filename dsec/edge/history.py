@@ -13,8 +13,9 @@ import asyncio
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -40,13 +41,13 @@ from dsec.edge.journal import (
 )
 from dsec.errors import NotFoundError, ResourceExhaustedError, StateError
 from dsec.trajectory import CommandFinished, CommandRefused, CommandStarted, CommandUnknown, TrajectoryRecord
-from dsec.types import SandboxId
+from dsec.types import Command, ExecResult, SandboxId
 from dsec.views import CommandView
 
 T = TypeVar("T")
 YIELD_COUNT, YIELD_S = 128, 0.0002
-PAGE_COUNT = 64
-"""Commands of a trajectory that are read in one go."""
+PAGE_COUNT, PAGE_BYTES = 64, 1 << 20
+"""Commands of a trajectory that are read in one go: until there are so many, or so many bytes of them."""
 
 
 @dataclass(slots=True)
@@ -112,33 +113,39 @@ class History:
         payload = await asyncio.get_running_loop().run_in_executor(self._lookups, self._read, lsn)
         return trajectory.decode(payload)
 
-    async def trajectory(self, known: Known) -> AsyncIterator[CommandView]:
-        """See `read_trajectory`.  ResourceExhaustedError if too many read already."""
-        entries = _trajectory(known.id, self._records(known))
-        while page := await self._scan(lambda: [*itertools.islice(entries, PAGE_COUNT)]):
-            for entry in page:
-                yield entry
+    async def trajectory(self, known: Known) -> AsyncGenerator[CommandView, None]:
+        """See `read_trajectory`; it counts as a reader until it is closed.  ResourceExhaustedError if too many read."""
+        with self._asking():
+            entries = _trajectory(known.id, self._records(known))
+            while page := await self._scan(lambda: _page(entries)):
+                for entry in page:
+                    yield entry
 
     async def past(self, known: Known, key: str) -> Past:
         """How it came to the end of command `key`.
 
         NotFoundError (no such key), StateError (the journal is damaged), ResourceExhaustedError as `trajectory`.
         """
-        return await self._scan(lambda: self._past(known, key))
+        with self._asking():
+            return await self._scan(lambda: self._past(known, key))
 
     def close(self) -> None:
         """Read no more; who waits is let go."""
         for threads in (self._lookups, self._scans):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _scan(self, work: Callable[[], T]) -> T:
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
         if self._scans_count >= self._scans_count_max:
             raise ResourceExhaustedError(f"{self._scans_count} others read the journal: ask again later")
         self._scans_count += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._scans, work)
+            yield
         finally:
             self._scans_count -= 1
+
+    async def _scan(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._scans, work)
 
     def _records(self, known: Known) -> Iterator[tuple[int, JournalRecord]]:
         last_lsn = known.last_lsn if known.is_ended else None
@@ -246,6 +253,18 @@ def _trajectory(sandbox_id: str, records: Iterator[tuple[int, JournalRecord]]) -
         yield _view(start, None, "unknown" if is_ended else "running")
 
 
+def _page(entries: Iterator[CommandView]) -> list[CommandView]:
+    """The next ones: bounded, and none only at the end."""
+    page: list[CommandView] = []
+    size = 0
+    for entry in entries:
+        page.append(entry)
+        size += _command_size(entry.command) + (_output_size(entry.result) if entry.result else 0)
+        if len(page) >= PAGE_COUNT or size >= PAGE_BYTES:
+            break
+    return page
+
+
 def _view(
     start: CommandStarted, end: CommandFinished | None, state: Literal["running", "finished", "unknown"] = "finished"
 ) -> CommandView:
@@ -255,5 +274,12 @@ def _view(
 
 
 def _size(record: CommandFinished) -> int:
-    result = record.result
-    return 512 + len(record.key) + sum(len(o.head) + len(o.tail) for o in (result.stdout, result.stderr))
+    return 512 + len(record.key) + _output_size(record.result)
+
+
+def _command_size(command: Command) -> int:
+    return len(command.stdin) + sum(map(len, [*command.argv, *command.env, *command.env.values()]))
+
+
+def _output_size(result: ExecResult) -> int:
+    return sum(len(output.head) + len(output.tail) for output in (result.stdout, result.stderr))

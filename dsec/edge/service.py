@@ -17,8 +17,8 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 
 import msgspec
@@ -217,14 +217,13 @@ class Edge:
         """Every command of a living sandbox in the order of their numbers, without what they read and wrote."""
         return self._registry.find(sandbox_id).commands()
 
-    async def trajectory(self, sandbox_id: str) -> AsyncIterator[CommandView]:
+    def trajectory(self, sandbox_id: str) -> AsyncGenerator[CommandView, None]:
         """The commands of a sandbox as the journal has them, also of one that has ended; see `read_trajectory`.
 
         NotFoundError also for one that ended longer ago than the Edge remembers (`ended_count_max`): whoever asked
-        for names that there never were would else have the whole journal read.
+        for names that there never were would else have the whole journal read.  Close it (`aclosing`): readers are few.
         """
-        async for entry in self._registry.history.trajectory(self._registry.known(sandbox_id)):
-            yield entry
+        return self._registry.history.trajectory(self._registry.known(sandbox_id))
 
     async def _past_result(self, sandbox_id: str, key: str, command: Command | None = None) -> ExecResult:
         """The result of a command of a sandbox that has ended.
@@ -242,9 +241,10 @@ class Edge:
         return entry.result
 
     async def _past_entry(self, sandbox_id: str, key: str) -> CommandView | None:
-        async for entry in self.trajectory(sandbox_id):
-            if entry.key == key:
-                return entry
+        async with aclosing(self.trajectory(sandbox_id)) as entries:
+            async for entry in entries:
+                if entry.key == key:
+                    return entry
         return None
 
     async def grant_lease(self, owner: str, epoch: int, ttl_s: float) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import threading
+import tracemalloc
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from dsec.edge.journal import JournalRecord, Ledger, SandboxEnded, SandboxReques
 from dsec.errors import NotFoundError, ResourceExhaustedError, StateError
 from dsec.lifecycle import EndReason
 from dsec.trajectory import CommandFinished, CommandStarted
-from dsec.types import Command, ExecResult, SandboxId, SandboxSpec
+from dsec.types import Command, ExecResult, Output, SandboxId, SandboxSpec
 from dsec.views import CreateRequest
 
 BOX = SandboxId("sb-1")
@@ -55,6 +57,23 @@ async def test_a_flood_of_questions_about_the_past_is_bounded_and_holds_up_nobod
     may_read.set()
     assert {result.exit_code for result in await asyncio.gather(*flood)} == {0}
     assert (await edge.wait(old, "k")).exit_code == 0
+
+
+async def test_a_slow_reader_of_the_past_holds_little_of_it_and_counts_as_one_until_its_end(hosts: Any) -> None:
+    edge = await hosts.edge(scans_count_max=1, results_bytes_max=0)
+    box = (await edge.create(CreateRequest())).id
+    hosts.script = lambda _box, _command: ExecResult(exit_code=0, stdout=Output(bytes(1 << 20)))
+    for number in range(32):
+        await edge.exec(box, LS, f"{number}")
+    tracemalloc.start()
+    async with aclosing(edge.trajectory(box)) as entries:
+        assert (await anext(entries)).key == "0"
+        held_bytes, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert held_bytes < 16 << 20
+        with pytest.raises(ResourceExhaustedError, match="1 others"):
+            await anext(edge.trajectory(box))
+    assert [entry.key async for entry in edge.trajectory(box)] == [f"{number}" for number in range(32)]
 
 
 async def test_what_ended_is_read_to_its_own_end_only(hosts: Any) -> None:
