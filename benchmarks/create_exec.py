@@ -42,6 +42,7 @@ from contenders import (
 from dsec.client.substrate import RemoteSubstrate
 from dsec.edge.config import SubstrateConfig
 from dsec.edge.substrates.container import ContainerSubstrate
+from dsec.errors import DsecError
 from dsec.sandbox import Sandbox, Substrate
 from dsec.types import Command, SandboxSpec
 
@@ -119,16 +120,19 @@ async def take_turns(others: dict[str, Contender], rounds: int, figures: Figures
 
 
 async def burst(
-    count: int, in_flight: int, create: Callable[[], Awaitable[T]], destroy: Callable[[T], Awaitable[object]]
+    count: int, in_flight: int, create: Callable[[], Awaitable[T | None]], destroy: Callable[[T], Awaitable[object]]
 ) -> tuple[float, float]:
-    """Creates and destroys a second."""
+    """Creates and destroys a second, of what came to be.  RuntimeError if nothing did."""
     made: list[T] = []
 
     async def one(_: int) -> None:
-        made.append(await create())
+        if (born := await create()) is not None:
+            made.append(born)
 
-    creates = await rate(count, in_flight, one)
-    return creates, await rate(count, in_flight, lambda index: destroy(made[index]))
+    tried = await rate(count, in_flight, one)
+    if not made:
+        raise RuntimeError(f"not one of {count} creates at once ended well")
+    return tried * len(made) / count, await rate(len(made), in_flight, lambda index: destroy(made[index]))
 
 
 async def bursts(others: dict[str, Contender], count: int, figures: Figures) -> dict[str, dict[str, Value]]:
@@ -157,9 +161,11 @@ async def bursts(others: dict[str, Contender], count: int, figures: Figures) -> 
     }
 
 
-async def birth_in_burst(name: str, substrate: Substrate, figures: Figures) -> Sandbox:
-    """One of many."""
-    return await figures.time(name, BURST, birth(substrate))
+async def birth_in_burst(name: str, substrate: Substrate, figures: Figures) -> Sandbox | None:
+    """One of many; None if it failed, which `figures` counts."""
+    with contextlib.suppress(DsecError, RuntimeError):
+        return await figures.time(name, BURST, birth(substrate))
+    return None
 
 
 def used_cpu_s() -> float:
