@@ -10,6 +10,7 @@ See: proto/dsec/pb/v1/edge.proto, "Idempotent".
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 from collections.abc import AsyncIterator
@@ -114,7 +115,8 @@ class Connection:
         call = getattr(self.stub, name)(metadata=self._metadata)
         try:
             async for request in requests:
-                await call.write(request)
+                with contextlib.suppress(asyncio.InvalidStateError):  # it ended while we made this: reading says why
+                    await call.write(request)
                 yield await call.read()
                 self._has_answered = True
             await call.done_writing()

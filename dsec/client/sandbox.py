@@ -192,7 +192,7 @@ class AsyncSandbox:
         """What was written in it, as a layer: `create(layers=[layer])` goes on from there.
 
         With a name it becomes an image, together with what it lies over and how commands run there; without one it
-        goes when room is needed.
+        goes when room is needed.  Not repeated: if the connection breaks, UnreachableError, and there may be a layer.
         """
         return await self.remote.snapshot(name)
 

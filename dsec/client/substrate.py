@@ -197,9 +197,12 @@ class RemoteSandbox:
         await self._connection.call("Resume", self._reference)
 
     async def snapshot(self, name: str = "") -> LayerId:
-        """See `dsec.sandbox.Sandbox.snapshot`.  With a name, that and what it lies over become an image."""
+        """See `dsec.sandbox.Sandbox.snapshot`.  With a name, that and what it lies over become an image.
+
+        Not repeated: if the connection breaks, UnreachableError, and there may be a layer.
+        """
         request = pb.SnapshotRequest(sandbox_id=self._id, name=name)
-        reply = await self._connection.call("Snapshot", request, timeout_s=SLOW_CALL_TIMEOUT_S)
+        reply = await self._connection.call("Snapshot", request, timeout_s=SLOW_CALL_TIMEOUT_S, is_repeatable=False)
         return LayerId(reply.layer_id)
 
     async def fork(self, count: int, options: CreateRequest) -> list[SandboxId]:

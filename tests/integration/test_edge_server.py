@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from dsec.errors import (
     UnreachableError,
 )
 from dsec.pb.v1 import edge_pb2 as pb
-from dsec.types import PATH, Command, SandboxSpec, TtySize
+from dsec.types import PATH, Command, LayerId, SandboxSpec, TtySize
 from dsec.views import CreateRequest
 
 TOKEN = "0123456789abcdef"
@@ -162,6 +163,40 @@ async def test_the_same_key_asks_again_after_a_broken_connection_and_nothing_run
     world.proceed.set()
     assert (await running).exit_code == (await followed).exit_code == 7
     assert len(world.runs) == 2
+
+
+async def test_a_snapshot_is_taken_once_whatever_becomes_of_the_connection(world: Any, sandbox: AsyncSandbox) -> None:
+    live = world.edge._registry.find(sandbox.id)
+    taken, take, may_end = [], live.sandbox.snapshot, asyncio.Event()
+
+    async def snapshot() -> LayerId:
+        taken.append(await take())
+        world.arrived.put_nowait(Command(argv=("snapshot",)))
+        await may_end.wait()
+        return taken[-1]
+
+    live.sandbox.snapshot = snapshot
+    asked = asyncio.create_task(sandbox.snapshot())
+    await world.arrived.get()
+    await world.stop()
+    await world.start()
+    may_end.set()
+    with pytest.raises(UnreachableError):
+        await asked
+    assert len(world.host.layers) == len(taken) == 1
+    assert await sandbox.snapshot() in world.host.layers
+
+
+async def test_a_reader_of_the_past_that_goes_away_makes_room_for_the_next(world: Any, sandbox: AsyncSandbox) -> None:
+    world.config = world.config.model_copy(update={"scans_count_max": 1})
+    await world.stop()
+    await world.start()
+    await sandbox.commands.run(["a"])
+    async with aclosing(sandbox._connection.stream("GetTrajectory", pb.SandboxRef(sandbox_id=sandbox.id))) as views:
+        assert (await anext(views)).number == 1
+    while world.edge._registry.history._scans_count:  # noqa: ASYNC110  the server hears of it when it does
+        await asyncio.sleep(0)
+    assert len([view async for view in sandbox.trajectory()]) == 1
 
 
 async def test_a_client_that_dies_in_mid_call_leaves_its_command_running(world: Any, sandbox: AsyncSandbox) -> None:
