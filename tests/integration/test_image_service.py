@@ -31,6 +31,7 @@ from dsec.errors import (
     NotFoundError,
     ResourceExhaustedError,
     StateError,
+    UnreachableError,
 )
 from dsec.pb.v1 import edge_pb2 as pb
 from dsec.testing import FakeSubstrate
@@ -231,6 +232,28 @@ async def test_the_protocol_itself_and_the_token_are_insisted_on(far: Far) -> No
         for attempt in (images.images(), images.collect(), images.import_archive(pieces(tar(saved(b"1"))))):
             with pytest.raises(InvalidArgumentError, match="token"):
                 await attempt
+
+
+async def test_a_server_that_goes_while_the_archive_is_read_is_out_of_reach(far: Far) -> None:
+    connection = connect(far.url, TOKEN)
+    stub, calls = connection.stub, list[Any]()
+
+    class Noted:
+        def ImportImage(self, **options: Any) -> Any:
+            calls.append(stub.ImportImage(**options))
+            return calls[0]
+
+    async def late() -> AsyncIterator[bytes]:
+        await far.server.stop()
+        await calls[0].code()  # it is over before there is anything to send
+        yield b"x"
+
+    connection.stub = Noted()
+    with pytest.raises(UnreachableError, match="broke"):
+        await far.images.import_archive(late())
+    connection.stub = stub
+    await connection.close()
+    await far.until_unfinished(0)
 
 
 async def test_an_edge_without_a_store_says_so(far: Far) -> None:
