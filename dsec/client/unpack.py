@@ -11,11 +11,10 @@ import contextlib
 import os
 import secrets
 import stat
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from dsec.archive import Stream, members, parts
+from dsec.archive import DIRECTORY, FILE, HARD_LINK, LINK, Member, Stream, members, parts
 from dsec.errors import InvalidArgumentError, ResourceExhaustedError
 
 DOWNLOAD_BYTES_MAX = 64 << 30
@@ -38,7 +37,7 @@ def unpack(pieces: Iterable[bytes], directory: Path | int, bytes_max: int = DOWN
     root = os.dup(directory) if isinstance(directory, int) else os.open(directory, os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for member in members(stream):
-            names = parts(os.fsencode(member.name))
+            names = parts(member.path)
             try:
                 if names and not _place(root, names, member, stream):
                     left_out.append(member.name)
@@ -123,19 +122,19 @@ class _Reader:
         return bytes(data)
 
 
-def _place(root: int, names: Sequence[bytes], member: tarfile.TarInfo, stream: Stream) -> bool:
+def _place(root: int, names: Sequence[bytes], member: Member, stream: Stream) -> bool:
     with opened(root, names[:-1]) as parent:
         name, mode = names[-1], member.mode & 0o777
-        if member.isdir():
+        if member.kind == DIRECTORY:
             _make_directory(parent, name, mode | stat.S_IRWXU)
-        elif member.isreg() and member.sparse is None:
+        elif member.kind == FILE:
             _clear(parent, name)
             _write(os.open(name, _NEW_FILE, mode, dir_fd=parent), member.size, stream)
-        elif member.issym():
+        elif member.kind == LINK:
             _clear(parent, name)
-            os.symlink(os.fsencode(member.linkname), name, dir_fd=parent)
-        elif member.islnk():
-            _link(root, parts(os.fsencode(member.linkname)), parent, name)
+            os.symlink(member.target, name, dir_fd=parent)
+        elif member.kind == HARD_LINK:
+            _link(root, parts(member.target), parent, name)
         else:
             return False
     return True
