@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from dsec.client.images import AsyncImages
+from dsec.edge.edge_config import EdgeConfig
 from dsec.edge.images.config import ImagesConfig
 from dsec.edge.images.service import Images as LocalImages
 from dsec.edge.images.store import LayerStore
@@ -71,7 +72,7 @@ async def _ask(use: Callable[[AsyncImages], Awaitable[T]]) -> T:
 
 def _run_here(use: Callable[[LayerStore], Awaitable[T]]) -> T:
     async def run() -> T:
-        store = ImagesConfig().store()
+        store = ImagesConfig().store(EdgeConfig().disk_free_bytes_min)
         await store.open()
         try:
             return await use(store)

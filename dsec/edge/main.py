@@ -76,7 +76,7 @@ async def make_substrate(name: str, directory: Path, config: EdgeConfig) -> Subs
     images = ImagesConfig()
     if "directory" not in images.model_fields_set:
         images = images.model_copy(update={"directory": directory / "images"})
-    layers = images.store()
+    layers = images.store(config.disk_free_bytes_min)
     await layers.open()
     substrate_config = SubstrateConfig(sandboxes_count_max=config.sandboxes_count_max)
     return ContainerSubstrate(substrate_config, layers=layers, state_dir=directory)

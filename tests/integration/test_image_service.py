@@ -170,8 +170,9 @@ async def test_the_quota_counts_what_is_on_its_way(far: Far, tmp_path: Path) -> 
     far.service = Images(far.store)
     server = await start_server(far.edge, make_listen("tcp:127.0.0.1:0", TOKEN, None), far.service)
     async with AsyncImages(server.url, TOKEN) as images:
-        with pytest.raises(ResourceExhaustedError, match="raise the quota"):
-            await images.import_archive(pieces(os.urandom(100 * MIB), MIB))
+        for data in (os.urandom(100 * MIB), gzip.compress(tar({"x": bytes(100 * MIB)}), 1)):
+            with pytest.raises(ResourceExhaustedError, match="raise the quota"):
+                await images.import_archive(pieces(data, MIB))
     await server.stop()
     assert far.unfinished == []
 
@@ -199,6 +200,16 @@ async def test_a_client_that_goes_away_leaves_nothing(far: Far) -> None:
         await far.images.import_archive(failing())
     await far.until_unfinished(0)
     assert await far.images.layers() == []
+
+
+async def test_a_byte_now_and_then_holds_no_place(far: Far) -> None:
+    async def slow() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x"
+            await asyncio.sleep(0.01)
+
+    with pytest.raises(InvalidArgumentError, match="too slowly"):
+        await Images(far.store, upload_wait_s=0.1).receive(ImportOptions(), slow())
 
 
 async def test_only_so_many_come_in_at_once_and_the_next_is_told(far: Far) -> None:

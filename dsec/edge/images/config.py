@@ -8,20 +8,20 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dsec.address import default_directory
-from dsec.edge.images.store import LayerStore
+from dsec.edge.images.store import BYTES_MAX, LayerStore
 
 
 class ImagesConfig(BaseSettings):
-    """Where layers are: `directory` on a local file system, of `bytes_max` in all (None: what the disk has), and
-    `shared`, a store on any POSIX mount that this host only reads.
+    """Where layers are: `directory` on a local file system, of `bytes_max` in all, and `shared`, a store on any POSIX
+    mount that this host only reads.
     """
 
     model_config = SettingsConfigDict(env_prefix="DSEC_IMAGES_", frozen=True)
 
     directory: Path = Field(default_factory=lambda: default_directory() / "images")
-    bytes_max: int | None = Field(default=None, ge=1)
+    bytes_max: int = Field(default=BYTES_MAX, ge=1)
     shared: Path | None = None
 
-    def store(self) -> LayerStore:
+    def store(self, disk_free_bytes_min: int) -> LayerStore:
         """The store, not yet open."""
-        return LayerStore(self.directory, self.bytes_max, shared=self.shared)
+        return LayerStore(self.directory, self.bytes_max, shared=self.shared, disk_free_bytes_min=disk_free_bytes_min)

@@ -77,23 +77,26 @@ class _Inode(msgspec.Struct, eq=False):
 
 
 class ImageWriter:
-    """Writes one image into an empty file.  `bytes_max` bounds it, holes included; `step` is called now and then.
+    """Writes one image into an empty file.  `bytes_max` bounds it, holes included; `step` is told of what is written.
 
-    ResourceExhaustedError when the bound is met; what `step` raises passes through.
+    Small files wait in `spool`, another empty file (without one, in one below /tmp).  ResourceExhaustedError when the
+    bound is met; what `step` raises passes through.
     """
 
-    def __init__(self, file: int, *, bytes_max: int, step: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(
+        self, file: int, *, bytes_max: int, step: Callable[[int], None] = lambda _: None, spool: int | None = None
+    ) -> None:
         self._file = file
         self._blocks_max = min(bytes_max // BLOCK, _BLOCKS_COUNT_MAX)
         self._step = step
         self._next_block = 1
         self._content_bytes = 0
         self._has_chunks = False
-        self._spool = tempfile.TemporaryFile()  # noqa: SIM115  closed by `close`
+        self._spool = tempfile.TemporaryFile() if spool is None else os.fdopen(os.dup(spool), "w+b")  # noqa: SIM115
         self._spool_bytes = 0
 
     def close(self) -> None:
-        """Let go of the spool; the file is the caller's."""
+        """Let go of the spool; the files are the caller's."""
         self._spool.close()
 
     def _take_blocks(self, size: int) -> int:
@@ -109,7 +112,10 @@ class ImageWriter:
         self._content_bytes += size
         state = hashlib.sha256()
         if size <= INLINE_BYTES_MAX:
-            content = b"".join(block for _, block in self._tracked(state, blocks)) or bytes(size)
+            content = b"".join(block for _, block in self._tracked(state, blocks))
+            if not content:  # zeros are no blocks
+                content = bytes(size)
+                self._step(size)
             self._spool.write(content)
             offset, self._spool_bytes = self._spool_bytes, self._spool_bytes + size
             return Data(size, state.digest(), inline=offset)
@@ -162,7 +168,7 @@ class ImageWriter:
                 out.write(bytes(start - position))
                 out.write(encoded)
                 position = start + len(encoded)
-                self._step(0)
+                self._step(len(encoded))
         os.ftruncate(self._file, self._next_block * BLOCK)
         self._write_superblock(inodes, metadata_block)
         return Written(self._next_block * BLOCK, metadata_block * BLOCK, len(inodes), self._content_bytes)

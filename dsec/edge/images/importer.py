@@ -34,26 +34,24 @@ async def import_image(
 ) -> Image:
     """Make the layers of the image at `path` and name them.
 
-    NotFoundError, InvalidArgumentError (also: a digest that is not right), ResourceExhaustedError (the quota, or
-    a layer that unpacks to more than `unpacked_bytes_max`), HostUnfitError.
+    NotFoundError, InvalidArgumentError (also: a digest that is not right), ResourceExhaustedError (the quota, the
+    disk, or new layers that unpack to more than `unpacked_bytes_max` together), HostUnfitError.
     """
     layers: list[LayerId] = []
+    left_bytes = unpacked_bytes_max
     source = options.source or str(path)
     with contextlib.ExitStack() as stack:
         stack.callback(store.release, layers)
-        opened = open_image(path, options.reference, unpacked_bytes_max, store.shelf.scratch, source)
+        opened = open_image(path, options.reference, unpacked_bytes_max, store.incoming, source)
         found = await settled(in_thread(stack.enter_context, opened))  # it reads all of it, for its digests
         name = check_image_name(options.name or _short(found.name) or Path(source).name.partition(".")[0].lower())
         for index, blob in enumerate(found.layers):
             key = f"{blob.diff_id}{' as the lowest' if index == 0 else ''}"
             layer_id = await in_thread(store.made_from, key)
             if layer_id is None:
-                layer_id = await store.add(
-                    _Reader(blob, index, unpacked_bytes_max),
-                    made_from=key,
-                    compressed=options.compressed,
-                    progress=progress,
-                )
+                reader = _Reader(blob, index, left_bytes)
+                layer_id = await store.add(reader, made_from=key, compressed=options.compressed, progress=progress)
+                left_bytes -= reader.read_bytes
             store.acquire([layer_id])
             layers.append(layer_id)
         return await store.tag(Image(name=name, layers=tuple(layers[::-1]), config=found.config, source=source))
@@ -66,10 +64,12 @@ class _Reader:
         self._blob = blob
         self._index = index
         self._bytes_max = bytes_max
+        self.read_bytes = 0
 
     def __call__(self, writer: ImageWriter) -> Node:
         with unpacked(self._blob.section(), self._bytes_max) as stream:
             root = read_archive(stream, writer, is_lowest=self._index == 0)
+            self.read_bytes = stream.position
             if f"sha256:{stream.digest}" != self._blob.diff_id:
                 raise InvalidArgumentError(f"layer {self._index} is not {self._blob.diff_id}, as the image says")
             return root

@@ -14,23 +14,23 @@ import functools
 import os
 import platform
 import stat
-import tempfile
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from dsec.archive import FILE, LINK, Stream, members, parts
+from dsec.archive import Stream, members, parts
+from dsec.edge.images.quota import Incoming
 from dsec.edge.images.streams import Section, unpacked
-from dsec.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from dsec.errors import InvalidArgumentError, NotFoundError
 from dsec.images import ImageConfig
 
 DOCUMENT_BYTES_MAX = 8 << 20
 LAYERS_COUNT_MAX = 64
 _INDEXES_DEEP_MAX = 4
 _FILES_COUNT_MAX = 10_000
-_PATH_BYTES_MAX = 1024
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _REFERENCE = "org.opencontainers.image.ref.name"
 _INDEX_KINDS = {
@@ -104,11 +104,11 @@ class _Layout:
     """The files of a layout by path: in a directory, or stretches of one tar file."""
 
     def __init__(
-        self, root: Path, stack: contextlib.ExitStack, bytes_max: int, scratch: Path | None, name: str
+        self, root: Path, stack: contextlib.ExitStack, bytes_max: int, incoming: Callable[[], Incoming], name: str
     ) -> None:
         self._root = root
         self._name = name
-        self._scratch = scratch
+        self._incoming = incoming
         self._stack = stack
         self._stretches: dict[bytes, tuple[int, int]] | None = None
         self._links: dict[bytes, bytes] = {}
@@ -126,28 +126,21 @@ class _Layout:
         size = os.fstat(self._fd).st_size
         whole = Section(self._fd, 0, size)
         for member in members(Stream(whole.read, size, skip=whole.skip)):
-            name = b"/".join(parts(member.path))
-            if len(name) + len(member.target) > _PATH_BYTES_MAX:
-                raise InvalidArgumentError(
-                    f"{self._name} has {member.name!r:.200}, too long a name for an image layout"
-                )
-            if member.kind == FILE:
-                self._stretches[name] = (member.offset, member.size)
-            elif member.kind == LINK:
-                self._links[name] = os.path.normpath(os.path.join(os.path.dirname(name), member.target))
+            name = b"/".join(parts(os.fsencode(member.name)))
+            if member.isreg() and member.sparse is None:
+                self._stretches[name] = (member.offset_data, member.size)
+            elif member.type == tarfile.SYMTYPE:
+                self._links[name] = os.path.normpath(os.path.join(os.path.dirname(name), os.fsencode(member.linkname)))
             if len(self._stretches) + len(self._links) > _FILES_COUNT_MAX:
                 raise InvalidArgumentError(f"{self._name} holds more than {_FILES_COUNT_MAX} files: no image layout")
 
     def _unpack(self, stream: Stream) -> None:
         """A layout that is compressed as a whole is read from a copy that is not."""
-        try:
-            copy = self._stack.enter_context(tempfile.TemporaryFile(dir=self._scratch))  # noqa: SIM115  the stack closes it
-            while block := stream.take(1 << 20):
-                copy.write(block)
-            copy.flush()
-        except OSError as error:
-            raise ResourceExhaustedError(f"no room to unpack {self._name}: {error.strerror}") from error
-        self._fd = copy.fileno()
+        append, path = self._stack.enter_context(self._incoming())
+        while block := stream.take(1 << 20):
+            append(block)
+        self._fd = _open(path)
+        self._stack.callback(os.close, self._fd)
 
     def section(self, name: str) -> Section:
         """A file of the layout.  NotFoundError; InvalidArgumentError for a path that leads out."""
@@ -195,16 +188,16 @@ class _Layout:
 
 @contextlib.contextmanager
 def open_image(
-    path: Path, reference: str, bytes_max: int, scratch: Path | None = None, name: str = ""
+    path: Path, reference: str, bytes_max: int, incoming: Callable[[], Incoming], name: str = ""
 ) -> Iterator[FoundImage]:
     """The image at `path`, in errors called `name`; `reference` says which, where there are several.
 
-    `scratch` is a directory for nameless copies.
+    `incoming` takes the copy of one that is compressed as a whole (`LayerStore.incoming`).
 
-    NotFoundError, InvalidArgumentError, ResourceExhaustedError (a tar that unpacks to more than `bytes_max`).
+    NotFoundError, InvalidArgumentError, ResourceExhaustedError (more than `bytes_max`, or no room, for it).
     """
     with contextlib.ExitStack() as stack:
-        layout = _Layout(path, stack, bytes_max, scratch, name or str(path))
+        layout = _Layout(path, stack, bytes_max, incoming, name or str(path))
         if layout.has("manifest.json"):
             yield _saved_image(layout, reference)
         elif layout.has("index.json"):

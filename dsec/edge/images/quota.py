@@ -1,32 +1,89 @@
-"""What a store removes when it is full, and what never: the policy over one shelf.
+"""What may be written to a store, what it removes to make room, and what never: the policy over one shelf.
 
-The layer that was used longest ago goes first.  Never: a layer that a process holds, one that an image is
-made of, one that a layer still here was made over.  All of it under the shelf's lock.
+Whatever grows there is measured while it does.  The layer that was used longest ago goes first.  Never: a layer that
+a process holds, one that an image is made of, one that a layer still here was made over.  All of it under the shelf's
+lock.
 
 See: docs/formats/layers.md, "Quota".
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 
+import msgspec
+
+from dsec.edge.admission import free_bytes_above_floor
+from dsec.edge.images.erofs import write_all
 from dsec.edge.images.shelf import Shelf
 from dsec.errors import ResourceExhaustedError
 from dsec.types import LayerId
 
+CHECK_BYTES = 16 << 20
+Incoming = AbstractContextManager[tuple[Callable[[bytes], None], Path]]
+"""A temporary file: what appends to it (ResourceExhaustedError), and its path."""
 
-def make_room(shelf: Shelf, bytes_max: int, keep: Iterable[LayerId] = ()) -> None:
-    """Evict until layers and unfinished files take no more than that.  ResourceExhaustedError if it is not to be."""
-    if shelf.used_bytes() <= bytes_max:
+
+class Bounds(msgspec.Struct, frozen=True):
+    """What layers and unfinished files may take, and what stays free of their disk (or a twentieth of it, if less)."""
+
+    bytes_max: int
+    disk_free_bytes_min: int
+
+
+def meter(shelf: Shelf, bounds: Bounds, keep: Iterable[LayerId] = ()) -> Callable[[int], None]:
+    """To be told of every count of bytes that is written: it makes room every CHECK_BYTES.  ResourceExhaustedError."""
+    unchecked = 0
+
+    def written(count: int) -> None:
+        nonlocal unchecked
+        unchecked += count
+        if unchecked > CHECK_BYTES:
+            unchecked = 0
+            with shelf.changing():
+                make_room(shelf, bounds, keep)
+
+    return written
+
+
+@contextlib.contextmanager
+def incoming(shelf: Shelf, bounds: Bounds) -> Iterator[tuple[Callable[[bytes], None], Path]]:
+    """What appends to a temporary file as long as there is room, and the file's path."""
+    measured, size = meter(shelf, bounds), 0
+    with shelf.temporary() as (file, path):
+
+        def append(data: bytes) -> None:
+            nonlocal size
+            write_all(file, data, size)
+            size += len(data)
+            measured(len(data))
+
+        yield append, path
+
+
+def make_room(shelf: Shelf, bounds: Bounds, keep: Iterable[LayerId] = ()) -> None:
+    """Evict until the bounds hold.  ResourceExhaustedError, with the one that is passed, if that is not to be."""
+    if not _passed(shelf, bounds):
         return
-    evict(shelf, lambda: shelf.used_bytes() <= bytes_max, frozenset(keep))
-    if (used := shelf.used_bytes()) > bytes_max:
-        raise ResourceExhaustedError(
-            f"the layers that must stay, and those being made, take {used} of {bytes_max} bytes: "
+    evict(shelf, lambda: not _passed(shelf, bounds), frozenset(keep))
+    if passed := _passed(shelf, bounds):
+        raise ResourceExhaustedError(passed)
+
+
+def _passed(shelf: Shelf, bounds: Bounds) -> str:
+    if (used := shelf.used_bytes()) > bounds.bytes_max:
+        return (
+            f"the layers that must stay, and those being made, take {used} of {bounds.bytes_max} bytes: "
             "remove images (dsec image rm), or raise the quota"
         )
+    if (above := free_bytes_above_floor(shelf.scratch, bounds.disk_free_bytes_min)) < 0:
+        return f"disk of {shelf.scratch}: {-above} bytes less are free than disk_free_bytes_min wants; free some"
+    return ""
 
 
 def evict(shelf: Shelf, is_enough: Callable[[], bool], keep: frozenset[LayerId] = frozenset()) -> list[LayerId]:

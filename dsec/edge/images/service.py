@@ -9,33 +9,42 @@ See: docs/formats/layers.md, "Images".
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import msgspec
 
 from dsec.edge.config import SANDBOX_LAYERS_COUNT_MAX
-from dsec.edge.images import quota
 from dsec.edge.images.importer import import_image
 from dsec.edge.images.shelf import in_thread
-from dsec.edge.images.store import CHECK_BYTES, LayerStore
+from dsec.edge.images.store import LayerStore
 from dsec.errors import InvalidArgumentError, ResourceExhaustedError
 from dsec.images import Image, ImageConfig, Layer, check_image_name, is_layer_id
 from dsec.types import LayerId
 from dsec.views import ImportOptions, SandboxView
+from wal import settled
 
 UPLOADS_COUNT_MAX = 4
 UPLOAD_BYTES_MAX = 64 << 30
-PIECE_WAIT_S = 120.0
-DISK_FREE_BYTES_MIN = 256 << 20
+UPLOAD_WAIT_S = 120.0
+UPLOAD_BYTES_S_MIN = 64 << 10
 SOURCE_CHARS_MAX = 4096
 
 
 class Images:
-    """The images of an open store."""
+    """The images of an open store.
 
-    def __init__(self, store: LayerStore, *, upload_bytes_max: int = UPLOAD_BYTES_MAX) -> None:
+    An upload that is slower than UPLOAD_BYTES_S_MIN may make us wait for `upload_wait_s` more than that takes.
+    """
+
+    def __init__(
+        self,
+        store: LayerStore,
+        *,
+        upload_bytes_max: int = UPLOAD_BYTES_MAX,
+        upload_wait_s: float = UPLOAD_WAIT_S,
+    ) -> None:
         self._store = store
+        self._upload_wait_s = upload_wait_s
         self._upload_bytes_max = upload_bytes_max
         self._uploads_count = 0
 
@@ -83,7 +92,7 @@ class Images:
         """An image from the bytes of an archive.
 
         Raises as `import_image`, and ResourceExhaustedError (too many at once, too large, the disk),
-        InvalidArgumentError (no piece came for long).
+        InvalidArgumentError (it comes too slowly).
         """
         if len(options.source) > SOURCE_CHARS_MAX:
             raise InvalidArgumentError(f"source has more than {SOURCE_CHARS_MAX} characters")
@@ -91,42 +100,31 @@ class Images:
             raise ResourceExhaustedError(f"{UPLOADS_COUNT_MAX} images are being imported already")
         self._uploads_count += 1
         try:
-            with self._store.shelf.temporary() as (file, path):
-                await self._write(file, pieces)
+            with self._store.incoming() as (append, path):
+                await self._take_in(append, pieces)
                 options = msgspec.structs.replace(options, source=options.source or "an upload")
                 return await import_image(self._store, path, options)
         finally:
             self._uploads_count -= 1
 
-    async def _write(self, file: int, pieces: AsyncIterator[bytes]) -> None:
-        total = unchecked = 0
-        while (piece := await _next(pieces)) is not None:
+    async def _take_in(self, append: Callable[[bytes], None], pieces: AsyncIterator[bytes]) -> None:
+        total, patience_s = 0, self._upload_wait_s
+        now = asyncio.get_running_loop().time
+        while True:
+            asked_at_s = now()
+            try:
+                async with asyncio.timeout(patience_s):
+                    piece = await anext(pieces, None)
+            except TimeoutError:
+                raise InvalidArgumentError(
+                    f"the archive comes too slowly: {total} bytes, then {self._upload_wait_s:g} s below "
+                    f"{UPLOAD_BYTES_S_MIN} bytes a second; send it over a faster way"
+                ) from None
+            if piece is None:
+                return
             total += len(piece)
-            unchecked += len(piece)
             if total > self._upload_bytes_max:
                 raise ResourceExhaustedError(f"the archive has more than {self._upload_bytes_max} bytes")
-            await in_thread(_write_all, file, piece)
-            if unchecked >= CHECK_BYTES:
-                unchecked = 0
-                await in_thread(self._make_room, file)
-
-    def _make_room(self, file: int) -> None:
-        disk = os.fstatvfs(file)
-        if disk.f_bavail * disk.f_frsize < DISK_FREE_BYTES_MIN:
-            raise ResourceExhaustedError(f"the disk of the layers has less than {DISK_FREE_BYTES_MIN} bytes left")
-        with self._store.shelf.changing():
-            quota.make_room(self._store.shelf, self._store.bytes_max)
-
-
-async def _next(pieces: AsyncIterator[bytes]) -> bytes | None:
-    try:
-        async with asyncio.timeout(PIECE_WAIT_S):
-            return await anext(pieces, None)
-    except TimeoutError:
-        raise InvalidArgumentError(f"nothing of the archive came for {PIECE_WAIT_S:g} s") from None
-
-
-def _write_all(file: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(file, view) :]
+            patience_s += len(piece) / UPLOAD_BYTES_S_MIN - (now() - asked_at_s)
+            patience_s = min(patience_s, self._upload_wait_s)
+            await settled(in_thread(append, piece))  # it writes to a file that is closed after

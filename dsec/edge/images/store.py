@@ -40,19 +40,23 @@ from dsec.sandbox import Hold
 from dsec.types import Composition, LayerId
 
 BYTES_MAX = 1 << 42
-CHECK_BYTES = 16 << 20
 Read = Callable[[ImageWriter], Node]
 Progress = Callable[[int], None]
 """Called with the count of bytes that were written since the last call."""
 
 
 class LayerStore:
-    """The layers below `directory`, of at most `bytes_max` bytes in all, and those of `shared`."""
+    """The layers below `directory`, of at most `bytes_max` bytes in all, and those of `shared`.
 
-    def __init__(self, directory: Path, bytes_max: int | None = None, *, shared: Path | None = None) -> None:
+    Nothing is written that leaves less than `disk_free_bytes_min` of the disk.
+    """
+
+    def __init__(
+        self, directory: Path, bytes_max: int = BYTES_MAX, *, shared: Path | None = None, disk_free_bytes_min: int = 0
+    ) -> None:
         self.shelf = Shelf(directory)
         self._shared = Shelf(shared) if shared is not None else None
-        self.bytes_max = BYTES_MAX if bytes_max is None else bytes_max
+        self._bounds = quota.Bounds(bytes_max, disk_free_bytes_min)
         self._held: dict[LayerId, tuple[int, int]] = {}
         self._blocks: list[list[LayerId]] = []  # what each block of `holding` holds
 
@@ -260,6 +264,10 @@ class LayerStore:
 
         return await self.add(read, made_from="snapshot", parents=parents)
 
+    def incoming(self) -> quota.Incoming:
+        """A file to be filled with what is read once, and then gone."""
+        return quota.incoming(self.shelf, self._bounds)
+
     def staging(self) -> contextlib.AbstractContextManager[Path]:
         """A directory on the store's disk to put a tree together in; gone afterwards, also if we die."""
         return self.shelf.staging()
@@ -275,10 +283,12 @@ class LayerStore:
     ) -> LayerId:
         """A layer of whatever `read` writes, in a thread; cancelling waits until the thread has stopped."""
         stopped = threading.Event()
+        measured = quota.meter(self.shelf, self._bounds, parents)
 
         def step(count: int) -> None:
             if stopped.is_set():
                 raise StateError("the layer is no longer wanted")
+            measured(count)
             if progress is not None:
                 progress(count)
 
@@ -289,7 +299,7 @@ class LayerStore:
         except asyncio.CancelledError:
             stopped.set()
             await asyncio.wait([task])
-            with contextlib.suppress(Exception):
+            if not task.cancelled() and task.exception() is None:
                 os.close(task.result()[1])
             raise
         for block in self._blocks:
@@ -302,19 +312,12 @@ class LayerStore:
         self, read: Read, made_from: str, parents: tuple[LayerId, ...], step: Progress, *, compressed: bool
     ) -> tuple[LayerId, int]:
         """The layer, and its file, whose lock holds it."""
-        unchecked = 0
-
-        def written_more(count: int) -> None:
-            nonlocal unchecked
-            step(count)
-            unchecked += count
-            if unchecked > CHECK_BYTES:
-                unchecked = 0
-                with self.shelf.changing():
-                    quota.make_room(self.shelf, self.bytes_max, parents)
-
+        bytes_max = self._bounds.bytes_max
         with self.shelf.temporary() as (file, path):
-            with contextlib.closing(ImageWriter(file, bytes_max=self.bytes_max, step=written_more)) as writer:
+            with (
+                self.shelf.temporary() as (spool, _),
+                contextlib.closing(ImageWriter(file, bytes_max=bytes_max, step=step, spool=spool)) as writer,
+            ):
                 root = read(writer)
                 written = writer.finish(root)
             verify(file, root)
@@ -338,7 +341,7 @@ class LayerStore:
     def _name(self, file: int, path: Path, facts: LayerFacts) -> tuple[LayerId, int]:
         layer_id = descriptor_id(file)
         with self.shelf.changing():
-            quota.make_room(self.shelf, self.bytes_max, facts.parents)
+            quota.make_room(self.shelf, self._bounds, facts.parents)
             self.shelf.put(path, layer_id, facts)
             fcntl.flock(file, fcntl.LOCK_SH)  # it is no unfinished file any more
             return layer_id, self._hold(layer_id)

@@ -13,12 +13,17 @@ import pytest
 from dsec.edge.images import oci
 from dsec.edge.images.importer import import_image
 from dsec.edge.images.oci import open_image
+from dsec.edge.images.store import LayerStore
 from dsec.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from dsec.views import ImportOptions
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
 HERE = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
+
+
+def nowhere():
+    raise AssertionError("nothing is copied")
 
 
 def sha256(data):
@@ -154,11 +159,11 @@ async def test_the_name_is_that_of_the_image_unless_another_is_given(layout, sto
 def test_of_several_images_one_must_be_named(layout):
     other = dict(layout.manifest(), annotations={"org.opencontainers.image.ref.name": "b:2"})
     root = layout.oci(other, name="a:1")
-    with pytest.raises(InvalidArgumentError, match=r"a:1, b:2"), open_image(root, "", 1 << 30):
+    with pytest.raises(InvalidArgumentError, match=r"a:1, b:2"), open_image(root, "", 1 << 30, nowhere):
         pass
-    with pytest.raises(InvalidArgumentError, match="no such image"), open_image(root, "c:3", 1 << 30):
+    with pytest.raises(InvalidArgumentError, match="no such image"), open_image(root, "c:3", 1 << 30, nowhere):
         pass
-    with open_image(root, "b:2", 1 << 30) as found:
+    with open_image(root, "b:2", 1 << 30, nowhere) as found:
         assert found.name == "b:2"
 
 
@@ -202,14 +207,14 @@ async def test_a_layout_leads_to_no_file_outside_of_it(layout, tmp_path, store, 
 )
 def test_a_document_that_is_none_is_refused(tmp_path, document):
     (tmp_path / "index.json").write_bytes(document)
-    with pytest.raises(InvalidArgumentError), open_image(tmp_path, "", 1 << 30):
+    with pytest.raises(InvalidArgumentError), open_image(tmp_path, "", 1 << 30, nowhere):
         pass
 
 
 def test_an_endless_document_is_refused(tmp_path):
     with (tmp_path / "index.json").open("wb") as file:
         file.truncate(oci.DOCUMENT_BYTES_MAX + 1)
-    with pytest.raises(InvalidArgumentError, match="more than"), open_image(tmp_path, "", 1 << 30):
+    with pytest.raises(InvalidArgumentError, match="more than"), open_image(tmp_path, "", 1 << 30, nowhere):
         pass
 
 
@@ -219,20 +224,20 @@ def test_an_index_of_itself_ends(tmp_path, layout):
             (layout.root / "index.json").read_text())["manifests"][0]  # fmt: skip
         data = json.dumps({"manifests": [inner]}).encode()
         (layout.root / "index.json").write_text(json.dumps({"manifests": [layout.put(data, INDEX)]}))
-    with pytest.raises(InvalidArgumentError, match="index of indexes"), open_image(layout.root, "", 1 << 30):
+    with pytest.raises(InvalidArgumentError, match="index of indexes"), open_image(layout.root, "", 1 << 30, nowhere):
         pass
 
 
 @pytest.mark.parametrize("digest", ["md5:" + "0" * 32, "sha256:../../../etc/passwd", "sha256", "sha256:" + "0" * 64])
 def test_an_odd_digest_is_refused(layout, digest):
     (layout.root / "index.json").write_text(json.dumps({"manifests": [{"digest": digest}]}))
-    with pytest.raises((InvalidArgumentError, NotFoundError)), open_image(layout.root, "", 1 << 30):
+    with pytest.raises((InvalidArgumentError, NotFoundError)), open_image(layout.root, "", 1 << 30, nowhere):
         pass
 
 
 def test_what_is_no_layout_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises((InvalidArgumentError, NotFoundError)), open_image(path, "", 1 << 30):
+        with pytest.raises((InvalidArgumentError, NotFoundError)), open_image(path, "", 1 << 30, nowhere):
             pass
 
 
@@ -246,6 +251,31 @@ async def test_a_bomb_in_a_layer_goes_off_at_the_bound(tmp_path, tar, store):
         await import_image(store, packed, unpacked_bytes_max=10 << 20)
 
 
+async def test_the_bound_is_one_for_all_layers_of_an_image(tmp_path, tar, store):
+    layers = [tar().add(name, bytes(8 << 20)).bytes() for name in "ab"]
+    root = Layout(tmp_path / "two", layers, gzip.compress).oci()
+    with pytest.raises(ResourceExhaustedError, match="unpacks"):
+        await import_image(store, root, unpacked_bytes_max=10 << 20)
+    assert store.images() == {}
+    await import_image(store, root, unpacked_bytes_max=10 << 20)  # one of them is here
+
+
+async def test_what_is_copied_and_what_waits_in_between_is_counted(tmp_path, tar):
+    store = LayerStore(tmp_path / "small", 24 << 20)
+    await store.open()
+    bomb = tmp_path / "bomb.tar.gz"
+    bomb.write_bytes(gzip.compress(tar().add("index.json", bytes(100 << 20)).bytes()))
+    with pytest.raises(ResourceExhaustedError, match="raise the quota"):
+        await import_image(store, bomb)
+    small = tar()
+    for number in range(20_000):
+        small.add(f"{number}", bytes(2048))
+    root = Layout(tmp_path / "small-files", [small.bytes()], gzip.compress).oci()
+    with pytest.raises(ResourceExhaustedError, match="raise the quota"):
+        await import_image(store, root)
+    assert (store.used_bytes(), list(store.shelf.scratch.iterdir())) == (0, [])
+
+
 async def test_a_hostile_layer_makes_nothing_on_the_host(layout, tar, store, tmp_path):
     layout.tars[1] = layout.layers[1] = tar().add("../../../escaped", b"x").bytes()
     root = Layout(tmp_path / "hostile", layout.tars).oci()
@@ -257,5 +287,5 @@ async def test_a_hostile_layer_makes_nothing_on_the_host(layout, tar, store, tmp
 def test_tar_members_that_are_no_files_are_no_files_of_a_layout(tmp_path, tar):
     path = tmp_path / "a.tar"
     path.write_bytes(tar().add("index.json", kind=tarfile.CHRTYPE).bytes())
-    with pytest.raises(InvalidArgumentError, match="neither"), open_image(path, "", 1 << 30):
+    with pytest.raises(InvalidArgumentError, match="neither"), open_image(path, "", 1 << 30, nowhere):
         pass

@@ -3,11 +3,12 @@
 import asyncio
 import hashlib
 import os
+import subprocess
 import threading
 
 import pytest
 
-from dsec.edge.images import store as store_module
+from dsec.edge.images import quota
 from dsec.edge.images.store import LayerStore
 from dsec.edge.images.tree import directory
 from dsec.errors import (
@@ -250,7 +251,7 @@ async def test_a_parent_goes_after_its_children(store, source):
 
 
 async def test_a_layer_beyond_the_quota_stops_while_it_is_written(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(store_module, "CHECK_BYTES", 1 << 20)
+    monkeypatch.setattr(quota, "CHECK_BYTES", 1 << 20)
     store = LayerStore(tmp_path / "store", 2 << 20)
     await store.open()
     written = []
@@ -258,6 +259,28 @@ async def test_a_layer_beyond_the_quota_stops_while_it_is_written(tmp_path, sour
         await store.add_directory(source("a", 64 << 20), progress=written.append)
     assert sum(written) < 8 << 20
     assert unfinished(store, tmp_path) == []
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk of its own."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", path], check=True)
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+async def test_nothing_is_written_that_leaves_too_little_of_the_disk(disk, source, monkeypatch):
+    monkeypatch.setattr(quota, "CHECK_BYTES", 1 << 20)
+    store = LayerStore(disk / "store", disk_free_bytes_min=1 << 40)  # a twentieth, then
+    await store.open()
+    with store.incoming() as (append, path), pytest.raises(ResourceExhaustedError, match="disk_free_bytes_min"):
+        append(bytes(62 << 20))
+    with pytest.raises(ResourceExhaustedError, match="disk_free_bytes_min"):
+        await store.add_directory(source("a", 63 << 20))
+    assert not path.exists()
+    assert store.used_bytes() == 0
 
 
 # -- ends ----------------------------------------------------------------------------------------
