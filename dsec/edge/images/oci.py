@@ -14,14 +14,13 @@ import functools
 import os
 import platform
 import stat
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from dsec.archive import Stream, members, parts
+from dsec.archive import FILE, LINK, Stream, members, parts
 from dsec.edge.images.quota import Incoming
 from dsec.edge.images.streams import Section, unpacked
 from dsec.errors import InvalidArgumentError, NotFoundError
@@ -31,6 +30,7 @@ DOCUMENT_BYTES_MAX = 8 << 20
 LAYERS_COUNT_MAX = 64
 _INDEXES_DEEP_MAX = 4
 _FILES_COUNT_MAX = 10_000
+_PATH_BYTES_MAX = 1024
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _REFERENCE = "org.opencontainers.image.ref.name"
 _INDEX_KINDS = {
@@ -126,11 +126,15 @@ class _Layout:
         size = os.fstat(self._fd).st_size
         whole = Section(self._fd, 0, size)
         for member in members(Stream(whole.read, size, skip=whole.skip)):
-            name = b"/".join(parts(os.fsencode(member.name)))
-            if member.isreg() and member.sparse is None:
-                self._stretches[name] = (member.offset_data, member.size)
-            elif member.type == tarfile.SYMTYPE:
-                self._links[name] = os.path.normpath(os.path.join(os.path.dirname(name), os.fsencode(member.linkname)))
+            name = b"/".join(parts(member.path))
+            if len(name) + len(member.target) > _PATH_BYTES_MAX:
+                raise InvalidArgumentError(
+                    f"{self._name} has {member.name!r:.200}, too long a name for an image layout"
+                )
+            if member.kind == FILE:
+                self._stretches[name] = (member.offset, member.size)
+            elif member.kind == LINK:
+                self._links[name] = os.path.normpath(os.path.join(os.path.dirname(name), member.target))
             if len(self._stretches) + len(self._links) > _FILES_COUNT_MAX:
                 raise InvalidArgumentError(f"{self._name} holds more than {_FILES_COUNT_MAX} files: no image layout")
 
