@@ -38,7 +38,7 @@ class EdgeConfig(BaseSettings):
     results_bytes_max: int = Field(default=64 << 20, ge=0)
     """Of results that are kept in memory, to be asked for again."""
     scans_count_max: int = Field(default=1024, ge=1)
-    """Questions about the journal's past that may be under way; they are answered one after the other."""
+    """Questions about the journal's past that may be under way, a trajectory until its client has all of it."""
     processes_kept_count_max: int = Field(default=1024, ge=0)
     """Ended commands whose output can be read by offset without asking the sandbox again."""
     ended_count_max: int = Field(default=10_000, ge=1)
