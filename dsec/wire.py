@@ -42,6 +42,7 @@ STATUS: dict[str, grpc.StatusCode] = {
     "OUTCOME_UNKNOWN": grpc.StatusCode.UNKNOWN,
     "SPAWN_FAILED": grpc.StatusCode.UNAVAILABLE,
     "UNREACHABLE": grpc.StatusCode.UNAVAILABLE,
+    "COMMAND_FAILED": grpc.StatusCode.FAILED_PRECONDITION,
     "DIVERGED": grpc.StatusCode.DATA_LOSS,
     "BAD_MESSAGES": grpc.StatusCode.INVALID_ARGUMENT,
     "BAD_TOKENIZER": grpc.StatusCode.FAILED_PRECONDITION,

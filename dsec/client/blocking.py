@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Literal, Self, Unpack, overload
 
 from dsec.client.blocking_files import BlockingFiles
-from dsec.client.commands import AsyncCommands, AsyncPty, CommandHandle, CommandResult, RunOptions, checked
+from dsec.client.commands import AsyncCommands, AsyncPty, CommandHandle, CommandResult, RunOptions, checked, explains
 from dsec.client.loop import LOOP
 from dsec.client.sandbox import AsyncSandbox, CreateOptions, LifeOptions, Network
 from dsec.types import OUTPUT_BYTES_MAX, LayerId, SandboxId, Stream
@@ -27,6 +27,9 @@ class Handle:
 
     def __init__(self, handle: CommandHandle) -> None:
         self._handle = handle
+
+    def __repr__(self) -> str:
+        return f"Handle(key={self.key!r})"
 
     @property
     def key(self) -> str:
@@ -106,6 +109,7 @@ class Commands:
         self, cmd: str | Sequence[str], *, background: Literal[True], key: str = "", **options: Unpack[RunOptions]
     ) -> Handle: ...
 
+    @explains(RunOptions)
     def run(
         self,
         cmd: str | Sequence[str],
@@ -117,7 +121,12 @@ class Commands:
         on_stderr: OnTextNow | None = None,
         **options: Unpack[RunOptions],
     ) -> CommandResult | Handle:
-        """As `AsyncCommands.run`; the callbacks are called on this thread."""
+        """Run a shell line or an argv.
+
+        With `background` a handle comes back at once.  The callbacks get output as text while the command runs, on this
+        thread.  With `check` CommandFailedError unless it ends with 0.  Under the same `key` the same result comes back
+        for ever, and nothing runs twice.
+        """
         if not background and on_stdout is None and on_stderr is None:
             return LOOP.run(self._commands.run(cmd, key=key, check=check, **options))
         handle = Handle(LOOP.run(self._commands.run(cmd, background=True, key=key, **options)))
@@ -144,6 +153,7 @@ class Pty:
     def __init__(self, pty: AsyncPty) -> None:
         self._pty = pty
 
+    @explains(RunOptions)
     def create(
         self,
         cmd: str | Sequence[str] = ("bash", "-l"),
@@ -166,9 +176,16 @@ class Sandbox:
         self.files = BlockingFiles(sandbox.files)
         self.pty = Pty(sandbox.pty)
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}>"
+
     @classmethod
+    @explains(CreateOptions, LifeOptions)
     def create(cls, base: str = "host", *, url: str = "", token: str = "", **options: Unpack[CreateOptions]) -> Self:
-        """As `AsyncSandbox.create`."""
+        """A fresh sandbox of the Edge at `url` (default: DSEC_API_URL, else this host's Edge), ready for commands.
+
+        `base` is "host", a layer with an operating system, or the name of an image that has one or lies over "host".
+        """
         return cls(LOOP.run(AsyncSandbox.create(base, url=url, token=token, **options)))
 
     @classmethod
@@ -210,10 +227,12 @@ class Sandbox:
         """What was written in it, as a layer: `create(layers=[layer])` goes on from there; with a name, an image."""
         return LOOP.run(self._sandbox.snapshot(name))
 
+    @explains(LifeOptions)
     def fork(self, count: int = 1, **options: Unpack[LifeOptions]) -> Sequence[Self]:
         """Sandboxes that go on from what was written in this one: all of them, or none and an error."""
         return [type(self)(fork) for fork in LOOP.run(self._sandbox.fork(count, **options))]
 
+    @explains(LifeOptions)
     def branch(self, key: str, **options: Unpack[LifeOptions]) -> Self:
         """A sandbox in the state after the command that was run under `key`; works after this one's end, too."""
         return type(self)(LOOP.run(self._sandbox.branch(key, **options)))

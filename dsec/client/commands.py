@@ -9,24 +9,41 @@ from __future__ import annotations
 import asyncio
 import codecs
 import inspect
+import reprlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Any, ClassVar, Literal, TypedDict, TypeVar, Unpack, overload
 
 from dsec.client.substrate import RemoteProcess, RemoteSandbox
+from dsec.errors import DsecError, Fault, InvalidArgumentError, Started
 from dsec.keyed import fresh_name
 from dsec.messages import STREAM_NUMBERS
 from dsec.types import OUTPUT_BYTES_MAX, Command, ExecResult, Output, Stream, TtySize
 from dsec.views import CommandView
 
 TIMEOUT_S = 60.0
+"""A program waits for a command with nobody to press Ctrl-C; `dsec exec`, where somebody is, waits seven days."""
 TTY_TIMEOUT_S = 86_400.0
 SHELL = ("bash", "-c")
+FAILURE_TEXT_MAX = 500
+REPR_TEXT_MAX = 200
 OnText = Callable[[str], Awaitable[None] | None]
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = REPR_TEXT_MAX
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class RunOptions(TypedDict, total=False):
-    """How a command runs; what is left out of `cwd`, `envs` and `user` is as the sandbox or its image has it."""
+    """Options of a command.
+
+    cwd: where it runs (default: as the sandbox or its image says, else /)
+    envs: variables over those of the sandbox
+    user: NAME[:GROUP], or numbers (default: as the sandbox or its image says, else root)
+    timeout_s: then its whole process tree is killed (default: 60; of a pty a day)
+    stdin: its input, or True to send it later with `send_stdin` (default: none)
+    output_bytes_max: how much is kept of each stream, head and tail (default: 1 MiB)
+    merge_stderr: stderr goes to stdout (default: False)
+    """
 
     cwd: str
     envs: Mapping[str, str]
@@ -44,21 +61,46 @@ def check_options(options: Mapping[str, object], known: type) -> None:
         raise TypeError(f"there is no option {unknown[0]!r}; there are {', '.join(names)}")
 
 
-class CommandFailedError(Exception):
+def explains(*options: type) -> Callable[[F], F]:
+    """Puts what these say of each option into a function's help, which shows no more than their name else."""
+
+    def explain(function: F) -> F:
+        function.__doc__ = "\n\n".join(inspect.cleandoc(thing.__doc__ or "") for thing in (function, *options))
+        return function
+
+    return explain
+
+
+class CommandFailedError(DsecError):
     """A command that was run with `check=True` did not end with 0; `result` says how it ended."""
 
-    def __init__(self, argv: Sequence[str], result: CommandResult) -> None:
-        how = "timed out" if result.timed_out else f"ended with {result.exit_code}"
-        super().__init__(f"{' '.join(argv)[:200]!r} {how}: {result.stderr[-500:].strip()}")
+    code: ClassVar[str] = "COMMAND_FAILED"
+    fault: ClassVar[Fault] = "caller"
+    command_started: ClassVar[Started] = "yes"
+
+    def __init__(self, command: Command, result: CommandResult) -> None:
+        how = f"ended with {result.exit_code}"
+        if result.timed_out:
+            how = f"timed out after {command.timeout_s:g} s"
+        elif result.oom_killed:
+            how += ", out of memory"
+        said = (result.stderr.strip() or result.stdout.strip())[-FAILURE_TEXT_MAX:]  # one stream on a terminal
+        super().__init__(f"{' '.join(command.argv)[:200]!r} {how}{said and ': '}{said}")
         self.result = result
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class CommandResult:
     """How a command ended.  Output is bytes; the text is a view of them, with U+FFFD for what is not UTF-8."""
 
     key: str
     raw: ExecResult
+
+    def __repr__(self) -> str:
+        names = ("timed_out", "oom_killed", "is_truncated")
+        flags = "".join(f", {name}=True" for name in names if getattr(self, name))
+        out, err = _SHORT.repr(self.stdout), _SHORT.repr(self.stderr)
+        return f"CommandResult(exit_code={self.exit_code}, stdout={out}, stderr={err}{flags}, key={self.key!r})"
 
     @property
     def exit_code(self) -> int:
@@ -118,6 +160,9 @@ class CommandHandle:
 
     def __init__(self, process: RemoteProcess) -> None:
         self.process = process
+
+    def __repr__(self) -> str:
+        return f"CommandHandle(key={self.key!r})"
 
     @property
     def key(self) -> str:
@@ -203,6 +248,8 @@ class AsyncCommands:
     ) -> Command:
         """What `run` runs: a shell line or an argv; what it does not say is the sandbox's to say."""
         check_options(options, RunOptions)
+        if not cmd:
+            raise InvalidArgumentError("there is no command: cmd is empty")
         stdin = options.get("stdin", b"")
         data = b"" if isinstance(stdin, bool) else stdin
         return Command(
@@ -236,6 +283,7 @@ class AsyncCommands:
         self, cmd: str | Sequence[str], *, background: Literal[True], key: str = "", **options: Unpack[RunOptions]
     ) -> CommandHandle: ...
 
+    @explains(RunOptions)
     async def run(
         self,
         cmd: str | Sequence[str],
@@ -283,6 +331,7 @@ class AsyncPty:
         self._commands = commands
         self._sandbox = sandbox
 
+    @explains(RunOptions)
     async def create(
         self,
         cmd: str | Sequence[str] = ("bash", "-l"),
@@ -302,5 +351,5 @@ class AsyncPty:
 def checked(command: Command, result: CommandResult, *, check: bool) -> CommandResult:
     """The result; with `check`, CommandFailedError unless the command ended with 0."""
     if check and result.exit_code != 0:
-        raise CommandFailedError(command.argv, result)
+        raise CommandFailedError(command, result)
     return result

@@ -15,7 +15,7 @@ from typing import Self, TypedDict, Unpack
 import msgspec
 
 from dsec import messages
-from dsec.client.commands import AsyncCommands, AsyncPty, check_options
+from dsec.client.commands import AsyncCommands, AsyncPty, check_options, explains
 from dsec.client.connection import Connection, Patience, connect
 from dsec.client.policy import parse_policy
 from dsec.client.substrate import RemoteSandbox, create_remote
@@ -28,7 +28,7 @@ from dsec.views import CommandView, CreateRequest, SandboxView
 BUSY_S = 30.0
 """How long a create waits for room on a full host."""
 IDLE_TIMEOUT_S = 3600.0
-"""A sandbox that its client forgot, or could not end, ends by itself."""
+"""A sandbox that a program forgot, or could not end, ends by itself; `dsec create`, by hand, makes it for ever."""
 Network = NetworkPolicy | Iterable[str]
 """An allowlist, or its rules as text (`api.example.com:443`, `*.example.org`, `10.0.0.0/8:80,443`)."""
 
@@ -36,9 +36,12 @@ Network = NetworkPolicy | Iterable[str]
 class LifeOptions(TypedDict, total=False):
     """How long a sandbox lives, and how it is found.
 
-    `timeout_s` is its whole lifetime and `idle_timeout_s` how long it may go without a command (default: an hour; None:
-    for ever).  `envs` are for every command that does not say otherwise: of a fresh sandbox whoever runs it, of a fork
-    or a branch those that the object runs.
+    timeout_s: its whole lifetime (default: None, for ever)
+    idle_timeout_s: how long it may go without a command (default: 3600; None: for ever)
+    envs: variables of its commands; of a fork or a branch, of those that this object runs (default: its origin's)
+    metadata: labels to find it by, with `list` (default: none)
+    owner, epoch: the lease that it lives under (default: none)
+    request_id: the same one gives the same sandbox, also after a crash (default: a fresh one)
     """
 
     timeout_s: float | None
@@ -51,9 +54,14 @@ class LifeOptions(TypedDict, total=False):
 
 
 class CreateOptions(LifeOptions, total=False):
-    """What a fresh sandbox is made of; what is left out has the default of `dsec.types.SandboxSpec`.
+    """Options of a fresh sandbox.
 
-    `layers` lie over the base, the topmost first; `envs`, `cwd` and `user` go before what an image says.
+    layers: layers or images over the base, the topmost first (default: none)
+    cwd, user: where commands run and as whom, NAME[:GROUP] (default: as the image says, else / and root)
+    cpu: cores (default: 1)
+    memory_bytes: the pages of its disk included (default: 512 MiB)
+    disk_bytes: what may be written (default: three quarters of the memory)
+    network: where it may connect to: api.example.com:443, *.example.org, 10.0.0.0/8:80,443 (default: nowhere)
     """
 
     layers: Sequence[str]
@@ -113,7 +121,11 @@ class AsyncSandbox:
         self.files = Files(self.remote)
         self.pty = AsyncPty(self.commands, self.remote)
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}>"
+
     @classmethod
+    @explains(CreateOptions, LifeOptions)
     async def create(
         cls, base: str = "host", *, url: str = "", token: str = "", **options: Unpack[CreateOptions]
     ) -> Self:
@@ -196,12 +208,14 @@ class AsyncSandbox:
         """
         return await self.remote.snapshot(name)
 
+    @explains(LifeOptions)
     async def fork(self, count: int = 1, **options: Unpack[LifeOptions]) -> Sequence[Self]:
         """Sandboxes that go on from what was written in this one: all of them, or none and an error."""
         forks = await self.remote.fork(count, make_heir_request(options))
         envs = {**self.commands.envs, **options.get("envs", {})}
         return [type(self)(self._connection.use(), sandbox_id, envs) for sandbox_id in forks]
 
+    @explains(LifeOptions)
     async def branch(self, key: str, **options: Unpack[LifeOptions]) -> Self:
         """A sandbox in the state after the command that was run under `key`; works after this one's end, too.
 
