@@ -19,9 +19,10 @@ from dsec.cli_sandbox import ENV_OPTION, connected, example
 from dsec.client.commands import CommandResult, RunOptions
 from dsec.client.sandbox import AsyncSandbox
 from dsec.client.terminal import relay, terminal_size, write_all
-from dsec.errors import DsecError
+from dsec.errors import DsecError, NotFoundError, OutcomeUnknownError, SandboxLostError, UnreachableError
+from dsec.keyed import fresh_name
 from dsec.terminal import render_columns, visible
-from dsec.types import ExecResult
+from dsec.types import TOOLBOX, ExecResult
 from dsec.views import CommandView
 
 TIMEOUT_S_MAX = 7 * 86_400.0
@@ -31,6 +32,16 @@ FAILED_CODE = 125
 
 class ExecCommand(click.Command):
     """Says 125 where dsec itself failed: every other code may be the command's."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Our options stand before ID or after it; from the command's name on, all is the command's own."""
+        ctx.allow_interspersed_args = False
+        options = click.Command(None, params=[one for one in self.params if isinstance(one, click.Option)])
+        parser = options.make_parser(ctx)
+        rest = parser.parse_args(list(args))[1]
+        argv = parser.parse_args(rest[1:])[1]
+        ours = [*args[: len(args) - len(rest)], *rest[1 : len(rest) - len(argv)]]
+        return super().parse_args(ctx, [*(one for one in ours if one != "--"), "--", *rest[:1], *argv])
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
         """Parse; bad usage is a failure of ours."""
@@ -57,7 +68,7 @@ class ExecCommand(click.Command):
     cls=ExecCommand,
     short_help="Run a command in a sandbox.",
     epilog=example(
-        "dsec exec ID -- ls -l /",
+        "dsec exec ID ls -l /",
         "dsec exec ID --timeout-s 60 --json -- bash -c 'make test 2>&1'",
         "dsec exec -it ID -- bash",
         "tar -c . | dsec exec -i ID -- tar -x -C /srv",
@@ -89,14 +100,16 @@ def exec_(
 ) -> None:
     """Run a command in a sandbox; its output, and its exit code, are ours.
 
-    No shell is between: say `bash -c '...'` for one.  Exit code 125: dsec itself failed.  An interrupt kills the
-    command.  With --json: exit_code, stdout and stderr (base64), truncated, timed_out, oom, duration_s, key.
+    Our options end where the command begins.  No shell is between: say `bash -c '...'` for one.  Exit code 125: dsec
+    itself failed.  An interrupt kills the command.  With --json: exit_code, stdout and stderr (base64), truncated,
+    timed_out, oom, duration_s, key.
     """
     if has_tty and not os.isatty(0):
         raise click.UsageError("-t needs a terminal on stdin")
     if has_tty and (as_json or detach):
         raise click.UsageError("-t goes with neither --json nor --detach")
     options = RunOptions(cwd=cwd, envs=envs, user=user, timeout_s=timeout_s, stdin=interactive)
+    key = key or fresh_name()
 
     async def run(sandbox: AsyncSandbox) -> CommandResult | str:
         if has_tty:
@@ -110,7 +123,12 @@ def exec_(
             return handle.key
         return await relay(handle, feeds_stdin=interactive, has_tty=False, is_quiet=as_json)
 
-    ended = _interruptible(connected(sandbox_id, run))
+    try:
+        ended = _interruptible(connected(sandbox_id, run))
+    except UnreachableError as error:
+        raise UnreachableError(
+            f"{error}\nif the command began, it runs on: once the Edge is back, ask `dsec logs {sandbox_id} {key}`"
+        ) from error
     if isinstance(ended, str):
         click.echo(ended)
         return
@@ -118,6 +136,10 @@ def exec_(
         click.echo(msgspec.json.encode(result_fields(ended.raw) | {"key": ended.key}))
     elif ended.timed_out:
         click.echo(f"dsec: timed out after {timeout_s:g} s and was killed", err=True)
+    elif ended.raw.oom_killed:
+        click.echo(
+            "dsec: the sandbox ran out of memory (dsec create --memory-mib), and processes were killed", err=True
+        )
     sys.exit(ended.exit_code)
 
 
@@ -157,22 +179,50 @@ def result_fields(result: ExecResult) -> dict[str, object]:
     }
 
 
-@click.command(short_help="Print the output of a command.", epilog=example("dsec logs ID KEY", "dsec logs ID '#3'"))
+@click.command(short_help="Print the output of a command.", epilog=example("dsec logs ID KEY", "dsec logs ID 3"))
 @click.argument("sandbox_id", metavar="ID")
 @click.argument("key")
 def logs(sandbox_id: str, key: str) -> None:
     """Print what a command wrote, from its first byte until it ends.
 
-    KEY is the command's key, or # and its number, as `dsec trajectory` shows them.
+    KEY is the command's key or its number, as `dsec trajectory` shows them.  Of a sandbox that has ended there is what
+    the Edge's journal kept: all, or head and tail.
     """
 
     async def run(sandbox: AsyncSandbox) -> None:
-        handle = await sandbox.commands.connect(key)
+        try:
+            found = _named(key, await sandbox.commands.list())
+        except SandboxLostError:
+            _print_kept(_named(key, [view async for view in sandbox.trajectory() if _is_named(key, view)]))
+            return
+        handle = await sandbox.commands.connect(found.key)
         async for event in handle.follow():
             if not isinstance(event, CommandResult):
                 write_all(1 if event[0] == "stdout" else 2, event[1])
 
     _interruptible(connected(sandbox_id, run))
+
+
+def _is_named(key: str, view: CommandView) -> bool:
+    return key in (view.key, f"#{view.number}", str(view.number))
+
+
+def _named(key: str, views: Sequence[CommandView]) -> CommandView:
+    """The command of that key, else of that number.  NotFoundError."""
+    found = [view for view in views if _is_named(key, view)]
+    if not found:
+        raise NotFoundError(f"the sandbox has no command {key!r}: dsec trajectory names them")
+    return max(found, key=lambda view: view.key == key)
+
+
+def _print_kept(view: CommandView) -> None:
+    if view.result is None:
+        raise OutcomeUnknownError(f"command {view.key!r} has no known end, and its output went with the sandbox")
+    for fd, name, output in ((1, "stdout", view.result.stdout), (2, "stderr", view.result.stderr)):
+        write_all(fd, output.head)
+        if output.is_truncated:
+            click.echo(f"dsec: {output.dropped_bytes} bytes of its {name} are not kept", err=True)
+        write_all(fd, output.tail)
 
 
 @click.command(
@@ -187,9 +237,13 @@ def logs(sandbox_id: str, key: str) -> None:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="An Edge's state: read its journal there, without the Edge, also of what it has forgotten.",
 )
+@click.option("--all", "shows_all", is_flag=True, help="Also the file operations, in the table.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each command.")
-def trajectory(sandbox_id: str, directory: Path | None, as_json: bool) -> None:
-    """Print every command of a sandbox and what came of it; it outlives the sandbox."""
+def trajectory(sandbox_id: str, directory: Path | None, shows_all: bool, as_json: bool) -> None:
+    """Print every command of a sandbox and what came of it; it outlives the sandbox.
+
+    STATE is how it ended, too: `timeout`, `oom` (a process was killed as the memory was used up), `killed` (SIGKILL).
+    """
 
     async def run(sandbox: AsyncSandbox) -> list[CommandView]:
         return [view async for view in sandbox.trajectory()]
@@ -204,8 +258,11 @@ def trajectory(sandbox_id: str, directory: Path | None, as_json: bool) -> None:
     if as_json:
         for view in views:
             click.echo(msgspec.json.encode(_fields(view)))
-    else:
-        click.echo(render_columns(("NO", "KEY", "STATE", "EXIT", "SECONDS", "COMMAND"), list(map(_row, views))))
+        return
+    shown = [view for view in views if shows_all or view.command.argv[:1] != (TOOLBOX,)]
+    click.echo(render_columns(("NO", "KEY", "STATE", "EXIT", "SECONDS", "COMMAND"), list(map(_row, shown))))
+    if len(shown) < len(views):
+        click.echo(f"dsec: {len(views) - len(shown)} file operations left out (--all)", err=True)
 
 
 def _fields(view: CommandView) -> dict[str, object]:
@@ -228,7 +285,19 @@ def _row(view: CommandView) -> tuple[str, ...]:
     result = view.result
     how = ("", "") if result is None else (str(result.exit_code), f"{result.duration_s:.3f}")
     command = shlex.join(map(printable, view.command.argv))
-    return str(view.number), view.key, view.state, *how, command if len(command) <= 100 else command[:97] + "..."
+    return str(view.number), view.key, _state(view), *how, command if len(command) <= 100 else command[:97] + "..."
+
+
+def _state(view: CommandView) -> str:
+    """In a word: 137 alone does not say who killed."""
+    result = view.result
+    if result is None:
+        return view.state
+    if result.timed_out:
+        return "timeout"
+    if result.oom_killed:
+        return "oom"
+    return "killed" if result.exit_code == 128 + signal.SIGKILL else view.state
 
 
 def printable(text: str) -> str:

@@ -8,7 +8,8 @@ See: dsec/client/substrate.py, dsec/edge/local.py.
 
 from __future__ import annotations
 
-import uuid
+import base64
+import os
 from collections.abc import Iterable
 
 import msgspec
@@ -22,8 +23,8 @@ _NUMBER = "number-"
 
 
 def fresh_name() -> str:
-    """A key or request id that nobody used before."""
-    return uuid.uuid4().hex
+    """A key or request id that nobody used before: 80 random bits, short enough for a table."""
+    return base64.b32encode(os.urandom(10)).decode().lower()
 
 
 def key_of(number: int | None) -> str:

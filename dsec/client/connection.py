@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import random
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,11 @@ from dsec.wire import REPLY_BYTES_MAX, REQUEST_BYTES_MAX, error_of
 CALL_TIMEOUT_S = 60.0
 """For calls that wait for no command."""
 _DELAY_S_MIN, _DELAY_S_MAX = 0.02, 2.0
+_TELL_S = 2.0
+"""After so long without an answer, a call says that it still asks."""
+_REASON = re.compile(r".*(error: |connect: |remote host: )|\s*\(\d+\)$", re.DOTALL)
+"""What gRPC writes around the kernel's own words for a connection that it did not get."""
+_LOG = logging.getLogger("dsec")
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", REQUEST_BYTES_MAX),
     ("grpc.max_receive_message_length", REPLY_BYTES_MAX),
@@ -147,13 +154,14 @@ class Connection:
         if not isinstance(failure, UnreachableError):
             self._has_answered = True
             return failure
-        return self._unreachable(str(failure).rpartition("error: ")[2])
+        return self._unreachable(_REASON.sub("", str(failure)))
 
     def _unreachable(self, why: str) -> UnreachableError:
         if self._has_answered:
             return UnreachableError(f"the connection to the Edge at {self.url} broke: {why}")
+        other = "correct" if os.environ.get("DSEC_API_URL") else "set"
         return UnreachableError(
-            f"no Edge answers at {self.url} ({why}): start one with `dsec edge serve`, or set DSEC_API_URL"
+            f"no Edge answers at {self.url} ({why}): start one with `dsec edge serve`, or {other} DSEC_API_URL"
         )
 
     def use(self) -> Connection:
@@ -179,6 +187,7 @@ class Retry:
         self._patience = patience
         self._is_repeatable = is_repeatable
         self._failed_at_s: float | None = None
+        self._has_told = False
         self._delay_s = _DELAY_S_MIN
 
     async def wait_or_raise(self, error: DsecError) -> None:
@@ -189,6 +198,10 @@ class Retry:
         left_s = self._failed_at_s + self._connection.patience_s(error, self._patience) - now_s
         if not self._is_repeatable or left_s <= 0:
             raise error
+        is_lost = isinstance(error, UnreachableError) and left_s >= _TELL_S
+        if is_lost and not self._has_told and now_s - self._failed_at_s >= _TELL_S:
+            self._has_told = True
+            _LOG.warning("no answer from the Edge at %s: asking again for %.0f s", self._connection.url, left_s)
         await asyncio.sleep(min(left_s, random.uniform(self._delay_s / 2, self._delay_s)))  # noqa: S311 - jitter
         self._delay_s = min(2 * self._delay_s, _DELAY_S_MAX)
 

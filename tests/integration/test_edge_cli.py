@@ -113,6 +113,26 @@ def test_where_and_as_whom_a_command_runs_is_the_callers_choice(edge: Any, sandb
     assert told.split() == ["/tmp", "b", "nobody"]
 
 
+def test_our_options_end_where_the_command_begins(edge: Any, sandbox: str) -> None:
+    for options in ((sandbox,), ("-w", "/", sandbox), (sandbox, "-w", "/"), (sandbox, "-w", "/", "--")):
+        assert edge.done("exec", *options, "sh", "-c", 'pwd; echo "$@"', "-w", "-e", "--").split() == ["/", "-e", "--"]
+
+
+def test_a_command_that_ran_out_of_memory_says_so(edge: Any) -> None:
+    sandbox = edge.done("create", "--memory-mib", 64).strip()
+    ran = edge("exec", sandbox, "python3", "-c", "b'a' * 300_000_000")
+    assert (ran.code, "out of memory" in ran.err) == (137, True)
+    edge("exec", sandbox, "--timeout-s", 0.1, "sleep", "60")
+    told = [line.split() for line in edge.done("trajectory", sandbox).splitlines()]
+    assert [row[2:4] for row in told[1:]] == [["oom", "137"], ["timeout", "137"]]
+    edge.done("exec", sandbox, "--key", "last", "sh", "-c", "echo out; echo err >&2")
+    edge.done("rm", sandbox)
+    late = edge("logs", sandbox, "last")
+    assert (late.code, late.out, late.err) == (0, "out\n", "err\n")
+    assert edge.done("logs", sandbox, "#3") == edge.done("logs", sandbox, "3") == "out\n"
+    assert edge("logs", sandbox, "none").code == 2
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("exec", "sb-none", "--", "true"), ("exec", "{id}"), ("exec", "{id}", "-x"), ("exec", "-t", "{id}", "--", "true"),
