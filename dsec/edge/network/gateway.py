@@ -23,22 +23,26 @@ from dsec.edge.network.config import NetworkConfig
 from dsec.edge.network.decisions import Decision, log_decision
 from dsec.edge.network.listener import PROXY_ADDRESS, PROXY_PORT
 from dsec.edge.network.proxy import KEY_PREFIX, Keeper, Proxy, Resolver, Shared
-from dsec.edge.network.rules import Address, Allowlist
+from dsec.edge.network.rules import Address, Allowlist, parse_host
 from dsec.types import NetworkPolicy, SandboxId
 
 _RESOLVER_THREADS_COUNT = 16
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def environment(policy: NetworkPolicy) -> dict[str, str]:
     """The variables by which programs find the proxy; none without rules.
 
+    Their own loopback they reach past it, but for what a rule says of the host's: that is asked of the proxy.
     ALL_PROXY is the proxy's HTTP side: Python's HTTP clients refuse to start on a SOCKS address that
     they lack a package for.
     """
     if not policy.rules:
         return {}
     url = f"http://{PROXY_ADDRESS}:{PROXY_PORT}"
-    values = {"http_proxy": url, "https_proxy": url, "all_proxy": url, "no_proxy": "localhost,127.0.0.1,::1"}
+    allowlist = Allowlist(policy)
+    own = ",".join(host for host in _LOOPBACK if not allowlist.means(parse_host(host)))
+    values = {"http_proxy": url, "https_proxy": url, "all_proxy": url, "no_proxy": own}
     return values | {name.upper(): value for name, value in values.items()}
 
 

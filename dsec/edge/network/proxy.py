@@ -37,6 +37,7 @@ from dsec.types import SandboxId
 ADDRESSES_COUNT_MAX = 8
 KEY_PREFIX = "network/"
 REASON_CHARACTERS_MAX = 256
+GUARDED_HINT = ": loopback, private and the host's own addresses need a CIDR that means them, such as 127.0.0.1/32:8765"
 _LINGER_S = 1.0
 
 _Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -243,9 +244,12 @@ class _Connection:
     async def _reach(self, request: Request) -> _Streams:
         """Connect to the first allowed address that answers."""
         host, port = request.host, request.port
-        allowed = [address for address in await self._find(host, port) if self._allows(host, address, port)]
+        found = await self._find(host, port)
+        allowed = [address for address in found if self._allows(host, address, port)]
         if not allowed:
-            raise _RefusedError(Refusal.DENIED, f"the sandbox's network policy does not allow {host} port {port}")
+            allowlist = self._proxy.allowlist
+            hint = GUARDED_HINT if allowlist is not None and any(map(allowlist.guards, found)) else ""
+            raise _RefusedError(Refusal.DENIED, f"the sandbox's network policy does not allow {host} port {port}{hint}")
         for address in allowed[:ADDRESSES_COUNT_MAX]:
             try:
                 async with asyncio.timeout(self._config.connect_timeout_s):

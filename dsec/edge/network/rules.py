@@ -128,15 +128,22 @@ class Allowlist:
         """True if a client that asked for `host` may be connected to `address`."""
         address = _plain(address)
         if isinstance(host, str):
-            return self.may_resolve(host, port) and (not self._guards(address) or self._lists(address, port))
+            return self.may_resolve(host, port) and (not self.guards(address) or self._lists(address, port))
         return _plain(host) == address and self._lists(address, port)
 
-    def _guards(self, address: Address) -> bool:
+    def means(self, host: Host) -> bool:
+        """True if a rule is about this very name, or means this address, on whatever port."""
+        if isinstance(host, str):
+            return any(pattern == host for pattern, _ in self._names)
+        return any(host in network and _is_explicit(network) for network, _ in self._networks)
+
+    def guards(self, address: Address) -> bool:
+        """True if only a CIDR that means this address opens it."""
         return any(address in network for network in GUARDED) or self._is_own(address)
 
     def _lists(self, address: Address, port: int) -> bool:
         found = [network for network, ports in self._networks if address in network and ports.allow(port)]
-        return any(map(_is_explicit, found)) or (bool(found) and not self._guards(address))
+        return any(map(_is_explicit, found)) or (bool(found) and not self.guards(address))
 
 
 def _is_explicit(network: Network) -> bool:

@@ -117,6 +117,13 @@ async def test_a_socks_request_that_is_not_served_is_refused(world: World, reque
     assert [decision.allowed for decision in world.decisions] == [False]
 
 
+async def test_a_guarded_address_that_a_name_does_not_open_is_said_to_be_one(world: World) -> None:
+    await world.allow(NAMED)
+    for target, is_guarded in (("a.example:80", True), ("127.0.0.1:80", True), ("1.1.1.1:80", False)):
+        answer = await world.ask(f"CONNECT {target} HTTP/1.1\r\n\r\n".encode())
+        assert (b"need a CIDR" in answer) is is_guarded, answer
+
+
 async def test_what_no_rule_allows_is_refused_and_never_looked_up(world: World) -> None:
     async with serving(echo) as port:
         await world.allow(NAMED)

@@ -18,8 +18,7 @@ from dsec.types import Command, NetworkPolicy, NetworkRule, SandboxSpec
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 LOOPBACK = NetworkPolicy(rules=(NetworkRule(cidr="127.0.0.1/32"), NetworkRule(host="localhost")))
 FETCH = """
-import os, sys, urllib.request
-os.environ["no_proxy"] = ""
+import sys, urllib.request
 print(urllib.request.urlopen(sys.argv[1]).read().decode(), end="")
 """
 TAKE_THE_PORT = "import socket; s = socket.create_server(('127.0.0.1', 3128)); print(flush=True); s.accept()"

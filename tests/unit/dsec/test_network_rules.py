@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsec.edge.network.gateway import environment
 from dsec.edge.network.rules import GUARDED, RULES_COUNT_MAX, Allowlist, parse_host
 from dsec.errors import InvalidArgumentError
 from dsec.types import NetworkPolicy, NetworkRule
@@ -168,3 +169,20 @@ def test_the_number_of_rules_is_bounded() -> None:
     Allowlist(NetworkPolicy(rules=(rule,) * RULES_COUNT_MAX))
     with pytest.raises(InvalidArgumentError, match="network rules"):
         Allowlist(NetworkPolicy(rules=(rule,) * (RULES_COUNT_MAX + 1)))
+
+
+@pytest.mark.parametrize(
+    ("rules", "own"),
+    [
+        ([], None),
+        ([("host", "*"), ("cidr", "0.0.0.0/0"), ("host", "api.example.com")], "localhost,127.0.0.1,::1"),
+        ([("host", "localhost", (8765,))], "127.0.0.1,::1"),
+        ([("cidr", "127.0.0.1/32", (8765,))], "localhost,::1"),
+        ([("cidr", "127.0.0.0/8"), ("cidr", "::1/128"), ("host", "LOCALHOST")], ""),
+    ],
+)
+def test_what_a_rule_says_of_the_hosts_loopback_is_asked_of_the_proxy(
+    rules: list[tuple[str, str]], own: str | None
+) -> None:
+    made = tuple(NetworkRule(**{rule[0]: rule[1]}, ports=rule[2] if len(rule) == 3 else ()) for rule in rules)
+    assert environment(NetworkPolicy(rules=made)).get("no_proxy") == own
