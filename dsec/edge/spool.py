@@ -24,6 +24,8 @@ from dsec.types import Output, Stream
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EROFS}
 _FILE_BYTES = 4096  # what a file costs beside its bytes
+TAIL_BYTES_MIN = 1 << 19
+"""Of what is beyond the file: as much as a reader that sets the pace has on its way (`dsec.files.WINDOW_BYTES`)."""
 SUFFIXES: dict[Stream, str] = {"stdout": "out", "stderr": "err"}
 
 
@@ -40,7 +42,7 @@ class SpooledOutput:
         self._fd = -1
         self._size = size_bytes
         self._beyond = 0
-        self._tail = Tail(max(bytes_max // 2, 1))
+        self._tail = Tail(max(bytes_max // 2, TAIL_BYTES_MIN))
 
     @property
     def disk_bytes(self) -> int:

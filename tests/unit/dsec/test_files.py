@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hashlib
 import io
 import os
 import tarfile
@@ -222,27 +221,6 @@ async def test_a_watch_ends_with_what_it_watches(files: Files) -> None:
             if event.kind == "ready":
                 await files.remove("/tmp/short")
     assert event.kind == "removed"
-
-
-async def test_a_file_as_large_as_the_disk_passes_in_pieces(substrate: ContainerSubstrate) -> None:
-    sandbox = await substrate.create(SandboxSpec(memory_bytes=1500 << 20, disk_bytes=1200 << 20))
-    files, block, count = Files(sandbox), os.urandom(1 << 20), 1000
-
-    async def blocks() -> AsyncIterator[bytes]:
-        for _ in range(count):
-            yield block
-
-    expected = hashlib.sha256()
-    for _ in range(count):
-        expected.update(block)
-    await files.write("/tmp/large", blocks())
-    seen, most = hashlib.sha256(), 0
-    async for piece in files.open_read("/tmp/large"):
-        seen.update(piece)
-        most = max(most, len(piece))
-    assert seen.digest() == expected.digest()
-    assert most <= CHUNK_BYTES
-    await sandbox.destroy()
 
 
 async def test_a_reader_that_stops_ends_its_command(sandbox: Sandbox, files: Files) -> None:
