@@ -5,7 +5,7 @@ system, so there is nothing for `..`, links or devices to attack.
 
 Invariants:
     1. A node below the root has exactly one name a link; names have no slash and are none of "", ".", "..".
-    2. No more than ENTRIES_COUNT_MAX names, no deeper than DEPTH_MAX.
+    2. No more than ENTRIES_COUNT_MAX names, no deeper than DEPTH_MAX; their texts take no more than TEXT_BYTES_MAX.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from dsec.archive import parts
 from dsec.errors import InvalidArgumentError
 
 ENTRIES_COUNT_MAX = 4_000_000
+TEXT_BYTES_MAX = 1 << 30
+"""Names, targets of links and attributes: a tree is in memory, and a packed archive repeats them for nearly nothing."""
+_TEXT_BYTES = 64
 OPAQUE = b"trusted.overlay.opaque"
 CAPABILITY = b"security.capability"
 _CAPABILITY_SIZES = {2: 20, 3: 24}
@@ -105,6 +108,7 @@ class Tree:
     def __init__(self) -> None:
         self.root = directory()
         self.entries_count = 0
+        self._text_bytes = 0
         self._hidden: list[bytes] = []
         self._opaque: list[bytes] = []
 
@@ -123,6 +127,7 @@ class Tree:
             if child is None:
                 child = node.children[name] = directory()
                 self.count()
+                self._hold(name)
             elif not child.is_directory:
                 raise InvalidArgumentError(f"{b'/'.join(names)[:200]!r} lies below {name!r}, which is no directory")
             node = child
@@ -131,6 +136,7 @@ class Tree:
     def add(self, path: bytes, node: Node) -> None:
         """Put `node` at `path`; a directory over a directory keeps what is below."""
         names = parts(path)
+        self._hold(*names[-1:], node.target, *node.xattrs, *node.xattrs.values())
         if not names:
             if not node.is_directory:
                 raise InvalidArgumentError("the root of a layer must be a directory")
@@ -155,11 +161,13 @@ class Tree:
         """Hide `path` of the layers below; what this layer itself has there, before or after, stays."""
         if not parts(path):
             raise InvalidArgumentError("a layer cannot hide the root")
+        self._hold(path)
         self._hidden.append(path)
 
     def make_opaque(self, path: bytes) -> None:
         """Hide what the layers below have in the directory `path`."""
         self.parent((*parts(path), b""))
+        self._hold(path)
         self._opaque.append(path)
 
     def finish(self) -> Node:
@@ -175,6 +183,11 @@ class Tree:
             if node is not None and node.is_directory:
                 node.xattrs = {**node.xattrs, OPAQUE: b"y"}
         return self.root
+
+    def _hold(self, *texts: bytes) -> None:
+        self._text_bytes += sum(_TEXT_BYTES + len(text) for text in texts)
+        if self._text_bytes > TEXT_BYTES_MAX:
+            raise InvalidArgumentError(f"names, links and attributes of more than {TEXT_BYTES_MAX} bytes in one layer")
 
     def count(self) -> None:
         """One name more.  InvalidArgumentError beyond ENTRIES_COUNT_MAX."""

@@ -289,3 +289,11 @@ def test_tar_members_that_are_no_files_are_no_files_of_a_layout(tmp_path, tar):
     path.write_bytes(tar().add("index.json", kind=tarfile.CHRTYPE).bytes())
     with pytest.raises(InvalidArgumentError, match="neither"), open_image(path, "", 1 << 30, nowhere):
         pass
+
+
+@pytest.mark.parametrize(("name", "target"), [("d/" * 250 + "n" * 250, "x" * 300), ("l", "up/" * 400)])
+def test_a_name_that_no_layout_has_is_refused(tmp_path, tar, name, target):
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar().add(name, kind=tarfile.SYMTYPE, linkname=target).bytes())
+    with pytest.raises(InvalidArgumentError, match="too long a name"), open_image(path, "", 1 << 30, nowhere):
+        pass

@@ -119,3 +119,22 @@ def test_the_count_of_entries_is_bounded(monkeypatch):
     made.add(b"a/b/c", Node(FILE))
     with pytest.raises(InvalidArgumentError, match="more than 3"):
         made.add(b"d", Node(FILE))
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda made, number: made.add(b"%d" % number, Node(FILE)),
+        lambda made, number: made.add(b"%d/%d/x" % (number, number), Node(FILE)),
+        lambda made, _: made.add(b"a", Node(FILE, xattrs={b"user.a": b"x" * 1000})),
+        lambda made, _: made.add(b"a", Node(0o120777, target=b"x" * 1000)),
+        lambda made, _: made.hide(b"a"),
+        lambda made, _: made.make_opaque(b"."),
+    ],
+    ids=["names", "directories", "attributes", "targets", "hidden", "opaque"],
+)
+def test_what_a_tree_keeps_is_bounded(monkeypatch, add):
+    monkeypatch.setattr(tree, "TEXT_BYTES_MAX", 10_000)
+    made = Tree()
+    with pytest.raises(InvalidArgumentError, match="more than 10000 bytes"):
+        any(add(made, number) for number in range(200))
