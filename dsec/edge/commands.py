@@ -17,6 +17,7 @@ from dsec.edge.config import SANDBOX_LAYERS_COUNT_MAX
 from dsec.edge.native_wire import encode_exec_body
 from dsec.edge.network.rules import Allowlist
 from dsec.errors import InvalidArgumentError
+from dsec.images import ImageConfig
 from dsec.types import PATH, STDIN_BYTES_MAX, Command, Defaults, SandboxId, SandboxSpec, TtySize
 
 ARG_BYTES_MAX = 131_071  # MAX_ARG_STRLEN less its zero byte
@@ -27,6 +28,7 @@ MEMORY_BYTES_MIN = 16 << 20
 DISK_BYTES_MIN = 1 << 20
 TTY_SIDE_MAX = 0xFFFF
 CPU_WEIGHT_MAX = 10_000
+CONFIG_BYTES_MAX = 256 << 10
 _SANDBOX_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -122,7 +124,21 @@ def check_spec(spec: SandboxSpec) -> None:
     if len(spec.layers) > SANDBOX_LAYERS_COUNT_MAX or len(set(spec.layers)) != len(spec.layers):
         raise InvalidArgumentError(f"{len(spec.layers)} layers: at most {SANDBOX_LAYERS_COUNT_MAX}, and each once")
     Allowlist(spec.network)
+    _check_defaults(spec.defaults)
+
+
+def check_config(config: ImageConfig) -> None:
+    """InvalidArgumentError if no sandbox can run its commands as this image says."""
+    size = len(msgspec.msgpack.encode(config))
+    if size > CONFIG_BYTES_MAX:
+        raise InvalidArgumentError(
+            f"what the image says of its commands has {size} bytes, more than {CONFIG_BYTES_MAX}"
+        )
+    _check_defaults(config.defaults)
+
+
+def _check_defaults(defaults: Defaults) -> None:
     try:
-        encode_command(completed(Command(argv=("/",)), spec.defaults, {}))
+        encode_command(completed(Command(argv=("/",)), defaults, {}))
     except InvalidArgumentError as error:
         raise InvalidArgumentError(f"how commands of this sandbox or image run: {error}") from error

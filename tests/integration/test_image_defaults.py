@@ -117,9 +117,13 @@ def test_a_python_program_gets_the_same_and_files_are_roots(edge: Any) -> None:
         assert sandbox.commands.run("echo 3 > main").exit_code != 0
 
 
-def test_an_image_that_says_what_cannot_be_is_refused_when_a_sandbox_is_made(edge: Any, tmp_path: Path) -> None:
-    layout = write_layout(tmp_path / "bad", "bad:1", WorkingDir="here")
-    edge.done("image", "import", layout)
-    refused = edge("create", "--layer", "bad:1")
-    assert refused.code == 2
-    assert "'here' is not an absolute path" in refused.err
+def test_an_image_that_says_what_cannot_be_is_refused(edge: Any, tmp_path: Path) -> None:
+    for number, (run, why) in enumerate((
+        ({"WorkingDir": "here"}, "'here' is not an absolute path"),
+        ({"Env": ["=x"]}, "cannot be the name"),
+        ({"Env": [f"V{name}={'x' * 100_000}" for name in range(3)]}, "more than 262144"),
+        ({"Cmd": ["x" * 300_000]}, "more than 262144"),
+    )):  # fmt: skip
+        refused = edge("image", "import", write_layout(tmp_path / f"bad{number}", "bad:1", **run))
+        assert (refused.code, why in refused.err) == (2, True)
+    assert len(edge("image", "ls", "--json").json()["images"]) == 1

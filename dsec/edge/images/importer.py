@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from dsec.edge.commands import check_config
 from dsec.edge.images.archive import read_archive
 from dsec.edge.images.erofs import ImageWriter
 from dsec.edge.images.oci import Blob, open_image
@@ -34,8 +35,9 @@ async def import_image(
 ) -> Image:
     """Make the layers of the image at `path` and name them.
 
-    NotFoundError, InvalidArgumentError (also: a digest that is not right), ResourceExhaustedError (the quota, the
-    disk, or new layers that unpack to more than `unpacked_bytes_max` together), HostUnfitError.
+    NotFoundError, InvalidArgumentError (also: a digest that is not right, commands that cannot run so),
+    ResourceExhaustedError (the quota, the disk, or new layers that unpack to more than `unpacked_bytes_max` together),
+    HostUnfitError.
     """
     layers: list[LayerId] = []
     left_bytes = unpacked_bytes_max
@@ -44,6 +46,7 @@ async def import_image(
         stack.callback(store.release, layers)
         opened = open_image(path, options.reference, unpacked_bytes_max, store.incoming, source)
         found = await settled(in_thread(stack.enter_context, opened))  # it reads all of it, for its digests
+        check_config(found.config)
         name = check_image_name(options.name or _short(found.name) or Path(source).name.partition(".")[0].lower())
         for index, blob in enumerate(found.layers):
             key = f"{blob.diff_id}{' as the lowest' if index == 0 else ''}"

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from dsec.edge.commands import check_config
 from dsec.edge.images import quota
 from dsec.edge.images.compress import compress
 from dsec.edge.images.directory import DirectoryReader
@@ -153,10 +154,6 @@ class LayerStore:
             await in_thread(self._shared.receive, self._find(layer_id), layer_id)
         if image.name:
             await in_thread(self._shared.put_image, image)
-
-    def used_bytes(self) -> int:
-        """What this host's layers take on its disk."""
-        return self.shelf.used_bytes()
 
     # -- holding ---------------------------------------------------------------------------------
 
@@ -349,7 +346,8 @@ class LayerStore:
     # -- images ----------------------------------------------------------------------------------
 
     async def tag(self, image: Image) -> Image:
-        """Name layers; an older image of that name loses it.  NotFoundError if a layer is not here."""
+        """Name layers; an older image of that name loses it.  NotFoundError (a layer), InvalidArgumentError."""
+        check_config(image.config)
         named = replace(image, name=check_image_name(image.name), created_at_s=image.created_at_s or time.time())
 
         def put() -> None:

@@ -273,7 +273,7 @@ async def test_what_is_copied_and_what_waits_in_between_is_counted(tmp_path, tar
     root = Layout(tmp_path / "small-files", [small.bytes()], gzip.compress).oci()
     with pytest.raises(ResourceExhaustedError, match="raise the quota"):
         await import_image(store, root)
-    assert (store.used_bytes(), list(store.shelf.scratch.iterdir())) == (0, [])
+    assert (store.shelf.used_bytes(), list(store.shelf.scratch.iterdir())) == (0, [])
 
 
 async def test_a_hostile_layer_makes_nothing_on_the_host(layout, tar, store, tmp_path):

@@ -25,7 +25,7 @@ async def test_shared_layers_are_used_where_they_lie_and_never_touched(shared, t
     host.acquire([base])
     top = await host.pack(source("top"), 0, parents=(base,))
     assert host.resolve(top).layers == (top, base)
-    assert host.used_bytes() < 1 << 20
+    assert host.shelf.used_bytes() < 1 << 20
     assert await host.collect() == [top]
     with pytest.raises(NotFoundError):
         await host.remove(base)

@@ -227,7 +227,7 @@ async def test_the_layer_that_was_used_longest_ago_goes_first(tmp_path, source):
     store.release([one])
     four = await layer(store, source, "4", 1_000_000)
     assert set(store.layers()) == {one, three, four}
-    assert store.used_bytes() <= 3_500_000
+    assert store.shelf.used_bytes() <= 3_500_000
 
 
 async def test_what_is_needed_is_not_evicted_even_if_nothing_new_fits(tmp_path, source):
@@ -280,7 +280,7 @@ async def test_nothing_is_written_that_leaves_too_little_of_the_disk(disk, sourc
     with pytest.raises(ResourceExhaustedError, match="disk_free_bytes_min"):
         await store.add_directory(source("a", 63 << 20))
     assert not path.exists()
-    assert store.used_bytes() == 0
+    assert store.shelf.used_bytes() == 0
 
 
 # -- ends ----------------------------------------------------------------------------------------
