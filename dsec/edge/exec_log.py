@@ -10,6 +10,8 @@ Invariants:
 1. *started* is durable before the command runs, *finished* before the result is returned.
 2. A key with another command is a DivergedError and runs nothing.
 3. However many callers ask under one key at once, the command runs once.
+4. A command that was started is *refused* only if its sandbox says that it does not know it; whatever else
+   goes wrong leaves its outcome unknown, or (an Edge that does not answer) open for the next process to collect.
 """
 
 from __future__ import annotations
@@ -231,7 +233,8 @@ class DurableSandbox:
         except SandboxLostError:
             self._lose()
             return
-        self._begin(running, self._perform(running, process))
+        if entry.state == "running" and key not in self.running:  # nobody else was faster
+            self._begin(running, self._perform(running, process))
 
     def _begin(self, running: Running, work: Awaitable[ExecResult]) -> None:
         async def to_its_end() -> ExecResult:
@@ -257,10 +260,11 @@ class DurableSandbox:
         """From a durable start to a durable end; `process` is the one that runs already, if there is one."""
         try:
             process = await self._start(running) if process is None else process
-            if process is not None and running.is_killed:
-                await process.kill()
-            running.process.set_result(process)
-            result = await self._end_of(process) if process is not None else ExecResult(exit_code=KILLED_CODE)
+            if process is not None:
+                result = await self._end_of(running, process)
+            else:
+                running.process.set_result(None)
+                result = ExecResult(exit_code=KILLED_CODE)
         except OutcomeUnknownError:
             await self.record(CommandUnknown(*self._session, running.key, self.now()))
             raise
@@ -292,12 +296,31 @@ class DurableSandbox:
                 raise
         finally:
             running.is_starting = False
-        return await self.sandbox.resume_process(running.number, command) if is_asked else None
+        return await self._find(running) if is_asked else None
 
-    async def _end_of(self, process: Process) -> ExecResult:
-        result = await process.wait()
+    async def _end_of(self, running: Running, process: Process) -> ExecResult:
+        """Its result.  OutcomeUnknownError for a failure after the start, unless the sandbox says that nothing ran."""
+        try:
+            if running.is_killed:
+                await process.kill()
+            running.process.set_result(process)
+            result = await process.wait()
+        except (DsecError, OSError) as error:
+            is_refusal = isinstance(error, DsecError) and error.command_started == "no"
+            if isinstance(error, OSError) or (is_refusal and await self._find(running) is not None):
+                raise OutcomeUnknownError(f"{running.key!r} started, and its end cannot be told: {error}") from error
+            raise
         self._keep(process)
         return result
+
+    async def _find(self, running: Running) -> Process | None:
+        """A command that may have started, as the sandbox knows it; None if it never ran.  OutcomeUnknownError."""
+        try:
+            return await self.sandbox.resume_process(running.number, self._shape(running.command))
+        except DsecError as error:
+            if error.command_started == "no":  # that is said of the question
+                raise OutcomeUnknownError(f"nobody can say whether {running.key!r} ran: {error}") from error
+            raise
 
     async def stop(self) -> None:
         """Let go of every command without touching it or logging anything: for a host agent that detaches."""

@@ -53,6 +53,7 @@ class Keeper:
         self._process: NativeProcess | None = None
         self._held: dict[str, tuple[int, int]] = {}  # key -> (token, fd)
         self._count_max = KEPT_COUNT_MAX
+        self._reserved_count = 0
         self._free_tokens = list(range(KEPT_COUNT_MAX - 1, -1, -1))
         self._listed: asyncio.Future[int] | None = None
         self._healing = asyncio.Lock()
@@ -96,15 +97,27 @@ class Keeper:
         for key in files:
             if len(os.fsencode(key)) > KEY_BYTES_MAX:
                 raise ValueError(f"the key {key[:80]!r}… is too long")
-        if len(self._held) + sum(key not in self._held for key in files) > self._count_max:
-            raise ResourceExhaustedError(
-                f"the keeper can hold {self._count_max} descriptors and does: raise the hard limit of open files"
-            )
+        self._require_room(sum(key not in self._held for key in files))
         for key, fd in files.items():
             token = self._held[key][0] if key in self._held else self._free_tokens.pop()
             self._held[key] = token, fd
         if not await self._send_put(files):
             await self._heal()
+
+    def reserve(self) -> None:
+        """Hold one place free until `give_back`.  ResourceExhaustedError."""
+        self._require_room(1)
+        self._reserved_count += 1
+
+    def give_back(self) -> None:
+        """The place is free to all again: first to who asks before anything else is awaited."""
+        self._reserved_count -= 1
+
+    def _require_room(self, count: int) -> None:
+        if len(self._held) + self._reserved_count + count > self._count_max:
+            raise ResourceExhaustedError(
+                f"the keeper can hold {self._count_max} descriptors and does: raise the hard limit of open files"
+            )
 
     async def drop(self, key: str) -> None:
         """Keep it no more; nothing if it is not kept."""

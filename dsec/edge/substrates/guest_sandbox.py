@@ -25,7 +25,7 @@ from weakref import WeakValueDictionary
 
 from dsec.edge.commands import encode_command
 from dsec.edge.config import SubstrateConfig
-from dsec.edge.guest import Answer, Guest, Remembered
+from dsec.edge.guest import Answer, Guest, Refused, Remembered
 from dsec.edge.packets import is_hung_up
 from dsec.edge.substrates.processes import GuestProcess
 from dsec.edge.substrates.streams import Keeping, Streams
@@ -52,7 +52,7 @@ class GuestSandbox(ABC):
         self._processes: dict[int, GuestProcess] = {}
         self._known: WeakValueDictionary[int, GuestProcess] = WeakValueDictionary()
         self._last_number = 0
-        self._unsent: set[int] = set()  # numbers that were taken, and of which the guest was not told
+        self._unrun: set[int] = set()  # numbers of which it is certain that nothing ran
         self._first_number = NUMBER_MAX  # of those that this process started
         self._is_adopted = False
         self._remembered: Remembered | None = None
@@ -158,7 +158,10 @@ class GuestSandbox(ABC):
         until_s = time.monotonic() + timeout_s + self._config.answer_grace_s - self._paused_in_all_s()
         watch = AnswerWatch(waiting, lambda: until_s + self._paused_in_all_s() - time.monotonic(), self.give_up)
         try:
-            return await waiting
+            answer = await waiting
+            if isinstance(answer, Refused):
+                self._unrun.add(number)
+            return answer
         finally:
             watch.stop()
             guest.forget(number)
@@ -183,7 +186,7 @@ class GuestSandbox(ABC):
         body = encode_command(command)
         number = await self._take_number(number)
         streams = Streams(number, command, self._keeping)
-        self._unsent.add(number)
+        self._unrun.add(number)
         await streams.open()
         try:
             async with self._gate:
@@ -193,7 +196,7 @@ class GuestSandbox(ABC):
         except BaseException:
             streams.close()
             raise
-        self._unsent.discard(number)
+        self._unrun.discard(number)
         streams.begin()
         process = self._follow(GuestProcess(self, number, command, streams, time.monotonic()))
         if command.tty is not None:
@@ -240,10 +243,10 @@ class GuestSandbox(ABC):
 
     async def resume_process(self, number: int, command: Command) -> GuestProcess | None:
         """See `dsec.sandbox.Sandbox.resume_process`."""
+        if number in self._unrun:
+            return None
         if (process := self._known.get(number)) is not None:
             return process
-        if number in self._unsent:
-            return None
         guest, remembered = self._living(), await self._remember()
         if (process := self._known.get(number)) is not None:  # another caller was faster
             return process
@@ -310,8 +313,10 @@ class GuestSandbox(ABC):
         await self._living().extend(span_s)
         self._paused_s += span_s
         self._paused_at = None
-        await whole(self._thaw())
-        self._release_note()
+        try:
+            await whole(self._thaw())
+        finally:
+            self._release_note()
 
     def _release_note(self) -> None:
         note, self._pause_note = self._pause_note, None

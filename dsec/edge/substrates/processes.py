@@ -18,7 +18,14 @@ from dsec.edge.commands import check_tty_size
 from dsec.edge.guest import Answer, Guest, Refused
 from dsec.edge.native_wire import EXIT_OOM_KILLED, EXIT_TIMED_OUT, Stage
 from dsec.edge.substrates.streams import Streams
-from dsec.errors import DsecError, InvalidArgumentError, OutcomeUnknownError, ResourceExhaustedError, SandboxLostError
+from dsec.errors import (
+    DsecError,
+    InvalidArgumentError,
+    OutcomeUnknownError,
+    OutOfRangeError,
+    ResourceExhaustedError,
+    SandboxLostError,
+)
 from dsec.types import Command, ExecResult, Output, Stream
 
 CROWDED_MESSAGE = b"cannot start: Resource temporarily unavailable (too many processes in this sandbox)\n"
@@ -149,7 +156,7 @@ class GuestProcess:
                 raise OutcomeUnknownError("the Edge died before all of the command's stdin had reached it")
             if isinstance(answer, Refused):
                 return self._refused(answer)
-            stdout, stderr = self._streams.finish()
+            stdout, stderr = self._finish()
         finally:
             self._streams.close()
         timed_out = bool(answer.flags & EXIT_TIMED_OUT)
@@ -161,6 +168,12 @@ class GuestProcess:
             oom_killed=bool(answer.flags & EXIT_OOM_KILLED),
             duration_s=time.monotonic() - self._begun_s,
         )
+
+    def _finish(self) -> tuple[Output, Output]:
+        try:
+            return self._streams.finish()
+        except (OSError, OutOfRangeError) as error:
+            raise OutcomeUnknownError(f"command {self._number} ended, and its output is lost: {error}") from error
 
     def _refused(self, answer: Refused) -> ExecResult:
         """What a shell would say where the commands' doing is the cause; else an error that says whose fault it was."""

@@ -13,18 +13,19 @@ See: dsec/edge/capture.py, dsec/edge/spool.py, dsec/edge/keeper.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import struct
 import termios
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from dsec.edge.capture import END_OF_TRANSMISSION, OutputBuffer, PipeReader, PipeWriter, Sink
 from dsec.edge.packets import close_all
 from dsec.edge.spool import Spool
-from dsec.errors import ResourceExhaustedError
+from dsec.errors import HostUnfitError, ResourceExhaustedError
 from dsec.types import Command, Output, SandboxId, Stream
 
 
@@ -37,6 +38,14 @@ class KeeperLike(Protocol):
 
     def release(self, files: Mapping[str, int]) -> None:
         """Keep them no more, and close them."""
+        ...
+
+    def reserve(self) -> None:
+        """Hold one place free until `give_back`.  ResourceExhaustedError."""
+        ...
+
+    def give_back(self) -> None:
+        """The place is free to all again."""
         ...
 
 
@@ -61,10 +70,20 @@ class Keeping:
         self._is_detached = False
 
     def adopt(self, files: Mapping[str, int]) -> None:
-        """Own what an earlier process left under our keys (without their prefix)."""
+        """Own what earlier processes left under our keys (without their prefix).
+
+        Of two for one place the newer counts: the older was put for a start that never came.
+        """
         for key, fd in files.items():
             number, role, put_ms = key.split("/")
-            self._left[int(number), role] = self._prefix + key, fd, int(put_ms) / 1000
+            place, new = (int(number), role), (self._prefix + key, fd, int(put_ms) / 1000)
+            older, self._left[place] = sorted((self._left.get(place, new), new), key=lambda left: left[2])
+            if older is not self._left[place]:
+                self.release({older[0]: older[1]})
+
+    def drop(self, number: int) -> None:
+        """Release what an earlier process left of a command that it never started."""
+        self._release_left([place for place in self._left if place[0] == number])
 
     def key(self, number: int, role: str) -> str:
         """Of a descriptor that is put now."""
@@ -81,6 +100,16 @@ class Keeping:
             close_all(files.values())
         else:
             self._keeper.release(files)
+
+    def reserve(self) -> None:
+        """Hold a place free for what is kept later.  ResourceExhaustedError."""
+        if self._keeper is not None:
+            self._keeper.reserve()
+
+    def give_back(self) -> None:
+        """It is taken now, or not needed."""
+        if self._keeper is not None:
+            self._keeper.give_back()
 
     def take(self, number: int, role: str) -> tuple[str, int] | None:
         """A descriptor that an earlier process left, and its key."""
@@ -106,15 +135,14 @@ class Keeping:
     def detach(self) -> None:
         """From now on close our own copies only: the next process goes on with what is kept."""
         self._is_detached = True
-        self._release_left()
+        self._release_left(list(self._left))
 
-    def _release_left(self) -> None:
-        self.release({key: fd for key, fd, _ in self._left.values()})
-        self._left.clear()
+    def _release_left(self, places: Iterable[tuple[int, str]]) -> None:
+        self.release({key: fd for key, fd, _ in map(self._left.pop, places)})
 
     async def close(self) -> None:
         """Dispose of what was never taken, and remove the output: the sandbox is gone."""
-        self._release_left()
+        self._release_left(list(self._left))
         if self._spool is not None:
             await asyncio.to_thread(self._spool.remove)
 
@@ -134,11 +162,15 @@ class Streams:
         self._ours: dict[str, int] = {}  # by their keys; kept until the command ends
         self._unread: dict[Stream, str] = {}
         self._terminal = -1
+        self._has_place = False  # with the keeper, for a terminal that is to come
         self._attached = asyncio.Event()
 
     async def open(self) -> None:
         """Make the pipes; a terminal comes by `attach`.  ResourceExhaustedError, HostUnfitError."""
+        self._keeping.drop(self._number)
         if self._command.tty is not None:
+            self._keeping.reserve()
+            self._has_place = True
             return
         try:
             if self._command.stdin or self._command.keep_stdin_open:
@@ -187,7 +219,14 @@ class Streams:
         """Take over the command's terminal, and type what it was given to read."""
         key = self._keeping.key(self._number, "tty")
         self._use_terminal(key, master, self._command.stdin)
-        await self._keeping.keep({key: master})
+        self._give_back_place()
+        with contextlib.suppress(HostUnfitError):  # no keeper lasts: the command goes on, and is in what the next gets
+            await self._keeping.keep({key: master})
+
+    def _give_back_place(self) -> None:
+        if self._has_place:
+            self._has_place = False
+            self._keeping.give_back()
 
     def _use_terminal(self, key: str, master: int, data: bytes) -> None:
         self._terminal = master
@@ -253,6 +292,7 @@ class Streams:
     def close(self) -> None:
         """Close what is open; safe to call twice."""
         self.close_theirs()
+        self._give_back_place()
         if self._writer is not None:
             self._writer.close()
         for reader in self._readers.values():

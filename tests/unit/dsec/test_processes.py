@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,7 +14,13 @@ from dsec.edge.config import SubstrateConfig
 from dsec.edge.substrates.container import ContainerSubstrate
 from dsec.edge.substrates.container_sandbox import ContainerSandbox
 from dsec.edge.substrates.processes import GuestProcess
-from dsec.errors import InvalidArgumentError, OutcomeUnknownError, OutOfRangeError, SandboxLostError
+from dsec.errors import (
+    InvalidArgumentError,
+    OutcomeUnknownError,
+    OutOfRangeError,
+    ResourceExhaustedError,
+    SandboxLostError,
+)
 from dsec.types import Command, ExecResult, SandboxSpec, TtySize
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -271,6 +278,38 @@ async def test_no_descriptor_stays_here_or_with_the_keeper(kept: ContainerSubstr
             await turn()
 
 
+async def test_a_terminal_has_its_place_with_the_keeper_before_its_command_runs(
+    kept: ContainerSubstrate, spooled: ContainerSandbox
+) -> None:
+    keeper = kept.keeper
+    assert keeper is not None
+    count_max, keeper._count_max = keeper._count_max, len(keeper._held)
+    command = script("touch /tmp/ran; read; echo $REPLY", tty=TtySize())
+    with pytest.raises(ResourceExhaustedError, match="keeper"):
+        await spooled.start(command, 1)
+    assert await spooled.resume_process(1, command) is None
+    keeper._count_max += 1
+    process = await spooled.start(command, 2)
+    with pytest.raises(ResourceExhaustedError, match="keeper"):
+        await spooled.start(command, 3)
+    await process.write_stdin(b"typed\n")
+    assert (await process.wait()).stdout.data == b"typed\r\ntyped\r\n"
+    assert (await spooled.exec(script("echo x", tty=TtySize()))).stdout.data == b"x\r\n"
+    keeper._count_max = count_max
+
+
+async def test_output_that_is_gone_at_the_end_makes_the_outcome_unknown(
+    kept: ContainerSubstrate, spooled: ContainerSandbox
+) -> None:
+    assert kept.state_dir is not None
+    process = await spooled.start(script("echo ready; read; exit 3", keep_stdin_open=True))
+    await ready(process)
+    shutil.rmtree(kept.state_dir / "spool" / spooled.id)
+    await process.write_stdin(b"\n")
+    with pytest.raises(OutcomeUnknownError, match="its output is lost"):
+        await process.wait()
+
+
 # -- pauses --------------------------------------------------------------------------------------
 
 
@@ -307,6 +346,22 @@ async def test_pauses_and_commands_race_and_every_command_ends(sandbox: Containe
     await asyncio.gather(stubborn.kill(), sandbox.pause(), sandbox.resume())
     await sandbox.resume()
     assert (await stubborn.wait()).exit_code == 137
+
+
+async def test_a_resume_that_is_given_up_anywhere_leaves_no_note_of_the_pause(
+    kept: ContainerSubstrate, spooled: ContainerSandbox
+) -> None:
+    assert kept.keeper is not None
+    for turns in range(12):
+        await spooled.pause()
+        resuming = asyncio.create_task(spooled.resume())
+        for _ in range(turns):
+            await turn()
+        resuming.cancel()
+        await asyncio.gather(resuming, return_exceptions=True)
+        notes = [key for key in kept.keeper._held if f"{spooled.id}/0/paused" in key]
+        assert len(notes) == (spooled._paused_at is not None), f"given up after {turns} turns"
+    await spooled.resume()
 
 
 async def test_a_paused_sandbox_is_destroyed_like_any_other(substrate: ContainerSubstrate) -> None:

@@ -7,9 +7,9 @@ import pytest
 
 from dsec import trajectory
 from dsec.edge.exec_log import DurableSandbox, Running
-from dsec.errors import OutcomeUnknownError
+from dsec.errors import OutcomeUnknownError, UnreachableError
 from dsec.replay import every_key, incarnate
-from dsec.testing import FakeHost, FakeSandbox, FakeSubstrate
+from dsec.testing import FakeHost, FakeProcess, FakeSandbox, FakeSubstrate
 from dsec.trajectory import Trajectory
 from dsec.types import Command, ExecResult, Output, SandboxSpec
 
@@ -73,6 +73,26 @@ async def test_a_command_in_flight_is_collected(world: World) -> None:
     running = (await world.process()).begin("a", LS)
     assert running is not None
     await running.started()
+    again = await world.process()
+    world.may_answer.set()
+    assert (await again.exec("a", LS)).stdout.head == b"ls"
+    assert world.commands() == [["ls"]]
+
+
+async def test_a_command_whose_host_agent_no_longer_answers_is_left_for_the_next_process(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unreachable(_process: FakeProcess) -> ExecResult:
+        raise UnreachableError("the connection broke")
+
+    world.may_answer.clear()
+    sandbox = await world.process()
+    monkeypatch.setattr(FakeProcess, "wait", unreachable)
+    with pytest.raises(UnreachableError):
+        await sandbox.exec("a", LS)
+    with pytest.raises(OutcomeUnknownError):
+        await sandbox.exec("a", LS)
+    monkeypatch.undo()
     again = await world.process()
     world.may_answer.set()
     assert (await again.exec("a", LS)).stdout.head == b"ls"
