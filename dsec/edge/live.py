@@ -19,7 +19,14 @@ from dsec.edge.edge_log import EdgeLog
 from dsec.edge.exec_log import DurableSandbox, Running, slice_of
 from dsec.edge.journal import Known, NetworkUpdated, SandboxPaused, SandboxResumed, SnapshotTaken
 from dsec.edge.network.rules import Allowlist
-from dsec.errors import DsecError, InvalidArgumentError, OutcomeUnknownError, ResourceExhaustedError, SandboxLostError
+from dsec.errors import (
+    DsecError,
+    HostUnfitError,
+    InvalidArgumentError,
+    OutcomeUnknownError,
+    ResourceExhaustedError,
+    SandboxLostError,
+)
 from dsec.lifecycle import Happening, State, after
 from dsec.sandbox import Process, Sandbox
 from dsec.types import Command, ExecResult, LayerId, NetworkPolicy, SandboxId, Stream
@@ -73,18 +80,24 @@ class LiveSandbox:
             await self.resume()
 
     async def pause(self, now_s: float) -> None:
-        """Stop every process; safe to call twice."""
+        """Stop every process; safe to call twice.  A caller that is cancelled waits for it: the journal has said so."""
+        await settled(self._pause(now_s))
+
+    async def _pause(self, now_s: float) -> None:
         async with self._lock:
             if self.require(Happening.PAUSE) is not self.state:
                 await self._log.append(SandboxPaused(self.known.id, now_s))
             try:
                 await self.sandbox.pause()
-            except ResourceExhaustedError:  # it runs on
+            except (ResourceExhaustedError, HostUnfitError):  # it runs on
                 await self._log.append(SandboxResumed(self.known.id, self.durable.now()))
                 raise
 
     async def resume(self) -> None:
-        """Let it go on; safe to call twice."""
+        """Let it go on, its commands followed to their ends; safe to call twice.  A cancelled caller waits for it."""
+        await settled(self._resume())
+
+    async def _resume(self) -> None:
         async with self._lock:
             if self.require(Happening.RESUME) is not self.state:
                 await self._log.append(SandboxResumed(self.known.id, self.durable.now()))
@@ -208,11 +221,12 @@ class LiveSandbox:
         return CommandView(key=key, number=entry.number, command=entry.command, state=state, result=entry.result)
 
     async def _wake_for(self, key: str) -> None:
-        """Whoever asks for a command that is under way wants it to go on."""
-        if self.state is State.PAUSED:
-            entry = self.durable.trajectory.entries.get(key)
-            if key in self.durable.running or (entry is not None and entry.state == "running"):
+        """Whoever asks for a command that is under way wants it to go on; an earlier Edge's is first found again."""
+        if key in self.durable.running:
+            if self.state is State.PAUSED:
                 await self.wake()
+        elif self.end is None and (entry := self.durable.trajectory.entries.get(key)) and entry.state == "running":
+            await self.resume()
 
 
 def check_key(key: str) -> None:
