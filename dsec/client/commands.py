@@ -248,8 +248,8 @@ class AsyncCommands:
     ) -> Command:
         """What `run` runs: a shell line or an argv; what it does not say is the sandbox's to say."""
         check_options(options, RunOptions)
-        if not cmd:
-            raise InvalidArgumentError("there is no command: cmd is empty")
+        if cmd == "":
+            raise InvalidArgumentError("the command line is empty: bash would run nothing, and say 0")
         stdin = options.get("stdin", b"")
         data = b"" if isinstance(stdin, bool) else stdin
         return Command(

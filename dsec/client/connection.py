@@ -24,7 +24,7 @@ import grpc
 import msgspec
 
 from dsec.address import default_url, parse_address
-from dsec.errors import DsecError, InvalidArgumentError, ResourceExhaustedError, UnreachableError
+from dsec.errors import DsecError, InvalidArgumentError, ResourceExhaustedError, StateError, UnreachableError
 from dsec.pb.v1.edge_pb2_grpc import EdgeStub
 from dsec.wire import REPLY_BYTES_MAX, REQUEST_BYTES_MAX, error_of
 
@@ -91,10 +91,14 @@ class Connection:
         if not is_repeatable:
             await self._connected(patience)
         while True:
+            self._require_open()
             try:
                 reply = await getattr(self.stub, name)(request, timeout=timeout_s, metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
                 failure = self._failure(error)
+            except asyncio.CancelledError:
+                self._require_open_unless_cancelled()
+                raise
             else:
                 self._has_answered = True
                 return reply
@@ -102,6 +106,7 @@ class Connection:
 
     async def stream(self, name: str, request: Any) -> AsyncIterator[Any]:
         """One streaming call, not repeated once it has begun.  Raises as `call`."""
+        self._require_open()
         call = getattr(self.stub, name)(request, metadata=self._metadata)
         try:
             async for message in call:
@@ -109,6 +114,9 @@ class Connection:
                 yield message
         except grpc.aio.AioRpcError as error:
             raise self._failure(error) from None
+        except asyncio.CancelledError:
+            self._require_open_unless_cancelled()
+            raise
         finally:
             call.cancel()
 
@@ -133,7 +141,20 @@ class Connection:
         finally:
             call.cancel()
 
+    def _require_open(self) -> None:
+        """StateError after the last user's `close`."""
+        if self._users_count == 0:
+            what = "kill(), close() or the end of a with block"
+            raise StateError(f"the connection to the Edge at {self.url} was closed here, by {what}")
+
+    def _require_open_unless_cancelled(self) -> None:
+        """The same for a call that was on its way, which gRPC cancels as if its caller's task were."""
+        task = asyncio.current_task()
+        if task is None or not task.cancelling():
+            self._require_open()
+
     async def _connected(self, patience: Patience) -> None:
+        self._require_open()
         broken = self._unreachable("no connection")
         try:
             async with asyncio.timeout(self.patience_s(broken, patience)):

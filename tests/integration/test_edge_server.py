@@ -44,6 +44,31 @@ async def sandbox(world: Any) -> AsyncIterator[AsyncSandbox]:
     await sandbox.close()
 
 
+async def test_what_is_asked_after_the_end_is_the_callers_error(world: Any, sandbox: AsyncSandbox) -> None:
+    handle = await sandbox.commands.run(["wait"], background=True)
+    waits = asyncio.create_task(sandbox.commands.run(["wait"], key="k"))
+    while len(world.runs) < 2:
+        await world.arrived.get()
+    await sandbox.close()
+    for asked in (
+        waits,
+        handle.wait(),
+        sandbox.commands.run("true"),
+        sandbox.snapshot(),
+        sandbox.fork(),
+        sandbox.view(),
+    ):
+        with pytest.raises(StateError, match="was closed here"):
+            await asked
+    with pytest.raises(StateError, match="was closed here"):
+        [view async for view in sandbox.trajectory()]
+    await sandbox.kill()
+    again = await AsyncSandbox.connect(sandbox.id, url=world.url)
+    world.proceed.set()
+    assert (await again.commands.run(["wait"], key="k")).exit_code == 7  # it went on
+    await again.kill()
+
+
 async def test_what_a_command_did_comes_back_as_it_was(world: Any, sandbox: AsyncSandbox) -> None:
     command = Command(
         argv=("cat", "a b", "\udcff"),
