@@ -6,8 +6,6 @@ import sys
 
 import click
 import msgspec
-from rich.console import Console
-from rich.table import Column, Table
 
 from dsec.edge.config import SubstrateConfig
 from dsec.edge.images.host import check_images
@@ -21,17 +19,23 @@ from dsec.edge.linux.host import Finding, check_host
 @click.option("--json", "as_json", is_flag=True, help="One JSON list of findings.")
 def doctor(as_json: bool) -> None:
     """Say what this host has for sandboxes, what is missing, and how to get it; exit 3 if it is unfit."""
-    findings = [*check_host(), *check_images(), *_check_docker()]
+    seen = [*check_host(), *check_images(), *_check_docker()]
+    findings = [msgspec.structs.replace(finding, remedy="") if finding.ok else finding for finding in seen]
     if as_json:
         click.echo(msgspec.json.encode(findings))
     else:
-        table = Table("check", "", Column("seen", overflow="fold"), Column("way out", overflow="fold"))
+        width = max(len(finding.name) for finding in findings)
         for finding in findings:
-            missing = "[yellow]optional[/]" if finding.optional else "[red]missing[/]"
-            mark = "[green]ok[/]" if finding.ok else missing
-            table.add_row(finding.name, mark, finding.detail, "" if finding.ok else finding.remedy)
-        Console().print(table)
+            _print_finding(finding, width)
     sys.exit(0 if all(finding.ok or finding.optional for finding in findings) else 3)
+
+
+def _print_finding(finding: Finding, width: int) -> None:
+    """As long as it is: a path that is broken into lines cannot be copied."""
+    word, colour = ("ok", "green") if finding.ok else ("optional", "yellow") if finding.optional else ("missing", "red")
+    click.echo(f"{click.style(word.ljust(8), colour)}  {finding.name.ljust(width)}  {finding.detail}")
+    if finding.remedy:
+        click.echo(f"{' ' * (8 + 2 + width + 2)}-> {finding.remedy}")
 
 
 def _check_docker() -> list[Finding]:

@@ -19,7 +19,7 @@ from dsec.client.loop import LOOP
 from dsec.client.sandbox import AsyncSandbox
 from dsec.client.terminal import write_all
 from dsec.client.unpack import DOWNLOAD_BYTES_MAX, opened, replace_file, unpack
-from dsec.errors import InvalidArgumentError, NotFoundError
+from dsec.errors import DsecError, InvalidArgumentError, NotFoundError
 from dsec.terminal import visible_line
 from dsec.types import SandboxId
 
@@ -97,11 +97,23 @@ def _upload(sandbox: Sandbox, source: str, path: str) -> None:
         elif stat.S_ISREG(mode):
             with local.open("rb") as file:
                 pieces = iter(lambda: file.read(_READ_BYTES), b"")
-                sandbox.files.write(_target_of(sandbox, local.name, path), pieces, mode=mode & 0o777)
+                _write_whole(sandbox, _target_of(sandbox, local.name, path), pieces, mode & 0o777)
         else:
             raise InvalidArgumentError(f"{source}: neither a file nor a directory")
     except OSError as error:
         raise InvalidArgumentError(f"cannot read {source}: {error.strerror}") from error
+
+
+def _write_whole(sandbox: Sandbox, path: str, pieces: Iterator[bytes], mode: int) -> None:
+    """Of a new file that does not fit, nothing stays; of one that was there, what the failure left."""
+    was_there = sandbox.files.exists(path)
+    try:
+        sandbox.files.write(path, pieces, mode=mode)
+    except BaseException:
+        if not was_there:
+            with contextlib.suppress(DsecError):
+                sandbox.files.remove(path)
+        raise
 
 
 def _target_of(sandbox: Sandbox, name: str, path: str) -> str:

@@ -20,11 +20,13 @@ from dsec.errors import (
     ResourceExhaustedError,
     StateError,
 )
+from dsec.terminal import visible_line
 from dsec.types import ExecResult
 
 _MISSING = {errno.ENOENT, errno.ENOTDIR}
 _EXHAUSTED = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
 _SAID = re.compile(rb"(\d{1,3}) (.*)", re.DOTALL)
+_FULL = re.compile(rb"No space left|Wrote only \d")  # as tar says it, the second where a part still fitted
 _FIELDS_COUNT = 8
 
 EntryKind = Literal["file", "directory", "link", "fifo", "socket", "block", "character"]
@@ -102,14 +104,14 @@ def _failure(path: str, result: ExecResult) -> DsecError:
     said = result.stderr.data[-1000:]
     found = _SAID.fullmatch(said)
     number = int(found[1]) if found else 0
-    text = said.decode(errors="replace").strip()
-    more = "" if text.endswith(f": {path}") else f" ({text!r})"
+    text = (found[2] if found else said).decode(errors="replace").strip().removesuffix(f": {path}")
+    why = f"{path!r}: {'; '.join(map(visible_line, text.splitlines()))}"
     if result.timed_out:
         return OutcomeUnknownError(f"{path!r}: not done within its time")
     if number in _MISSING or (result.exit_code == 127 and found is None):
-        return NotFoundError(f"{path!r}: {os.strerror(number or errno.ENOENT)}{more}")
-    if number in _EXHAUSTED or result.oom_killed or result.exit_code == 126 or b"No space left" in said:
-        return ResourceExhaustedError(f"{path!r}: {text!r}")
+        return NotFoundError(why)
+    if number in _EXHAUSTED or result.oom_killed or result.exit_code == 126 or _FULL.search(said):
+        return ResourceExhaustedError(f"{path!r}: out of the sandbox's memory" if result.oom_killed else why)
     if result.exit_code in (137, 143):
         return StateError(f"{path!r}: the operation was killed inside the sandbox")
-    return InvalidArgumentError(f"{path!r}: {text!r} (exit code {result.exit_code})")
+    return InvalidArgumentError(why if found else f"{why} (exit code {result.exit_code})")

@@ -233,7 +233,8 @@ class Edge:
         entry = await self._past_entry(sandbox_id, key) if key else None
         if entry is None:
             known = self._registry.known(sandbox_id)
-            raise SandboxLostError(f"sandbox {sandbox_id} has ended ({known.reason}: {known.message})")
+            why = ": ".join(filter(None, (known.reason, known.message)))
+            raise SandboxLostError(f"sandbox {sandbox_id} has ended ({why})")
         if command is not None and digest_of(entry.command) != digest_of(command):
             raise DivergedError(f"{sandbox_id}: key {key!r} was used for another command")
         if entry.result is None:

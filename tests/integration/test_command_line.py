@@ -315,7 +315,10 @@ def test_doctor_finds_this_host_fit(dsec: Any) -> None:
     findings = dsec.done("doctor", "--json").json()
     assert all(finding["ok"] or finding["optional"] for finding in findings)
     assert {"root", "kernel", "overlayfs", "cgroup2", "dsec-sandbox"} <= {finding["name"] for finding in findings}
-    assert "missing" not in dsec.done("doctor").out
+    assert not [finding for finding in findings if finding["ok"] and finding["remedy"]]
+    told = dsec.done("doctor", env={"COLUMNS": "40"}).out
+    assert "missing" not in told
+    assert all(finding["detail"] in told for finding in findings)  # no path is broken into lines
 
 
 def wait_for_tokens(process: subprocess.Popen[str], run: Path) -> None:

@@ -123,3 +123,17 @@ def test_a_sandbox_cannot_send_more_than_the_bound(edge: Any, sandbox: str, copi
     assert not (tmp_path / "over").exists()
     assert "68719476736" in edge.done("cp", "--help")
     assert is_untouched(copied.parent)
+
+
+def test_a_file_that_does_not_fit_says_so_and_leaves_nothing(edge: Any, tmp_path: Path) -> None:
+    sandbox = edge.done("create", "--memory-mib", 64, "--disk-mib", 1).strip()
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "big").write_bytes(bytes(3 << 20))
+    ran = edge("cp", tmp_path / "tree" / "big", f"{sandbox}:/root/")
+    assert (ran.code, ran.err) == (3, "dsec: '/root/big': No space left on device\n")
+    assert edge.done("exec", sandbox, "ls", "/root") == ""
+    ran = edge("cp", tmp_path / "tree", f"{sandbox}:/root/t")
+    assert ran.code == 3
+    assert "; tar: Exiting with failure" in ran.err
+    assert "\\n" not in ran.err
+    edge.done("rm", sandbox)
