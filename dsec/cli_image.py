@@ -20,6 +20,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from dsec.cli_sandbox import JSON_OPTION, MIB, example
 from dsec.client.images import AsyncImages
 from dsec.edge.edge_config import EdgeConfig
 from dsec.edge.images.config import ImagesConfig
@@ -31,9 +32,7 @@ from dsec.terminal import render_columns, visible_line
 from dsec.types import LayerId
 from dsec.views import ImportOptions
 
-MIB = 1 << 20
 T = TypeVar("T")
-JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 COMPRESS_OPTION = click.option(
     "--compress", "compressed", is_flag=True, help="With lz4hc: smaller, slower to make (mkfs.erofs)."
 )
@@ -52,10 +51,6 @@ class Images(Protocol):
     async def remove(self, reference: str) -> None: ...  # noqa: D102
 
     async def collect(self) -> list[LayerId]: ...  # noqa: D102
-
-
-def _example(*lines: str) -> str:
-    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _run(use: Callable[[Images], Awaitable[T]]) -> T:
@@ -119,7 +114,7 @@ def build() -> None:
     """Make an image, or a layer, from scratch."""
 
 
-@build.command(epilog=_example("dsec image build debian --packages git,python3 --tag tools:1"))
+@build.command(epilog=example("dsec image build debian --packages git,python3 --tag tools:1"))
 @click.option("--packages", default="", help="Names, with commas between them.")
 @click.option("--suite", default="bookworm", show_default=True)
 @click.option("--mirror", default="", help="[default: as apt has it]")
@@ -146,7 +141,7 @@ def debian(packages: str, suite: str, mirror: str, tag: str, *, compressed: bool
     _print_image(made, as_json=as_json)
 
 
-@build.command(epilog=_example("dsec image build directory ./repo --at /workspace --tag repo:7"))
+@build.command(epilog=example("dsec image build directory ./repo --at /workspace --tag repo:7"))
 @click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--at", default="/", show_default=True, help="Where it lies in a sandbox.")
 @TAG_OPTION
@@ -171,7 +166,7 @@ def directory(path: Path, at: str, tag: str, *, compressed: bool, as_json: bool)
         click.echo(made.layers[0])
 
 
-@image.command("import", epilog=_example("docker save python:3.12 -o p.tar && dsec image import p.tar"))
+@image.command("import", epilog=example("docker save python:3.12 -o p.tar && dsec image import p.tar"))
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.option("--reference", default="", help="Which image, where PATH holds several.")
 @TAG_OPTION
@@ -191,7 +186,7 @@ def import_(path: Path, reference: str, tag: str, *, compressed: bool, as_json: 
     _print_image(made, as_json=as_json)
 
 
-@image.command(epilog=_example("dsec image tag agent:2 toolkit:5 repo:7 debian"))
+@image.command(epilog=example("dsec image tag agent:2 toolkit:5 repo:7 debian"))
 @click.argument("name")
 @click.argument("references", nargs=-1, required=True)
 @JSON_OPTION
@@ -201,7 +196,7 @@ def tag(name: str, references: tuple[str, ...], *, as_json: bool) -> None:
     _print_image(made, as_json=as_json)
 
 
-@image.command(epilog=_example("dsec image ls --json"))
+@image.command(epilog=example("dsec image ls --json"))
 @JSON_OPTION
 def ls(*, as_json: bool) -> None:
     """Every image, then every layer that no image has."""
@@ -217,7 +212,7 @@ def ls(*, as_json: bool) -> None:
     click.echo(render_columns(("IMAGE", "LAYERS", "MIB", "FROM"), rows))
 
 
-@image.command(epilog=_example("dsec image inspect debian"))
+@image.command(epilog=example("dsec image inspect debian"))
 @click.argument("reference")
 @click.option("--check", is_flag=True, help="Read every layer again and compare its digest.")
 def inspect(reference: str, *, check: bool) -> None:
@@ -237,7 +232,7 @@ def inspect(reference: str, *, check: bool) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(shown)))
 
 
-@image.command(epilog=_example("dsec image rm tools:1"))
+@image.command(epilog=example("dsec image rm tools:1"))
 @click.argument("references", nargs=-1, required=True)
 def rm(references: tuple[str, ...]) -> None:
     """Forget images by name (their layers go when the room is needed, or with `gc`), or remove layers by id."""
@@ -249,7 +244,7 @@ def rm(references: tuple[str, ...]) -> None:
     _run(remove)
 
 
-@image.command(epilog=_example("dsec image gc"))
+@image.command(epilog=example("dsec image gc"))
 @JSON_OPTION
 def gc(*, as_json: bool) -> None:
     """Remove every layer that no image, no other layer and no sandbox needs."""
@@ -259,7 +254,7 @@ def gc(*, as_json: bool) -> None:
         click.echo(f"removed {len(removed)} layers", file=sys.stderr)
 
 
-@image.command(epilog=_example("dsec image publish debian"))
+@image.command(epilog=example("dsec image publish debian"))
 @click.argument("references", nargs=-1, required=True)
 def publish(references: tuple[str, ...]) -> None:
     """Copy images and layers to the shared directory (DSEC_IMAGES_SHARED), for every host that reads it."""

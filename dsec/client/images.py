@@ -19,6 +19,7 @@ import msgspec
 
 from dsec import messages
 from dsec.client.connection import connect
+from dsec.client.substrate import SLOW_CALL_TIMEOUT_S
 from dsec.errors import InvalidArgumentError
 from dsec.files import pack_directory
 from dsec.images import Image, Layer
@@ -26,7 +27,6 @@ from dsec.pb.v1 import edge_pb2 as pb
 from dsec.types import LayerId
 from dsec.views import ImportOptions
 
-SLOW_CALL_TIMEOUT_S = 600.0
 PIECE_BYTES = 2 << 20
 
 

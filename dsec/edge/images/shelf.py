@@ -211,7 +211,7 @@ class Shelf:
 
     def _write(self, target: Path, data: bytes) -> None:
         with self._record() as (fd, path):
-            os.write(fd, data)
+            write_all(fd, data, 0)
             os.fsync(fd)
             os.rename(path, target)
         _sync_directory(target.parent)

@@ -406,7 +406,8 @@ class EdgeServicer:
         next, so that no refusal is lost.  After the end the image comes, when every layer was unpacked, checked against its
         digest and mounted.  A client that goes away before leaves nothing but layers that were whole already, which go when
         room is needed.  Idempotent: layers that are there are not made again, and the name moves.  INVALID_ARGUMENT (no
-        image, damaged, no name), NOT_FOUND (the reference), RESOURCE_EXHAUSTED (the quota, the disk, too many at once).
+        image, damaged, no name, no command could run as it says, or it comes too slowly), NOT_FOUND (the reference),
+        RESOURCE_EXHAUSTED (the quota, the disk, too many at once).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -414,6 +415,7 @@ class EdgeServicer:
 
     def TagImage(self, request, context):
         """Name what lies over each other; a name that is taken moves.  Sandboxes keep what they were made of.  Idempotent.
+        INVALID_ARGUMENT: more than 64 references, or together they say too much of how commands run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
