@@ -80,7 +80,10 @@ def print_ids(ids: Sequence[str], *, as_json: bool) -> None:
     epilog=example("dsec create --memory-mib 1024 --allow api.example.com:443", "id=$(dsec create --label job=7)"),
 )
 @click.option(
-    "--base", default="host", show_default=True, help="`host`, or an image or layer with an operating system."
+    "--base",
+    default="host",
+    show_default=True,
+    help="`host`, a layer with an operating system, or an image that has one or lies over `host`.",
 )
 @click.option("--layer", "layers", multiple=True, help="A layer or image over the base; the topmost first.")
 @click.option("--memory-mib", type=click.IntRange(16), help="Memory, the disk's pages included  [default: 512]")
@@ -189,7 +192,11 @@ def rm(ids: Sequence[str]) -> None:
 
 @click.command(
     short_help="Keep what was written in a sandbox, as a layer.",
-    epilog=example("layer=$(dsec snapshot ID)", "dsec create --layer $layer", "dsec snapshot ID --tag agent:3"),
+    epilog=example(
+        "layer=$(dsec snapshot ID)",
+        "dsec create --layer $layer",
+        "dsec snapshot ID --tag agent:3 && dsec create --base agent:3",
+    ),
 )
 @click.argument("sandbox_id", metavar="ID")
 @click.option("--tag", default="", help="Name it, and what it lies over, as an image.")

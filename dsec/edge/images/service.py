@@ -9,6 +9,7 @@ See: docs/formats/layers.md, "Images".
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import msgspec
@@ -100,7 +101,8 @@ class Images:
             raise ResourceExhaustedError(f"{UPLOADS_COUNT_MAX} images are being imported already")
         self._uploads_count += 1
         try:
-            with self._store.incoming() as (append, path):
+            with contextlib.ExitStack() as stack:
+                append, path = await settled(in_thread(stack.enter_context, self._store.incoming()))
                 await self._take_in(append, pieces)
                 options = msgspec.structs.replace(options, source=options.source or "an upload")
                 return await import_image(self._store, path, options)
