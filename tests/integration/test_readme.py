@@ -1,4 +1,4 @@
-"""Every block of the README runs as it stands, in a folder where `.venv` is the installed one."""
+"""Every block of the README and of docs/python.md runs as it stands; the README's beside an installed `.venv`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 
+from dsec.client.commands import RunOptions
+from dsec.client.sandbox import CreateOptions
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = FENCED.findall(README)
 SHELL = [text for language, text in BLOCKS if not language and text.startswith((".venv/bin/", "make "))]
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 
@@ -73,3 +77,24 @@ def test_the_program_of_the_readme_prints_a_reward_for_each_rollout(dsec: Any, p
     assert [name for name, _, _ in lines] == sorted(f"{task}.{index}" for task in tasks for index in range(4))
     assert {reward for _, reward, _ in lines} <= {"0.0", "1.0"}
     assert all(int(count) > 0 for _, _, count in lines)
+
+
+def test_the_page_about_python_is_one_program_and_names_every_option(
+    dsec: Any, edge_process: Any, tmp_path: Path
+) -> None:
+    page = (ROOT / "docs" / "python.md").read_text()
+    blocks = FENCED.findall(page)
+    assert {language for language, _ in blocks} == {"python"}
+    program = tmp_path / "program.py"
+    program.write_text("".join(text for _, text in blocks))
+    edge = edge_process(dsec, tmp_path)
+    try:
+        ran = dsec.done(program, command=sys.executable, env=edge.env)
+        assert edge.done("ps", "-q") == ""
+    finally:
+        edge.stop()
+    lines = [line for line in ran.out.splitlines() if line]
+    assert lines[:5] == ["HELLO", "0 b'42\\n' False False", "streamed got a", "0", "True"]
+    assert lines[-1].startswith("'bash -c make' ended with 2: make: ")
+    names = {*CreateOptions.__annotations__, *RunOptions.__annotations__}
+    assert [name for name in sorted(names) if f"`{name}`" not in page] == []
