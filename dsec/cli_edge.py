@@ -13,6 +13,15 @@ from dsec.address import default_directory, default_url
 from dsec.cli_sandbox import JSON_OPTION, example
 from dsec.terminal import render_columns
 
+GIB = 1 << 30
+BOUNDS = {
+    "disk_bytes": "disk",
+    "memory_bytes": "memory, promised",
+    "pids_count": "processes, promised",
+    "sandboxes_count": "sandboxes",
+}
+"""How people are told of an Edge's bounds."""
+
 
 @click.group(short_help="The host agent: serve it, or look at it.", epilog=example("dsec edge serve"))
 def edge() -> None:
@@ -86,13 +95,26 @@ def serve(
 @edge.command(short_help="What the host has, and what of it is used.", epilog=example("dsec edge status --json"))
 @JSON_OPTION
 def status(as_json: bool) -> None:
-    """What the host of an Edge has, and what of it is used."""
+    """What the host of an Edge has, and what of it is used.
+
+    Memory and processes are promised, not used: a sandbox seldom takes all that it may, so an Edge promises what the
+    host has several times over (DSEC_EDGE_MEMORY_OVERCOMMIT, DSEC_EDGE_PIDS_OVERCOMMIT).  Disk is what is full.
+    """
     from dsec.client.host import host_view
 
     view = asyncio.run(host_view())
     if as_json:
-        click.echo(msgspec.json.encode(view))
+        whole = {kind: {name: int(amount) for name, amount in amounts.items()}
+                 for kind, amounts in (("used", view.used), ("total", view.total))}  # fmt: skip
+        click.echo(msgspec.json.encode(whole | {"sandboxes": view.sandboxes}))
         return
-    rows = [(name, f"{view.used.get(name, 0):,.0f}", f"{total:,.0f}") for name, total in sorted(view.total.items())]
+    rows = [
+        (BOUNDS.get(name, name), _amount(name, view.used.get(name, 0)), _amount(name, total))
+        for name, total in sorted(view.total.items())
+    ]
     rows += [(f"sandboxes {state}", str(count), "") for state, count in sorted(view.sandboxes.items())]
     click.echo(render_columns(("WHAT", "USED", "OF"), rows))
+
+
+def _amount(name: str, amount: float) -> str:
+    return f"{amount / GIB:,.1f} GiB" if name.endswith("_bytes") else f"{amount:,.0f}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -14,10 +15,12 @@ import click
 import msgspec
 
 from dsec.client.connection import connect
+from dsec.client.images import AsyncImages
 from dsec.client.sandbox import AsyncSandbox, CreateOptions, LifeOptions
 from dsec.client.substrate import RemoteSandbox
-from dsec.terminal import render_columns
-from dsec.types import SandboxId
+from dsec.images import Image
+from dsec.terminal import render_columns, shortened, span_text
+from dsec.types import SandboxId, SandboxSpec
 from dsec.views import SandboxView
 
 MIB = 1 << 20
@@ -94,7 +97,7 @@ def print_ids(ids: Sequence[str], *, as_json: bool) -> None:
 @click.option("-w", "--cwd", default="", help="Where commands run  [default: the image's]")
 @click.option("-u", "--user", default="", help="Who runs them: USER[:GROUP]  [default: the image's]")
 @label_option("To find it by.")
-@click.option("--idle-timeout-s", type=float, help="Ends after so long without a command  [default: never]")
+@click.option("--idle-timeout-s", type=float, help="Ends after so long without a command  [default: never; from Python: 1 h]")
 @click.option("--lifetime-s", type=float, help="Ends after so long  [default: never]")
 @click.option("--owner", default="", help="The lease that it lives under.")
 @click.option("--epoch", type=click.IntRange(0), default=0, help="Of the lease.")
@@ -119,6 +122,10 @@ def create(
     as_json: bool,
 ) -> None:
     """Make a sandbox and print its id; it lives until `dsec rm`, or as long as the options say.
+
+    What --allow names is reached through a proxy, by http_proxy and its relatives in every command's environment.  A
+    name opens public addresses; loopback and private ones need a CIDR (127.0.0.1/32:8765).  https needs certificates,
+    which the base `host` brings none of.
 
     What an image says of variables, directory and user is for every command that does not say otherwise; -e, -w and -u
     go before it.  An image's entry point is not run.
@@ -246,7 +253,10 @@ def fork(sandbox_id: str, count: int, after: str | None, labels: dict[str, str],
 @click.argument("sandbox_id", metavar="ID")
 @click.option("--allow", multiple=True, metavar="RULE", help="HOST[:PORT], *.HOST or CIDR; none: nowhere.")
 def network(sandbox_id: str, allow: Sequence[str]) -> None:
-    """Replace a sandbox's network allowlist; connections that it no longer allows are closed."""
+    """Replace a sandbox's network allowlist; connections that it no longer allows are closed.
+
+    How rules are meant, `dsec create --help` says.
+    """
     asyncio.run(connected(sandbox_id, lambda sandbox: sandbox.update_network(allow)))
 
 
@@ -255,20 +265,45 @@ def network(sandbox_id: str, allow: Sequence[str]) -> None:
 @click.option("-q", "--quiet", is_flag=True, help="Ids only.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON list.")
 def ps(labels: dict[str, str], quiet: bool, as_json: bool) -> None:
-    """List living sandboxes."""
-    views = asyncio.run(AsyncSandbox.list(labels))
+    """List living sandboxes.
+
+    BASE is the image that a sandbox was made of, and how many layers lie over it; MEMORY is its bound.
+    """
+
+    async def look() -> tuple[list[SandboxView], list[Image]]:
+        views = await AsyncSandbox.list(labels)
+        if as_json or quiet or not any(view.spec.layers for view in views):
+            return views, []
+        async with AsyncImages() as images:
+            return views, await images.images()
+
+    views, images = asyncio.run(look())
     if as_json:
         click.echo(msgspec.json.encode(views))
     elif quiet:
         click.echo("".join(f"{view.id}\n" for view in views), nl=False)
     else:
-        head = ("ID", "STATE", "BASE", "MEMORY", "COMMANDS", "OWNER", "LABELS")
-        click.echo(render_columns(head, [_row(view) for view in views]))
+        head = ("ID", "STATE", "AGE", "BASE", "MEMORY", "COMMANDS", "OWNER", "LABELS")
+        click.echo(render_columns(head, [_row(view, images) for view in views]))
 
 
-def _row(view: SandboxView) -> tuple[str, ...]:
-    base = view.spec.base or (view.spec.layers[-1] if view.spec.layers else "")
-    labels = ",".join(f"{name}={value}" for name, value in sorted(view.labels.items()))
+def _row(view: SandboxView, images: Sequence[Image]) -> tuple[str, ...]:
+    labels = ",".join(f"{shortened(name, 20)}={shortened(value, 20)}" for name, value in sorted(view.labels.items()))
     memory = f"{view.spec.memory_bytes / MIB:.0f}M"
-    owner = f"{view.owner}/{view.epoch}" if view.owner else ""
-    return view.id, view.state, base[:19], memory, str(view.commands_count), owner, labels
+    owner = f"{shortened(view.owner, 20)}/{view.epoch}" if view.owner else ""
+    age = span_text(time.time() - view.created_at_s)
+    return view.id, view.state, age, _base(view.spec, images), memory, str(view.commands_count), owner, labels
+
+
+def _base(spec: SandboxSpec, images: Sequence[Image]) -> str:
+    """The image whose layers are the lowest ones, else what they lie over."""
+    names = {image.layers: image.name for image in images}
+    layers = spec.layers
+    lowest = next((at for at in range(len(layers)) if layers[at:] in names), len(layers))
+    if lowest < len(layers):
+        name, over = names[layers[lowest:]], lowest
+    elif spec.base:
+        name, over = spec.base, len(layers)
+    else:
+        name, over = layers[-1][:19], len(layers) - 1
+    return f"{name}+{over}" if over else name

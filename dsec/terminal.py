@@ -18,6 +18,19 @@ def visible_line(text: str) -> str:
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def span_text(seconds: float) -> str:
+    """A span in the largest unit that it has whole: `59s`, `3m`, `5h`, `12d`."""
+    for unit, name in ((86_400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= unit:
+            return f"{seconds // unit:.0f}{name}"
+    return f"{max(seconds, 0) // 1:.0f}s"
+
+
+def shortened(text: str, count: int) -> str:
+    """At most so many characters of a text, for a table; dots say that there are more."""
+    return text if len(text) <= count else text[: count - 2] + ".."
+
+
 def render_columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A plain table: one line a row, columns two spaces apart, every cell made visible."""
     lines = [tuple(head), *(tuple(map(visible_line, row)) for row in rows)]

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -292,7 +293,10 @@ def test_the_life_of_a_sandbox_can_be_led_from_a_shell(edge: Any) -> None:
     states = {one: edge.done("exec", one, "--", "cat", "/root/state").strip() for one in (*forks, branch, again)}
     assert list(states.values()) == ["2", "2", "1", "2"]
     assert set(edge.done("ps", "-q", "--label", "job=8").split()) == set(states)
-    assert "job=7" in edge.done("ps")
+    rows = {row.split()[0]: row.split()[1:] for row in edge.done("ps").splitlines()}
+    assert rows[sandbox][-1] == "job=7"
+    assert [rows[one][2] for one in (sandbox, again)] == ["host", "host+1"]
+    assert rows[sandbox][1][-1] in "sm"
     edge.done("rm", sandbox, *states)
     assert edge.done("ps", "-q") == ""
     assert edge("exec", sandbox, "--", "true").code == 125
@@ -301,6 +305,8 @@ def test_the_life_of_a_sandbox_can_be_led_from_a_shell(edge: Any) -> None:
     assert edge.done("trajectory", sandbox, "--directory", edge.directory / "state") == told
     status = json.loads(edge.done("edge", "status", "--json"))
     assert status["total"]["memory_bytes"] > 0
+    assert isinstance(status["used"]["memory_bytes"], int)
+    assert re.search(r"^memory, promised +[\d.]+ GiB +[\d,.]+ GiB$", edge.done("edge", "status"), re.MULTILINE)
 
 
 def test_where_no_edge_is_every_command_says_how_to_get_one(session_dsec: Any, tmp_path: Path) -> None:
