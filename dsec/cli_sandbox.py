@@ -97,7 +97,9 @@ def print_ids(ids: Sequence[str], *, as_json: bool) -> None:
 @click.option("-w", "--cwd", default="", help="Where commands run  [default: the image's]")
 @click.option("-u", "--user", default="", help="Who runs them: USER[:GROUP]  [default: the image's]")
 @label_option("To find it by.")
-@click.option("--idle-timeout-s", type=float, help="Ends after so long without a command  [default: never; from Python: 1 h]")
+@click.option(
+    "--idle-timeout-s", type=float, help="Ends after so long without a command  [default: never; from Python: 1 h]"
+)
 @click.option("--lifetime-s", type=float, help="Ends after so long  [default: never]")
 @click.option("--owner", default="", help="The lease that it lives under.")
 @click.option("--epoch", type=click.IntRange(0), default=0, help="Of the lease.")
