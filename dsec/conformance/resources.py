@@ -7,16 +7,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
+from typing import TypeVar
 
 from dsec.conformance.check import ENV, Check, check, fresh, line, python, require, shell
 from dsec.sandbox import Sandbox, Substrate
-from dsec.types import Command, ExecResult, SandboxSpec
+from dsec.types import Command, SandboxSpec
 
+T = TypeVar("T")
 _SMALL = SandboxSpec(memory_bytes=128 << 20, disk_bytes=64 << 20, pids_count_max=64)
 _EAT_MEMORY = "python3 -c 'a=[]\nwhile 1: a.append(bytearray(1<<24))'"
 
 
-async def _beside(quiet: Sandbox, loud: Coroutine[None, None, ExecResult]) -> ExecResult:
+async def beside(quiet: Sandbox, loud: Coroutine[None, None, T]) -> T:
     """Run `loud`; meanwhile `quiet` must answer within two seconds, each time (at the 95th percentile)."""
     task = asyncio.create_task(loud)
     waits: list[float] = []
@@ -38,7 +40,7 @@ async def _require_well(sandbox: Sandbox) -> None:
 @check()
 async def a_fork_bomb_is_stopped_and_leaves_others_well(substrate: Substrate) -> None:
     async with fresh(substrate, _SMALL) as bomb, fresh(substrate) as quiet:
-        result = await _beside(quiet, shell(bomb, ":(){ :|:& };: ; sleep 60", timeout_s=3))
+        result = await beside(quiet, shell(bomb, ":(){ :|:& };: ; sleep 60", timeout_s=3))
         require(result.timed_out, result)
         await _require_well(bomb)
 
@@ -77,7 +79,7 @@ async def a_sandbox_full_of_processes_answers_with_a_result_and_can_be_emptied(s
 @check()
 async def running_out_of_memory_is_a_flagged_result(substrate: Substrate) -> None:
     async with fresh(substrate, _SMALL) as sandbox, fresh(substrate) as quiet:
-        result = await _beside(quiet, shell(sandbox, f"exec {_EAT_MEMORY}"))
+        result = await beside(quiet, shell(sandbox, f"exec {_EAT_MEMORY}"))
         require(result.exit_code == 137 and result.oom_killed and not result.timed_out, result)
         await _require_well(sandbox)
         require(not (await shell(sandbox, "true")).oom_killed, "the flag outlived its command")

@@ -103,7 +103,10 @@ static const char *initialise(void) {
     watch_owner(take_u32(&in));
     spawner.slots_count = take_u32(&in);
     if (spawner.slots_count == 0 || spawner.slots_count > SLOTS_COUNT_MAX) return errno = EPROTO, "read INIT";
-    struct rlimit files = {FILES_COUNT_MAX, FILES_COUNT_MAX};
+    struct rlimit files;
+    if (getrlimit(RLIMIT_NOFILE, &files) < 0) return "look at RLIMIT_NOFILE";
+    files.rlim_cur = FILES_COUNT_MAX;
+    if (files.rlim_max < files.rlim_cur) files.rlim_max = files.rlim_cur; /* never lower: guests may need all of it */
     if (setrlimit(RLIMIT_NOFILE, &files) < 0) return "raise RLIMIT_NOFILE";
     const char *step = open_hierarchies(&in);
     if (step) return step;

@@ -5,17 +5,18 @@ Those that outlive their maker are in test_sandbox_remote.py, behind an Edge.
 
 import asyncio
 import os
+import resource
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-from dsec.conformance.check import Check, shell
+from dsec.conformance.check import ENV, Check, shell
 from dsec.edge.images.store import LayerStore
 from dsec.edge.substrates.container import ContainerSubstrate
 from dsec.testing import SANDBOX_CHECKS
-from dsec.types import SandboxSpec
+from dsec.types import Command, SandboxSpec
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -92,3 +93,28 @@ async def test_the_view_inside_does_not_differ_from_sandbox_to_sandbox(substrate
     assert b"dsec" not in views[0]
     for sandbox in list(substrate._sandboxes.values()):
         await sandbox.destroy()
+
+
+async def test_a_process_has_so_many_descriptors_and_no_more(substrate: ContainerSubstrate) -> None:
+    sandbox = await substrate.create(SandboxSpec())
+    program = """
+import errno, os, resource
+def fill():
+    fds = []
+    try:
+        while True: fds.append(os.dup(1))
+    except OSError as error:
+        print(errno.errorcode[error.errno], fds[-1] + 1)
+    os.closerange(3, fds[-1] + 1)
+fill()
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+fill()
+try: resource.setrlimit(resource.RLIMIT_NOFILE, (hard + 1, hard + 1))
+except (OSError, ValueError): print("no more")
+"""
+    result = await sandbox.exec(Command(argv=("python3", "-c", program), env=ENV))
+    _, of_host = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = {65536, min(65536, of_host)}  # less only where the host has less, and lets nobody raise it
+    assert result.stdout.data in {b"EMFILE 1024\nEMFILE %d\nno more\n" % hard for hard in allowed}, result
+    await sandbox.destroy()

@@ -22,6 +22,7 @@ import pytest
 import pytest_asyncio
 
 from dsec.conformance.check import ENV
+from dsec.conformance.resources import beside
 from dsec.edge.substrates.container import ContainerSubstrate
 from dsec.edge.substrates.container_sandbox import ContainerSandbox
 from dsec.errors import DsecError, InvalidArgumentError, NotFoundError
@@ -35,7 +36,6 @@ CASES = [json.loads(line) for line in (DATA / "cases.jsonl").read_text().splitli
 DRIVEN = [case for case in CASES if case["area"] in {"exec", "output", "files", "resources", "isolation"}]
 CANARY = f"canary-{os.getpid()}"
 MEMORY_GROWTH_BYTES_MAX = 64 << 20
-BESIDE_COUNT_MIN = 20
 DISK_KIB = SandboxSpec().disk_bytes >> 10
 Answer = ExecResult | DsecError | bytes
 
@@ -99,7 +99,6 @@ class Play:
         self._port = port
         self._on_host = host
         self._boxes: dict[str, ContainerSandbox] = {}
-        self.beside: list[ExecResult] = []
 
     @property
     def ran(self) -> list[ExecResult]:
@@ -129,12 +128,10 @@ class Play:
             await sandbox.destroy()
             assert not Path(f"/proc/{sandbox.host_pid}").exists(), "its pid 1, which ends after all others"
 
-    async def look_beside(self, is_over: asyncio.Event) -> None:
-        """What another sandbox answers in the meantime, twenty times at least; each has two seconds."""
-        other = await self._substrate.create(SandboxSpec())
-        while len(self.beside) < BESIDE_COUNT_MIN or not is_over.is_set():
-            self.beside.append(await other.exec(Command(argv=("echo", "ok"), env=ENV, timeout_s=2)))
-        await other.destroy()
+    async def perform_all(self, ops: list[dict[str, Any]]) -> None:
+        for number, op in enumerate(ops):
+            async with asyncio.timeout(self.expect.get(f"max_wall_s{number}", self.expect.get("max_wall_s"))):
+                await self.perform(op)
 
     async def run(self, op: dict[str, Any], argv: tuple[str, ...], stdin: bytes = b"") -> None:
         command = Command(
@@ -289,13 +286,11 @@ def _signals(play: Play) -> None:
     assert not [result for result in play.ran if result.timed_out or result.oom_killed]
 
 
-def _neighbour(play: Play) -> None:
-    answers = [result.stdout.data for result in play.beside]
-    assert answers.count(b"ok\n") >= len(answers) * 0.95
-
-
 def _nothing_more(play: Play) -> None:
-    """What is left of `also` is seen in every case (the sandbox lives, no timeout, no process after its end)."""
+    """The rest is seen in every case (the sandbox lives, its neighbour answers, no timeout, no process after its end).
+
+    What is not, the tests show that proofs.json names.
+    """
 
 
 ALSO: dict[str, Callable[[Play], None]] = {
@@ -303,8 +298,8 @@ ALSO: dict[str, Callable[[Play], None]] = {
     "exit-signals": _signals,
     "bg-holds-stdout": _nothing_more,
     "exec-nonexistent": _nonexistent,
-    "fork-bomb": _neighbour,
-    "oom": _neighbour,
+    "fork-bomb": _nothing_more,
+    "oom": _nothing_more,
     "disk-fill": _disk_fill,
     "caps": _caps,
     "sym-read-host": _read_host,
@@ -320,14 +315,11 @@ ALSO: dict[str, Callable[[Play], None]] = {
 async def test_a_hostile_case_ends_as_it_must(
     substrate: ContainerSubstrate, host_port: int, host: Callable[[str], str], case: dict[str, Any]
 ) -> None:
-    before, play, is_over = held(), Play(case, substrate, host_port, host), asyncio.Event()
-    beside = asyncio.create_task(play.look_beside(is_over)) if ALSO.get(case["id"]) is _neighbour else None
-    for number, op in enumerate(case["ops"]):
-        async with asyncio.timeout(play.expect.get(f"max_wall_s{number}", play.expect.get("max_wall_s"))):
-            await play.perform(op)
-    if beside is not None:
-        is_over.set()
-        await beside
+    before, play = held(), Play(case, substrate, host_port, host)
+    if "a second sandbox answers" in str(play.expect.get("also")):
+        await beside(await play.box("beside"), play.perform_all(case["ops"]))
+    else:
+        await play.perform_all(case["ops"])
     for key, wanted in play.expect.items():
         assert key in PROSE | WALL or EXPECT[key](play) == wanted, key
     assert [result.timed_out for result in play.ran[1:]].count(True) == 0
