@@ -126,6 +126,8 @@ class ExecResult(msgspec.Struct, frozen=True, kw_only=True):
 
     With `timed_out` the whole process tree of the command was killed and `exit_code` is 137.
     `oom_killed`: the memory cgroup killed a process while the command ran.
+    `duration_s` is the command's own time, from its start to its end (that of its last process, if it was killed):
+    pauses do not count, nor does how long nobody was there to hear of the end.  0 if nothing could be started.
     """
 
     exit_code: int

@@ -144,7 +144,7 @@ class CommandResult:
 
     @property
     def duration_s(self) -> float:
-        """From its start to its end, as the host saw it."""
+        """The command's own time; see `dsec.types.ExecResult`."""
         return self.raw.duration_s
 
 

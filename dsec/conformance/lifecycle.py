@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import msgspec
 
@@ -98,6 +99,7 @@ async def nothing_runs_while_a_sandbox_is_paused(substrate: Substrate) -> None:
 @check()
 async def time_in_a_pause_does_not_count(substrate: Substrate) -> None:
     async with fresh(substrate) as sandbox:
+        begun_s = time.monotonic()
         process = await sandbox.start(
             script("echo ready; until [ -e /tmp/go ]; do sleep 0.02; done; exit 3", timeout_s=PAUSE_S + 1)
         )
@@ -108,7 +110,9 @@ async def time_in_a_pause_does_not_count(substrate: Substrate) -> None:
             await sandbox.resume()
         await line(sandbox, "touch /tmp/go")
         result = await process.wait()
+        own_s = time.monotonic() - begun_s - 3 * PAUSE_S
         require(result.exit_code == 3 and not result.timed_out, result)
+        require(0 < result.duration_s < own_s + 0.01, f"{result.duration_s} s of at most {own_s} s")
 
 
 @check()

@@ -41,10 +41,11 @@ _ANSWERS = (MessageType.EXITED, MessageType.REFUSED)
 
 
 class Exited(msgspec.Struct, frozen=True):
-    """A command ended: wait status as of wait(2), and EXIT_* flags."""
+    """A command ended: wait status as of wait(2), EXIT_* flags, and how long it took."""
 
     wait_status: int
     flags: int
+    duration_s: float
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -230,7 +231,7 @@ def _lose(waiting: asyncio.Future[Any], reason: str) -> None:
 def _answer(kind: int, reader: MessageReader) -> Answer:
     first = reader.u32()
     if kind == MessageType.EXITED:
-        return Exited(first, reader.u32())
+        return Exited(first, reader.u32(), reader.u64() / 1e6)
     if first not in set(Stage):
         raise MalformedMessageError(f"a guest refused a command at stage {first}")
     return Refused(Stage(first), reader.errno())

@@ -17,7 +17,7 @@ import msgspec
 
 from dsec.types import SandboxSpec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 NO_SLOT = 0xFFFFFFFF
 PACKET_BYTES_MAX = 65536
 PACKET_FDS_MAX = 4
@@ -179,11 +179,17 @@ class MessageReader:
 
     def u32(self) -> int:
         """The next number."""
-        if self._offset + 4 > len(self._data):
+        return self._number(4)
+
+    def u64(self) -> int:
+        """The next number of twice the size."""
+        return self._number(8)
+
+    def _number(self, size: int) -> int:
+        start, self._offset = self._offset, self._offset + size
+        if self._offset > len(self._data):
             raise MalformedMessageError("a number runs past the end of its message")
-        (value,) = struct.unpack_from("<I", self._data, self._offset)
-        self._offset += 4
-        return int(value)
+        return int.from_bytes(self._data[start : self._offset], "little")
 
     def errno(self) -> int:
         """The next number, which the kernel gave as an error."""

@@ -40,7 +40,8 @@ struct command {
     pid_t pid;  /* 0 once reaped */
     int status; /* the pipe that tells whether it gave up before execve; -1: it has executed */
     int wait_status;
-    uint64_t started_ms, deadline_ms;
+    uint64_t started_us; /* moves on with pauses, as the deadline does */
+    uint64_t deadline_ms;
     uint64_t oom_kills_before;
     struct exec_group group;
 };
@@ -50,10 +51,14 @@ static const int *joins;
 static struct command commands[EXECS_COUNT_MAX];
 static uint8_t packet[PACKET_BYTES_MAX];
 
-static uint64_t now_ms(void) {
+static uint64_t now_us(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+    return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
+}
+
+static uint64_t now_ms(void) {
+    return now_us() / 1000;
 }
 
 /* "oom_kill N" in memory.oom_control (v1) and memory.events (v2). */
@@ -72,17 +77,22 @@ static void reply(enum message_type type, const uint32_t *values, size_t count) 
 }
 
 static void answer(const struct end *end) {
-    reply(end->type, (uint32_t[]){end->id, end->first, end->second}, 3);
+    struct message out = {.length = 0};
+    put_u32(&out, end->type);
+    put_u32(&out, end->id);
+    put_u32(&out, end->first);
+    put_u32(&out, end->second);
+    if (end->type == MSG_EXITED) put_u64(&out, end->duration_us);
+    if (send_message(control, &out, -1) < 0) _exit(0);
 }
 
-static void end_with(enum message_type type, uint32_t id, uint32_t first, uint32_t second) {
-    struct end end = {type, id, first, second};
+static void end_with(struct end end) {
     remember_end(&end);
     answer(&end);
 }
 
 static void refuse(uint32_t id, enum refusal_stage stage, int error) {
-    end_with(MSG_REFUSED, id, stage, (uint32_t)error);
+    end_with((struct end){MSG_REFUSED, id, stage, (uint32_t)error, 0});
 }
 
 /* Whether a command that was started gave up before execve; then it is answered, and is no more. */
@@ -103,10 +113,12 @@ static int has_given_up(struct command *command) {
 static void finish(struct command *command) {
     if (command->status >= 0 && has_given_up(command)) return;
     if (command->status >= 0) close(command->status);
+    uint64_t now = now_us(), started = command->started_us; /* later than now, where it was still to start as a pause began */
     if (count_oom_kills() > command->oom_kills_before) command->flags |= EXIT_OOM_KILLED;
     release_group(&command->group);
     command->state = COMMAND_NONE;
-    end_with(MSG_EXITED, command->id, (uint32_t)command->wait_status, command->flags);
+    end_with((struct end){MSG_EXITED, command->id, (uint32_t)command->wait_status, command->flags,
+                          now > started ? now - started : 0});
 }
 
 static void kill_tree(struct command *command, uint64_t now) {
@@ -162,7 +174,7 @@ static int advance(void) {
         }
         if (command->state == COMMAND_RUNNING && command->deadline_ms < next) next = command->deadline_ms;
         if (command->state != COMMAND_RUNNING || command->status < 0) continue;
-        if (now >= command->started_ms + START_POLL_MS) kill(command->pid, SIGCONT);
+        if (now >= command->started_us / 1000 + START_POLL_MS) kill(command->pid, SIGCONT);
         if (now + START_POLL_MS < next) next = now + START_POLL_MS;
     }
     if (next == UINT64_MAX) return -1;
@@ -202,7 +214,7 @@ static void start(uint32_t id, uint32_t flags, struct reader *in, const struct c
         if (commands[i].state == COMMAND_NONE) command = &commands[i];
     if (!command) return refuse(id, STAGE_COMMANDS, EAGAIN);
     if (parse_exec_body(in, &body) < 0) return refuse(id, STAGE_REQUEST, EBADMSG);
-    *command = (struct command){.id = id, .status = -1, .started_ms = now_ms(), .oom_kills_before = count_oom_kills()};
+    *command = (struct command){.id = id, .status = -1, .started_us = now_us(), .oom_kills_before = count_oom_kills()};
     if (acquire_group(&command->group) < 0) {
         refuse(id, STAGE_GROUP, errno);
     } else {
@@ -211,7 +223,7 @@ static void start(uint32_t id, uint32_t flags, struct reader *in, const struct c
         command->pid = launch(&what, &command->status, &refusal);
         if (command->pid > 0) {
             command->state = COMMAND_RUNNING;
-            command->deadline_ms = command->started_ms + body.timeout_ms;
+            command->deadline_ms = command->started_us / 1000 + body.timeout_ms;
         } else {
             release_group(&command->group);
             refuse(id, refusal.stage, refusal.error);
@@ -256,7 +268,10 @@ static void on_signal(struct reader *in) {
 
 static void on_extend(struct reader *in) {
     uint64_t span = take_u64(in);
-    for (int i = 0; i < EXECS_COUNT_MAX; i++) commands[i].deadline_ms += span;
+    for (int i = 0; i < EXECS_COUNT_MAX; i++) {
+        commands[i].deadline_ms += span;
+        commands[i].started_us += span * 1000;
+    }
 }
 
 static void on_sync(void) {
@@ -315,8 +330,8 @@ void guest_main(int control_fd, int command_group, int oom_fd, const int *join_f
         if (fds[1].revents)
             while (read(signals, info, sizeof info) > 0) {
             }
-        reap();
         /* All that was sent, before time is looked at: after a pause EXTEND lies here, and the deadlines are long over. */
         while (on_control()) continue;
+        reap();
     }
 }

@@ -35,6 +35,7 @@ pid_t attribute_end(pid_t reaped, int *status);
 struct end {
     enum message_type type; /* MSG_EXITED or MSG_REFUSED */
     uint32_t id, first, second;
+    uint64_t duration_us; /* of what exited */
 };
 void remember_end(const struct end *end);
 void each_end(void (*visit)(const struct end *end)); /* the oldest first */

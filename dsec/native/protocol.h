@@ -40,7 +40,9 @@
  * guest -> Python
  *   READY
  *   FAILED   u32 NO_SLOT, string step, u32 errno                 a step of the setup failed; EOF follows
- *   EXITED   u32 exec_id, u32 wait status, u32 flags (EXIT_*)
+ *   EXITED   u32 exec_id, u32 wait status, u32 flags (EXIT_*), u64 duration_us
+ *            The duration is that of the command, whoever was there: from when the guest turned to its EXEC to its end
+ *            (the last of its tree, if that was killed), on CLOCK_MONOTONIC, less what EXTEND told meanwhile.
  *   REFUSED  u32 exec_id, u32 stage (STAGE_*), u32 errno         the command did not start
  *   TTY      u32 exec_id     + fd: the master of the command's terminal; comes before its EXITED
  *   RUNNING  u32 exec_id     an answer to SYNC
@@ -55,7 +57,8 @@
  *            argv[0] of TOOLBOX_NAME is no program: the guest's own file operations (toolbox.c)
  *   KILL     u32 exec_id     kills the whole tree; EXITED answers
  *   SIGNAL   u32 exec_id, u32 number     to the command's process group
- *   EXTEND   u64 ms          every running command's deadline moves: the sandbox was paused for so long
+ *   EXTEND   u64 ms          the sandbox was paused for so long, which counts for no command: neither its deadline nor
+ *            its duration
  *   SYNC     asks what there is: RUNNING for each running command, EXITED or REFUSED again for each of the last
  *            ENDED_COUNT_MAX that ended, then SYNCED
  *
@@ -138,7 +141,7 @@ enum refusal_stage {
 
 /* One more with every change after which a keeper, spawner or guest of before, or what the keeper has (its keys, the
  * facts of a sandbox), is not understood. */
-#define PROTOCOL_VERSION 1
+#define PROTOCOL_VERSION 2
 
 #define NO_SLOT 0xffffffffu
 

@@ -53,6 +53,10 @@ void put_u32(struct message *out, uint32_t value) {
     put(out, &value, sizeof value);
 }
 
+void put_u64(struct message *out, uint64_t value) {
+    put(out, &value, sizeof value);
+}
+
 void put_string(struct message *out, const char *text) {
     size_t count = strnlen(text, 256);
     put_u32(out, (uint32_t)count);

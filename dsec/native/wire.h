@@ -24,6 +24,7 @@ struct message {
 };
 
 void put_u32(struct message *out, uint32_t value);
+void put_u64(struct message *out, uint64_t value);
 void put_string(struct message *out, const char *text);
 
 /* What EXEC asks for; the strings point into the body, `argv` and `env` are one allocation. */

@@ -52,6 +52,11 @@ def run_until_killed(state_dir: Path, body: str, after_s: float = 0.0) -> None:
         owner.kill()
 
 
+def wait_until_childless(pid: str) -> None:
+    while Path(f"/proc/{pid}/task/{pid}/children").read_text():
+        time.sleep(0.01)
+
+
 async def reopen(state_dir: Path) -> ContainerSubstrate:
     substrate = ContainerSubstrate(SubstrateConfig(spool_bytes_max=1 << 20), state_dir=state_dir)
     await substrate.open()
@@ -140,6 +145,24 @@ async def test_a_paused_sandbox_stays_paused_and_its_time_stands(tmp_path: Path)
     await process.write_stdin(b"\n")
     result = await process.wait()
     assert (result.exit_code, result.stdout.data, result.timed_out) == (0, b"ready\ndone\n", False)
+    await substrate.close()
+
+
+async def test_a_command_took_its_own_time_whoever_was_there_at_its_end(tmp_path: Path) -> None:
+    body = """
+    (Path(sys.argv[1]) / "guest").write_text(str(box.host_pid))
+    process = await box.start(script("echo ready; sleep 0.3"), 1)
+    await process.read_output("stdout", 0, 10)
+    """
+    begun_s = time.monotonic()
+    run_until_killed(tmp_path, body)
+    wait_until_childless((tmp_path / "guest").read_text())
+    ended_s = time.monotonic() - begun_s
+    await asyncio.sleep(ended_s)  # here time itself is what is checked
+    substrate = await reopen(tmp_path)
+    process = await substrate.adopted()[BOX].resume_process(1, script(""))
+    assert process is not None
+    assert 0.3 <= (await process.wait()).duration_s < ended_s
     await substrate.close()
 
 

@@ -37,7 +37,7 @@ def serve(guest):
         exec_id = [words.u32() for _ in range(7)][1]
         words.string(), words.string()
         argv = [words.string() for _ in range(words.u32())]
-        answer = encode_u32(MessageType.EXITED, exec_id, 0, 0)
+        answer = encode_u32(MessageType.EXITED, exec_id, 0, 0, 0, 0)
         if argv[0] == "answer":
             answer = b"".join(encode_u32(exec_id) if part == "id" else bytes.fromhex(part) for part in argv[1:])
         with open("/dev/null") as extra:

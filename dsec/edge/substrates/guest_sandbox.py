@@ -6,7 +6,7 @@ Invariants:
     1. A sandbox that cannot be used any more is destroyed by itself; every later call says so (SandboxLostError).
     2. A command closes every pipe it opened, however it ends.
     3. A message is sent to a guest that runs: whoever wants to tell it something resumes it first.
-    4. Time that a sandbox is paused for counts for no timeout: neither the guest's, nor ours for its answer.
+    4. Time that a sandbox is paused for counts neither for timeouts (the guest's, ours for its answer) nor as duration.
 
 See: docs/architecture.md "Sandbox", dsec/native/guest.c.
 """
@@ -198,7 +198,7 @@ class GuestSandbox(ABC):
             raise
         self._unrun.discard(number)
         streams.begin()
-        process = self._follow(GuestProcess(self, number, command, streams, time.monotonic()))
+        process = self._follow(GuestProcess(self, number, command, streams))
         if command.tty is not None:
             await self._attached(process)
         return process
@@ -256,11 +256,9 @@ class GuestSandbox(ABC):
                 return None
             raise OutcomeUnknownError(f"command {number} ended longer ago than sandbox {self._id} remembers")
         guest.resume(number)
-        begun_s = self._keeping.left_since(number, "tty" if command.tty else "stdout")
         streams = Streams(number, command, self._keeping)
         is_whole = streams.resume()
-        begun_s = time.monotonic() if begun_s is None else begun_s
-        return self._follow(GuestProcess(self, number, command, streams, begun_s, is_cut=not is_whole))
+        return self._follow(GuestProcess(self, number, command, streams, is_cut=not is_whole))
 
     # -- pausing ---------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from collections.abc import Awaitable, Callable
 from errno import E2BIG
 from typing import Protocol
@@ -51,8 +50,7 @@ class ProcessOwner(Protocol):
 class GuestProcess:
     """One command.  Implements `dsec.sandbox.Process`.
 
-    `begun_s` is when it was started (time.monotonic).  `is_cut`: an earlier Edge died before all of its stdin
-    had reached it, so that nobody can say what it would have done.
+    `is_cut`: an earlier Edge died before all of its stdin had reached it, so nobody can say what it would have done.
     """
 
     def __init__(
@@ -61,7 +59,6 @@ class GuestProcess:
         number: int,
         command: Command,
         streams: Streams,
-        begun_s: float,
         *,
         is_cut: bool = False,
     ) -> None:
@@ -69,7 +66,6 @@ class GuestProcess:
         self._number = number
         self._command = command
         self._streams = streams
-        self._begun_s = begun_s
         self._is_cut = is_cut
         self._attaching: asyncio.Task[None] | None = None
         self._end = asyncio.create_task(self._run(), name=f"command {number}")
@@ -166,7 +162,7 @@ class GuestProcess:
             stderr=stderr,
             timed_out=timed_out,
             oom_killed=bool(answer.flags & EXIT_OOM_KILLED),
-            duration_s=time.monotonic() - self._begun_s,
+            duration_s=answer.duration_s,
         )
 
     def _finish(self) -> tuple[Output, Output]:
@@ -182,7 +178,7 @@ class GuestProcess:
             message.add(CROWDED_MESSAGE)
             said, merged = message.output(), self._command.merge_stderr or self._command.tty
             stdout, stderr = (said, Output()) if merged else (Output(), said)
-            return ExecResult(exit_code=126, stdout=stdout, stderr=stderr, duration_s=time.monotonic() - self._begun_s)
+            return ExecResult(exit_code=126, stdout=stdout, stderr=stderr)
         raise _refusal(self._owner, answer, self._command)
 
 
