@@ -63,7 +63,8 @@ def serve(
     """Serve this host's sandboxes (dsec.pb.v1.Edge, health, reflection) until SIGINT or SIGTERM comes.
 
     Its sandboxes live on then, as after a crash, and the next `dsec edge serve` takes them up; with nobody there for
-    a while they end.  A unix socket is for our own user only; tcp and tls ask for a token.
+    a while they end.  Without sandboxes nothing is left.  A unix socket is for our own user only; tcp and tls ask for
+    a token.
     """
     import uvloop
 
@@ -86,10 +87,12 @@ def serve(
                 f"dsec: serving {', '.join(ready.urls)}; state in {ready.directory}; {ready.adopted} sandboxes taken up"
             )
 
+    def tell_left(count: int) -> None:
+        what = f"{count} sandboxes live on; the next `dsec edge serve` takes them up" if count else "nothing is left"
+        click.echo(f"dsec: {what}", err=True)
+
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        left = runner.run(main.serve(options, tell))
-    if left:
-        click.echo(f"dsec: {left} sandboxes live on; the next `dsec edge serve` takes them up", err=True)
+        runner.run(main.serve(options, tell, tell_left))
 
 
 @edge.command(short_help="What the host has, and what of it is used.", epilog=example("dsec edge status --json"))

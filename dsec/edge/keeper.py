@@ -104,6 +104,10 @@ class Keeper:
         if not await self._send_put(files):
             await self._heal()
 
+    def has(self, prefix: str) -> bool:
+        """Whether anything is kept under a key that begins like this."""
+        return any(key.startswith(prefix) for key in self._held)
+
     def reserve(self) -> None:
         """Hold one place free until `give_back`.  ResourceExhaustedError."""
         self._require_room(1)

@@ -88,10 +88,11 @@ def images_of(substrate: Substrate) -> Images | None:
     return Images(layers) if isinstance(layers, LayerStore) else None
 
 
-async def serve(options: ServeOptions, tell: Callable[[Ready], None]) -> int:
-    """Serve until SIGINT or SIGTERM; gives how many sandboxes live on.
+async def serve(options: ServeOptions, tell: Callable[[Ready], None], tell_left: Callable[[int], None]) -> None:
+    """Serve until SIGINT or SIGTERM.
 
-    InvalidArgumentError for an address that cannot be, before anything is touched.
+    `tell_left` hears how many sandboxes live on, after a start that failed too: only a signal ends what an earlier
+    Edge has left.  InvalidArgumentError for an address that cannot be, before anything is touched.
     """
     listens = [make_listen(url, options.token, options.certificate) for url in options.urls]
     stop = asyncio.Event()
@@ -106,15 +107,13 @@ async def serve(options: ServeOptions, tell: Callable[[Ready], None]) -> int:
     edge = Edge(options.directory, substrate, config)
     await edge.open()
     try:
-        left = await _serve(edge, images_of(substrate), listens, options, stop, tell)
-    except BaseException:
+        await _serve(edge, images_of(substrate), listens, options, stop, tell)
+        if options.destroys_on_exit:
+            await edge.close()
+    finally:
+        left = len(edge.list())
         await edge.detach()
-        raise
-    if options.destroys_on_exit:
-        await edge.close()
-        return 0
-    await edge.detach()
-    return left
+        tell_left(left)
 
 
 async def _serve(
@@ -124,7 +123,7 @@ async def _serve(
     options: ServeOptions,
     stop: asyncio.Event,
     tell: Callable[[Ready], None],
-) -> int:
+) -> None:
     servers: list[Server] = []
     try:
         for listen in listens:
@@ -136,4 +135,3 @@ async def _serve(
         await stop.wait()
     finally:
         await asyncio.gather(*(server.stop() for server in servers))
-    return len(edge.list({}))

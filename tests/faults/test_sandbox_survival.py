@@ -180,6 +180,16 @@ async def test_detaching_leaves_the_sandboxes_to_the_next_open(state_dir: Path) 
     await second.close()
 
 
+async def test_detaching_with_no_sandbox_leaves_nothing(state_dir: Path) -> None:
+    substrate = await reopen(state_dir, warm_count=2)
+    assert substrate.keeper is not None
+    await (await substrate.create(SandboxSpec())).destroy()
+    name, pids = substrate.spawner.name, (substrate.spawner.pid, substrate.keeper.pid)
+    await substrate.detach()
+    assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
+    assert cgroups_named(name) == []
+
+
 async def test_a_spawner_has_as_many_slots_as_it_was_started_with(state_dir: Path) -> None:
     first = await reopen(state_dir, sandboxes_count_max=2)
     await first.create(SandboxSpec())

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from dsec.edge.keeper import short_name
 
 
 @pytest.fixture
@@ -76,4 +79,29 @@ def test_a_stopped_edge_leaves_its_sandboxes_to_the_next(dsec: Any, tmp_path: Pa
     refused = dsec("edge", "serve", "--directory", tmp_path / "state", "--listen", f"unix:{tmp_path}/other", env=env)
     assert refused.code in (2, 3)
     second.terminate()
-    second.communicate(timeout=60)
+    _, err = second.communicate(timeout=60)
+    assert err == "dsec: nothing is left\n"
+
+
+def is_kept(state: Path) -> bool:
+    """Whether a keeper waits for the next Edge."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe, short_name(state / "keeper.sock") as name:
+        return probe.connect_ex(name) == 0
+
+
+@pytest.mark.parametrize("options", [(), ("--destroy-on-exit",)])
+def test_an_edge_with_nothing_to_keep_leaves_nothing(dsec: Any, tmp_path: Path, options: tuple[str, ...]) -> None:
+    where = ("edge", "serve", "--directory", tmp_path / "state", "--listen", f"unix:{tmp_path}/sock", *options)
+    edge = dsec.start(*where)
+    assert edge.stdout.readline().startswith("dsec: serving")
+    assert is_kept(tmp_path / "state")
+    edge.terminate()
+    assert edge.communicate(timeout=60)[1] == "dsec: nothing is left\n"
+    assert not is_kept(tmp_path / "state")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"tcp:127.0.0.1:{taken.getsockname()[1]}"
+        failed = dsec(*where, "--listen", address, env={"DSEC_API_KEY": "token" * 4})
+    assert failed.code != 0
+    assert "dsec: nothing is left\n" in failed.err
+    assert address in failed.err
+    assert not is_kept(tmp_path / "state")

@@ -24,6 +24,8 @@ import msgspec
 from dsec.edge.packets import make_memory_file
 from dsec.types import SandboxId, SandboxSpec
 
+GUEST_PREFIX = "guest/"
+
 
 class KeptSandbox(msgspec.Struct):
     """A sandbox of an earlier process; the descriptors are the taker's."""
@@ -53,7 +55,7 @@ class Kept(msgspec.Struct):
 
 def guest_key(sandbox_id: SandboxId, slot: int, host_pid: int) -> str:
     """Of a guest's socket."""
-    return f"guest/{sandbox_id}/{slot}/{host_pid}"
+    return f"{GUEST_PREFIX}{sandbox_id}/{slot}/{host_pid}"
 
 
 def facts_key(sandbox_id: SandboxId) -> str:

@@ -33,7 +33,7 @@ from dsec.edge.linux import cgroup, skeleton
 from dsec.edge.linux.host import raise_files_limit, require_fit_host
 from dsec.edge.network.gateway import Gateway
 from dsec.edge.spawner import Spawner
-from dsec.edge.substrates.adoption import Kept, KeptSandbox, parse_spawner_key, sort_kept, spawner_key
+from dsec.edge.substrates.adoption import GUEST_PREFIX, Kept, KeptSandbox, parse_spawner_key, sort_kept, spawner_key
 from dsec.edge.substrates.container_sandbox import ContainerSandbox
 from dsec.edge.substrates.layer_mounts import LayerMounts, Layers
 from dsec.edge.substrates.seats import Seats
@@ -107,8 +107,11 @@ class ContainerSubstrate:
         return self._adopted
 
     async def detach(self) -> None:
-        """See `dsec.sandbox.Substrate.detach`: with a `state_dir`, what was given out lives on."""
-        if self.keeper is None or self._seats is None:
+        """See `dsec.sandbox.Substrate.detach`: with a `state_dir`, what was given out lives on.
+
+        With nothing given out nothing is left: whoever comes next has no use for an empty spawner.
+        """
+        if self.keeper is None or self._seats is None or not self.keeper.has(GUEST_PREFIX):
             await self.close()
             return
         await self._warm.close()
