@@ -99,7 +99,7 @@ class Sandbox(Protocol):
     async def resume_process(self, number: int, command: Command) -> Process | None:
         """The command that was started under `number`, by this process or by an earlier one of the host agent.
 
-        None if the sandbox never heard of it: it did not run.  OutcomeUnknownError if it ended
+        None if the sandbox never heard of it, or refused it: it did not run.  OutcomeUnknownError if it ended
         longer ago than the sandbox remembers.
         """
         ...

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 
-from dsec.conformance.check import Check, check, fresh, line, require, script, shell
+from dsec.conformance.check import Check, check, fresh, line, refusal_of, require, script, shell
 from dsec.errors import InvalidArgumentError
 from dsec.sandbox import Process, Substrate
 from dsec.types import Command
@@ -45,6 +45,15 @@ async def commands_are_numbered_by_the_sandbox_or_by_the_caller(substrate: Subst
         require(again is not None and again.number == 7, again)
         require(again is not None and (await again.wait()).exit_code == 0, "the resumed command has no result")
         require(await sandbox.resume_process(9, command) is None, "a command that nobody started was resumed")
+
+
+@check()
+async def a_command_that_was_refused_after_its_start_is_not_known(substrate: Substrate) -> None:
+    async with fresh(substrate) as sandbox:
+        command = script("true", cwd="/no/such")
+        error = await refusal_of((await sandbox.start(command, 7)).wait())
+        require(error.command_started == "no", error)
+        require(await sandbox.resume_process(7, command) is None, "a command that did not run was resumed")
 
 
 @check(kind="port")
@@ -222,6 +231,7 @@ async def a_hundred_commands_leave_room_for_the_next(substrate: Substrate) -> No
 CHECKS: tuple[Check, ...] = (
     each_of_several_waiters_gets_the_result,
     commands_are_numbered_by_the_sandbox_or_by_the_caller,
+    a_command_that_was_refused_after_its_start_is_not_known,
     a_command_that_has_ended_takes_no_more,
     what_a_command_was_not_started_for_is_refused,
     start_returns_while_the_command_runs,

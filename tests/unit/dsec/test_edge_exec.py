@@ -8,8 +8,6 @@ import pytest
 from dsec.edge.history import read_trajectory
 from dsec.errors import (
     DivergedError,
-    DsecError,
-    HostUnfitError,
     InvalidArgumentError,
     NotFoundError,
     OutcomeUnknownError,
@@ -225,78 +223,6 @@ async def test_a_command_whose_end_the_sandbox_forgot_is_unknown_for_ever_and_ne
     await hosts.edge()
 
 
-async def test_a_refused_command_frees_its_key_for_the_same_command(hosts: Any, world: World) -> None:
-    edge, box = await made(hosts)
-    sandbox = hosts.sandbox(box)
-
-    async def refuse(*_: Any) -> None:
-        raise ResourceExhaustedError("no pipes")
-
-    sandbox.start = refuse
-    with pytest.raises(ResourceExhaustedError):
-        await edge.exec(box, LS, "k")
-    assert edge.commands(box) == []
-    del sandbox.start
-    world.may_end.set()
-    with pytest.raises(DivergedError):
-        await edge.exec(box, CAT, "k")
-    assert (await edge.exec(box, LS, "k")).exit_code == 1
-    assert [(view.key, view.number) for view in edge.commands(box)] == [("k", 2)]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        ResourceExhaustedError("no room for its terminal"),
-        OutOfRangeError("its output has made room"),
-        HostUnfitError("no keeper lasts"),
-        InvalidArgumentError("another token"),
-        OSError("the disk is gone"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-async def test_a_failure_after_the_start_is_no_refusal(hosts: Any, world: World, error: Exception) -> None:
-    edge, box = await made(hosts)
-    await edge.start(box, LS, "k")
-    asked = asyncio.create_task(edge.exec(box, LS, "k"))
-    await asyncio.sleep(0)
-    hosts.sandbox(box).processes[1].lose(error)
-    with pytest.raises(OutcomeUnknownError, match=str(error)):
-        await asked
-    with pytest.raises(OutcomeUnknownError):
-        await edge.exec(box, LS, "k")
-    assert [(view.key, view.state) for view in edge.commands(box)] == [("k", "unknown")]
-    assert world.runs == ["ls"]
-
-
-async def test_only_a_sandbox_that_knows_nothing_of_a_command_makes_a_failure_a_refusal(
-    hosts: Any, world: World
-) -> None:
-    edge, box = await made(hosts)
-    sandbox = hosts.sandbox(box)
-
-    async def cannot_tell(*_: Any) -> None:
-        raise NotFoundError("no such sandbox")
-
-    await edge.start(box, LS, "lost")
-    sandbox.resume_process = cannot_tell
-    sandbox.processes[1].lose(InvalidArgumentError("no such directory"))
-    with pytest.raises(OutcomeUnknownError, match="whether"):
-        await edge.wait(box, "lost")
-    del sandbox.resume_process
-
-    await edge.start(box, LS, "refused")
-    sandbox.processes.pop(2).lose(InvalidArgumentError("no such directory"))
-    with pytest.raises(InvalidArgumentError, match="directory"):
-        await edge.wait(box, "refused")
-    world.may_end.set()
-    assert (await edge.exec(box, LS, "refused")).exit_code == 3
-    assert [(view.key, view.number, view.state) for view in edge.commands(box)] == [
-        ("lost", 1, "unknown"),
-        ("refused", 3, "finished"),
-    ]
-
-
 async def test_a_command_without_a_key_gets_its_number_for_one(hosts: Any, world: World) -> None:
     edge, box = await made(hosts)
     view = await edge.start(box, LS)
@@ -421,89 +347,6 @@ async def test_a_trajectory_outlives_its_sandbox_and_can_be_read_without_an_edge
     assert [(entry.key, entry.state) for entry in read_trajectory(hosts.directory, box)] == seen
     with pytest.raises(NotFoundError):
         list(read_trajectory(hosts.directory, "no such"))
-
-
-async def test_pause_stops_and_any_request_resumes(hosts: Any, world: World) -> None:
-    edge, box = await made(hosts)
-    await edge.start(box, LS, "k")
-    await edge.pause(box)
-    await edge.pause(box)
-    sandbox = hosts.sandbox(box)
-    assert (edge.get(box).state, sandbox.is_paused) == ("paused", True)
-    assert [view.key for view in edge.commands(box)] == ["k"]
-    assert sandbox.is_paused
-    await hosts.kill(edge)
-    edge = await hosts.edge()
-    assert (edge.get(box).state, sandbox.is_paused) == ("paused", True)
-    world.may_end.set()
-    assert (await edge.wait(box, "k")).exit_code == 1
-    assert (edge.get(box).state, sandbox.is_paused) == ("running", False)
-    await edge.pause(box)
-    assert (await edge.exec(box, LS, "k")).exit_code == 1
-    assert sandbox.is_paused
-    await edge.exec(box, LS, "k2")
-    assert not sandbox.is_paused
-    await edge.resume(box)
-
-
-async def test_who_asks_while_a_paused_sandbox_of_an_earlier_edge_wakes_waits_for_its_commands(
-    hosts: Any, world: World
-) -> None:
-    SlowToStart.may_go_on, SlowToStart.waiting = asyncio.Event(), []
-    edge = await hosts.edge(SlowSubstrate(hosts.answer, hosts.host))
-    box = (await edge.create(CreateRequest())).id
-    await edge.start(box, LS, "a")
-    await edge.start(box, LS, "b")
-    await edge.pause(box)
-    await hosts.kill(edge)
-    edge = await hosts.edge()
-    first = asyncio.create_task(edge.exec(box, LS, "a"))
-    await hosts.until(lambda: SlowToStart.waiting)
-    others = [asyncio.create_task(ask) for ask in (edge.exec(box, LS, "b"), edge.wait(box, "a"), edge.kill(box, "b"))]
-    await asyncio.sleep(0)
-    SlowToStart.may_go_on.set()
-    await others.pop()
-    world.may_end.set()
-    assert [(await ask).exit_code for ask in (first, *others)] == [2, 137, 2]
-    assert world.runs == ["ls", "ls"]
-
-
-@pytest.mark.parametrize("change", ["pause", "resume"])
-async def test_a_caller_that_goes_away_leaves_the_sandbox_as_the_journal_says(
-    hosts: Any, world: World, change: str
-) -> None:
-    edge, box = await made(hosts)
-    sandbox, waiting, may_go_on = hosts.sandbox(box), asyncio.Event(), asyncio.Event()
-    if change == "resume":
-        await edge.pause(box)
-
-    async def slow() -> None:
-        waiting.set()
-        await may_go_on.wait()
-        await getattr(FakeSandbox, change)(sandbox)
-
-    setattr(sandbox, change, slow)
-    asked = asyncio.create_task(getattr(edge, change)(box))
-    await waiting.wait()
-    asked.cancel()
-    await asyncio.sleep(0)
-    may_go_on.set()
-    with pytest.raises(asyncio.CancelledError):
-        await asked
-    assert (edge.get(box).state, sandbox.is_paused) == (("paused", True) if change == "pause" else ("running", False))
-
-
-@pytest.mark.parametrize("error", [ResourceExhaustedError, HostUnfitError])
-async def test_a_sandbox_that_cannot_be_paused_runs_on(hosts: Any, error: type[DsecError]) -> None:
-    edge, box = await made(hosts)
-
-    async def refuse() -> None:
-        raise error("not now")
-
-    hosts.sandbox(box).pause = refuse
-    with pytest.raises(error):
-        await edge.pause(box)
-    assert edge.get(box).state == "running"
 
 
 async def test_a_sandbox_that_dies_while_nothing_runs_in_it_is_seen_at_once(hosts: Any) -> None:
