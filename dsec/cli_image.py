@@ -26,7 +26,7 @@ from dsec.edge.edge_config import EdgeConfig
 from dsec.edge.images.config import ImagesConfig
 from dsec.edge.images.service import Images as LocalImages
 from dsec.edge.images.store import LayerStore
-from dsec.errors import NotFoundError
+from dsec.errors import NotFoundError, UnreachableError
 from dsec.images import Image, Layer, check_image_name, is_layer_id
 from dsec.terminal import render_columns, visible_line
 from dsec.types import LayerId
@@ -66,11 +66,15 @@ async def _ask(use: Callable[[AsyncImages], Awaitable[T]]) -> T:
 
 
 def _run_here(use: Callable[[LayerStore], Awaitable[T]]) -> T:
+    config = ImagesConfig()
+
     async def run() -> T:
-        store = ImagesConfig().store(EdgeConfig().disk_free_bytes_min)
+        store = config.store(EdgeConfig().disk_free_bytes_min)
         await store.open()
         try:
             return await use(store)
+        except NotFoundError as error:
+            raise NotFoundError(f"{error} (in this host's store {config.directory})") from error
         finally:
             store.close()
 
@@ -80,6 +84,22 @@ def _run_here(use: Callable[[LayerStore], Awaitable[T]]) -> T:
             f"this works on this host's own images, and DSEC_API_URL names {url}: do it there, or unset DSEC_API_URL"
         )
     return asyncio.run(run())
+
+
+def _tell_place(made: Image) -> None:
+    """Say which store has it now, and whether the Edge that DSEC_API_URL names sees it there."""
+    place, url = ImagesConfig().directory, os.environ.get("DSEC_API_URL")
+    click.echo(f"dsec: in the store {place}", err=True)
+    if not url:
+        return
+    try:
+        images, layers = asyncio.run(_ask(_look))
+    except UnreachableError:
+        return
+    named = {(one.name, one.layers) for one in images}
+    if made.layers[0] not in layers or (made.name and (made.name, made.layers) not in named):
+        way = "build again with DSEC_IMAGES_DIRECTORY as it has it"
+        click.echo(f"dsec: warning: the Edge at {url} has another store: {way}", err=True)
 
 
 @contextlib.contextmanager
@@ -139,6 +159,7 @@ def debian(packages: str, suite: str, mirror: str, tag: str, *, compressed: bool
             )
         )
     _print_image(made, as_json=as_json)
+    _tell_place(made)
 
 
 @build.command(epilog=example("dsec image build directory ./repo --at /workspace --tag repo:7"))
@@ -164,6 +185,7 @@ def directory(path: Path, at: str, tag: str, *, compressed: bool, as_json: bool)
         _print_image(made, as_json=as_json)
     else:
         click.echo(made.layers[0])
+    _tell_place(made)
 
 
 @image.command("import", epilog=example("docker save python:3.12 -o p.tar && dsec image import p.tar"))

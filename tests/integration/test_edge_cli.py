@@ -309,6 +309,17 @@ def test_the_life_of_a_sandbox_can_be_led_from_a_shell(edge: Any) -> None:
     assert re.search(r"^memory, promised +[\d.]+ GiB +[\d,.]+ GiB$", edge.done("edge", "status"), re.MULTILINE)
 
 
+def test_an_image_that_is_not_made_where_the_edge_looks_is_said_to_be_elsewhere(edge: Any, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    store = str(tmp_path / "images")
+    env = {**edge.env, "DSEC_IMAGES_DIRECTORY": store, "DSEC_IMAGES_SHARED": str(tmp_path / "shared")}
+    made = edge.dsec.done("image", "build", "directory", tmp_path / "tree", "--tag", "elsewhere:1", env=env)
+    assert store in made.err
+    assert f"the Edge at {edge.url} has another store" in made.err
+    missing = edge.dsec("image", "publish", "nowhere:1", env=env)
+    assert (missing.code, store in missing.err) == (2, True)
+
+
 def test_where_no_edge_is_every_command_says_how_to_get_one(session_dsec: Any, tmp_path: Path) -> None:
     for code, arguments in ((125, ("exec", "sb-1", "--", "true")), (3, ("ps",)), (3, ("create",))):
         ran = session_dsec(*arguments, env={"DSEC_API_URL": f"unix:{tmp_path}/none"})
