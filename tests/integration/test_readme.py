@@ -63,7 +63,7 @@ def test_a_sandbox_outlives_its_edge_as_the_readme_says(dsec: Any, place: Path, 
     assert re.fullmatch(r"\d+", lines[1])
     assert lines[1] == lines[2] == lines[4]  # it ran once, and its file is there after the kill
     assert "1 sandboxes taken up" in lines[3]
-    original, copy = re.findall(r"^(\S+) +running +host", ran.out, re.MULTILINE)
+    original, copy = re.findall(r"^(\S+) +running +\S+ +host", ran.out, re.MULTILINE)
     assert lines[5] in (original, copy)
     assert re.search(r"^1 +build +finished +0 .* bash -c ", ran.out, re.MULTILINE)
 
