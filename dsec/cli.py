@@ -46,8 +46,11 @@ def _check_docker() -> list[Finding]:
     return check_docker()
 
 
-@click.command(short_help="Remove what killed runs left on this host.", epilog="\b\nExample:\n  dsec gc")
-def gc() -> None:
+@click.command(
+    short_help="Remove what killed runs left on this host.", epilog="\b\nExample:\n  dsec gc\n  dsec gc --json"
+)
+@click.option("--json", "as_json", is_flag=True, help="How many as JSON.")
+def gc(as_json: bool) -> None:
     """Remove what killed runs left on this host (cgroups, and processes in them); living runs are left alone."""
     removed = cgroup.sweep(SubstrateConfig().cgroup_parent)
-    click.echo(f"removed {removed} leftover cgroups")
+    click.echo(msgspec.json.encode({"cgroups_removed": removed}) if as_json else f"removed {removed} leftover cgroups")

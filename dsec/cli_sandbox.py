@@ -163,8 +163,11 @@ def create(
     click.echo(msgspec.json.encode(made) if isinstance(made, SandboxView) else made)
 
 
-def _each(ids: Sequence[str], use: Callable[[RemoteSandbox], Awaitable[None]]) -> None:
-    """Do something with every sandbox, all at once; the first error is raised after all were tried."""
+def _each(ids: Sequence[str], use: Callable[[RemoteSandbox], Awaitable[None]], *, as_json: bool) -> None:
+    """Do something with every sandbox, all at once; the first error is raised after all were tried.
+
+    With `as_json` their ids are printed then.
+    """
 
     async def run() -> None:
         async def one(sandbox_id: str) -> None:
@@ -176,27 +179,32 @@ def _each(ids: Sequence[str], use: Callable[[RemoteSandbox], Awaitable[None]]) -
                 raise outcome
 
     asyncio.run(run())
+    if as_json:
+        print_ids(ids, as_json=True)
 
 
 @click.command(short_help="Stop all that runs in a sandbox.", epilog=example("dsec pause ID"))
 @click.argument("ids", metavar="ID...", nargs=-1, required=True)
-def pause(ids: Sequence[str]) -> None:
+@JSON_OPTION
+def pause(ids: Sequence[str], as_json: bool) -> None:
     """Stop every process in a sandbox and give its memory back; the next command resumes it."""
-    _each(ids, RemoteSandbox.pause)
+    _each(ids, RemoteSandbox.pause, as_json=as_json)
 
 
 @click.command(short_help="Let a paused sandbox go on.", epilog=example("dsec resume ID"))
 @click.argument("ids", metavar="ID...", nargs=-1, required=True)
-def resume(ids: Sequence[str]) -> None:
+@JSON_OPTION
+def resume(ids: Sequence[str], as_json: bool) -> None:
     """Let a paused sandbox go on."""
-    _each(ids, RemoteSandbox.resume)
+    _each(ids, RemoteSandbox.resume, as_json=as_json)
 
 
 @click.command(short_help="End sandboxes.", epilog=example("dsec rm ID", "dsec rm $(dsec ps -q)"))
 @click.argument("ids", metavar="ID...", nargs=-1, required=True)
-def rm(ids: Sequence[str]) -> None:
+@JSON_OPTION
+def rm(ids: Sequence[str], as_json: bool) -> None:
     """End sandboxes and all that runs in them; their trajectories stay."""
-    _each(ids, RemoteSandbox.destroy)
+    _each(ids, RemoteSandbox.destroy, as_json=as_json)
 
 
 @click.command(

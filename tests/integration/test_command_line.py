@@ -305,7 +305,7 @@ def test_gc_clears_what_a_killed_run_left(dsec: Any, tasks: Path, tmp_path: Path
 def test_gc_leaves_living_runs_alone(dsec: Any, tasks: Path, tmp_path: Path) -> None:
     process = dsec.start("run", tasks, "--out", tmp_path / "run", *SAME_RUN, "--json")
     wait_for_tokens(process, tmp_path / "run")
-    assert dsec.done("gc").out == "removed 0 leftover cgroups\n"
+    assert dsec.done("gc", "--json").json() == {"cgroups_removed": 0}
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
     assert json.loads(out)["infra_failures"] == 0

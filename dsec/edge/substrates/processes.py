@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Awaitable, Callable
-from errno import E2BIG
+from errno import E2BIG, ENOENT
 from typing import Protocol
 
 from dsec.edge.capture import OutputBuffer
@@ -187,7 +187,8 @@ def _refusal(owner: ProcessOwner, answer: Refused, command: Command) -> DsecErro
     if answer.stage == Stage.CWD:
         return InvalidArgumentError(f"cwd {command.cwd!r}: {text}")
     if answer.stage == Stage.USER:
-        return InvalidArgumentError(f"user {command.user!r} is not known in this sandbox: {text}")
+        why = "" if answer.errno == ENOENT else f": {text}"
+        return InvalidArgumentError(f"user {command.user!r} is not known in this sandbox{why}")
     if answer.stage == Stage.EXEC and answer.errno == E2BIG:
         return InvalidArgumentError(f"argv and env: {text}")
     what = f"the command could not be started ({answer.stage.name.lower()}): {text}"
