@@ -74,6 +74,8 @@ def test_a_command_in_flight_is_collected_in_the_same_sandbox(dsec: Any, edge: A
     out = tmp_path / "run"
     process, sandbox_id = in_its_solution(dsec, edge, task, out)
     kill(process)
+    (trajectory,) = Ledger.read(out / "wal", load_tokenizer()).trajectories.values()
+    assert trajectory.entries[SOLUTION].result is None, "nothing was in flight"
     summary = dsec.done(*run(edge, task, out)).json()
     assert (summary["solved"], summary["infra_failures"], summary["resumes"]) == (1, 0, 1)
     assert (summary["commands_replayed"], summary["commands_run_twice"]) == (0, 0)
