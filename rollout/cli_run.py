@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from pathlib import Path
 
 import click
@@ -277,6 +278,7 @@ def _resolve(ledger: Ledger, name: str) -> str:
     """The rollout that a person means by `name`: an id, its end, or a task with one rollout."""
     found = [i for i in sorted(ledger.rollouts) if f"/{i}".endswith((f"/{name}", f"/{name}.0"))]
     if len(found) != 1:
-        known = ", ".join(sorted(ledger.rollouts)[:5])
+        near = found or get_close_matches(name, ledger.rollouts, n=5, cutoff=0.4) or sorted(ledger.rollouts)
+        known = ", ".join(near[:5])
         raise RequestError(f"{name!r} names {len(found)} rollouts of this log, not one; there are {known} ...")
     return found[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from rollout.bench.tasks import BUNDLED, Task, load_task, load_tasks
@@ -21,7 +22,8 @@ def load_bundled(names: Sequence[str] = ()) -> list[Task]:
     """Tasks that ship with the package: the named ones, or all.  TaskError names what is unknown."""
     there = sorted(folder.name for folder in BUNDLED.iterdir() if folder.is_dir())
     if unknown := sorted(set(names) - set(there)):
-        raise TaskError(f"no bundled task {', '.join(unknown[:5])}; there are {', '.join(there[:3])} ... {there[-1]}")
+        near = get_close_matches(unknown[0], there) or there[:3]
+        raise TaskError(f"no bundled task {', '.join(unknown[:5])}; of {len(there)} there are {', '.join(near)} ...")
     return [load_task(BUNDLED / name) for name in names or there]
 
 

@@ -217,6 +217,7 @@ def test_show_is_readable(dsec: Any, finished: Path) -> None:
     unknown = dsec("show", finished, "nosuch")
     assert unknown.code == 2
     assert unknown.err.startswith("dsec: 'nosuch' names 0 rollouts of this log")
+    assert "copy-5-000.1" in dsec("show", finished, "copy-5-00.1").err  # what is near is named
     assert "rollout copy-5-000.0 " in dsec.done("show", finished, "copy-5-000").out
 
 
