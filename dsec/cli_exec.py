@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,12 @@ from dsec.views import CommandView
 TIMEOUT_S_MAX = 7 * 86_400.0
 FAILED_CODE = 125
 """As `docker run`: dsec itself failed, and the command's own exit code is not known."""
+
+DIRECTORY_OPTION = click.option(
+    "--directory",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="An Edge's state: read its journal there, without the Edge, also of what it has forgotten.",
+)
 
 
 class ExecCommand(click.Command):
@@ -182,12 +188,17 @@ def result_fields(result: ExecResult) -> dict[str, object]:
 @click.command(short_help="Print the output of a command.", epilog=example("dsec logs ID KEY", "dsec logs ID 3"))
 @click.argument("sandbox_id", metavar="ID")
 @click.argument("key")
-def logs(sandbox_id: str, key: str) -> None:
+@DIRECTORY_OPTION
+def logs(sandbox_id: str, key: str, directory: Path | None) -> None:
     """Print what a command wrote, from its first byte until it ends.
 
     KEY is the command's key or its number, as `dsec trajectory` shows them.  Of a sandbox that has ended there is what
     the Edge's journal kept: all, or head and tail.
     """
+    if directory is not None:
+        views = _recorded(directory, sandbox_id)
+        _print_kept(_named(key, [view for view in views if _is_named(key, view)]))
+        return
 
     async def run(sandbox: AsyncSandbox) -> None:
         try:
@@ -201,6 +212,12 @@ def logs(sandbox_id: str, key: str) -> None:
                 write_all(1 if event[0] == "stdout" else 2, event[1])
 
     _interruptible(connected(sandbox_id, run))
+
+
+def _recorded(directory: Path, sandbox_id: str) -> Iterator[CommandView]:
+    from dsec.edge.history import read_trajectory  # here alone: the other commands need nothing of an Edge
+
+    return read_trajectory(directory, sandbox_id)
 
 
 def _is_named(key: str, view: CommandView) -> bool:
@@ -217,7 +234,7 @@ def _named(key: str, views: Sequence[CommandView]) -> CommandView:
 
 def _print_kept(view: CommandView) -> None:
     if view.result is None:
-        raise OutcomeUnknownError(f"command {view.key!r} has no known end, and its output went with the sandbox")
+        raise OutcomeUnknownError(f"command {view.key!r} has no known end: the journal has the output of what ended")
     for fd, name, output in ((1, "stdout", view.result.stdout), (2, "stderr", view.result.stderr)):
         write_all(fd, output.head)
         if output.is_truncated:
@@ -232,11 +249,7 @@ def _print_kept(view: CommandView) -> None:
     ),
 )
 @click.argument("sandbox_id", metavar="ID")
-@click.option(
-    "--directory",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="An Edge's state: read its journal there, without the Edge, also of what it has forgotten.",
-)
+@DIRECTORY_OPTION
 @click.option("--all", "shows_all", is_flag=True, help="Also the file operations, in the table.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each command.")
 def trajectory(sandbox_id: str, directory: Path | None, shows_all: bool, as_json: bool) -> None:
@@ -248,12 +261,7 @@ def trajectory(sandbox_id: str, directory: Path | None, shows_all: bool, as_json
     async def run(sandbox: AsyncSandbox) -> list[CommandView]:
         return [view async for view in sandbox.trajectory()]
 
-    if directory is None:
-        views = asyncio.run(connected(sandbox_id, run))
-    else:
-        from dsec.edge.history import read_trajectory
-
-        views = list(read_trajectory(directory, sandbox_id))
+    views = asyncio.run(connected(sandbox_id, run)) if directory is None else list(_recorded(directory, sandbox_id))
     views.sort(key=lambda view: view.number)
     if as_json:
         for view in views:

@@ -133,6 +133,7 @@ def test_a_command_that_ran_out_of_memory_says_so(edge: Any) -> None:
     late = edge("logs", sandbox, "last")
     assert (late.code, late.out, late.err) == (0, "out\n", "err\n")
     assert edge.done("logs", sandbox, "#3") == edge.done("logs", sandbox, "3") == "out\n"
+    assert edge.done("logs", sandbox, "last", "--directory", edge.directory / "state") == "out\n"
     assert edge("logs", sandbox, "none").code == 2
 
 
