@@ -19,11 +19,12 @@ from typing import Any
 import msgspec
 
 import wal
+from rollout import journal
 from rollout.bench.tasks import Task, check_packages, load_task
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
 from rollout.errors import RequestError, ResultsError
-from rollout.events import Job, RolloutFinished
+from rollout.events import Job, JobSubmitted, RolloutFinished
 from rollout.jobs import load_bundled, make_job
 from rollout.main import holds_edge, make_service
 from rollout.record import TrajectoryRecord, trajectory_record
@@ -74,6 +75,14 @@ def holds_run(directory: Path) -> bool:
     if log.is_dir() and any(not wal.is_log_file(path.name) for path in log.iterdir()):
         raise RequestError(f"{log} holds files that are not a log's: choose another --out")
     return False
+
+
+def edge_of(directory: Path) -> str:
+    """The URL of the Edge that the run there was begun with; "" if it has none, or there is no run."""
+    if not holds_run(directory):
+        return ""
+    events = (event for _, event in journal.replay(directory / "wal"))
+    return next((event.job.edge_url for event in events if isinstance(event, JobSubmitted)), "")
 
 
 async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None]) -> Outcome:

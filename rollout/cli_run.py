@@ -23,7 +23,7 @@ from rich.live import Live
 import wal.__main__ as wal_cli
 from dsec import trajectory
 from rollout import journal
-from rollout.batch import REQUEST_ID, Batch, run_batch
+from rollout.batch import REQUEST_ID, Batch, edge_of, run_batch
 from rollout.bench.tasks import Task
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
@@ -84,7 +84,7 @@ Examples:
 )
 @click.option("--group-size", type=int, default=1, show_default=True, help="Rollouts of each task, 1 to 1024.")
 @click.option("--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Rollouts at once.")
-@click.option("--edge", "edge_url", metavar="URL", default="", help=EDGE_HELP)
+@click.option("--edge", "edge_url", metavar="URL", help=EDGE_HELP + " A resume without it takes the run's own.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling; the same seed, the same tokens.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy; else 0.001 to 10.")
 @click.option("--thinking", type=click.Choice(["none", "high", "max"]), default="high", show_default=True)
@@ -97,7 +97,7 @@ def run(
     agent: AgentKind,
     group_size: int,
     concurrency: int,
-    edge_url: str,
+    edge_url: str | None,
     seed: int,
     temperature: float,
     thinking: Thinking,
@@ -117,6 +117,9 @@ def run(
         raise RequestError("--out names no directory of its own (an unset variable?): say for example --out runs/first")
     directory = out or Path("runs") / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
 
+    if edge_url is None:
+        edge_url = edge_of(directory) if resume else ""
+
     def job_for(tasks: Sequence[Task]) -> Job:
         return make_job(
             REQUEST_ID,
@@ -126,6 +129,7 @@ def run(
             thinking=thinking,
             sampling=Sampling(temperature=temperature, seed=seed),
             limits=Limits(turns_count_max=turns_max),
+            edge_url=edge_url,
         )
 
     batch = Batch(

@@ -53,7 +53,10 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What a caller asked for, complete: enough to run it to its end after any crash."""
+    """What a caller asked for, complete: enough to run it to its end after any crash.
+
+    `edge_url` is the Edge that `dsec run --edge` named, where a resume finds the sandboxes.
+    """
 
     request_id: str
     groups: tuple[Group, ...]
@@ -61,6 +64,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     thinking: Thinking = "high"
     sampling: Sampling = Sampling()
     limits: Limits = Limits()
+    edge_url: str = ""
 
 
 class TaskAdmitted(msgspec.Struct, frozen=True, tag="task_admitted"):

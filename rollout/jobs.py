@@ -46,6 +46,7 @@ def make_job(
     sampling: Sampling | None = None,
     limits: Limits | None = None,
     group_prefix: str = "",
+    edge_url: str = "",
 ) -> Job:
     """A job over `tasks`, one group for each, named `group_prefix` + the task's name.
 
@@ -81,4 +82,12 @@ def make_job(
         Group(group_id=group_prefix + task.name, task=task.name, task_digest=task.digest, size=group_size)
         for task in tasks
     )
-    return Job(request_id=request_id, groups=groups, agent=agent, thinking=thinking, sampling=sampling, limits=limits)
+    return Job(
+        request_id=request_id,
+        groups=groups,
+        agent=agent,
+        thinking=thinking,
+        sampling=sampling,
+        limits=limits,
+        edge_url=edge_url,
+    )
