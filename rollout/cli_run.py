@@ -23,7 +23,7 @@ from rich.live import Live
 import wal.__main__ as wal_cli
 from dsec import trajectory
 from rollout import journal
-from rollout.batch import REQUEST_ID, Batch, edge_of, run_batch
+from rollout.batch import REQUEST_ID, Batch, Outcome, edge_of, run_batch
 from rollout.bench.tasks import Task
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
@@ -141,6 +141,20 @@ def run(
         config=RolloutConfig(concurrency=concurrency),
         edge_url=edge_url,
     )
+    outcome = _run_live(batch, as_json=as_json)
+    if as_json:
+        click.echo(msgspec.json.encode(outcome.summary))
+    else:
+        print_summary(make_console(), outcome.summary, directory, _program(), has_worked=outcome.has_worked)
+    if outcome.stopped_by is not None:
+        again = f"{_program()} {shlex.join(['run', '--resume', '--out', str(directory)])}"
+        click.echo(f"stopped by {outcome.stopped_by.name}; finish with: {again}", err=True)
+        sys.exit(128 + outcome.stopped_by)
+    sys.exit(1 if outcome.summary.infra_failures else 0)
+
+
+def _run_live(batch: Batch, *, as_json: bool) -> Outcome:
+    """Run to the end, with a table where a terminal can show one, or a line now and then; nothing beside JSON."""
     console = Console(stderr=True)
     table = LiveTable()
     with Live(console=console, auto_refresh=False, transient=True) as live:
@@ -153,16 +167,7 @@ def run(
             elif (line := table.line(service, elapsed_s)) is not None:
                 click.echo(line, err=True)
 
-        outcome = asyncio.run(run_batch(batch, draw))
-    if as_json:
-        click.echo(msgspec.json.encode(outcome.summary))
-    else:
-        print_summary(make_console(), outcome.summary, directory, _program(), has_worked=outcome.has_worked)
-    if outcome.stopped_by is not None:
-        again = f"{_program()} {shlex.join(['run', '--resume', '--out', str(directory)])}"
-        click.echo(f"stopped by {outcome.stopped_by.name}; finish with: {again}", err=True)
-        sys.exit(128 + outcome.stopped_by)
-    sys.exit(1 if outcome.summary.infra_failures else 0)
+        return asyncio.run(run_batch(batch, draw))
 
 
 def check_same(ctx: click.Context, directory: Path, job: Job) -> None:
