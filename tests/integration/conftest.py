@@ -301,3 +301,20 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     world = World(tmp_path)
     yield world
     await world.stop()
+
+
+@pytest.fixture(scope="module")
+def edge(session_dsec: Any, edge_process: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One Edge for the tests of a file that leave it alone."""
+    edge = edge_process(session_dsec, tmp_path_factory.mktemp("edge"))
+    yield edge
+    edge.stop()
+    assert session_dsec.left() == []
+
+
+@pytest.fixture
+def sandbox(edge: Any) -> Iterator[str]:
+    """One of its sandboxes."""
+    sandbox_id = edge.done("create").strip()
+    yield sandbox_id
+    edge.done("rm", sandbox_id)

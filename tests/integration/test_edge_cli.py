@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tarfile
 import termios
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +23,6 @@ from click.testing import CliRunner
 from rollout.cli import COMMANDS, main
 
 PROBE = "printf 'a\\0b'; echo err >&2; exit 7"
-
-
-@pytest.fixture(scope="module")
-def edge(session_dsec: Any, edge_process: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """One Edge for the tests that leave it alone."""
-    edge = edge_process(session_dsec, tmp_path_factory.mktemp("edge"))
-    yield edge
-    edge.stop()
-    assert session_dsec.left() == []
-
-
-@pytest.fixture
-def sandbox(edge: Any) -> Iterator[str]:
-    sandbox_id = edge.done("create").strip()
-    yield sandbox_id
-    edge.done("rm", sandbox_id)
 
 
 def test_a_command_passes_its_output_and_its_exit_code_through(edge: Any, sandbox: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,6 @@ import pytest
 
 PLANT = "mkdir -p /w && cd /w && ln -s {0}/victim report.txt && ln -s {0}/vdir sub && echo evil > plain"
 SWAP = "cd /w && rm report.txt sub && echo evil > report.txt && chmod 751 report.txt && mkdir sub && echo evil > sub/in"
-
-
-@pytest.fixture(scope="module")
-def edge(session_dsec: Any, edge_process: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    edge = edge_process(session_dsec, tmp_path_factory.mktemp("edge"))
-    yield edge
-    edge.stop()
-    assert session_dsec.left() == []
-
-
-@pytest.fixture
-def sandbox(edge: Any) -> Iterator[str]:
-    sandbox_id = edge.done("create").strip()
-    yield sandbox_id
-    edge.done("rm", sandbox_id)
 
 
 @pytest.fixture
