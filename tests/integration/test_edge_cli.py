@@ -22,6 +22,10 @@ from click.testing import CliRunner
 
 from rollout.cli import COMMANDS, main
 
+RESIZED = (
+    "import os, signal; winch = {signal.SIGWINCH}; signal.pthread_sigmask(signal.SIG_BLOCK, winch); "
+    'print("ready-%d" % (6 * 7), flush=True); signal.sigwait(winch); print("%d by %d" % os.get_terminal_size())'
+)
 PROBE = "printf 'a\\0b'; echo err >&2; exit 7"
 
 
@@ -182,12 +186,12 @@ def test_a_terminal_is_the_commands_own(edge: Any, sandbox: str) -> None:
         wait_for("/dev/pts/")
         wait_for("sleep-42")
         os.write(ours, b"\x03")  # typed into the sandbox: it ends the sleep, not us
-        os.write(ours, b"trap 'stty size' WINCH; echo ready-$((6*7))\n")
+        # Not at the prompt: before each one readline sets the size that it has just read, over a resize between.
+        os.write(ours, f"python3 -c '{RESIZED}'\n".encode())
         wait_for("ready-42")
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
         process.send_signal(signal.SIGWINCH)
-        os.write(ours, b"\n")
-        wait_for("40 100")
+        wait_for("100 by 40")
         os.write(ours, b"exit 5\n")
         process.communicate(timeout=30)
         assert process.returncode == 5
