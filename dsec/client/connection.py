@@ -65,6 +65,7 @@ class Connection:
         self.url = url
         self._users_count = 0
         self._has_answered = False
+        self._has_broken = False
         self._metadata = [("authorization", f"Bearer {token}")] if token and address.kind != "unix" else []
         if address.kind == "tls":
             roots = os.environ.get("DSEC_API_CA")
@@ -171,10 +172,14 @@ class Connection:
     def _failure(self, error: grpc.aio.AioRpcError) -> DsecError:
         failure = error_of(error.code(), error.details() or "")
         if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+            # Later than as its first word it refuses only to say what became of calls before, which may have run.
+            if self._has_answered or self._has_broken:
+                return self._unreachable("it refuses the token now: set DSEC_API_KEY")
             return InvalidArgumentError(f"{self.url} refuses the token: set DSEC_API_KEY")
         if not isinstance(failure, UnreachableError):
             self._has_answered = True
             return failure
+        self._has_broken = True
         return self._unreachable(_REASON.sub("", str(failure)))
 
     def _unreachable(self, why: str) -> UnreachableError:

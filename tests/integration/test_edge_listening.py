@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -16,6 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from dsec.client.connection import Patience, connect
 from dsec.client.host import host_view
+from dsec.client.substrate import RemoteProcess, RemoteSandbox
 from dsec.edge.grpc_server import start_server
 from dsec.edge.listen import Certificate, make_listen
 from dsec.errors import (
@@ -23,6 +25,8 @@ from dsec.errors import (
     UnreachableError,
 )
 from dsec.pb.v1 import edge_pb2 as pb
+from dsec.types import Command
+from dsec.views import CreateRequest
 
 TOKEN = "0123456789abcdef"
 NOW = Patience(connect_s=0.0, lost_s=0.0)
@@ -38,6 +42,27 @@ async def test_a_port_without_its_token_answers_nobody(world: Any) -> None:
         health = health_pb2_grpc.HealthStub(channel)
         with pytest.raises(grpc.aio.AioRpcError, match="UNAUTHENTICATED"):
             await health.Check(health_pb2.HealthCheckRequest())
+
+
+@pytest.mark.parametrize("has_answered", [True, False])
+async def test_a_token_that_is_refused_after_a_break_says_nothing_of_the_command(
+    world: Any, has_answered: bool
+) -> None:
+    """By an Edge that came back with another one: what was sent before may have run, and its key is not free."""
+    (server,) = await world.start("tcp:127.0.0.1:0", token=TOKEN)
+    view = await world.edge.create(CreateRequest())
+    connection, command = connect(server.url, TOKEN), Command(argv=("wait",))
+    if has_answered:
+        await host_view(server.url, TOKEN)
+    running = asyncio.create_task(RemoteSandbox(connection, view.id, NOW).exec(command, "k"))
+    await world.arrived.get()
+    await world.stop()
+    with pytest.raises(UnreachableError):
+        await running
+    await world.start(server.url, token=TOKEN[::-1])
+    with pytest.raises(UnreachableError, match="it refuses the token now"):
+        await RemoteProcess(connection, view.id, "k", 1, command).signal(15)  # asked once, as soon as there is a peer
+    await connection.close()
 
 
 @pytest.mark.parametrize(
