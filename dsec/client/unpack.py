@@ -14,25 +14,41 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import msgspec
+
 from dsec.archive import DIRECTORY, FILE, HARD_LINK, LINK, Member, Stream, members, parts
 from dsec.errors import InvalidArgumentError, ResourceExhaustedError
 
 DOWNLOAD_BYTES_MAX = 64 << 30
 """How much one download may bring, unless the caller says otherwise: the sandbox decides what it sends."""
+LEFT_OUT_NAMES_MAX = 10
 _COPY_BYTES = 1 << 20
 _DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def unpack(pieces: Iterable[bytes], directory: Path | int, bytes_max: int = DOWNLOAD_BYTES_MAX) -> list[str]:
-    """Unpack a tar archive into a directory that is there; gives the names of what was left out (devices, FIFOs).
+class LeftOut(msgspec.Struct):
+    """What of an archive has no place here (devices, FIFOs): how many, and the names of the first."""
+
+    count: int = 0
+    names: list[str] = []
+
+    def add(self, name: str) -> None:
+        """Count one more."""
+        self.count += 1
+        if self.count <= LEFT_OUT_NAMES_MAX:
+            self.names.append(name)
+
+
+def unpack(pieces: Iterable[bytes], directory: Path | int, bytes_max: int = DOWNLOAD_BYTES_MAX) -> LeftOut:
+    """Unpack a tar archive into a directory that is there.
 
     A path is the caller's, and a link there is followed; where its last name is the sandbox's choice too, or an
     earlier download may have made it, give a descriptor (`opened`).  What has a name of the archive's is replaced;
     directories are kept.  InvalidArgumentError for what is no archive, leads out, or meets something in its way,
     ResourceExhaustedError beyond `bytes_max` bytes of archive.
     """
-    left_out = []
+    left_out = LeftOut()
     stream = Stream(_Reader(_bounded(pieces, bytes_max)).read, bytes_max)
     root = os.dup(directory) if isinstance(directory, int) else os.open(directory, os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -40,7 +56,7 @@ def unpack(pieces: Iterable[bytes], directory: Path | int, bytes_max: int = DOWN
             names = parts(member.path)
             try:
                 if names and not _place(root, names, member, stream):
-                    left_out.append(member.name)
+                    left_out.add(member.name)
             except OSError as error:
                 raise InvalidArgumentError(f"cannot unpack {member.name!r:.200}: {error.strerror}") from error
     finally:

@@ -1,12 +1,14 @@
 """Files of a sandbox as they arrive on this machine."""
 
+import io
 import os
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from dsec.client.unpack import replace_file
+from dsec.client.unpack import LEFT_OUT_NAMES_MAX, replace_file, unpack
 from dsec.errors import InvalidArgumentError, ResourceExhaustedError
 
 
@@ -42,3 +44,16 @@ def test_a_file_that_does_not_arrive_whole_leaves_the_old_one_alone(parent: int,
         replace_file(parent, b"directory", 0o640, [b"x"])
     assert (tmp_path / "file").read_bytes() == b"old"
     assert sorted(os.listdir(tmp_path)) == ["directory", "file"]
+
+
+def test_what_is_left_out_is_counted_and_named_up_to_a_bound(tmp_path: Path) -> None:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for index in range(count := LEFT_OUT_NAMES_MAX + 5):
+            member = tarfile.TarInfo(f"fifo{index}")
+            member.type = tarfile.FIFOTYPE
+            tar.addfile(member)
+    left_out = unpack([archive.getvalue()], tmp_path)
+    assert left_out.count == count
+    assert left_out.names == [f"fifo{index}" for index in range(LEFT_OUT_NAMES_MAX)]
+    assert os.listdir(tmp_path) == []
