@@ -26,6 +26,7 @@ from dsec.errors import (
     OutcomeUnknownError,
     ResourceExhaustedError,
     SandboxLostError,
+    UnreachableError,
 )
 from dsec.lifecycle import Happening, State, after
 from dsec.sandbox import Process, Sandbox
@@ -99,9 +100,15 @@ class LiveSandbox:
 
     async def _resume(self) -> None:
         async with self._lock:
-            if self.require(Happening.RESUME) is not self.state:
+            was_paused = self.require(Happening.RESUME) is not self.state
+            if was_paused:
                 await self._log.append(SandboxResumed(self.known.id, self.durable.now()))
-            await self.sandbox.resume()
+            try:
+                await self.sandbox.resume()
+            except ResourceExhaustedError:  # it stands still
+                if was_paused:
+                    await self._log.append(SandboxPaused(self.known.id, self.durable.now()))
+                raise
             await self.durable.attach()
 
     async def snapshot(self) -> LayerId:
@@ -221,12 +228,19 @@ class LiveSandbox:
         return CommandView(key=key, number=entry.number, command=entry.command, state=state, result=entry.result)
 
     async def _wake_for(self, key: str) -> None:
-        """Whoever asks for a command that is under way wants it to go on; an earlier Edge's is first found again."""
-        if key in self.durable.running:
-            if self.state is State.PAUSED:
-                await self.wake()
-        elif self.end is None and (entry := self.durable.trajectory.entries.get(key)) and entry.state == "running":
-            await self.resume()
+        """Whoever asks for a command that is under way wants it to go on; an earlier Edge's is first found again.
+
+        UnreachableError if it cannot go on now: unlike a lack of something, that says nothing of what has run.
+        """
+        is_left = self.end is None and (entry := self.durable.trajectory.entries.get(key)) and entry.state == "running"
+        try:
+            if key in self.durable.running:
+                if self.state is State.PAUSED:
+                    await self.wake()
+            elif is_left:
+                await self.resume()
+        except ResourceExhaustedError as error:
+            raise UnreachableError(f"{key!r} is under way and cannot go on now, ask again: {error}") from error
 
 
 def check_key(key: str) -> None:

@@ -296,8 +296,12 @@ class DockerSubstrate:
         await self._tell(self.engine.api.pause, name)
 
     async def resume(self, name: str) -> None:
-        """See `DockerHost`."""
-        await self._tell(self.engine.api.unpause, name)
+        """See `DockerHost`.  One that runs is well: a call that failed here may have been carried out there."""
+        try:
+            await self._tell(self.engine.api.unpause, name)
+        except ResourceExhaustedError:
+            if (await self._tell(self.engine.api.inspect_container, name))["State"]["Paused"]:
+                raise
 
     async def _image_of(self, spec: SandboxSpec) -> str:
         """The image that is this stack of layers.  NotFoundError, InvalidArgumentError."""

@@ -95,7 +95,7 @@ class GuestSandbox(ABC):
 
     @abstractmethod
     async def _thaw(self) -> None:
-        """Let every process go on."""
+        """Let every process go on.  ResourceExhaustedError; they stand still then."""
 
     @abstractmethod
     async def _reclaim(self) -> None:
@@ -304,17 +304,19 @@ class GuestSandbox(ABC):
             raise
 
     async def _resume(self) -> None:
-        """The guest finds EXTEND before it looks at its clock again."""
+        """The guest finds EXTEND before it looks at its clock again.  What cannot go on is paused still."""
         if self._paused_at is None:
             return
-        span_s = time.monotonic() - self._paused_at
-        await self._living().extend(span_s)
-        self._paused_s += span_s
+        now_s = time.monotonic()
+        await self._living().extend(now_s - self._paused_at)
+        self._paused_s += now_s - self._paused_at
+        self._paused_at = now_s
+        await whole(self._go_on())
+
+    async def _go_on(self) -> None:
+        await self._thaw()
         self._paused_at = None
-        try:
-            await whole(self._thaw())
-        finally:
-            self._release_note()
+        self._release_note()
 
     def _release_note(self) -> None:
         note, self._pause_note = self._pause_note, None

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dsec.errors import DsecError, HostUnfitError, ResourceExhaustedError
+from dsec.errors import DsecError, HostUnfitError, ResourceExhaustedError, UnreachableError
 from dsec.testing import FakeSandbox
 from tests.unit.dsec.test_edge_exec import LS, World, made
 
@@ -72,6 +72,29 @@ async def test_who_asks_while_a_paused_sandbox_of_an_earlier_edge_wakes_waits_fo
     await others.pop()
     world.may_end.set()
     assert [(await ask).exit_code for ask in (first, *others)] == [2, 137, 2]
+    assert world.runs == ["ls", "ls"]
+
+
+async def test_a_command_in_a_sandbox_that_cannot_go_on_now_is_not_said_not_to_have_run(
+    hosts: Any, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail() -> None:
+        raise ResourceExhaustedError("Docker: no")
+
+    edge, box = await made(hosts)
+    await edge.start(box, LS, "k")
+    await edge.pause(box)
+    monkeypatch.setattr(hosts.sandbox(box), "resume", fail)
+    for ask in (edge.exec(box, LS, "k"), edge.wait(box, "k"), edge.kill(box, "k"), edge.start(box, LS, "k")):
+        with pytest.raises(UnreachableError, match="cannot go on now"):
+            await ask
+    assert edge.get(box).state == "paused"
+    with pytest.raises(ResourceExhaustedError):  # this one has not
+        await edge.exec(box, LS, "k2")
+    monkeypatch.undo()
+    world.may_end.set()
+    assert (await edge.exec(box, LS, "k")).exit_code == 1
+    assert (await edge.exec(box, LS, "k2")).exit_code == 2
     assert world.runs == ["ls", "ls"]
 
 

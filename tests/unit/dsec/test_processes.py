@@ -15,6 +15,7 @@ from dsec.errors import (
     InvalidArgumentError,
     OutcomeUnknownError,
     OutOfRangeError,
+    ResourceExhaustedError,
     SandboxLostError,
 )
 from dsec.types import Command, ExecResult, SandboxSpec, TtySize
@@ -239,6 +240,25 @@ async def test_pauses_and_commands_race_and_every_command_ends(sandbox: Containe
     await asyncio.gather(stubborn.kill(), sandbox.pause(), sandbox.resume())
     await sandbox.resume()
     assert (await stubborn.wait()).exit_code == 137
+
+
+async def test_what_could_not_go_on_is_paused_still_and_goes_on_with_the_next_request(
+    sandbox: ContainerSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail() -> None:
+        raise ResourceExhaustedError("Docker: no")
+
+    process = await sandbox.start(script("echo ready; read; exit 3", keep_stdin_open=True))
+    await ready(process)
+    await sandbox.pause()
+    monkeypatch.setattr(sandbox, "_thaw", fail)
+    for _ in range(2):
+        with pytest.raises(ResourceExhaustedError):
+            await sandbox.start(script("true"), 7)
+    monkeypatch.undo()
+    assert await sandbox.resume_process(7, script("true")) is None
+    await process.write_stdin(b"\n")
+    assert (await process.wait()).exit_code == 3
 
 
 async def test_a_paused_sandbox_is_destroyed_like_any_other(substrate: ContainerSubstrate) -> None:
