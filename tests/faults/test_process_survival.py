@@ -183,6 +183,41 @@ async def test_ends_that_nobody_collected_are_remembered_up_to_a_bound(tmp_path:
     await substrate.close()
 
 
+async def test_a_terminal_that_an_edge_did_not_live_to_read_is_kept_by_the_next_one(tmp_path: Path) -> None:
+    """It is typed at once, whichever Edge collects the command, and outlives that one too."""
+    command = script("read a; echo got $a; read b; echo $b; exit 4", tty=TtySize(), stdin=b"one\n")
+    run_until_killed(
+        tmp_path,
+        """
+        import time
+        start = box._guest.start
+
+        async def start_and_stand_still(*arguments):
+            await start(*arguments)
+            print("ready", flush=True)
+            time.sleep(1000)
+
+        box._guest.start = start_and_stand_still
+        await box.start(script("read a; echo got $a; read b; echo $b; exit 4", tty=TtySize(), stdin=b"one\\n"), 1)
+        """,
+    )
+    for _ in range(2):  # in the first, nobody asks for the command
+        substrate = await reopen(tmp_path)
+        assert await line(substrate.adopted()[BOX], "true") == ""
+        await substrate.detach()
+    for typed in (b"", b"two\n"):
+        substrate = await reopen(tmp_path)
+        process = await substrate.adopted()[BOX].resume_process(1, command)
+        assert process is not None
+        assert await process.read_output("stdout", 5, 9) == b"got one\r\n"
+        await process.write_stdin(typed)
+        if not typed:
+            await substrate.detach()
+    result = await process.wait()
+    assert (result.exit_code, result.stdout.data) == (4, b"one\r\ngot one\r\ntwo\r\ntwo\r\n")
+    await substrate.close()
+
+
 async def test_detaching_in_the_midst_of_commands_loses_none(tmp_path: Path) -> None:
     first = await reopen(tmp_path)
     box = await first.create(SandboxSpec(), BOX)

@@ -35,6 +35,7 @@ from dsec.types import Command, ExecResult, SandboxId
 NUMBER_MAX = 0xFFFFFFFF
 PAUSED_POLL_S = 0.1
 _PAUSED = (0, "paused")
+_UNREAD_TTY = "unread-tty"
 _T = TypeVar("_T")
 
 
@@ -61,6 +62,7 @@ class GuestSandbox(ABC):
         self._paused_s = 0.0
         self._pause_note: tuple[str, int] | None = None
         self._on_end: Callable[[], None] = lambda: None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def id(self) -> SandboxId:
@@ -129,8 +131,12 @@ class GuestSandbox(ABC):
         process = self._processes.get(number)
         if process is not None:
             process.attach(master)
-        else:  # sent to an earlier process, which did not live to read it
-            self._keeping.adopt({f"{number}/tty/{round(time.monotonic() * 1000)}": master})
+            return
+        # Sent to an earlier process, which did not live to read it.
+        self._keeping.adopt({f"{number}/{_UNREAD_TTY}/{round(time.monotonic() * 1000)}": master})
+        keeping = asyncio.create_task(self._keeping.keep_left(number, _UNREAD_TTY), name=f"keep terminal {number}")
+        self._tasks.add(keeping)
+        keeping.add_done_callback(self._tasks.discard)
 
     def watch(self, on_end: Callable[[], None]) -> None:
         """See `dsec.sandbox.Watched`."""
@@ -258,7 +264,10 @@ class GuestSandbox(ABC):
         guest.resume(number)
         streams = Streams(number, command, self._keeping)
         is_whole = streams.resume()
-        return self._follow(GuestProcess(self, number, command, streams, is_cut=not is_whole))
+        process = self._follow(GuestProcess(self, number, command, streams, is_cut=not is_whole))
+        if streams.lacks_terminal and (unread := self._keeping.take(number, _UNREAD_TTY)) is not None:
+            process.attach(unread[1], unread[0])
+        return process
 
     # -- pausing ---------------------------------------------------------------------------------
 

@@ -95,9 +95,9 @@ class GuestProcess:
         await asyncio.wait([waiting, self._end], return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
 
-    def attach(self, master: int) -> None:
-        """Its terminal came."""
-        self._attaching = asyncio.create_task(self._streams.attach(master))
+    def attach(self, master: int, old_key: str = "") -> None:
+        """Its terminal came; see `Streams.attach`."""
+        self._attaching = asyncio.create_task(self._streams.attach(master, old_key))
 
     async def ended(self) -> None:
         """Wait until nothing of it is left here, whatever came of it."""

@@ -81,6 +81,13 @@ class Keeping:
             if older is not self._left[place]:
                 self.release({older[0]: older[1]})
 
+    async def keep_left(self, number: int, role: str) -> None:
+        """Keep what was adopted without a keeper having it; without one that can, it is this process's alone."""
+        left = self._left.get((number, role))
+        if left is not None and not self._is_detached:
+            with contextlib.suppress(HostUnfitError, ResourceExhaustedError):
+                await self.keep({left[0]: left[1]})
+
     def drop(self, number: int) -> None:
         """Release what an earlier process left of a command that it never started."""
         self._release_left([place for place in self._left if place[0] == number])
@@ -215,13 +222,20 @@ class Streams:
         self._readers[stream] = PipeReader(fd, self._sinks[stream], self._keeping.scratch, is_terminal=is_terminal)
         self._readers[stream].dispose = _leave
 
-    async def attach(self, master: int) -> None:
-        """Take over the command's terminal, and type what it was given to read."""
+    async def attach(self, master: int, old_key: str = "") -> None:
+        """Take over the command's terminal, and type what it was given to read, which no later process does again.
+
+        `old_key`: under which it was kept until now.
+        """
         key = self._keeping.key(self._number, "tty")
-        self._use_terminal(key, master, self._command.stdin)
+        self._ours[key] = master
+        old = {old_key: os.dup(master)} if old_key else {}
         self._give_back_place()
-        with contextlib.suppress(HostUnfitError):  # no keeper lasts: the command goes on, and is in what the next gets
+        with contextlib.suppress(HostUnfitError, ResourceExhaustedError):  # the command goes on, for as long as we do
             await self._keeping.keep({key: master})
+        self._keeping.release(old)
+        if key in self._ours:  # it has not ended meanwhile
+            self._use_terminal(key, master, self._command.stdin)
 
     def _give_back_place(self) -> None:
         if self._has_place:
@@ -235,7 +249,10 @@ class Streams:
         self._attached.set()
 
     def resume(self) -> bool:
-        """Go on with what an earlier process left; False if not all of `stdin` had reached the command."""
+        """Go on with what an earlier process left; False if not all of `stdin` had reached the command.
+
+        A terminal that it never read comes by `attach`.
+        """
         for stream in self._sinks:
             if (kept := self._keeping.take(self._number, stream)) is not None:
                 self._read(stream, *kept)
@@ -244,8 +261,14 @@ class Streams:
         if (kept := self._keeping.take(self._number, "stdin")) is not None:
             self._writer = PipeWriter(kept[1], is_kept_open=True)
             self._own_input(*kept)
-        self._attached.set()
+        if self._command.tty is None:
+            self._attached.set()
         return self._command.keep_stdin_open or self._command.tty is not None or self._writer is None
+
+    @property
+    def lacks_terminal(self) -> bool:
+        """Whether its terminal has not come."""
+        return not self._attached.is_set()
 
     async def attached(self) -> None:
         """Wait for the terminal, if it is one."""
@@ -258,11 +281,13 @@ class Streams:
 
     async def write(self, data: bytes) -> None:
         """See `dsec.sandbox.Process.write_stdin`."""
+        await self._attached.wait()
         if self._writer is not None:
             await self._writer.write(data)
 
     async def end_input(self) -> None:
         """See `dsec.sandbox.Process.close_stdin`."""
+        await self._attached.wait()
         if self._writer is not None:
             await (self._writer.end() if self._terminal < 0 else self._writer.write(END_OF_TRANSMISSION))
 
