@@ -11,7 +11,7 @@ async def main(directory: Path) -> None:
     """Print each rollout's reward as it ends; run it again and the log answers at once."""
     tasks = ["copy-1-000", "sort-1-000"]
     async for record in run_in_process(directory, tasks, group_size=4, temperature=1.0, seed=7):
-        print(record.rollout_id, record.reward, len(record.token_ids), "tokens")
+        print(record.rollout_id, record.reward.value, len(record.token_ids), "tokens")
 
 
 if __name__ == "__main__":

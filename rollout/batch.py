@@ -24,10 +24,11 @@ from rollout.bench.tasks import Task, check_packages, load_task
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
 from rollout.errors import RequestError, ResultsError
-from rollout.events import Job, JobSubmitted, RolloutFinished
+from rollout.events import JobSubmitted, RolloutFinished
 from rollout.jobs import load_bundled, make_job
 from rollout.main import holds_edge, make_service
 from rollout.record import TrajectoryRecord, trajectory_record
+from rollout.request import Job
 from rollout.service import RolloutService
 from rollout.summary import Summary, summarise
 

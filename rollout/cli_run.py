@@ -28,12 +28,12 @@ from rollout.bench.tasks import Task
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
 from rollout.errors import JournalError, RequestError
-from rollout.events import AgentKind, Job, Limits, Thinking
 from rollout.grpc_server import start_server
 from rollout.jobs import load_any, make_job
 from rollout.ledger import Ledger
 from rollout.main import load_tokenizer, make_service
 from rollout.record import trajectory_record
+from rollout.request import AgentKind, Job, Limits, Thinking
 from rollout.screen import LiveTable, make_console, print_summary, render_overview, render_trajectory
 from rollout.service import RolloutService
 

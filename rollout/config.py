@@ -6,6 +6,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 import wal
+from rollout.network import Networks, parse_ceiling
 
 
 class RolloutConfig(BaseSettings):
@@ -21,6 +22,11 @@ class RolloutConfig(BaseSettings):
     lease_ttl_s: float = Field(
         default=600.0, gt=0, le=86_400, description="how long the sandboxes of a killed run wait for it at an --edge"
     )
+    setup_network: str = Field(
+        default="", description="where set-ups of tasks may connect to at most: rules as of --allow, or public"
+    )
+    agent_network: str = Field(default="", description="where agents may connect to at most")
+    verifier_network: str = Field(default="", description="where tests of tasks may connect to at most")
     log_sync: str = Field(
         default="always",
         description="when the log is synced: always, interval(MS), or os (survives a kill, not a power cut)",
@@ -31,3 +37,18 @@ class RolloutConfig(BaseSettings):
     def _is_a_policy(cls, text: str) -> str:
         wal.SyncPolicy.parse(text)
         return text
+
+    @field_validator("setup_network", "agent_network", "verifier_network")
+    @classmethod
+    def _is_an_allowlist(cls, text: str) -> str:
+        parse_ceiling(text)
+        return text
+
+    @property
+    def networks(self) -> Networks:
+        """More than this no task gets, whatever it asks for."""
+        return Networks(
+            setup=parse_ceiling(self.setup_network),
+            agent=parse_ceiling(self.agent_network),
+            verifier=parse_ceiling(self.verifier_network),
+        )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import msgspec
 
-from rollout.events import PromptSegment, Thinking
-from toolcall_dsl import Segment, Tokenizer, encode, encode_results
+from rollout.events import PromptSegment
+from rollout.request import Conversation, Thinking
+from toolcall_dsl import Segment, SpanKind, Tokenizer, encode, encode_results
 
 SYSTEM = "You are a coding agent in a Linux sandbox."
 
@@ -57,6 +58,24 @@ def prompt(instruction: str, tokenizer: Tokenizer, thinking: Thinking) -> tuple[
     """The prompt of a task in tokens; byte for byte the official encoding of `messages`."""
     segments = encode(
         messages(instruction),
+        tokenizer,
+        thinking=thinking != "none",
+        reasoning_effort="max" if thinking == "max" else None,
+    )
+    return _prompt_segments(segments)
+
+
+def conversation_prompt(
+    conversation: Conversation, tokenizer: Tokenizer, thinking: Thinking
+) -> tuple[PromptSegment, ...]:
+    """The prompt of a conversation: its tokens as they are, or the official encoding of its messages.
+
+    toolcall_dsl.MessageError names the message that cannot be encoded.
+    """
+    if conversation.token_ids:
+        return (PromptSegment(SpanKind.USER.value, conversation.token_ids),)
+    segments = encode(
+        msgspec.json.decode(conversation.messages_json),
         tokenizer,
         thinking=thinking != "none",
         reasoning_effort="max" if thinking == "max" else None,

@@ -25,6 +25,14 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Force:
+    """Put tokens into the open turn that the model did not draw -> TokensForced."""
+
+    start: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RunTool:
     """Answer one tool call -> ToolFinished."""
 
@@ -39,7 +47,7 @@ class ApplySolution:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """Run the verifier on what the agent left -> Judged.
+    """Have the reward given, as the job asks: by tests on what the agent left, or by a judge -> Judged.
 
     `answer` is the agent's last message; None leaves what an oracle may have written itself.
     """
@@ -54,4 +62,4 @@ class Finish:
     reason: FinishReason
 
 
-Effect = Prepare | Sample | RunTool | ApplySolution | Judge | Finish
+Effect = Prepare | Sample | Force | RunTool | ApplySolution | Judge | Finish

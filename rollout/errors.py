@@ -56,7 +56,14 @@ class EngineError(RolloutError):
 
     code = "ENGINE_ERROR"
     retryable = True
-    fault = "peer"
+    fault: ClassVar[Fault] = "peer"
+
+
+class PreemptedError(EngineError):
+    """A request was ended on purpose at a token boundary; all that was drawn has been handed over."""
+
+    code = "PREEMPTED"
+    fault = "host"
 
 
 class VerifierError(RolloutError):

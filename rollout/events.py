@@ -11,60 +11,37 @@ See: docs/formats/events.md.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
 
 import msgspec
 
+from dsec.types import NetworkPolicy
 from rollout.bench.tasks import Task
-from rollout.engine import EngineInfo, Sampling
-from wal.tokens import TokensAppended
-
-AgentKind = Literal["model", "oracle", "nop"]
-Thinking = Literal["none", "high", "max"]
+from rollout.engine import EngineInfo
+from rollout.network import TaskPhase
+from rollout.request import Conversation, Job
+from wal.tokens import Cause, TokensAppended
 
 
 class FinishReason(StrEnum):
     """Why a rollout ended (docs/formats/trajectory.md has the table)."""
 
     STOP = "STOP"
+    TOOL_CALLS = "TOOL_CALLS"
+    PARSE_FAILED = "PARSE_FAILED"
     LENGTH_TURN = "LENGTH_TURN"
     LENGTH_CONTEXT = "LENGTH_CONTEXT"
     TURN_LIMIT = "TURN_LIMIT"
     WALL_CLOCK = "WALL_CLOCK"
     CANCELLED = "CANCELLED"
+    STRAGGLER = "STRAGGLER"
+    STALE = "STALE"
+    JUDGE_UNAVAILABLE = "JUDGE_UNAVAILABLE"
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Bounds of one rollout: model turns, tokens a turn, tokens of the whole context, seconds a tool call."""
+class ConversationAdmitted(msgspec.Struct, frozen=True, tag="conversation_admitted"):
+    """A prompt without an environment, once for each digest."""
 
-    turns_count_max: int = 16
-    turn_tokens_count_max: int = 512
-    context_tokens_count_max: int = 2048
-    tool_timeout_s: float = 10.0
-
-
-class Group(msgspec.Struct, frozen=True, kw_only=True):
-    """`size` rollouts of one task; rollout ids are `{group_id}.{index}`."""
-
-    group_id: str
-    task: str
-    task_digest: str
-    size: int
-
-
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What a caller asked for, complete: enough to run it to its end after any crash.
-
-    `edge_url` is the Edge that `dsec run --edge` named, where a resume finds the sandboxes.
-    """
-
-    request_id: str
-    groups: tuple[Group, ...]
-    agent: AgentKind = "model"
-    thinking: Thinking = "high"
-    sampling: Sampling = Sampling()
-    limits: Limits = Limits()
-    edge_url: str = ""
+    conversation: Conversation
 
 
 class TaskAdmitted(msgspec.Struct, frozen=True, tag="task_admitted"):
@@ -92,6 +69,19 @@ class JobWorked(msgspec.Struct, frozen=True, tag="job_worked"):
     wall_s: float
 
 
+class RolloutsAcknowledged(msgspec.Struct, frozen=True, tag="rollouts_acknowledged"):
+    """The caller holds these rollouts' records: the log need not keep them any longer."""
+
+    rollout_ids: tuple[str, ...]
+
+
+class PolicyUpdated(msgspec.Struct, frozen=True, tag="policy_updated"):
+    """The engine draws with other weights from here on; a later process loads the same `checkpoint`."""
+
+    engine: EngineInfo
+    checkpoint: str
+
+
 class PromptSegment(msgspec.Struct, frozen=True):
     """Adjacent prompt tokens of one span kind."""
 
@@ -109,15 +99,62 @@ class RolloutOpened(msgspec.Struct, frozen=True, tag="rollout_opened"):
     prompt: tuple[PromptSegment, ...]
     tokenizer_digest: str
     engine: EngineInfo
+    has_environment: bool = True
+    judged_rollout_id: str = ""
+
+
+class Spent(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of one process on one rollout, by what it waited for.
+
+    A slot or a sandbox to be free; the first token of a turn; the turn's other tokens; tools and tests in the sandbox;
+    a judge; the log.
+    """
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    environment_s: float = 0.0
+    judge_s: float = 0.0
+    log_s: float = 0.0
+
+
+class Preempted(msgspec.Struct, frozen=True, tag="preempted"):
+    """The rollout was stopped at a token boundary and holds nothing; it goes on from here later, maybe elsewhere."""
+
+    rollout_id: str
+    cause: str
+    at_s: float
+    spent: Spent
 
 
 class RolloutResumed(msgspec.Struct, frozen=True, tag="rollout_resumed"):
-    """Another process took the rollout over from the log, at this many tokens; `engine` draws from here on."""
+    """The rollout goes on at this many tokens, after a preemption or in another process; `engine` draws from here on.
+
+    `kv` says what its KV cache is made of; `preempted_s` how long it stood after a preemption.
+    """
 
     rollout_id: str
     attempt: int
     tokens_count: int
     engine: EngineInfo | None = None
+    kv: Cause = "rebuilt"
+    preempted_s: float = 0.0
+
+
+class KvBroke(msgspec.Struct, frozen=True, tag="kv_broke"):
+    """From `position` on the KV cache is not the one that the tokens before were sampled with."""
+
+    rollout_id: str
+    position: int
+    cause: Cause
+
+
+class TokensForced(msgspec.Struct, frozen=True, tag="tokens_forced"):
+    """Tokens that the service, not the model, put into the open turn at position `start`."""
+
+    rollout_id: str
+    start: int
+    token_ids: tuple[int, ...]
 
 
 class SandboxPrepared(msgspec.Struct, frozen=True, tag="sandbox_prepared"):
@@ -125,6 +162,14 @@ class SandboxPrepared(msgspec.Struct, frozen=True, tag="sandbox_prepared"):
 
     rollout_id: str
     duration_s: float
+
+
+class NetworkSwitched(msgspec.Struct, frozen=True, tag="network_switched"):
+    """The rollout's sandbox is about to get the network of a phase: durable before it has."""
+
+    rollout_id: str
+    phase: TaskPhase
+    policy: NetworkPolicy
 
 
 class ToolFinished(msgspec.Struct, frozen=True, tag="tool_finished"):
@@ -164,6 +209,8 @@ class Judged(msgspec.Struct, frozen=True, tag="judged"):
     verifier_digest: str
     duration_s: float
     output: str = ""
+    verifier_id: str = "tests"
+    judge_rollout_ids: tuple[str, ...] = ()
 
 
 class RolloutFinished(msgspec.Struct, frozen=True, tag="rollout_finished"):
@@ -171,9 +218,7 @@ class RolloutFinished(msgspec.Struct, frozen=True, tag="rollout_finished"):
 
     rollout_id: str
     reason: FinishReason
-    sampling_s: float = 0.0
-    tools_s: float = 0.0
-    log_s: float = 0.0
+    spent: Spent = Spent()
 
 
 class InfraFailed(msgspec.Struct, frozen=True, tag="infra_failed"):
@@ -188,8 +233,12 @@ class InfraFailed(msgspec.Struct, frozen=True, tag="infra_failed"):
 RolloutEvent = (
     RolloutOpened
     | RolloutResumed
+    | Preempted
+    | KvBroke
     | SandboxPrepared
+    | NetworkSwitched
     | TokensAppended
+    | TokensForced
     | ToolFinished
     | SolutionApplied
     | AgentStopped
@@ -197,7 +246,9 @@ RolloutEvent = (
     | RolloutFinished
     | InfraFailed
 )
-JobEvent = TaskAdmitted | JobSubmitted | JobCancelled | JobWorked
+JobEvent = (
+    TaskAdmitted | ConversationAdmitted | JobSubmitted | JobCancelled | JobWorked | RolloutsAcknowledged | PolicyUpdated
+)
 Event = RolloutEvent | JobEvent
 
 

@@ -23,11 +23,12 @@ from rollout import events
 from rollout.bench.tasks import Task, check_packages, task_from_files
 from rollout.engine import Sampling
 from rollout.errors import NotFoundError, RequestError, RolloutError
-from rollout.events import AgentKind, Event, Job, Limits, Thinking
+from rollout.events import Event
 from rollout.jobs import load_bundled, make_job
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.pb.v1 import rollout_pb2_grpc as pb_grpc
 from rollout.record import TrajectoryRecord, trajectory_record
+from rollout.request import AgentKind, Job, Limits, Thinking
 from rollout.service import RolloutService
 from toolcall_dsl import DslError
 from wal import WalError
@@ -161,20 +162,20 @@ def trajectory_message(record: TrajectoryRecord, mask: Iterable[int]) -> pb.Traj
         rollout_id=record.rollout_id,
         request_id=record.request_id,
         task=record.task,
-        group_id=record.group_id,
-        group_index=record.group_index,
-        group_size=record.group_size,
-        reward=record.reward,
-        reward_components=record.reward_components,
+        group_id=record.group.group_id,
+        group_index=record.group.index,
+        group_size=record.group.size,
+        reward=record.reward.value,
+        reward_components=record.reward.components,
         finish_reason=record.finish_reason or "",
         infra_failure=pb.InfraFailure(**record.infra_failure) if record.infra_failure else None,
         tokens_sampled=record.tokens_sampled,
         tokens_replayed=record.tokens_replayed,
         commands_replayed=record.commands_replayed,
         commands_run_twice=record.commands_run_twice,
-        attempt=record.attempt,
-        weights_digest=record.weights_digest,
-        tokenizer_digest=record.tokenizer_digest,
+        attempt=record.lineage.attempt,
+        weights_digest=record.policy_versions[-1].weights_digest if record.policy_versions else "",
+        tokenizer_digest=record.encoder.tokenizer_digest,
     )
     for field, fill in _BIG_FIELDS.items():
         if field in mask:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rollout.bench.tasks import BUNDLED, Task, load_task, load_tasks
 from rollout.engine import Sampling
 from rollout.errors import RequestError, TaskError
-from rollout.events import AgentKind, Group, Job, Limits, Thinking
+from rollout.request import AgentKind, Group, Job, Limits, Thinking
 
 GROUP_SIZE_MAX = 1024
 TEMPERATURE_MIN, TEMPERATURE_MAX = 1e-3, 10.0

@@ -30,12 +30,19 @@ KIND = 2
 
 _MsgpackEvent = (
     events.TaskAdmitted
+    | events.ConversationAdmitted
     | events.JobSubmitted
     | events.JobCancelled
     | events.JobWorked
+    | events.RolloutsAcknowledged
+    | events.PolicyUpdated
     | events.RolloutOpened
     | events.RolloutResumed
+    | events.Preempted
+    | events.KvBroke
+    | events.TokensForced
     | events.SandboxPrepared
+    | events.NetworkSwitched
     | events.ToolFinished
     | events.SolutionApplied
     | events.AgentStopped

@@ -12,6 +12,10 @@ See: docs/architecture.md, "Ledger".
 
 from __future__ import annotations
 
+import hashlib
+import sys
+from array import array
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,20 +31,24 @@ from dsec.trajectory import (
 )
 from rollout import journal, machine
 from rollout.bench.tasks import Task
+from rollout.engine import EngineInfo
 from rollout.errors import JournalError
 from rollout.events import (
+    ConversationAdmitted,
     Event,
-    Group,
-    Job,
     JobCancelled,
     JobSubmitted,
     JobWorked,
+    PolicyUpdated,
     RolloutFinished,
     RolloutOpened,
+    RolloutResumed,
+    RolloutsAcknowledged,
     TaskAdmitted,
     rollout_of,
 )
-from rollout.machine import State
+from rollout.request import Conversation, Group, Job
+from rollout.state import Phase, State, start
 from toolcall_dsl import Tokenizer
 from wal.tokens import TokensAppended
 
@@ -52,15 +60,20 @@ class Ledger:
         """An empty ledger; the tokenizer must be the one that the log was written with."""
         self.tokenizer = tokenizer
         self.tasks: dict[str, Task] = {}
+        self.conversations: dict[str, Conversation] = {}
         self.jobs: dict[str, Job] = {}
         self.cancelled: set[str] = set()
         self.rollouts: dict[str, State] = {}
         self.trajectories: dict[str, Trajectory] = {}
         self.lsns: dict[str, tuple[int, int]] = {}
-        self.tokens_regenerated = 0
+        self.policy: PolicyUpdated | None = None
+        self.weights: dict[int, str] = {}
+        self.acknowledged: set[str] = set()
+        self.tokens_regenerated: Counter[str] = Counter()
         self.worked_s = 0.0
         self._job_of_group: dict[str, Job] = {}
         self._logged_until: dict[str, int] = {}
+        self._sampled: dict[str, hashlib._Hash] = {}
 
     @classmethod
     def read(cls, directory: Path, tokenizer: Tokenizer) -> Ledger:
@@ -75,6 +88,13 @@ class Ledger:
         match event:
             case TaskAdmitted():
                 self.tasks.setdefault(event.task.digest, event.task)
+            case ConversationAdmitted():
+                self.conversations.setdefault(event.conversation.digest, event.conversation)
+            case PolicyUpdated():
+                self.policy = event
+                self._learn(event.engine)
+            case RolloutsAcknowledged():
+                self.acknowledged.update(event.rollout_ids)
             case JobSubmitted():
                 self._submit(event.job)
             case JobCancelled():
@@ -93,11 +113,14 @@ class Ledger:
                 self.extend(event.session, lsn)
             case RolloutOpened():
                 self._open(event)
+                self._learn(event.engine)
                 self.extend(event.rollout_id, lsn)
             case _:
                 rollout_id = rollout_of(event)
                 if isinstance(event, TokensAppended):
-                    self._count_regenerated(event)
+                    self._count_sampled(event)
+                if isinstance(event, RolloutResumed) and event.engine is not None:
+                    self._learn(event.engine)
                 self.rollouts[rollout_id] = machine.step(self._state(rollout_id), event, self.tokenizer)
                 if isinstance(event, RolloutFinished):
                     self.trajectory(rollout_id).forget_contents()
@@ -120,7 +143,7 @@ class Ledger:
     def is_done(self, rollout_id: str) -> bool:
         """True once the rollout has ended (an infrastructure failure is not an end)."""
         state = self.rollouts.get(rollout_id)
-        return state is not None and state.phase is machine.Phase.DONE
+        return state is not None and state.phase is Phase.DONE
 
     def extend(self, rollout_id: str, lsn: int) -> None:
         """Note that a record of the rollout stands at `lsn`."""
@@ -129,7 +152,7 @@ class Ledger:
 
     def _submit(self, job: Job) -> None:
         for group in job.groups:
-            if group.task_digest not in self.tasks:
+            if group.task_digest not in self.tasks and group.task_digest not in self.conversations:
                 raise JournalError(f"job {job.request_id}: its task {group.task} is not in the log")
             self._job_of_group[group.group_id] = job
         self.jobs[job.request_id] = job
@@ -140,7 +163,7 @@ class Ledger:
                 f"{event.rollout_id} was written with tokenizer {event.tokenizer_digest[:12]}, "
                 f"this installation has {self.tokenizer.digest[:12]}: use the checkpoint that wrote the log"
             )
-        self.rollouts[event.rollout_id] = machine.start(self._job_of_group[event.group_id], event)
+        self.rollouts[event.rollout_id] = start(self._job_of_group[event.group_id], event)
 
     def _state(self, rollout_id: str) -> State:
         try:
@@ -148,7 +171,19 @@ class Ledger:
         except KeyError:
             raise JournalError(f"an event of {rollout_id} stands before its rollout_opened") from None
 
-    def _count_regenerated(self, event: TokensAppended) -> None:
-        logged_until = self._logged_until.get(event.request, 0)
-        self.tokens_regenerated += max(0, logged_until - event.start)
-        self._logged_until[event.request] = event.start + len(event.token_ids)
+    def sampled_digest(self, rollout_id: str) -> str:
+        """sha256, in hex, over (position u32, id u32), little endian, of each token that the log says was sampled."""
+        digest = self._sampled.get(rollout_id)
+        return (digest or hashlib.sha256()).hexdigest()
+
+    def _learn(self, engine: EngineInfo) -> None:
+        self.weights[engine.policy_version] = engine.weights_digest
+
+    def _count_sampled(self, event: TokensAppended) -> None:
+        end = event.start + len(event.token_ids)
+        self.tokens_regenerated[event.request] += max(0, self._logged_until.get(event.request, 0) - event.start)
+        self._logged_until[event.request] = end
+        pairs = array("I", (number for pair in enumerate(event.token_ids, event.start) for number in pair))
+        if sys.byteorder == "big":
+            pairs.byteswap()
+        self._sampled.setdefault(event.request, hashlib.sha256()).update(pairs)

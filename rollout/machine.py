@@ -8,6 +8,7 @@ Invariants:
 1. `effect(fold(events))` is the same in every process that reads the same log.
 2. A token's position in the log is its position in the context; a gap or an overlap is a MachineError.
 3. `token_ids` only ever grows; sampled ids are never decoded and encoded again.
+4. An event is folded only in the phases that `TRANSITIONS` names for it.
 
 See: docs/architecture.md, "Machine".
 """
@@ -15,136 +16,42 @@ See: docs/architecture.md, "Machine".
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
 
 from rollout import context
 from rollout.context import Span, spans_of
-from rollout.effects import ApplySolution, Effect, Finish, Judge, Prepare, RunTool, Sample
-from rollout.engine import EngineInfo, SampleRequest
+from rollout.effects import ApplySolution, Effect, Finish, Force, Judge, Prepare, RunTool, Sample
+from rollout.engine import SampleRequest
 from rollout.errors import MachineError
 from rollout.events import (
     AgentStopped,
     FinishReason,
     InfraFailed,
-    Job,
     Judged,
+    KvBroke,
+    NetworkSwitched,
+    Preempted,
     PromptSegment,
     RolloutEvent,
     RolloutFinished,
-    RolloutOpened,
     RolloutResumed,
     SandboxPrepared,
     SolutionApplied,
+    TokensForced,
     ToolFinished,
 )
-from toolcall_dsl import V4, ParsedTurn, Tokenizer, ToolCall, parse
+from rollout.request import NoReward, TestsReward
+from rollout.state import AnsweredCall, KvBreak, Phase, State, Turn, TurnFinish
+from toolcall_dsl import V4, ParsedTurn, SpanKind, Tokenizer, parse
 from wal.tokens import TokensAppended
-
-
-class Phase(StrEnum):
-    """What the rollout is waiting for."""
-
-    PREPARE = "prepare"
-    SAMPLE = "sample"
-    TOOLS = "tools"
-    SOLVE = "solve"
-    JUDGE = "judge"
-    FINISH = "finish"
-    DONE = "done"
-
-
-class TurnFinish(StrEnum):
-    """How one model turn ended."""
-
-    STOP = "STOP"
-    TOOL_CALLS = "TOOL_CALLS"
-    PARSE_FAILED = "PARSE_FAILED"
-    LENGTH_TURN = "LENGTH_TURN"
-    LENGTH_CONTEXT = "LENGTH_CONTEXT"
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A closed model turn: `length` sampled tokens from `start`, and what they said."""
-
-    start: int
-    length: int
-    finish: TurnFinish
-    parsed: ParsedTurn
-
-
-@dataclass(frozen=True, slots=True)
-class AnsweredCall:
-    """A tool call of turn number `turn` with its answer."""
-
-    turn: int
-    call: ToolCall
-    answer: ToolFinished
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """A rollout so far.  `token_ids`, `spans` and `logprobs` hold what is closed, `current*` the open turn.
-
-    `logprobs` has one entry for each sampled token, in order.  `calls` are all answered calls;
-    `pending` the open block's calls, of which `answered` are answered.  `setup_try` and `judge_try`
-    count failed attempts, whose commands a later attempt does not build on.  `engines` says from which
-    position of the context on which engine drew.
-    """
-
-    job: Job
-    opened: RolloutOpened
-    phase: Phase
-    token_ids: tuple[int, ...]
-    spans: tuple[Span, ...]
-    logprobs: tuple[float, ...] = ()
-    current: tuple[int, ...] = ()
-    current_logprobs: tuple[float, ...] = ()
-    turns: tuple[Turn, ...] = ()
-    calls: tuple[AnsweredCall, ...] = ()
-    pending: tuple[ToolCall, ...] = ()
-    answered: int = 0
-    reason: FinishReason | None = None
-    answer: str = ""
-    solution: SolutionApplied | None = None
-    judged: Judged | None = None
-    finished: RolloutFinished | None = None
-    failure: InfraFailed | None = None
-    attempt: int = 1
-    resumed_at: tuple[int, ...] = ()
-    sandbox_start_s: float = 0.0
-    setup_try: int = 0
-    judge_try: int = 0
-    engines: tuple[tuple[int, EngineInfo], ...] = ()
-
-    @property
-    def tokens_count(self) -> int:
-        """Length of the whole context, the open turn included."""
-        return len(self.token_ids) + len(self.current)
-
-    @property
-    def sampled_count(self) -> int:
-        """How many tokens the model drew."""
-        return len(self.logprobs) + len(self.current)
 
 
 def stream_key(rollout_id: str) -> int:
     """The u64 that sets a rollout's noise apart: the same in every run that names it the same."""
     return int.from_bytes(hashlib.blake2b(rollout_id.encode(), digest_size=8).digest(), "little")
-
-
-def start(job: Job, opened: RolloutOpened) -> State:
-    """The state after RolloutOpened."""
-    segments = opened.prompt
-    return State(
-        job=job,
-        opened=opened,
-        phase=Phase.PREPARE,
-        token_ids=tuple(token for segment in segments for token in segment.token_ids),
-        spans=spans_of(segments, 0, 0),
-        engines=((0, opened.engine),),
-    )
 
 
 def effect(state: State, tokenizer: Tokenizer) -> Effect | None:
@@ -153,6 +60,8 @@ def effect(state: State, tokenizer: Tokenizer) -> Effect | None:
         case Phase.PREPARE:
             return Prepare()
         case Phase.SAMPLE:
+            if _thinking_left(state, tokenizer) == 0:
+                return Force(state.tokens_count, (tokenizer.control(V4.think_close),))
             return Sample(_request(state, tokenizer))
         case Phase.TOOLS:
             return RunTool(len(state.calls), state.pending[state.answered])
@@ -170,32 +79,10 @@ def effect(state: State, tokenizer: Tokenizer) -> Effect | None:
 
 def step(state: State, event: RolloutEvent, tokenizer: Tokenizer) -> State:
     """Fold one event in.  MachineError if it does not answer what the state waits for."""
-    match event, state.phase:
-        case RolloutResumed(), _:
-            return _resume(state, event)
-        case InfraFailed(), phase:
-            return replace(
-                state,
-                failure=event,
-                setup_try=state.setup_try + (phase is Phase.PREPARE),
-                judge_try=state.judge_try + (phase is Phase.JUDGE),
-            )
-        case RolloutFinished(), phase if phase is not Phase.DONE:
-            closed = _close_cut_turn(state, tokenizer)  # a cancel may come in mid-turn
-            return replace(closed, phase=Phase.DONE, reason=event.reason, finished=event)
-        case SandboxPrepared(), Phase.PREPARE:
-            return _prepared(state, event)
-        case TokensAppended(), Phase.SAMPLE:
-            return _append(state, event, tokenizer)
-        case ToolFinished(), Phase.TOOLS:
-            return _answer(state, event, tokenizer)
-        case SolutionApplied(), Phase.SOLVE:
-            return replace(state, phase=Phase.JUDGE, solution=event)
-        case AgentStopped(), Phase.SAMPLE | Phase.TOOLS:
-            return replace(_close_cut_turn(state, tokenizer), phase=Phase.JUDGE, reason=event.reason)
-        case Judged(), Phase.JUDGE:
-            return replace(state, phase=Phase.FINISH, judged=event)
-    raise MachineError(f"{state.opened.rollout_id}: {type(event).__name__} does not fit phase {state.phase}")
+    phases, fold = TRANSITIONS.get(type(event), (frozenset(), None))
+    if fold is None or state.phase not in phases:
+        raise MachineError(f"{state.opened.rollout_id}: {type(event).__name__} does not fit phase {state.phase}")
+    return fold(state, event, tokenizer)
 
 
 def is_current(state: State, key: str) -> bool:
@@ -205,62 +92,158 @@ def is_current(state: State, key: str) -> bool:
     return current is None or rest.startswith(f"{current}/")
 
 
-def _prepared(state: State, event: SandboxPrepared) -> State:
+def _prepared(state: State, event: SandboxPrepared, _: Tokenizer) -> State:
     state = replace(state, sandbox_start_s=event.duration_s)
     if state.job.agent == "model" and state.tokens_count >= state.job.limits.context_tokens_count_max:
-        return replace(state, phase=Phase.JUDGE, reason=FinishReason.LENGTH_CONTEXT)
+        return _end_agent(state, FinishReason.LENGTH_CONTEXT)
     if state.job.agent == "model":
         return replace(state, phase=Phase.SAMPLE)
-    return replace(state, phase=Phase.SOLVE if state.job.agent == "oracle" else Phase.JUDGE, reason=FinishReason.STOP)
+    if state.job.agent == "oracle":
+        return replace(state, phase=Phase.SOLVE, reason=FinishReason.STOP)
+    return _end_agent(state, FinishReason.STOP)
 
 
-def _resume(state: State, event: RolloutResumed) -> State:
+def _end_agent(state: State, reason: FinishReason, answer: str = "") -> State:
+    """The agent is done: what it left is judged, if anybody judges."""
+    reward, has_environment = state.job.reward, state.opened.has_environment
+    is_judged = not isinstance(reward, NoReward) and (has_environment or not isinstance(reward, TestsReward))
+    return replace(state, phase=Phase.JUDGE if is_judged else Phase.FINISH, reason=reason, answer=answer)
+
+
+def _resume(state: State, event: RolloutResumed, _: Tokenizer) -> State:
     engines = state.engines
     if event.engine is not None and event.engine != engines[-1][1]:
         engines = (*engines, (event.tokens_count, event.engine))
-    resumed_at = (*state.resumed_at, event.tokens_count)
-    return replace(state, attempt=event.attempt, resumed_at=resumed_at, failure=None, engines=engines)
+    return replace(
+        state,
+        attempt=event.attempt,
+        resumed_at=(*state.resumed_at, event.tokens_count),
+        kv_breaks=(*state.kv_breaks, KvBreak(event.tokens_count, event.kv)),
+        failure=None,
+        preempted=None,
+        preempted_s=state.preempted_s + event.preempted_s,
+        engines=engines,
+    )
+
+
+def _preempt(state: State, event: Preempted, _: Tokenizer) -> State:
+    spent = (*state.spent, event.spent)
+    return replace(state, preempted=event, preempt_count=state.preempt_count + 1, spent=spent)
+
+
+def _fail(state: State, event: InfraFailed, _: Tokenizer) -> State:
+    return replace(
+        state,
+        failure=event,
+        setup_try=state.setup_try + (state.phase is Phase.PREPARE),
+        judge_try=state.judge_try + (state.phase is Phase.JUDGE),
+    )
+
+
+def _finish(state: State, event: RolloutFinished, tokenizer: Tokenizer) -> State:
+    closed = _close_cut_turn(state, tokenizer)  # a cancel may come in mid-turn
+    return replace(closed, phase=Phase.DONE, reason=event.reason, finished=event, spent=(*closed.spent, event.spent))
+
+
+def _pass(state: State, _: RolloutEvent, __: Tokenizer) -> State:
+    """Nothing that is wanted depends on it."""
+    return state
+
+
+def _break_kv(state: State, event: KvBroke, _: Tokenizer) -> State:
+    return replace(state, kv_breaks=(*state.kv_breaks, KvBreak(event.position, event.cause)))
+
+
+def _solved(state: State, event: SolutionApplied, _: Tokenizer) -> State:
+    return _end_agent(replace(state, solution=event), FinishReason.STOP)
+
+
+def _stop_agent(state: State, event: AgentStopped, tokenizer: Tokenizer) -> State:
+    return _end_agent(_close_cut_turn(state, tokenizer), event.reason)
+
+
+def _judged(state: State, event: Judged, _: Tokenizer) -> State:
+    return replace(state, phase=Phase.FINISH, judged=event)
+
+
+def _thinking_left(state: State, tokenizer: Tokenizer) -> int | None:
+    """How many tokens of thinking the open turn may still have; None if nothing bounds it, or it has ended."""
+    bound = state.job.limits.thinking_tokens_count_max
+    if not bound or state.job.thinking == "none" or tokenizer.control(V4.think_close) in state.current:
+        return None
+    return max(0, bound - len(state.current))
 
 
 def _request(state: State, tokenizer: Tokenizer) -> SampleRequest:
     limits = state.job.limits
+    bounds = [
+        limits.turn_tokens_count_max - len(state.current),
+        limits.context_tokens_count_max - state.tokens_count,
+    ]
+    if limits.sampled_tokens_count_max:
+        bounds.append(limits.sampled_tokens_count_max - state.sampled_count)
+    if (thinking_left := _thinking_left(state, tokenizer)) is not None:
+        bounds.append(thinking_left)
     return SampleRequest(
         session=state.opened.rollout_id,
         token_ids=state.token_ids + state.current,
         sampling=state.job.sampling,
         stream_key=stream_key(state.opened.rollout_id),
-        tokens_count_max=min(
-            limits.turn_tokens_count_max - len(state.current), limits.context_tokens_count_max - state.tokens_count
-        ),
+        tokens_count_max=min(bounds),
         stop_ids=frozenset({tokenizer.control(V4.eos)}),
+        on_update=state.job.policy.on_update,
     )
+
+
+def _check_start(state: State, start: int) -> None:
+    if start != state.tokens_count:
+        raise MachineError(
+            f"{state.opened.rollout_id}: tokens logged at position {start}, the context ends at {state.tokens_count}"
+        )
 
 
 def _append(state: State, event: TokensAppended, tokenizer: Tokenizer) -> State:
-    if event.start != state.tokens_count:
-        raise MachineError(
-            f"{event.request}: tokens logged at position {event.start}, the context ends at {state.tokens_count}"
-        )
-    state = replace(
-        state,
-        current=state.current + event.token_ids,
-        current_logprobs=state.current_logprobs + event.logprobs,
-    )
+    _check_start(state, event.start)
+    versions = state.versions
+    if not versions or versions[-1][1] != event.policy_version:
+        versions = (*versions, (event.start, event.policy_version))
+    drawn = state.current_logprobs + event.logprobs
+    state = replace(state, current=state.current + event.token_ids, current_logprobs=drawn, versions=versions)
+    return _close_if_full(state, tokenizer)
+
+
+def _force(state: State, event: TokensForced, tokenizer: Tokenizer) -> State:
+    _check_start(state, event.start)
+    forced = state.forced | frozenset(range(event.start, event.start + len(event.token_ids)))
+    return _close_if_full(replace(state, current=state.current + event.token_ids, forced=forced), tokenizer)
+
+
+def _close_if_full(state: State, tokenizer: Tokenizer) -> State:
     limits = state.job.limits
     if state.current[-1] == tokenizer.control(V4.eos):
         return _close_turn(state, tokenizer)
     if len(state.current) >= limits.turn_tokens_count_max:
         return _close_turn(state, tokenizer, TurnFinish.LENGTH_TURN)
-    if state.tokens_count >= limits.context_tokens_count_max:
+    if (
+        state.tokens_count >= limits.context_tokens_count_max
+        or 0 < limits.sampled_tokens_count_max <= state.sampled_count
+    ):
         return _close_turn(state, tokenizer, TurnFinish.LENGTH_CONTEXT)
     return state
 
 
 def read_turn(state: State, tokenizer: Tokenizer) -> tuple[ParsedTurn, tuple[Span, ...]]:
     """What the open turn's tokens say so far, and the spans that they take in the context."""
-    parsed = parse(state.current, tokenizer, thinking=state.job.thinking != "none", policy="strict")
+    parsed = parse(state.current, tokenizer, thinking=state.job.thinking != "none", policy=state.job.parse_policy)
     begin, number = len(state.token_ids), len(state.turns)
-    return parsed, tuple(Span(begin + s, n, kind.value, number, trainable=True) for s, n, kind in parsed.spans)
+    kinds = [(begin + s + i, kind.value) for s, n, kind in parsed.spans for i in range(n)] if state.forced else []
+    if not kinds:
+        return parsed, tuple(Span(begin + s, n, kind.value, number, trainable=True) for s, n, kind in parsed.spans)
+    marked = [(at, SpanKind.FORCED.value if at in state.forced else kind) for at, kind in kinds]
+    runs = [(kind, [at for at, _ in run]) for kind, run in groupby(marked, key=lambda pair: pair[1])]
+    return parsed, tuple(
+        Span(run[0], len(run), kind, number, trainable=kind != SpanKind.FORCED.value) for kind, run in runs
+    )
 
 
 def _close_turn(state: State, tokenizer: Tokenizer, cut: TurnFinish | None = None) -> State:
@@ -279,14 +262,15 @@ def _close_turn(state: State, tokenizer: Tokenizer, cut: TurnFinish | None = Non
         turns=(*state.turns, Turn(len(state.token_ids), len(state.current), finish, parsed)),
         current=(),
         current_logprobs=(),
+        forced=frozenset(),
     )
     if cut is not None:
-        return replace(state, phase=Phase.JUDGE, reason=FinishReason(cut.value))
+        return _end_agent(state, FinishReason(cut.value))
+    if finish is TurnFinish.STOP or not state.opened.has_environment:  # else the caller runs the calls
+        return _end_agent(state, FinishReason(finish.value), parsed.content)
     if parsed.error is not None:
         return _continue_with(state, (f"error: {parsed.error.message}",), tokenizer)
-    if parsed.calls:
-        return replace(state, phase=Phase.TOOLS, pending=parsed.calls, answered=0)
-    return replace(state, phase=Phase.JUDGE, reason=FinishReason.STOP, answer=parsed.content)
+    return replace(state, phase=Phase.TOOLS, pending=parsed.calls, answered=0)
 
 
 def _close_cut_turn(state: State, tokenizer: Tokenizer) -> State:
@@ -308,14 +292,34 @@ def _answer(state: State, event: ToolFinished, tokenizer: Tokenizer) -> State:
 def _continue_with(state: State, observations: tuple[str, ...], tokenizer: Tokenizer) -> State:
     """Append what the model reads next, or end the agent's part if a bound is met."""
     if len(state.turns) >= state.job.limits.turns_count_max:
-        return replace(state, phase=Phase.JUDGE, reason=FinishReason.TURN_LIMIT)
+        return _end_agent(state, FinishReason.TURN_LIMIT)
     segments: tuple[PromptSegment, ...] = context.results(observations, tokenizer, state.job.thinking)
     added = tuple(token for segment in segments for token in segment.token_ids)
     if len(state.token_ids) + len(added) >= state.job.limits.context_tokens_count_max:
-        return replace(state, phase=Phase.JUDGE, reason=FinishReason.LENGTH_CONTEXT)
+        return _end_agent(state, FinishReason.LENGTH_CONTEXT)
     return replace(
         state,
         phase=Phase.SAMPLE,
         token_ids=state.token_ids + added,
         spans=state.spans + spans_of(segments, len(state.token_ids), len(state.turns)),
     )
+
+
+_ALWAYS = frozenset(Phase)
+_OPEN = _ALWAYS - {Phase.DONE}
+TRANSITIONS: dict[type, tuple[frozenset[Phase], Callable[[State, Any, Tokenizer], State]]] = {
+    RolloutResumed: (_ALWAYS, _resume),
+    Preempted: (_OPEN, _preempt),
+    KvBroke: (_OPEN, _break_kv),
+    InfraFailed: (_ALWAYS, _fail),
+    NetworkSwitched: (_ALWAYS, _pass),
+    SandboxPrepared: (frozenset({Phase.PREPARE}), _prepared),
+    TokensAppended: (frozenset({Phase.SAMPLE}), _append),
+    TokensForced: (frozenset({Phase.SAMPLE}), _force),
+    ToolFinished: (frozenset({Phase.TOOLS}), _answer),
+    AgentStopped: (frozenset({Phase.SAMPLE, Phase.TOOLS}), _stop_agent),
+    SolutionApplied: (frozenset({Phase.SOLVE}), _solved),
+    Judged: (frozenset({Phase.JUDGE}), _judged),
+    RolloutFinished: (_OPEN, _finish),
+}
+"""Event -> the phases that it may come in, and how it is folded."""

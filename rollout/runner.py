@@ -13,30 +13,34 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+import msgspec
+
 import wal
-from dsec.edge.exec_log import DurableSandbox
 from dsec.errors import DsecError, OutcomeUnknownError, SandboxLostError
 from rollout import machine
 from rollout.bench.tasks import Task, setup_commands
-from rollout.effects import ApplySolution, Effect, Finish, Judge, Prepare, RunTool, Sample
+from rollout.effects import ApplySolution, Effect, Finish, Force, Judge, Prepare, RunTool, Sample
 from rollout.engine import Engine
-from rollout.errors import RolloutError, TaskError
+from rollout.errors import MachineError, RolloutError, TaskError
 from rollout.events import (
     AgentStopped,
     FinishReason,
     InfraFailed,
     Judged,
+    KvBroke,
     RolloutEvent,
     RolloutFinished,
     SandboxPrepared,
     SolutionApplied,
+    Spent,
+    TokensForced,
     ToolFinished,
 )
 from rollout.journal import Journal
 from rollout.ledger import Ledger
-from rollout.machine import State
 from rollout.rewards.tests import RUN, ending, reward_from, solution_commands, verify_commands
-from rollout.sandboxes import Sandboxes
+from rollout.sandboxes import PhasedSandbox, Sandboxes
+from rollout.state import State
 from rollout.tools import Place, use_tool
 from wal.tokens import TokensAppended
 
@@ -48,27 +52,31 @@ Watch = Callable[[RolloutEvent], None]
 
 
 @dataclass(slots=True)
-class Spent:
-    """Seconds that a rollout waited in this process for tokens, for its sandbox, and for the log."""
-
-    sampling_s: float = 0.0
-    tools_s: float = 0.0
-    log_s: float = 0.0
-
-
-@dataclass(slots=True)
 class Rollout:
     """A rollout that runs in this process; everything durable about it is in the ledger."""
 
     id: str
-    task: Task
+    task: Task | None
+    agent_timeout_s: float
     spent: Spent = field(default_factory=Spent)
     began: float = field(default_factory=time.monotonic)
 
+    def spend(self, **seconds: float) -> None:
+        """Add to what this process spent; the names are those of `Spent`."""
+        more = {name: getattr(self.spent, name) + value for name, value in seconds.items()}
+        self.spent = msgspec.structs.replace(self.spent, **more)
+
+    @property
+    def environment(self) -> Task:
+        """The task whose environment the rollout works in.  MachineError if it has none."""
+        if self.task is None:
+            raise MachineError(f"{self.id} has no environment")
+        return self.task
+
     @property
     def is_out_of_time(self) -> bool:
-        """True once the agent used up the task's agent timeout in this process."""
-        return time.monotonic() - self.began > self.task.agent_timeout_s
+        """True once the agent used up its time in this process."""
+        return time.monotonic() - self.began > self.agent_timeout_s
 
 
 class Runner:
@@ -109,7 +117,7 @@ class Runner:
         """Append, then fold, then tell; a cancel waits until all three are done."""
         began = time.monotonic()
         await wal.settled(self._append(event))
-        rollout.spent.log_s += time.monotonic() - began
+        rollout.spend(log_s=time.monotonic() - began)
 
     async def _append(self, event: RolloutEvent) -> None:
         lsn = await self.journal.append(event)
@@ -125,6 +133,8 @@ class Runner:
                 return self.prepare(rollout)
             case Sample():
                 return self.sample(rollout, effect)
+            case Force():
+                return self.force(rollout, effect)
             case RunTool():
                 return self.run_tool(rollout, effect)
             case ApplySolution():
@@ -134,10 +144,13 @@ class Runner:
             case Finish():
                 return self.finish(rollout, effect)
 
-    async def hold(self, rollout: Rollout) -> DurableSandbox:
+    async def hold(self, rollout: Rollout) -> PhasedSandbox:
         """The rollout's sandbox, made or rebuilt if it has none."""
         return await self.sandboxes.hold(
-            rollout.id, rollout.task.sandbox, lambda key: machine.is_current(self.state(rollout), key)
+            rollout.id,
+            rollout.environment,
+            lambda key: machine.is_current(self.state(rollout), key),
+            lambda event: self.record(rollout, event),
         )
 
     async def stop_agent(self, rollout: Rollout) -> Events:
@@ -145,40 +158,53 @@ class Runner:
         yield AgentStopped(rollout.id, FinishReason.WALL_CLOCK)
 
     async def prepare(self, rollout: Rollout) -> Events:
-        """Lay out the task's environment."""
+        """Lay out the task's environment, and leave it with the agent's network."""
         began = time.monotonic()
         sandbox = await self.hold(rollout)
-        for number, command in enumerate(setup_commands(rollout.task)):
+        for number, command in enumerate(setup_commands(rollout.environment)):
             result = await sandbox.exec(f"setup/{self.state(rollout).setup_try}/{number}", command)
             if result.exit_code != 0 or result.timed_out:
                 said = (result.stderr.data or result.stdout.data)[-300:].decode(errors="replace").strip()
                 line = " ".join(command.argv)[:200]
-                raise TaskError(f"{rollout.task.name}: environment step {line!r} exited {result.exit_code}: {said}")
+                raise TaskError(
+                    f"{rollout.environment.name}: environment step {line!r} exited {result.exit_code}: {said}"
+                )
+        await sandbox.enter("agent")
         yield SandboxPrepared(rollout.id, time.monotonic() - began)
 
     async def sample(self, rollout: Rollout, effect: Sample) -> Events:
         """Tokens until the turn ends; the engine runs ahead while a chunk becomes durable."""
         start = len(effect.request.token_ids)
-        began = time.monotonic()
+        began, is_first = time.monotonic(), True
         async with aclosing(self.engine.sample(effect.request)) as chunks:
             async for chunk in chunks:
-                rollout.spent.sampling_s += time.monotonic() - began
-                yield TokensAppended(rollout.id, start, chunk.token_ids, chunk.logprobs, 0)
+                waited = time.monotonic() - began
+                rollout.spend(**{"prefill_s" if is_first else "decode_s": waited})
+                is_first = False
+                if chunk.kv:
+                    yield KvBroke(rollout.id, start, chunk.kv)
+                yield TokensAppended(rollout.id, start, chunk.token_ids, chunk.logprobs, chunk.policy_version)
                 if rollout.is_out_of_time:
                     return
                 start += len(chunk.token_ids)
                 began = time.monotonic()
 
+    async def force(self, rollout: Rollout, effect: Force) -> Events:
+        """Tokens of the service's own, at a budget."""
+        yield TokensForced(rollout.id, effect.start, effect.token_ids)
+
     async def run_tool(self, rollout: Rollout, effect: RunTool) -> Events:
         """One tool call, through durable commands keyed `call/<index>/<step>`."""
         began = time.monotonic()
         sandbox = await self.hold(rollout)
-        place = Place(rollout.task.workdir, rollout.task.env, self.state(rollout).job.limits.tool_timeout_s)
+        place = Place(
+            rollout.environment.workdir, rollout.environment.env, self.state(rollout).job.limits.tool_timeout_s
+        )
         seen = await use_tool(
             effect.call, place, lambda step, command: sandbox.exec(f"call/{effect.call_index}/{step}", command)
         )
         spent = time.monotonic() - began
-        rollout.spent.tools_s += spent
+        rollout.spend(environment_s=spent)
         yield ToolFinished(
             rollout.id, effect.call_index, seen.text, seen.exit_code, seen.timed_out, seen.truncated_bytes, spent
         )
@@ -189,7 +215,7 @@ class Runner:
         sandbox = await self.hold(rollout)
         results = [
             await sandbox.exec(f"solution/{number}", command)
-            for number, (_, command) in enumerate(solution_commands(rollout.task))
+            for number, (_, command) in enumerate(solution_commands(rollout.environment))
         ]
         yield SolutionApplied(rollout.id, results[-1].exit_code, time.monotonic() - began, ending(results[-1]))
 
@@ -197,17 +223,16 @@ class Runner:
         """Upload the tests now that the agent has finished, run them, read the reward."""
         began = time.monotonic()
         sandbox = await self.hold(rollout)
-        commands = verify_commands(rollout.task, effect.answer)
+        commands = verify_commands(rollout.environment, effect.answer)
         prefix = f"judge/{self.state(rollout).judge_try}"
         results = [(name, await sandbox.exec(f"{prefix}/{n}", command)) for n, (name, command) in enumerate(commands)]
-        reward = reward_from(rollout.task, results)
+        reward = reward_from(rollout.environment, results)
         spent = time.monotonic() - began
-        rollout.spent.tools_s += spent
+        rollout.spend(judge_s=spent)
         output = ending(next(result for name, result in results if name == RUN))
         yield Judged(rollout.id, reward.value, reward.components, reward.verifier_digest, spent, output)
 
     async def finish(self, rollout: Rollout, effect: Finish) -> Events:
         """The last event, of a rollout that has left nothing behind."""
         await self.sandboxes.drop(rollout.id)
-        spent = rollout.spent
-        yield RolloutFinished(rollout.id, effect.reason, spent.sampling_s, spent.tools_s, spent.log_s)
+        yield RolloutFinished(rollout.id, effect.reason, rollout.spent)

@@ -1,35 +1,95 @@
 """The sandbox of each running rollout: made when first needed, rebuilt when lost, freed at the end.
 
 A rollout that only samples holds none: after a resume its sandbox is taken up, or rebuilt, when a tool call
-or the verifier asks for it, not before.
+or the verifier asks for it, not before.  Where a task asks for a network, each command runs under that of its phase.
+
+Invariants:
+1. No command starts before its sandbox has the network of the command's phase, or one that allows less than both.
+2. A switch that failed is an error of the rollout, whose sandbox goes: a network is never left as it was.
+3. What could reach the outside is not run again on another sandbox, but for the task's set-up.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 from dsec.edge.exec_log import DurableSandbox
-from dsec.errors import DsecError
+from dsec.errors import DsecError, StateError
 from dsec.replay import incarnate
 from dsec.sandbox import Sandbox, Substrate
 from dsec.trajectory import Append
-from dsec.types import SandboxSpec
+from dsec.types import Command, ExecResult, NetworkPolicy
+from rollout.bench.tasks import Task
+from rollout.errors import RequestError
+from rollout.events import NetworkSwitched
 from rollout.ledger import Ledger
+from rollout.network import Networks, TaskPhase, phase_of, refusals
 
 _log = logging.getLogger(__name__)
+Tell = Callable[[NetworkSwitched], Awaitable[None]]
+"""Makes the event durable."""
+
+
+class PhasedSandbox:
+    """A rollout's sandbox, whose network follows the phases of the task."""
+
+    def __init__(self, rollout_id: str, networks: Networks, tell: Tell) -> None:
+        """Without a sandbox yet: `durable` is set as soon as there is one."""
+        self.durable: DurableSandbox
+        self._rollout_id = rollout_id
+        self._networks = networks
+        self._tell = tell
+        self._has: NetworkPolicy | None = None  # unknown: an earlier process may have died between word and deed
+
+    async def exec(self, key: str, command: Command) -> ExecResult:
+        """As `DurableSandbox.exec`, under the network of the key's phase.
+
+        StateError if it had begun on a sandbox that was lost, and could reach the outside.
+        """
+        trajectory = self.durable.trajectory
+        entry = trajectory.entries.get(key)
+        if entry is None or entry.state != "finished":
+            if entry is not None and entry.state != "refused" and entry.incarnation != trajectory.incarnation:
+                self._require_repeatable(key)
+            await self.enter(phase_of(key))
+        return await self.durable.exec(key, command)
+
+    async def enter(self, phase: TaskPhase) -> None:
+        """Give the sandbox the network of a phase: said in the log first, then done."""
+        policy = self._networks.of(phase)
+        if self._networks.are_off or policy == self._has:
+            return
+        self._has = None
+        await self._tell(NetworkSwitched(self._rollout_id, phase, policy))
+        await self.durable.sandbox.update_network(policy)
+        self._has = policy
+
+    async def enter_again(self, durable: DurableSandbox, key: str) -> None:
+        """Before a replay of the command.  StateError if it could reach the outside."""
+        self.durable = durable
+        self._require_repeatable(key)
+        await self.enter(phase_of(key))
+
+    def _require_repeatable(self, key: str) -> None:
+        if not self._networks.may_repeat(key):
+            raise StateError(
+                f"{self._rollout_id}: its sandbox is lost, and {key!r}, which had a network, is not run again: what it "
+                "did outside would be done twice; cancel the rollout and submit it anew"
+            )
 
 
 class Sandboxes:
-    """Rollout id -> durable sandbox."""
+    """Rollout id -> its sandbox."""
 
-    def __init__(self, substrate: Substrate, ledger: Ledger, append: Append) -> None:
-        """The substrate is open already; `append` makes trajectory records durable."""
+    def __init__(self, substrate: Substrate, ledger: Ledger, append: Append, allowed: Networks) -> None:
+        """The substrate is open already; `append` makes trajectory records durable; more than `allowed` no task gets."""
         self._substrate = substrate
         self._ledger = ledger
         self._append = append
-        self._held: dict[str, DurableSandbox] = {}
+        self._allowed = allowed
+        self._held: dict[str, PhasedSandbox] = {}
         self._survivors: dict[str, Sandbox] = {}
 
     @property
@@ -46,12 +106,12 @@ class Sandboxes:
                 self._survivors[rollout_id] = survivor
         await asyncio.gather(*map(_destroy, living.values()))
 
-    async def hold(self, rollout_id: str, spec: SandboxSpec, is_wanted: Callable[[str], bool]) -> DurableSandbox:
+    async def hold(self, rollout_id: str, task: Task, is_wanted: Callable[[str], bool], tell: Tell) -> PhasedSandbox:
         """The rollout's sandbox, in the state that its trajectory describes.
 
         A rebuild replays the keys that are wanted: what an attempt at the set-up or at the verdict did
-        that failed is left out.  Raises DivergedError (a replay did not give the logged results), SpawnError and
-        ResourceExhaustedError.
+        that failed is left out.  Raises DivergedError (a replay did not give the logged results), StateError (it may
+        not be replayed), SpawnError, ResourceExhaustedError and RequestError (a network that is not allowed any more).
         """
 
         async def append(kind: int, payload: bytes) -> int:
@@ -60,16 +120,23 @@ class Sandboxes:
             return lsn
 
         if rollout_id not in self._held:
+            for refusal in refusals(task.network, self._allowed):
+                raise RequestError(f"{task.name}: {refusal}")
             trajectory = self._ledger.trajectory(rollout_id)
             survivor = self._survivors.pop(rollout_id, None)
-            self._held[rollout_id] = await incarnate(self._substrate, spec, trajectory, append, is_wanted, survivor)
+            held = PhasedSandbox(rollout_id, task.network, tell)
+            held.durable = await incarnate(
+                self._substrate, task.sandbox, trajectory, append, is_wanted, survivor, held.enter_again
+            )
+            self._held[rollout_id] = held
         return self._held[rollout_id]
 
     async def drop(self, rollout_id: str) -> None:
         """Free the rollout's sandbox, if it has one; its trajectory stays in the log."""
-        for kept in (self._held, self._survivors):
-            if (sandbox := kept.pop(rollout_id, None)) is not None:
-                await _destroy(sandbox)
+        if (held := self._held.pop(rollout_id, None)) is not None:
+            await _destroy(held.durable)
+        if (survivor := self._survivors.pop(rollout_id, None)) is not None:
+            await _destroy(survivor)
 
 
 async def _destroy(sandbox: Sandbox | DurableSandbox) -> None:

@@ -20,9 +20,9 @@ from rich.text import Text
 
 from dsec.terminal import visible
 from rollout.ledger import Ledger
-from rollout.machine import Phase
 from rollout.record import TrajectoryRecord
 from rollout.service import RolloutService
+from rollout.state import Phase
 from rollout.summary import SOLVED_REWARD, Summary, TaskRow
 
 _RATE_WINDOW_S = 3.0
@@ -193,7 +193,7 @@ def render_overview(records: list[TrajectoryRecord]) -> Table:
     for record in records:
         table.add_row(
             visible(record.rollout_id),
-            "unset" if record.reward is None else f"{record.reward:g}",
+            _reward(record),
             _ending(record),
             str(len(record.turns)),
             str(len(record.tool_calls)),
@@ -228,11 +228,14 @@ def render_trajectory(record: TrajectoryRecord, instruction: str) -> RenderableT
     for title, output in (("solution", record.solution_output), ("tests", record.verifier_output)):
         if output:
             parts.append(Panel(Text(visible(output)), title=title, title_align="left"))
-    reward = "unset" if record.reward is None else f"{record.reward:g}"
-    parts.append(Text.assemble(("reward ", "bold"), reward, f"   ended {_ending(record)}"))
+    parts.append(Text.assemble(("reward ", "bold"), _reward(record), f"   ended {_ending(record)}"))
     if record.infra_failure:
         parts.append(Text(visible(record.infra_failure["message"]), style="red"))
     return Group(*parts)
+
+
+def _reward(record: TrajectoryRecord) -> str:
+    return "unset" if record.reward.value is None else f"{record.reward.value:g}"
 
 
 def _ending(record: TrajectoryRecord) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
@@ -24,15 +25,14 @@ from typing import Self
 import wal
 from dsec.sandbox import Substrate
 from rollout import context
-from rollout.bench.tasks import Task
+from rollout.bench.tasks import ERRORS_SHOWN_MAX, Task
 from rollout.config import RolloutConfig
 from rollout.engine import Engine
 from rollout.errors import JournalError, NotFoundError, RequestError
 from rollout.events import (
+    ConversationAdmitted,
     Event,
     FinishReason,
-    Group,
-    Job,
     JobCancelled,
     JobEvent,
     JobSubmitted,
@@ -45,6 +45,8 @@ from rollout.events import (
 )
 from rollout.journal import Journal
 from rollout.ledger import Ledger
+from rollout.network import refusals
+from rollout.request import Conversation, Group, Job
 from rollout.runner import Rollout, Runner
 from rollout.sandboxes import Sandboxes
 from rollout.watchers import Watch, Watchers
@@ -97,7 +99,7 @@ class RolloutService:
             self.journal = Journal(wal.GroupCommit(log, wal.SyncPolicy.parse(self.config.log_sync)))
             stack.push_async_callback(self.journal.close)
             self.ledger = Ledger.read(self.directory / "wal", self.tokenizer)
-            self.sandboxes = Sandboxes(self.substrate, self.ledger, self.journal.append_record)
+            self.sandboxes = Sandboxes(self.substrate, self.ledger, self.journal.append_record, self.config.networks)
             self.runner = Runner(self.journal, self.ledger, self.engine, self.sandboxes, self._publish)
             self._resources = stack.pop_all()
         return self
@@ -130,18 +132,18 @@ class RolloutService:
         """Stop running rollouts where they are (the log keeps them), free everything."""
         await self._resources.aclose()
 
-    async def submit(self, job: Job, tasks: Iterable[Task]) -> None:
+    async def submit(self, job: Job, tasks: Iterable[Task | Conversation]) -> None:
         """Make a job durable and start it (or have `start` do so); a job that the log holds is left as it is.
 
         Raises RequestError if the same request id asked for something else, or a bound is exceeded.
         """
         await wal.settled(self._submit(job, tasks))  # a caller that goes away attaches again
 
-    async def _submit(self, job: Job, tasks: Iterable[Task]) -> None:
+    async def _submit(self, job: Job, tasks: Iterable[Task | Conversation]) -> None:
         async with self._admission:  # two submits of one id at once must not both find it new
             await self._admit(job, tasks)
 
-    async def _admit(self, job: Job, tasks: Iterable[Task]) -> None:
+    async def _admit(self, job: Job, tasks: Iterable[Task | Conversation]) -> None:
         if (known := self.ledger.jobs.get(job.request_id)) is not None:
             if known != job:
                 raise RequestError(f"request {job.request_id!r} was submitted before with other contents")
@@ -157,8 +159,17 @@ class RolloutService:
             )
         if taken := [group.group_id for group in job.groups if self.ledger.holds_group(group.group_id)]:
             raise RequestError(f"group ids in use by another job: {', '.join(taken[:5])}")
-        new = {task.digest: task for task in tasks if task.digest not in self.ledger.tasks}
-        await asyncio.gather(*(self._record(TaskAdmitted(task)) for task in new.values()))
+        tasks = list(tasks)
+        if refused := [
+            f"{task.name}: {why}"
+            for task in tasks
+            if isinstance(task, Task)
+            for why in refusals(task.network, self.config.networks)
+        ]:
+            raise RequestError("\n".join(refused[:ERRORS_SHOWN_MAX]))
+        known_prompts = self.ledger.tasks.keys() | self.ledger.conversations.keys()
+        new = {task.digest: task for task in tasks if task.digest not in known_prompts}
+        await asyncio.gather(*(self._record(_admitted(task)) for task in new.values()))
         await self._record(JobSubmitted(job))
         self._start(job.request_id)
 
@@ -257,13 +268,25 @@ class RolloutService:
                 raise JournalError(f"{rollout_id} was begun with other weights; resume it with the same checkpoint")
             else:
                 await self._record(RolloutResumed(rollout_id, state.attempt + 1, state.tokens_count, self.engine.info))
-            await self.runner.run(Rollout(rollout_id, self.ledger.tasks[group.task_digest]))
+            await self.runner.run(self._rollout(request_id, rollout_id, group))
+
+    def _rollout(self, request_id: str, rollout_id: str, group: Group) -> Rollout:
+        task = self.ledger.tasks.get(group.task_digest)
+        bounds = [self.ledger.jobs[request_id].limits.wall_clock_s, task.agent_timeout_s if task else 0.0]
+        return Rollout(rollout_id, task, min((bound for bound in bounds if bound > 0), default=math.inf))
 
     async def _open(self, request_id: str, rollout_id: str, group: Group, index: int) -> None:
-        task, job = self.ledger.tasks[group.task_digest], self.ledger.jobs[request_id]
-        prompt = context.prompt(task.instruction, self.tokenizer, job.thinking)
+        task, job = self.ledger.tasks.get(group.task_digest), self.ledger.jobs[request_id]
+        if task is not None:
+            prompt = context.prompt(task.instruction, self.tokenizer, job.thinking)
+        else:
+            conversation = self.ledger.conversations[group.task_digest]
+            prompt = context.conversation_prompt(conversation, self.tokenizer, job.thinking)
         digest, engine = self.tokenizer.digest, self.engine.info
-        await self._record(RolloutOpened(rollout_id, request_id, group.group_id, index, prompt, digest, engine))
+        opened = RolloutOpened(
+            rollout_id, request_id, group.group_id, index, prompt, digest, engine, has_environment=task is not None
+        )
+        await self._record(opened)
 
     async def _record(self, event: Event) -> None:
         await wal.settled(self._append(event))
@@ -297,6 +320,10 @@ class RolloutService:
         await _stop(list(self._running.values()))
         if self._failed.done():
             self._failed.exception()
+
+
+def _admitted(task: Task | Conversation) -> TaskAdmitted | ConversationAdmitted:
+    return TaskAdmitted(task) if isinstance(task, Task) else ConversationAdmitted(task)
 
 
 async def _stop(tasks: list[asyncio.Task[None]]) -> None:

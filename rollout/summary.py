@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from rollout.ledger import Ledger
-from rollout.machine import State
+from rollout.state import State
 
 SOLVED_REWARD = 1.0
 
@@ -69,7 +69,7 @@ def summarise(ledger: Ledger) -> Summary:
     for task, values in rewards.items():
         rows[task].reward_mean = sum(values) / len(values) if values else None
     states = list(ledger.rollouts.values())
-    ends = [state.finished for state in states if state.finished]
+    spent = [spent for state in states for spent in state.spent]
     per_task = sorted(rows.values(), key=lambda row: row.task)
     return Summary(
         tasks=len(rows),
@@ -80,7 +80,7 @@ def summarise(ledger: Ledger) -> Summary:
         prompt_tokens=sum(state.tokens_count - state.sampled_count for state in states),
         turns=sum(row.turns for row in per_task),
         tool_calls=sum(len(state.calls) for state in states),
-        tokens_regenerated=ledger.tokens_regenerated,
+        tokens_regenerated=ledger.tokens_regenerated.total(),
         tokens_replayed=sum(sum(state.resumed_at) for state in states),
         commands_replayed=sum(t.replayed_count for t in ledger.trajectories.values()),
         commands_run_twice=sum(t.run_twice_count for t in ledger.trajectories.values()),
@@ -92,9 +92,9 @@ def summarise(ledger: Ledger) -> Summary:
             if state.failure
         },
         wall_s=ledger.worked_s,
-        sampling_s=sum(end.sampling_s for end in ends),
-        tools_s=sum(end.tools_s for end in ends),
-        log_s=sum(end.log_s for end in ends),
+        sampling_s=sum(one.prefill_s + one.decode_s for one in spent),
+        tools_s=sum(one.environment_s + one.judge_s for one in spent),
+        log_s=sum(one.log_s for one in spent),
         per_task=per_task,
     )
 

@@ -7,14 +7,35 @@ The double draws its tokens one by one like a real engine and obeys both invaria
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import logging
+from array import array
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from rollout import context
-from rollout.engine import EngineInfo, Sampled, SampleRequest
-from rollout.errors import EngineError
-from rollout.events import AgentKind, Group, Job, Limits, RolloutOpened
+from rollout.engine import (
+    EngineInfo,
+    KvBreak,
+    OnUpdate,
+    PauseMode,
+    Sampled,
+    SampleRequest,
+    Scored,
+    TopLogprobs,
+    check_request,
+    check_tokens,
+    check_top_logprobs,
+    check_version,
+)
+from rollout.engines.saved_state import NoStateError, SavedState, read_state, write_state
+from rollout.errors import EngineError, PreemptedError
+from rollout.events import RolloutOpened
+from rollout.request import AgentKind, Group, Job, Limits
 from toolcall_dsl import V4, Segment, Tokenizer, encode
 
 ENGINE = EngineInfo(
@@ -53,23 +74,57 @@ def reply_ids(reply: Reply, tokenizer: Tokenizer) -> tuple[int, ...]:
     return _ids(whole)[len(_ids(prefix)) :]
 
 
-class ScriptedEngine:
-    """An Engine whose replies come from `script(session, turn)`; `turn` counts finished turns of the context."""
+class _Session:
+    """What the double keeps of a session: the tokens that its state has taken in, and who drew last."""
 
-    def __init__(self, tokenizer: Tokenizer, script: Callable[[str, int], Reply], chunk_tokens_count: int = 1) -> None:
+    def __init__(self) -> None:
+        self.tokens: tuple[int, ...] = ()
+        self.weights: tuple[str, ...] = ()
+        self.info: EngineInfo | None = None
+        self.on_update: OnUpdate = "keep"
+        self.is_held = False
+        """The weights that drew last stay loaded for it."""
+        self.is_restored = False
+
+
+class ScriptedEngine:
+    """An Engine whose replies come from `script(session, turn)`; `turn` counts finished turns of the context.
+
+    Weights change what is recorded, never what is said.  A checkpoint is a folder with one file, `weights`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        script: Callable[[str, int], Reply],
+        chunk_tokens_count: int = 1,
+        versions_max: int = 4,
+    ) -> None:
         """Replies are asked for when their first token is drawn, and handed over a chunk at a time."""
         self._chunk_tokens_count = chunk_tokens_count
+        self._versions_max = versions_max
         self._tokenizer = tokenizer
         self._script = script
         self._eos = tokenizer.control(V4.eos)
         self._is_open = False
+        self._info = ENGINE
+        self._paused: PauseMode | None = None
+        self._sessions: dict[str, _Session] = {}
+        self._running: dict[object, str] = {}
+        self._drawing: set[object] = set()
+        self._changed = asyncio.Event()
         self.drawn_count = 0
         """Tokens drawn in the life of this object."""
 
     @property
     def info(self) -> EngineInfo:
         """Facts of the double."""
-        return ENGINE
+        return self._info
+
+    @property
+    def is_paused(self) -> bool:
+        """See Engine."""
+        return self._paused is not None
 
     async def open(self) -> None:
         """Ready at once."""
@@ -77,28 +132,169 @@ class ScriptedEngine:
 
     async def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
         """Continue the scripted reply from where the context ends."""
-        if not self._is_open:
-            raise EngineError("the scripted engine is closed")
+        self._check()
+        check_request(request, self._info)
+        running = object()
+        self._running[running] = request.session
+        try:
+            await self._until(lambda: self._paused is None or running not in self._running)
+            self._check(running)
+            self._drawing.add(running)
+            session = self._sessions.setdefault(request.session, _Session())
+            session.on_update = request.on_update
+            rest, seen = self._reply(request), request.token_ids
+            cached_count = _cached_count(session, request)
+            for begin in range(0, len(rest), self._chunk_tokens_count):
+                await asyncio.sleep(0)
+                await self._until(lambda: self._paused != "keep" or running not in self._running)
+                self._check(running)
+                chunk = rest[begin : begin + self._chunk_tokens_count]
+                self.drawn_count += len(chunk)
+                info, kv = self._draw(session, request, seen)
+                seen += chunk
+                session.tokens = seen[:-1]
+                finish: Literal["stop", "length"] | None = None
+                if begin + len(chunk) == len(rest):
+                    finish = "stop" if chunk[-1] in request.stop_ids else "length"
+                yield Sampled(
+                    token_ids=chunk,
+                    logprobs=(-0.5,) * len(chunk),
+                    finish=finish,
+                    policy_version=info.policy_version,
+                    cached_tokens_count=0 if begin or kv == "rebuilt" else cached_count,
+                    kv=kv,
+                    top_logprobs=_tops(chunk, request.top_logprobs_count),
+                )
+        finally:
+            self._running.pop(running, None)
+            self._drawing.discard(running)
+            self._changed.set()
+
+    def _reply(self, request: SampleRequest) -> tuple[int, ...]:
         header = self._tokenizer.control(V4.assistant)
         last_header = max(i for i, token in enumerate(request.token_ids) if token == header)
         turn = sum(token == self._eos for token in request.token_ids)
         done = len(request.token_ids) - last_header - 2
-        rest = reply_ids(self._script(request.session, turn), self._tokenizer)[done:][: request.tokens_count_max]
-        for begin in range(0, len(rest), self._chunk_tokens_count):
-            await asyncio.sleep(0)
-            chunk = rest[begin : begin + self._chunk_tokens_count]
-            self.drawn_count += len(chunk)
-            finish: Literal["stop", "length"] | None = None
-            if begin + len(chunk) == len(rest):
-                finish = "stop" if chunk[-1] in request.stop_ids else "length"
-            yield Sampled(token_ids=chunk, logprobs=(-0.5,) * len(chunk), finish=finish)
+        return reply_ids(self._script(request.session, turn), self._tokenizer)[done:][: request.tokens_count_max]
+
+    def _draw(self, session: _Session, request: SampleRequest, seen: tuple[int, ...]) -> tuple[EngineInfo, KvBreak]:
+        """Whose weights draw the next chunk of a session, and what its state is made of."""
+        session.is_held &= request.on_update == "pin"
+        last = session.info or self._info
+        new = last if session.is_held else self._info
+        fits = bool(session.tokens) and seen[: len(session.tokens)] == session.tokens
+        kv: KvBreak = "restored" if session.is_restored and fits else ""
+        if new.weights_digest != last.weights_digest:
+            kv = "kept" if fits and request.on_update == "keep" else "rebuilt"
+        session.weights = session.weights if fits and kv != "rebuilt" else ()
+        if new.weights_digest not in session.weights:
+            session.weights += (new.weights_digest,)
+        session.info, session.is_restored = new, False
+        return new, kv
+
+    async def score(self, token_ids: Sequence[int], *, top_logprobs_count: int = 0) -> Scored:
+        """Every token is as likely as any that the double draws."""
+        self._check()
+        check_tokens(token_ids, self._info)
+        check_top_logprobs(top_logprobs_count)
+        await self._until(lambda: self._paused is None)
+        self._check()
+        tops = _tops(tuple(token_ids[1:]), top_logprobs_count)
+        version = self._info.policy_version
+        return Scored(logprobs=(-0.5,) * (len(token_ids) - 1), policy_version=version, top_logprobs=tops)
+
+    async def preempt(self, session: str) -> None:
+        """See Engine."""
+        self._running = {running: name for running, name in self._running.items() if name != session}
+        self._changed.set()
 
     async def release(self, session: str) -> None:
-        """Nothing is kept."""
+        """See Engine."""
+        self._sessions.pop(session, None)
+
+    async def pause(self, mode: PauseMode) -> None:
+        """See Engine."""
+        self._paused = mode
+        if mode == "abort":
+            self._running.clear()
+        self._changed.set()
+        if mode == "wait":
+            await self._until(lambda: self._paused != "wait" or not self._drawing)
+
+    async def resume(self) -> None:
+        """See Engine."""
+        self._paused = None
+        self._changed.set()
+
+    async def update(self, checkpoint: Path, policy_version: int) -> EngineInfo:
+        """See Engine."""
+        self._check()
+        try:
+            digest = hashlib.sha256((checkpoint / "weights").read_bytes()).hexdigest()
+        except OSError as error:
+            raise EngineError(f"{checkpoint}: no checkpoint: {error}") from error
+        new = msgspec.structs.replace(self._info, weights_digest=digest, policy_version=policy_version)
+        if new == self._info:
+            return new
+        check_version(self._info, policy_version)
+        pinned = [session for session in self._sessions.values() if session.on_update == "pin" and session.info]
+        if len({session.info for session in pinned}) >= self._versions_max:
+            raise EngineError(
+                f"{len(pinned)} sessions pin all the {self._versions_max} versions that fit; release some"
+            )
+        for session in pinned:
+            session.is_held = True
+        self._info = new
+        return new
+
+    async def save(self, session: str, path: Path) -> int:
+        """See Engine."""
+        kept = self._sessions.get(session, _Session())
+        if not kept.tokens:
+            return 0
+        tokens = array("I", kept.tokens).tobytes()
+        write_state(path, SavedState(self._info.build, kept.weights, tokens, b""))
+        return len(kept.tokens)
+
+    async def restore(self, session: str, path: Path) -> int:
+        """See Engine."""
+        try:
+            state = read_state(path, self._info.build, self._info.weights_digest)
+        except NoStateError as error:
+            logging.getLogger(__name__).warning("%s: not restored: %s", path, error)
+            return 0
+        kept = self._sessions[session] = _Session()
+        kept.tokens, kept.weights = tuple(array("I", state.tokens)), state.weights
+        kept.info, kept.is_restored = self._info, True
+        return state.tokens_count
 
     async def close(self) -> None:
-        """Later samples fail."""
+        """Later samples fail, and running ones."""
         self._is_open = False
+        self._paused = None
+        self._sessions.clear()
+        self._changed.set()
+
+    def _check(self, running: object = None) -> None:
+        if not self._is_open:
+            raise EngineError("the scripted engine is closed")
+        if running is not None and running not in self._running:
+            raise PreemptedError("the request was preempted")
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        while not holds():
+            self._changed.clear()
+            await self._changed.wait()
+
+
+def _cached_count(session: _Session, request: SampleRequest) -> int:
+    """Tokens of the context that the session's state has taken in."""
+    taken = session.tokens
+    return min(len(taken), len(request.token_ids) - 1) if request.token_ids[: len(taken)] == taken else 0
+
+
+def _tops(token_ids: tuple[int, ...], count: int) -> tuple[TopLogprobs, ...]:
+    return tuple(TopLogprobs((token,), (-0.5,)) for token in token_ids) if count else ()
 
 
 def _ids(segments: Sequence[Segment]) -> tuple[int, ...]:

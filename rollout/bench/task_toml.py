@@ -1,7 +1,7 @@
 """The keys of a task's `task.toml`, checked.
 
 Harbor's format grows by new keys, so unknown keys are let through; a known key with a wrong type or
-with a meaning that this substrate cannot give (a network, another user, a GPU, a foreign image) is
+with a meaning that this substrate cannot give (another user, a GPU, a foreign image) is
 an error, because a task that silently runs elsewhere than its author meant gives wrong rewards.
 
 See: docs/formats/task.md; Harbor 0.25's task format (schema_version 1.4).
@@ -14,6 +14,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, ValidationInfo, field_validator
 
+from dsec.types import NetworkPolicy
+from rollout.network import PUBLIC, Networks, parse_rules
+
 TIMEOUT_S_DEFAULT = 600.0
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -24,15 +27,6 @@ class _Table(BaseModel):
     """One table of the file: strict types, unknown keys ignored, never changed after loading."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
-
-    @field_validator("network_mode", check_fields=False)
-    @classmethod
-    def _has_no_network(cls, mode: str | None) -> str | None:
-        if mode in (None, "no-network"):
-            return mode
-        if mode in ("public", "allowlist"):
-            raise ValueError(f'"{mode}" asks for a network and sandboxes have none yet: use "no-network"')
-        raise ValueError(f'"{mode}" is not one of "no-network", "public", "allowlist"')
 
     @field_validator("user", check_fields=False)
     @classmethod
@@ -52,24 +46,55 @@ class _Table(BaseModel):
         return env
 
 
-class VerifierTable(_Table):
+class _PhaseTable(_Table):
+    """A table that may say where its phase connects to."""
+
+    network_mode: str | None = None
+    allowed_hosts: list[str] | None = None
+
+    @field_validator("network_mode")
+    @classmethod
+    def _is_known(cls, mode: str | None) -> str | None:
+        if mode not in (None, "no-network", "public", "allowlist"):
+            raise ValueError(f'"{mode}" is not one of "no-network", "public", "allowlist"')
+        return mode
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_rules(cls, hosts: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        if hosts is not None and info.data.get("network_mode") != "allowlist":
+            raise ValueError('without network_mode = "allowlist" in the same table it would mean nothing: add that')
+        parse_rules(hosts or ())
+        return hosts
+
+    @property
+    def network(self) -> NetworkPolicy | None:
+        """What the table says, if it says anything."""
+        match self.network_mode:
+            case None:
+                return None
+            case "public":
+                return PUBLIC
+            case _:
+                return parse_rules(self.allowed_hosts or ())
+
+
+class VerifierTable(_PhaseTable):
     """`[verifier]`: how test.sh is run."""
 
     timeout_sec: Seconds = TIMEOUT_S_DEFAULT
     env: Env = {}
     user: str | int | None = None
-    network_mode: str | None = None
 
 
-class AgentTable(_Table):
+class AgentTable(_PhaseTable):
     """`[agent]`: how long the agent may take."""
 
     timeout_sec: Seconds = TIMEOUT_S_DEFAULT
     user: str | int | None = None
-    network_mode: str | None = None
 
 
-class EnvironmentTable(_Table):
+class EnvironmentTable(_PhaseTable):
     """`[environment]`: limits and variables of the sandbox; sizes in MiB."""
 
     docker_image: str | None = None
@@ -79,7 +104,6 @@ class EnvironmentTable(_Table):
     gpus: int = 0
     env: Env = {}
     workdir: Annotated[str, StringConstraints(pattern=r"^/[^\x00]*$")] | None = None
-    network_mode: str | None = None
     memory: object = None
     storage: object = None
 
@@ -132,6 +156,12 @@ class TaskToml(_Table):
         if steps:
             raise ValueError("tasks of several steps are not supported: one instruction.md, one tests/")
         return steps
+
+    @property
+    def networks(self) -> Networks:
+        """Of each phase; agent and verifier have that of `[environment]` where they say nothing."""
+        setup = self.environment.network or NetworkPolicy()
+        return Networks(setup=setup, agent=self.agent.network or setup, verifier=self.verifier.network or setup)
 
 
 def parse_task_toml(data: bytes) -> TaskToml:

@@ -29,6 +29,7 @@ from rollout.bench.dockerfile import PATH_BYTES_MAX, Image, build, check_variabl
 from rollout.bench.packages import missing_packages
 from rollout.bench.task_toml import EnvironmentTable, TaskToml, parse_task_toml
 from rollout.errors import TaskError
+from rollout.network import Networks
 
 FILES_COUNT_MAX = 10_000
 TASK_BYTES_MAX = 24 << 20
@@ -67,6 +68,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     sandbox: SandboxSpec
     tests: dict[str, TaskFile]
     solution: dict[str, TaskFile]
+    network: Networks = Networks()
 
     @property
     def verifier_digest(self) -> str:
@@ -179,6 +181,7 @@ def _make_task(name: str, where: str, found: Mapping[str, TaskFile]) -> Task:
         sandbox=_limits(table),
         tests=_below(files, "tests/"),
         solution=_below(files, "solution/"),
+        network=toml.networks,
     )
 
 

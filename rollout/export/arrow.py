@@ -1,7 +1,14 @@
-"""Trajectories as one Arrow IPC file: a row for each rollout, per-token fields as typed lists.
+"""Trajectories as Arrow: the schema, derived from the record, and one IPC file of many records.
 
 Arrow IPC is memory-mappable and read by every data library; per-token fields are u32 and f32 lists,
-never JSON.  The file is derived: it can be deleted and made again from the log.
+never JSON.  Whatever is written here is derived: it can be deleted and made again from the log.
+
+The rule for columns, in the order of TrajectoryRecord's fields (a new field needs no line here):
+
+- a scalar is of its type: text, bool, u64, f64; a struct is a struct, a tuple a list;
+- a tuple of numbers that is itself a field of the record is per token: a list of u32 or f32;
+- what has free keys (a dict) is JSON text, and its field's metadata says `encoding: json`;
+- everything may be null: an unset reward is not 0.
 
 See: docs/formats/trajectory.md.
 """
@@ -9,80 +16,112 @@ See: docs/formats/trajectory.md.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
 import pyarrow as pa
+from msgspec import inspect
 
 from rollout.record import TrajectoryRecord
 
-_SPANS = pa.list_(
-    pa.struct(
-        [
-            ("start", pa.uint32()),
-            ("length", pa.uint32()),
-            ("kind", pa.string()),
-            ("turn", pa.uint32()),
-            ("trainable", pa.bool_()),
-        ]
-    )
-)
 _ROWS_PER_BATCH = 256
-_TYPED = {
-    "token_ids": pa.list_(pa.uint32()),
-    "logprobs": pa.list_(pa.float32()),
-    "kv_breaks": pa.list_(pa.uint32()),
-    "group_index": pa.uint32(),
-    "group_size": pa.uint32(),
-    "reward": pa.float64(),
-    "attempt": pa.uint32(),
-    "tokens_sampled": pa.uint32(),
-    "tokens_replayed": pa.uint64(),
-    "commands_replayed": pa.uint32(),
-    "commands_run_twice": pa.uint32(),
-    "sandbox_start_s": pa.float64(),
-    "tools_s": pa.float64(),
-    "judge_s": pa.float64(),
-    "first_lsn": pa.uint64(),
-    "last_lsn": pa.uint64(),
+_SCALARS = {
+    inspect.BoolType: pa.bool_(),
+    inspect.IntType: pa.uint64(),
+    inspect.FloatType: pa.float64(),
+    inspect.StrType: pa.string(),
+    inspect.LiteralType: pa.string(),
+    inspect.EnumType: pa.string(),
 }
-_AS_JSON = ("sampling", "policy_versions", "turns", "tool_calls", "reward_components", "infra_failure")
-"""Small, deeply nested fields: one JSON text each."""
+_AS_JSON = {"encoding": "json"}
+
+
+class _Column(NamedTuple):
+    """A field, and how a value becomes what Arrow takes for it (None: as it is)."""
+
+    field: pa.Field
+    convert: Callable[[Any], Any] | None
 
 
 def schema() -> pa.Schema:
     """The columns, in the order of TrajectoryRecord's fields."""
-    columns = []
-    for name in TrajectoryRecord.__struct_fields__:
-        kind = _SPANS if name == "spans" else _TYPED.get(name, pa.string())
-        columns.append(pa.field(name, kind, metadata={"encoding": "json"} if name in _AS_JSON else None))
-    return pa.schema(columns, metadata={"format": "dsec.trajectory", "version": "1"})
+    metadata = {"format": "dsec.trajectory", "version": "2"}
+    return pa.schema([column.field for column in _columns()], metadata=metadata)
+
+
+def to_batch(records: Sequence[TrajectoryRecord]) -> pa.RecordBatch:
+    """One record batch, a row for each record."""
+    arrays = []
+    for field, convert in _columns():
+        values = [getattr(record, field.name) for record in records]
+        arrays.append(pa.array(values if convert is None else map(convert, values), field.type))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema())
 
 
 def write(path: Path, records: Iterable[TrajectoryRecord]) -> int:
     """Write all records to `path` (replaced atomically); returns how many.  OSError if it cannot."""
-    scratch, count, layout = path.with_name(f".{path.name}.{os.getpid()}"), 0, schema()
+    scratch, count = path.with_name(f".{path.name}.{os.getpid()}"), 0
     try:
-        with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, layout) as writer:
-            rows: list[dict[str, object]] = []
+        with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, schema()) as writer:
+            rows: list[TrajectoryRecord] = []
             for record in records:
-                rows.append(_row(record))
+                rows.append(record)
                 count += 1
                 if len(rows) == _ROWS_PER_BATCH:
-                    writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=layout))
+                    writer.write_batch(to_batch(rows))
                     rows.clear()
             if rows:
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=layout))
+                writer.write_batch(to_batch(rows))
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
     return count
 
 
-def _row(record: TrajectoryRecord) -> dict[str, object]:
-    row: dict[str, object] = msgspec.structs.asdict(record)
-    row["spans"] = [msgspec.structs.asdict(span) for span in record.spans]
-    for name in _AS_JSON:
-        row[name] = None if row[name] is None else msgspec.json.encode(row[name]).decode()
-    return row
+@cache
+def _columns() -> tuple[_Column, ...]:
+    info = inspect.type_info(TrajectoryRecord)
+    assert isinstance(info, inspect.StructType)
+    return tuple(_column(field.encode_name, field.type, per_token=True) for field in info.fields)
+
+
+def _column(name: str, kind: inspect.Type, *, per_token: bool = False) -> _Column:
+    """The rule above."""
+    if isinstance(kind, inspect.UnionType):  # T | None is T: everything may be null
+        (kind,) = (member for member in kind.types if not isinstance(member, inspect.NoneType))
+    if isinstance(kind, inspect.StructType):
+        members = [_column(field.encode_name, field.type) for field in kind.fields]
+        return _Column(pa.field(name, pa.struct([member.field for member in members])), _struct(members))
+    if isinstance(kind, inspect.VarTupleType | inspect.TupleType):
+        item_kind = kind.item_type if isinstance(kind, inspect.VarTupleType) else kind.item_types[0]
+        item = _column("item", item_kind)
+        if per_token and item.field.type in (pa.uint64(), pa.float64()):
+            item = _Column(pa.field("item", pa.uint32() if item.field.type == pa.uint64() else pa.float32()), None)
+        return _Column(pa.field(name, pa.list_(item.field)), _list(item.convert))
+    if (scalar := _SCALARS.get(type(kind))) is not None:
+        return _Column(pa.field(name, scalar), None)
+    return _Column(pa.field(name, pa.string(), metadata=_AS_JSON), _json)
+
+
+def _struct(members: Sequence[_Column]) -> Callable[[Any], Any]:
+    names = [(member.field.name, member.convert) for member in members]
+
+    def convert(value: Any) -> Any:
+        if value is None:
+            return None
+        return {name: getattr(value, name) if inner is None else inner(getattr(value, name)) for name, inner in names}
+
+    return convert
+
+
+def _list(inner: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
+    if inner is None:
+        return None
+    return lambda value: None if value is None else [inner(item) for item in value]
+
+
+def _json(value: Any) -> str | None:
+    return None if value is None else msgspec.json.encode(value).decode()

@@ -33,7 +33,7 @@ def test_the_summary_counts_what_the_trajectories_say(dsec: Any, finished: Path)
     summary, records = json.loads((finished / "summary.json").read_text()), dsec.show(finished)
     assert [key for key in KEYS + NONE if key not in summary] == []
     assert (summary["tasks"], summary["rollouts"], summary["finished"]) == (4, 8, 8)
-    assert summary["solved"] == sum(record["reward"] == 1 for record in records.values())
+    assert summary["solved"] == sum(record["reward"]["value"] == 1 for record in records.values())
     assert summary["tokens"] == sum(record["tokens_sampled"] for record in records.values()) > 0
     assert summary["turns"] == sum(len(record["turns"]) for record in records.values())
     assert summary["tool_calls"] == sum(len(record["tool_calls"]) for record in records.values()) > 0
@@ -42,7 +42,7 @@ def test_the_summary_counts_what_the_trajectories_say(dsec: Any, finished: Path)
     for row in summary["per_task"]:
         members = [record for record in records.values() if record["task"] == row["task"]]
         assert row["rollouts"] == row["finished"] == len(members) == sum(row["finish_reasons"].values()) == 2
-        assert row["reward_mean"] == sum(record["reward"] for record in members) / 2
+        assert row["reward_mean"] == sum(record["reward"]["value"] for record in members) / 2
         assert row["tokens"] == sum(record["tokens_sampled"] for record in members)
 
 
@@ -59,7 +59,7 @@ def test_a_trajectory_is_complete_and_aligned_to_its_tokens(dsec: Any, finished:
         for call in record["tool_calls"]:
             assert call["name"] in ("bash", "edit")
             assert isinstance(call["exit"], int)
-        assert record["reward"] in (0, 1)
+        assert record["reward"]["value"] in (0, 1)
         assert record["finish_reason"] in ("STOP", "TURN_LIMIT", "LENGTH_TURN", "LENGTH_CONTEXT")
 
 
@@ -210,7 +210,7 @@ def test_show_is_readable(dsec: Any, finished: Path) -> None:
     for shown in (
         record["turns"][0]["reasoning"].split("\n")[0],
         "bash(command=",
-        f"reward {record['reward']:g}",
+        f"reward {record['reward']['value']:g}",
         "STOP",
     ):
         assert shown in page

@@ -19,10 +19,10 @@ from rollout.errors import EngineError
 from rollout.events import InfraFailed
 from rollout.jobs import make_job
 from rollout.ledger import Ledger
-from rollout.machine import Phase
 from rollout.main import load_tokenizer
 from rollout.record import trajectory_record
 from rollout.service import RolloutService
+from rollout.state import Phase
 from rollout.summary import summarise
 from rollout.testing import Reply, ScriptedEngine
 from wal.tokens import TokensAppended
@@ -231,7 +231,7 @@ async def test_an_engine_failure_is_not_the_models_and_a_resume_finishes_the_rol
     for state in broken:
         assert isinstance(state.failure, InfraFailed)
         assert (state.failure.code, state.judged, state.phase) == ("ENGINE_ERROR", None, Phase.SAMPLE)
-        assert trajectory_record(failed, state.opened.rollout_id).reward is None
+        assert trajectory_record(failed, state.opened.rollout_id).reward.value is None
     resumed, _ = await run(tmp_path / "failed")
     assert token_ids(resumed) == token_ids(whole)
     assert summarise(resumed).infra_failures == 0

@@ -7,11 +7,12 @@ import pytest
 import wal
 from dsec.trajectory import CommandFinished, CommandReplayed, CommandStarted, SandboxCreated
 from dsec.trajectory import encode as encode_trajectory
-from dsec.types import Command, ExecResult, Output, SandboxSpec
+from dsec.types import Command, ExecResult, NetworkPolicy, Output, SandboxSpec
 from rollout import events, journal
 from rollout.bench.tasks import task_from_files
 from rollout.errors import JournalError
-from rollout.events import FinishReason, PromptSegment
+from rollout.events import FinishReason, PromptSegment, Spent
+from rollout.request import Conversation
 from rollout.testing import ENGINE, job_of_one
 from wal.tokens import TokensAppended
 
@@ -32,12 +33,19 @@ EVENTS = [
     events.RolloutOpened("r", "run", "run/t", 0, (PromptSegment("SYSTEM", (0, 5)),), "digest", ENGINE),
     events.RolloutResumed("r", 2, 100),
     events.SandboxPrepared("r", 0.5),
+    events.NetworkSwitched("r", "agent", NetworkPolicy()),
     TokensAppended("r", 2, (7, 4095), (-0.5, -1.25), 0),
     events.ToolFinished("r", 0, "out\ufffd\n", None, False, 3, 0.25),
     events.SolutionApplied("r", 1, 0.5),
     events.AgentStopped("r", FinishReason.WALL_CLOCK),
     events.Judged("r", 0.5, {"reward": 0.5}, "d", 0.5),
-    events.RolloutFinished("r", FinishReason.STOP, 1.0, 2.0, 3.0),
+    events.RolloutFinished("r", FinishReason.STOP, Spent(decode_s=1.0, log_s=3.0)),
+    events.ConversationAdmitted(Conversation(name="c", digest="d", messages_json='[{"role":"user"}]')),
+    events.RolloutsAcknowledged(("r", "s")),
+    events.PolicyUpdated(ENGINE, "weights/1"),
+    events.Preempted("r", "asked", 1700000000.5, Spent(queue_s=2.0)),
+    events.KvBroke("r", 90, "kept"),
+    events.TokensForced("r", 91, (7,)),
     events.InfraFailed("r", "SPAWN_FAILED", "host", "why"),
 ]
 

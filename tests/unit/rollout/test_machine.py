@@ -10,17 +10,17 @@ from rollout.events import (
     AgentStopped,
     FinishReason,
     InfraFailed,
-    Job,
     Judged,
-    Limits,
     RolloutFinished,
     RolloutResumed,
     SandboxPrepared,
     SolutionApplied,
     ToolFinished,
 )
-from rollout.machine import Phase, State, TurnFinish, effect, is_current, start, step, stream_key
+from rollout.machine import effect, is_current, step, stream_key
 from rollout.record import version_runs
+from rollout.request import Job, Limits
+from rollout.state import Phase, State, TurnFinish, start
 from rollout.testing import ENGINE, Reply, job_of_one, opened, reply_ids
 from toolcall_dsl import V4, Tokenizer, encode
 from wal.tokens import TokensAppended
@@ -225,7 +225,7 @@ def test_tokens_are_stamped_with_the_engine_that_drew_them(tokenizer: Tokenizer)
     state = step(state, RolloutResumed(ID, 2, cut, newer), tokenizer)
     state = step(state, TokensAppended(ID, cut, ids[4:], (-1.0,) * (len(ids) - 4), 0), tokenizer)
     start_of_turn = state.turns[0].start
-    assert [(v.start, v.length, v.engine_build) for v in version_runs(state)] == [
+    assert [(v.start, v.length, v.engine_build) for v in version_runs(state, state.spans, {0: "w"})] == [
         (start_of_turn, 4, "1"),
         (cut, len(ids) - 4, "2"),
     ]

@@ -1,0 +1,142 @@
+"""A rollout's state: what the fold of its events holds, as frozen values without behaviour.
+
+See: rollout/machine.py, which folds and decides; docs/architecture.md, "Machine".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from rollout.context import Span, spans_of
+from rollout.engine import EngineInfo
+from rollout.events import (
+    FinishReason,
+    InfraFailed,
+    Judged,
+    Preempted,
+    RolloutFinished,
+    RolloutOpened,
+    SolutionApplied,
+    Spent,
+    ToolFinished,
+)
+from rollout.request import Job
+from toolcall_dsl import ParsedTurn, ToolCall
+from wal.tokens import Cause
+
+
+class Phase(StrEnum):
+    """What the rollout is waiting for."""
+
+    PREPARE = "prepare"
+    SAMPLE = "sample"
+    TOOLS = "tools"
+    SOLVE = "solve"
+    JUDGE = "judge"
+    FINISH = "finish"
+    DONE = "done"
+
+
+class TurnFinish(StrEnum):
+    """How one model turn ended."""
+
+    STOP = "STOP"
+    TOOL_CALLS = "TOOL_CALLS"
+    PARSE_FAILED = "PARSE_FAILED"
+    LENGTH_TURN = "LENGTH_TURN"
+    LENGTH_CONTEXT = "LENGTH_CONTEXT"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A closed model turn: `length` sampled tokens from `start`, and what they said."""
+
+    start: int
+    length: int
+    finish: TurnFinish
+    parsed: ParsedTurn
+
+
+@dataclass(frozen=True, slots=True)
+class AnsweredCall:
+    """A tool call of turn number `turn` with its answer."""
+
+    turn: int
+    call: ToolCall
+    answer: ToolFinished
+
+
+@dataclass(frozen=True, slots=True)
+class KvBreak:
+    """The KV cache of the tokens before `position` is not the one that they were sampled with."""
+
+    position: int
+    cause: Cause
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A rollout so far.  `token_ids`, `spans` and `logprobs` hold what is closed, `current*` the open turn.
+
+    `logprobs` has one entry for each sampled token, in order; `forced` are the positions of the open turn whose
+    tokens were not sampled.  `calls` are all answered calls; `pending` the open block's calls, of which `answered`
+    are answered.  `setup_try` and `judge_try` count failed attempts, whose commands a later attempt does not build
+    on.  `engines` says from which position of the context on which engine drew, `versions` which version of the
+    weights.  `spent` are the times that processes told, each when it let go of the rollout.
+    """
+
+    job: Job
+    opened: RolloutOpened
+    phase: Phase
+    token_ids: tuple[int, ...]
+    spans: tuple[Span, ...]
+    logprobs: tuple[float, ...] = ()
+    current: tuple[int, ...] = ()
+    current_logprobs: tuple[float, ...] = ()
+    forced: frozenset[int] = frozenset()
+    turns: tuple[Turn, ...] = ()
+    calls: tuple[AnsweredCall, ...] = ()
+    pending: tuple[ToolCall, ...] = ()
+    answered: int = 0
+    reason: FinishReason | None = None
+    answer: str = ""
+    solution: SolutionApplied | None = None
+    judged: Judged | None = None
+    finished: RolloutFinished | None = None
+    failure: InfraFailed | None = None
+    attempt: int = 1
+    resumed_at: tuple[int, ...] = ()
+    kv_breaks: tuple[KvBreak, ...] = ()
+    preempted: Preempted | None = None
+    preempt_count: int = 0
+    preempted_s: float = 0.0
+    spent: tuple[Spent, ...] = ()
+    sandbox_start_s: float = 0.0
+    setup_try: int = 0
+    judge_try: int = 0
+    engines: tuple[tuple[int, EngineInfo], ...] = ()
+    versions: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def tokens_count(self) -> int:
+        """Length of the whole context, the open turn included."""
+        return len(self.token_ids) + len(self.current)
+
+    @property
+    def sampled_count(self) -> int:
+        """How many tokens the model drew."""
+        return len(self.logprobs) + len(self.current_logprobs)
+
+
+def start(job: Job, opened: RolloutOpened) -> State:
+    """The state after RolloutOpened."""
+    segments = opened.prompt
+    return State(
+        job=job,
+        opened=opened,
+        phase=Phase.PREPARE if opened.has_environment else Phase.SAMPLE,
+        token_ids=tuple(token for segment in segments for token in segment.token_ids),
+        spans=spans_of(segments, 0, 0),
+        engines=((0, opened.engine),),
+    )
