@@ -9,7 +9,7 @@ See: docs/architecture.md, "Recovery"; docs/adr/0003-rebuild-by-compared-replay.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from dsec.edge.exec_log import DurableSandbox
 from dsec.errors import DivergedError
@@ -18,10 +18,17 @@ from dsec.trajectory import KIND, Append, CommandReplayed, Record, SandboxCreate
 from dsec.types import ExecResult, Output, SandboxSpec
 from wal import settled
 
+Enter = Callable[[DurableSandbox, str], Awaitable[None]]
+"""Awaited before the command of a key is applied again; what it raises ends the rebuild."""
+
 
 def every_key(_key: str) -> bool:
     """Replay everything."""
     return True
+
+
+async def enter_nothing(_sandbox: DurableSandbox, _key: str) -> None:
+    """An `Enter` where every command runs in the same surroundings."""
 
 
 def folding(append: Append, trajectory: Trajectory) -> Record:
@@ -40,13 +47,14 @@ async def incarnate(
     append: Append,
     is_wanted: Callable[[str], bool] = every_key,
     survivor: Sandbox | None = None,
+    enter: Enter = enter_nothing,
 ) -> DurableSandbox:
     """A sandbox in the state that the trajectory describes: the survivor, a fresh one, or one that is rebuilt.
 
     The survivor is the newest incarnation, left by an earlier process; its commands go on.  One whose own rebuild was
     never finished is destroyed.  A rebuild is a compared replay of the finished commands
     whose key `is_wanted`, in the order in which they started.  Raises DivergedError at the first result that
-    differs (the new sandbox is destroyed), and what `Substrate.create` raises.
+    differs (the new sandbox is destroyed), and what `Substrate.create` and `enter` raise.
     """
     record = folding(append, trajectory)
     if survivor is not None and not trajectory.is_whole(is_wanted):
@@ -59,18 +67,19 @@ async def incarnate(
         else:
             created = SandboxCreated(trajectory.session, trajectory.incarnation + 1, spec, sandbox.sandbox.id)
             await record(created)
-            await _replay(sandbox, is_wanted)
+            await _replay(sandbox, is_wanted, enter)
     except BaseException:
         await sandbox.destroy()
         raise
     return sandbox
 
 
-async def _replay(sandbox: DurableSandbox, is_wanted: Callable[[str], bool]) -> None:
+async def _replay(sandbox: DurableSandbox, is_wanted: Callable[[str], bool], enter: Enter) -> None:
     trajectory = sandbox.trajectory
     for key, entry in trajectory.to_rebuild(is_wanted).items():
         if (logged := entry.result) is None:
             raise DivergedError(f"{trajectory.session}: the result of {key!r} was let go, and cannot be compared")
+        await enter(sandbox, key)
         number = sandbox.take_number()
         again = await (await sandbox.sandbox.start(entry.command, number)).wait()
         difference = first_difference(logged, again)

@@ -16,12 +16,14 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 from pydantic_settings import BaseSettings
 
 from dsec.edge.clock import HostClock
 from dsec.edge.config import SLOTS_COUNT_MAX, SubstrateConfig
 from dsec.edge.edge_config import EdgeConfig
 from dsec.edge.local import EdgeSubstrate
+from dsec.edge.network.decisions import Decision
 from dsec.edge.service import Edge
 from dsec.edge.substrates.container import ContainerSubstrate
 from rollout.errors import RequestError
@@ -47,15 +49,26 @@ class RunEdge(EdgeSubstrate):
     """An Edge for one run, on a directory that goes when the run has ended in order: nothing lives that needs it."""
 
     def __init__(self, directory: Path, config: SubstrateConfig) -> None:
-        """`directory` holds one directory for each boot: what an earlier one left cannot live any more."""
+        """`directory` holds one directory for each boot: what an earlier one left cannot live any more.
+
+        Beside it stands what was decided of connections, if a sandbox asked for any.
+        """
         self._home = directory / HostClock().boot_id
+        self.decisions = directory.parent / "network.jsonl"
         self._config = config
         self._is_open = False
         super().__init__(self._make())
 
     def _make(self) -> Edge:
         self._containers = ContainerSubstrate(self._config, state_dir=self._home)
-        return Edge(self._home, self._containers, edge_config())
+        edge = Edge(self._home, self._containers, edge_config())
+        self._containers.gateway.on_decision = self._note
+        return edge
+
+    def _note(self, decision: Decision) -> None:
+        """Keep what was decided of a connection for longer than the Edge's own journal: a line of JSON."""
+        with self.decisions.open("ab") as file:
+            file.write(msgspec.json.encode(decision) + b"\n")
 
     async def open(self) -> None:
         """As every Edge's; what lives on with too few slots for this run is destroyed, and rebuilt."""

@@ -4,7 +4,7 @@ A rollout that only samples holds none: after a resume its sandbox is taken up, 
 or the verifier asks for it, not before.  Where a task asks for a network, each command runs under that of its phase.
 
 Invariants:
-1. No command starts before its sandbox has the network of the command's phase, or one that allows less than both.
+1. No command starts before its sandbox has the network of the command's phase.
 2. A switch that failed is an error of the rollout, whose sandbox goes: a network is never left as it was.
 3. What could reach the outside is not run again on another sandbox, but for the task's set-up.
 """
@@ -21,11 +21,10 @@ from dsec.replay import incarnate
 from dsec.sandbox import Sandbox, Substrate
 from dsec.trajectory import Append
 from dsec.types import Command, ExecResult, NetworkPolicy
-from rollout.bench.tasks import Task
-from rollout.errors import RequestError
+from rollout.bench.tasks import Task, check_networks
 from rollout.events import NetworkSwitched
 from rollout.ledger import Ledger
-from rollout.network import Networks, TaskPhase, phase_of, refusals
+from rollout.network import Networks, TaskPhase, phase_of
 
 _log = logging.getLogger(__name__)
 Tell = Callable[[NetworkSwitched], Awaitable[None]]
@@ -84,7 +83,7 @@ class Sandboxes:
     """Rollout id -> its sandbox."""
 
     def __init__(self, substrate: Substrate, ledger: Ledger, append: Append, allowed: Networks) -> None:
-        """The substrate is open already; `append` makes trajectory records durable; more than `allowed` no task gets."""
+        """The substrate is open; `append` makes trajectory records durable; more than `allowed` no task gets."""
         self._substrate = substrate
         self._ledger = ledger
         self._append = append
@@ -111,7 +110,7 @@ class Sandboxes:
 
         A rebuild replays the keys that are wanted: what an attempt at the set-up or at the verdict did
         that failed is left out.  Raises DivergedError (a replay did not give the logged results), StateError (it may
-        not be replayed), SpawnError, ResourceExhaustedError and RequestError (a network that is not allowed any more).
+        not be replayed), SpawnError, ResourceExhaustedError and TaskError (a network that is not allowed any more).
         """
 
         async def append(kind: int, payload: bytes) -> int:
@@ -120,8 +119,7 @@ class Sandboxes:
             return lsn
 
         if rollout_id not in self._held:
-            for refusal in refusals(task.network, self._allowed):
-                raise RequestError(f"{task.name}: {refusal}")
+            check_networks([task], self._allowed)
             trajectory = self._ledger.trajectory(rollout_id)
             survivor = self._survivors.pop(rollout_id, None)
             held = PhasedSandbox(rollout_id, task.network, tell)

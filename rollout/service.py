@@ -25,7 +25,7 @@ from typing import Self
 import wal
 from dsec.sandbox import Substrate
 from rollout import context
-from rollout.bench.tasks import ERRORS_SHOWN_MAX, Task
+from rollout.bench.tasks import Task, check_networks
 from rollout.config import RolloutConfig
 from rollout.engine import Engine
 from rollout.errors import JournalError, NotFoundError, RequestError
@@ -45,7 +45,6 @@ from rollout.events import (
 )
 from rollout.journal import Journal
 from rollout.ledger import Ledger
-from rollout.network import refusals
 from rollout.request import Conversation, Group, Job
 from rollout.runner import Rollout, Runner
 from rollout.sandboxes import Sandboxes
@@ -160,13 +159,7 @@ class RolloutService:
         if taken := [group.group_id for group in job.groups if self.ledger.holds_group(group.group_id)]:
             raise RequestError(f"group ids in use by another job: {', '.join(taken[:5])}")
         tasks = list(tasks)
-        if refused := [
-            f"{task.name}: {why}"
-            for task in tasks
-            if isinstance(task, Task)
-            for why in refusals(task.network, self.config.networks)
-        ]:
-            raise RequestError("\n".join(refused[:ERRORS_SHOWN_MAX]))
+        check_networks((task for task in tasks if isinstance(task, Task)), self.config.networks)
         known_prompts = self.ledger.tasks.keys() | self.ledger.conversations.keys()
         new = {task.digest: task for task in tasks if task.digest not in known_prompts}
         await asyncio.gather(*(self._record(_admitted(task)) for task in new.values()))

@@ -29,7 +29,7 @@ from rollout.bench.dockerfile import PATH_BYTES_MAX, Image, build, check_variabl
 from rollout.bench.packages import missing_packages
 from rollout.bench.task_toml import EnvironmentTable, TaskToml, parse_task_toml
 from rollout.errors import TaskError
-from rollout.network import Networks
+from rollout.network import Networks, refusals
 
 FILES_COUNT_MAX = 10_000
 TASK_BYTES_MAX = 24 << 20
@@ -128,6 +128,11 @@ def check_packages(tasks: Iterable[Task]) -> None:
         lines = [f"{wanted[p]}: needs {p.name} {p.version}".rstrip() + " on this host" for p in missing]
         install = " ".join(dict.fromkeys(p.name for p in missing))
         raise TaskError("\n".join([*lines, f"install what is missing: apt-get install {install}"]))
+
+
+def check_networks(tasks: Iterable[Task], allowed: Networks) -> None:
+    """TaskError if a task asks for a network that the operator does not allow in that phase."""
+    _raise_all([f"{task.name}: {refusal}" for task in tasks for refusal in refusals(task.network, allowed)])
 
 
 def digest_files(files: Mapping[str, TaskFile]) -> str:

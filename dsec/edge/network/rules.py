@@ -94,6 +94,9 @@ class _Ports:
     def allow(self, port: int) -> bool:
         return port in self._ports if self._ports else 1 <= port <= 65_535
 
+    def cover(self, other: _Ports) -> bool:
+        return not self._ports or (bool(other._ports) and other._ports <= self._ports)
+
 
 class Allowlist:
     """A policy, ready to be asked.  `is_own` knows the host's own addresses.  InvalidArgumentError."""
@@ -130,6 +133,24 @@ class Allowlist:
         if isinstance(host, str):
             return self.may_resolve(host, port) and (not self.guards(address) or self._lists(address, port))
         return _plain(host) == address and self._lists(address, port)
+
+    def covers(self, rule: NetworkRule) -> bool:
+        """True if one rule of this list allows whatever that rule would.  InvalidArgumentError.
+
+        One that means guarded addresses, or a single one (it may be the host's own), needs a rule that does too.
+        """
+        asked = Allowlist(NetworkPolicy(rules=(rule,)))
+        names = all(
+            any(_matches(pattern, name) and allowed.cover(ports) for pattern, allowed in self._names)
+            for name, ports in asked._names
+        )
+        return names and all(
+            any(
+                _is_within(network, known) and _is_explicit(known) >= _is_explicit(network) and allowed.cover(ports)
+                for known, allowed in self._networks
+            )
+            for network, ports in asked._networks
+        )
 
     def means(self, host: Host) -> bool:
         """True if a rule is about this very name, or means this address, on whatever port."""

@@ -186,3 +186,39 @@ def test_what_a_rule_says_of_the_hosts_loopback_is_asked_of_the_proxy(
 ) -> None:
     made = tuple(NetworkRule(**{rule[0]: rule[1]}, ports=rule[2] if len(rule) == 3 else ()) for rule in rules)
     assert environment(NetworkPolicy(rules=made)).get("no_proxy") == own
+
+
+@given(ceiling=policies, asked=policies, name=names, address=addresses, port=ports)
+def test_what_is_covered_allows_no_more_than_what_covers_it(
+    ceiling: NetworkPolicy, asked: NetworkPolicy, name: str, address: IPv4Address | IPv6Address, port: int
+) -> None:
+    allowed = Allowlist(ceiling, lambda own: own == address)
+    covered = Allowlist(NetworkPolicy(rules=tuple(filter(allowed.covers, asked.rules))), lambda own: own == address)
+    for host in (name, address):
+        assert allowed.allows(host, address, port) or not covered.allows(host, address, port)
+
+
+@pytest.mark.parametrize(
+    ("ceiling", "asked", "is_covered"),
+    [
+        (("host", "*"), ("host", "*.a.example", (443,)), True),
+        (("host", "*.example"), ("host", "*.a.example"), True),
+        (("host", "*.a.example"), ("host", "*.example"), False),
+        (("host", "*.example"), ("host", "example"), False),
+        (("host", "*.example"), ("host", "*"), False),
+        (("host", "*"), ("cidr", "1.1.1.0/24"), False),
+        (("cidr", "0.0.0.0/0"), ("cidr", "1.1.1.0/24"), True),
+        (("cidr", "0.0.0.0/0"), ("cidr", "10.0.0.0/8"), False),
+        (("cidr", "0.0.0.0/0"), ("cidr", "1.1.1.1/32"), False),
+        (("cidr", "10.0.0.0/8"), ("cidr", "10.1.0.0/16", (80,)), True),
+        (("cidr", "10.0.0.0/8"), ("cidr", "0.0.0.0/0"), False),
+        (("host", "a.example", (80, 443)), ("host", "A.example.", (443,)), True),
+        (("host", "a.example", (80, 443)), ("host", "a.example"), False),
+        (("host", "a.example", (80, 443)), ("host", "a.example", (22,)), False),
+    ],
+)
+def test_a_list_covers_rules_that_allow_no_more(
+    ceiling: tuple[str, str], asked: tuple[str, str, tuple[int, ...]], is_covered: bool
+) -> None:
+    rule = NetworkRule(**{asked[0]: asked[1]}, ports=asked[2] if len(asked) == 3 else ())
+    assert allowlist(ceiling).covers(rule) is is_covered
