@@ -9,10 +9,10 @@ from dsec.testing import FakeSandbox, FakeSubstrate
 from dsec.types import Command, ExecResult, NetworkPolicy, Output
 from rollout.bench.tasks import Task, task_from_files
 from rollout.config import RolloutConfig
-from rollout.jobs import make_job
 from rollout.machine import State
 from rollout.main import load_tokenizer
 from rollout.network import Networks, parse_rules
+from rollout.request import Group, Job
 from rollout.service import RolloutService
 from rollout.testing import Reply, ScriptedEngine
 
@@ -73,7 +73,8 @@ async def run(directory: Path, world: World, task: Task) -> State:
     engine = ScriptedEngine(TOKENIZER, script, chunk_tokens_count=50)
     async with RolloutService(directory, engine, FakeSubstrate(world), TOKENIZER, CONFIG) as service:
         if not service.ledger.jobs:
-            await service.submit(make_job("run", [task]), [task])
+            group = Group(group_id="t", task="t", task_digest=task.digest, size=1)
+            await service.submit(Job(request_id="run", groups=(group,)), [task])
         await service.start()
         await service.wait("run")
         return service.ledger.rollouts["t.0"]

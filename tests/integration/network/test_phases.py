@@ -22,9 +22,9 @@ from rollout.config import RolloutConfig
 from rollout.edge import RunEdge, substrate_config
 from rollout.errors import TaskError
 from rollout.events import NetworkSwitched, RolloutEvent
-from rollout.jobs import make_job
 from rollout.machine import State
 from rollout.main import load_tokenizer
+from rollout.request import Group, Job
 from rollout.service import RolloutService
 from rollout.testing import Reply, ScriptedEngine
 
@@ -80,6 +80,12 @@ def script(_session: str, turn: int) -> Reply:
     return Reply(calls=[("bash", {"command": CHEAT})]) if turn == 0 else Reply(content="Done.")
 
 
+def job_of(task: Task, agent: Agent = "model") -> Job:
+    return Job(
+        request_id="run", groups=(Group(group_id="fetch", task="fetch", task_digest=task.digest, size=1),), agent=agent
+    )
+
+
 def make_service(directory: Path, port: int, *, is_allowed: bool = True) -> RolloutService:
     rules = f"localhost:{port} 127.0.0.1/32:{port}" if is_allowed else ""
     config = RolloutConfig(concurrency=1, setup_network=rules, verifier_network=rules)
@@ -103,7 +109,7 @@ async def run(directory: Path, port: int, agent: Agent = "model", kill_at: str =
     async with make_service(directory, port) as service:
         if not service.ledger.jobs:
             task = make_task(port)
-            await service.submit(make_job("run", [task], agent=agent), [task])
+            await service.submit(job_of(task, agent), [task])
         async with asyncio.TaskGroup() as group:
             await service.start()
             group.create_task(follow(service.watch("run")))
@@ -165,14 +171,14 @@ async def test_a_task_that_asks_for_more_than_the_operator_allows_is_refused_bef
     task = make_task(8080)
     async with make_service(tmp_path, 8080, is_allowed=False) as service:
         with pytest.raises(TaskError, match=r"fetch: the setup network: .*localhost:8080.*DSEC_SETUP_NETWORK"):
-            await service.submit(make_job("run", [task]), [task])
+            await service.submit(job_of(task), [task])
         assert not service.ledger.jobs
 
 
 async def test_a_run_that_is_resumed_where_less_is_allowed_stands_still(tmp_path: Path) -> None:
     task = make_task(8080)
     async with make_service(tmp_path, 8080) as service:
-        await service.submit(make_job("run", [task]), [task])
+        await service.submit(job_of(task), [task])
     async with make_service(tmp_path, 8080, is_allowed=False) as service:
         await service.start()
         await service.wait("run")
@@ -194,7 +200,7 @@ async def test_a_network_that_cannot_be_switched_ends_the_rollout_before_its_age
     tokenizer = load_tokenizer()
     engine, edge = ScriptedEngine(tokenizer, script), RunEdge(tmp_path / "edge", substrate_config(1))
     async with RolloutService(tmp_path, engine, edge, tokenizer, config) as service:
-        await service.submit(make_job("run", [task]), [task])
+        await service.submit(job_of(task), [task])
         await service.start()
         await service.wait("run")
         state = service.ledger.rollouts["fetch.0"]
