@@ -143,7 +143,8 @@ async def run_in_process(
     """
     loaded = [load_task(task) if isinstance(task, Path) else load_bundled([task])[0] for task in tasks]
     check_packages(loaded)
-    job = make_job(REQUEST_ID, loaded, group_size=group_size, sampling=Sampling(temperature=temperature, seed=seed))
+    asked = Job(request_id=REQUEST_ID, sampling=Sampling(temperature=temperature, seed=seed))
+    job = make_job(asked, loaded, group_size=group_size)
     async with make_service(directory, config or RolloutConfig(), edge_url) as service:
         await service.submit(job, loaded)
         await service.start()

@@ -121,16 +121,15 @@ def run(
         edge_url = edge_of(directory) if resume else ""
 
     def job_for(tasks: Sequence[Task]) -> Job:
-        return make_job(
-            REQUEST_ID,
-            tasks,
-            group_size=group_size,
+        asked = Job(
+            request_id=REQUEST_ID,
             agent=agent,
             thinking=thinking,
             sampling=Sampling(temperature=temperature, seed=seed),
             limits=Limits(turns_count_max=turns_max),
             edge_url=edge_url,
         )
+        return make_job(asked, tasks, group_size=group_size)
 
     batch = Batch(
         directory=directory,

@@ -132,11 +132,8 @@ def job_of(request: pb.SubmitRequest) -> tuple[Job, list[Task]]:
     if thinking is None or agent is None:
         raise RequestError(f"thinking {request.thinking} or agent {request.agent} is not known to this server")
     asked, default = request.limits, Limits()
-    job = make_job(
-        request.request_id,
-        tasks,
-        group_size=request.group_size or 1,
-        group_prefix=f"{request.request_id}/",
+    wanted = Job(
+        request_id=request.request_id,
         agent=agent,
         thinking=thinking,
         sampling=Sampling(
@@ -152,6 +149,7 @@ def job_of(request: pb.SubmitRequest) -> tuple[Job, list[Task]]:
             tool_timeout_s=asked.tool_timeout_s or default.tool_timeout_s,
         ),
     )
+    job = make_job(wanted, tasks, group_size=request.group_size or 1, group_prefix=f"{request.request_id}/")
     return job, tasks
 
 

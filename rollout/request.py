@@ -112,7 +112,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     request_id: str
-    groups: tuple[Group, ...]
+    groups: tuple[Group, ...] = ()
     agent: AgentKind = "model"
     thinking: Thinking = "high"
     sampling: Sampling = Sampling()

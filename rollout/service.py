@@ -43,6 +43,7 @@ from rollout.events import (
     TaskAdmitted,
     rollout_of,
 )
+from rollout.jobs import check_conversations
 from rollout.journal import Journal
 from rollout.ledger import Ledger
 from rollout.request import Conversation, Group, Job
@@ -159,6 +160,7 @@ class RolloutService:
         if taken := [group.group_id for group in job.groups if self.ledger.holds_group(group.group_id)]:
             raise RequestError(f"group ids in use by another job: {', '.join(taken[:5])}")
         tasks = list(tasks)
+        await asyncio.to_thread(check_conversations, job, tasks, self.tokenizer)
         check_networks((task for task in tasks if isinstance(task, Task)), self.config.networks)
         known_prompts = self.ledger.tasks.keys() | self.ledger.conversations.keys()
         new = {task.digest: task for task in tasks if task.digest not in known_prompts}

@@ -21,12 +21,14 @@ from rollout.jobs import make_job
 from rollout.ledger import Ledger
 from rollout.main import load_tokenizer
 from rollout.record import trajectory_record
+from rollout.request import Job
 from rollout.service import RolloutService
 from rollout.state import Phase
 from rollout.summary import summarise
 from rollout.testing import Reply, ScriptedEngine
 from wal.tokens import TokensAppended
 
+ASKED = Job(request_id="run", sampling=Sampling(seed=1))
 CONFIG = RolloutConfig(concurrency=4, log_sync="os")
 TOKENIZER = load_tokenizer()
 REPLIES = (
@@ -68,7 +70,7 @@ async def run(
     async with RolloutService(directory, engine, FakeSubstrate(answers), TOKENIZER, CONFIG) as service:
         if not service.ledger.jobs:
             wanted = tasks()
-            await service.submit(make_job("run", wanted, group_size=group_size, sampling=Sampling(seed=1)), wanted)
+            await service.submit(make_job(ASKED, wanted, group_size=group_size), wanted)
         await service.start()
         await service.wait("run")
         return service.ledger, engine.drawn_count
@@ -161,7 +163,7 @@ async def run_until(count: int, directory: Path, host: FakeHost, *, writes_last:
         service.journal._commit = LastWords(commit, count, substrate, writes_last=writes_last)  # type: ignore[assignment]
         with contextlib.suppress(wal.ClosedError):
             if not service.ledger.jobs:
-                await service.submit(make_job("run", tasks()[:1], group_size=1, sampling=Sampling(seed=1)), tasks()[:1])
+                await service.submit(make_job(ASKED, tasks()[:1]), tasks()[:1])
             await service.start()
             await service.wait("run")
         return service.ledger
