@@ -11,7 +11,7 @@ See: docs/formats/events.md, docs/formats/wal.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -98,6 +98,8 @@ class Journal:
     def __init__(self, commit: wal.GroupCommit) -> None:
         """Write through `commit`, which this object closes."""
         self._commit = commit
+        self.on_fenced: Callable[[], None] = lambda: None
+        """Called before anybody hears that another writer took the log over."""
 
     async def append(self, event: Event) -> int:
         """Make an event durable; returns its lsn.  wal.WalError if it is not, and then nothing may act on it."""
@@ -105,7 +107,12 @@ class Journal:
 
     async def append_record(self, kind: int, payload: bytes) -> int:
         """Make a record of any schema durable (the sandbox trajectory comes this way)."""
-        return await self._commit.append(kind, payload)
+        try:
+            return await self._commit.append(kind, payload)
+        except (wal.FencedError, wal.PoisonedError) as error:
+            if isinstance(getattr(error, "cause", error), wal.FencedError):
+                self.on_fenced()
+            raise
 
     async def close(self) -> None:
         """Flush, then close the log."""

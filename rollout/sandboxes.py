@@ -12,6 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 
@@ -90,6 +91,7 @@ class Sandboxes:
         self._allowed = allowed
         self._held: dict[str, PhasedSandbox] = {}
         self._survivors: dict[str, Sandbox] = {}
+        self._are_left = False
 
     @property
     def count(self) -> int:
@@ -129,12 +131,25 @@ class Sandboxes:
             self._held[rollout_id] = held
         return self._held[rollout_id]
 
+    def leave(self) -> None:
+        """From now on sandboxes that are dropped live on, with what runs in them: another process takes them up."""
+        self._are_left = True
+
     async def drop(self, rollout_id: str) -> None:
         """Free the rollout's sandbox, if it has one; its trajectory stays in the log."""
-        if (held := self._held.pop(rollout_id, None)) is not None:
-            await _destroy(held.durable)
-        if (survivor := self._survivors.pop(rollout_id, None)) is not None:
+        held, survivor = self._held.pop(rollout_id, None), self._survivors.pop(rollout_id, None)
+        if held is not None:
+            await (_let_go if self._are_left else _destroy)(held.durable)
+        if survivor is not None and not self._are_left:
             await _destroy(survivor)
+
+
+async def _let_go(durable: DurableSandbox) -> None:
+    """A command that is being started is started first: to give it up now would kill it."""
+    for running in list(durable.running.values()):
+        with contextlib.suppress(DsecError):
+            await running.started()
+    await durable.stop()
 
 
 async def _destroy(sandbox: Sandbox | DurableSandbox) -> None:

@@ -16,13 +16,14 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Self
 
 import wal
+from dsec.errors import UnreachableError
 from dsec.sandbox import Substrate
 from rollout import context
 from rollout.bench.tasks import Task, check_networks
@@ -61,9 +62,20 @@ class RolloutService:
     """Everything that runs over one log; an async context manager."""
 
     def __init__(
-        self, directory: Path, engine: Engine, substrate: Substrate, tokenizer: Tokenizer, config: RolloutConfig
+        self,
+        directory: Path,
+        engine: Engine,
+        substrate: Substrate,
+        tokenizer: Tokenizer,
+        config: RolloutConfig,
+        *,
+        epoch: int | None = None,
+        observe: Callable[[Event], None] = lambda _event: None,
     ) -> None:
-        """`directory/wal` is the log; engine and substrate are opened and closed by the service."""
+        """`directory/wal` is the log; engine and substrate are opened and closed by the service.
+
+        With an `epoch` the log is taken from any writer of a lower one; `observe` sees each event once it is durable.
+        """
         self.directory = directory
         self.engine = engine
         self.substrate = substrate
@@ -79,11 +91,14 @@ class RolloutService:
         self._resources = AsyncExitStack()
         self._is_started = False
         self._admission = asyncio.Lock()
+        self._epoch = epoch
+        self._observe = observe
+        self._is_handed_over = False
 
     async def __aenter__(self) -> Self:
         """Lock and repair the log, fold it: jobs can be submitted, nothing runs before `start`.
 
-        Raises RequestError (no such directory can be), wal.LockedError, wal.CorruptError, JournalError.
+        Raises RequestError (no such directory can be), wal.LockedError, FencedError, CorruptError, JournalError.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -92,14 +107,15 @@ class RolloutService:
                 f"cannot use {self.directory} as a run directory: {error.strerror}; choose another, or mend that"
             ) from error
         async with AsyncExitStack() as stack:
-            log = wal.Log.open(self.directory / "wal")
+            log = await asyncio.to_thread(wal.Log.open, self.directory / "wal", epoch=self._epoch)
             if log.recovery.torn_bytes:
                 cut, kept = log.recovery.torn_bytes, log.recovery.quarantine
                 _log.warning("cut %d bytes of an unfinished write off the log, kept as %s", cut, kept)
             self.journal = Journal(wal.GroupCommit(log, wal.SyncPolicy.parse(self.config.log_sync)))
             stack.push_async_callback(self.journal.close)
-            self.ledger = Ledger.read(self.directory / "wal", self.tokenizer)
+            self.ledger = await asyncio.to_thread(Ledger.read, self.directory / "wal", self.tokenizer)
             self.sandboxes = Sandboxes(self.substrate, self.ledger, self.journal.append_record, self.config.networks)
+            self.journal.on_fenced = self.sandboxes.leave  # they are its successor's
             self.runner = Runner(self.journal, self.ledger, self.engine, self.sandboxes, self._publish)
             self._resources = stack.pop_all()
         return self
@@ -111,7 +127,7 @@ class RolloutService:
         """
         self._resources.push_async_callback(self.engine.close)
         await self.engine.open()
-        self._resources.push_async_callback(self.substrate.close)
+        self._resources.push_async_callback(self._leave_substrate)
         await self.substrate.open()
         await self.sandboxes.adopt(self._open_rollouts())
         self._resources.push_async_callback(self._stop_rollouts)
@@ -131,6 +147,18 @@ class RolloutService:
     async def __aexit__(self, *_: object) -> None:
         """Stop running rollouts where they are (the log keeps them), free everything."""
         await self._resources.aclose()
+
+    def hand_over(self) -> None:
+        """Have the end leave sandboxes, and what runs in them, to the next owner of the log; watches end now."""
+        self._is_handed_over = True
+        self.sandboxes.leave()
+        self._send_away()
+
+    def _send_away(self) -> None:
+        self.watchers.break_off(UnreachableError(f"{self.directory} is being left by this process: ask again"))
+
+    async def _leave_substrate(self) -> None:
+        await (self.substrate.detach() if self._is_handed_over else self.substrate.close())
 
     async def submit(self, job: Job, tasks: Iterable[Task | Conversation]) -> None:
         """Make a job durable and start it (or have `start` do so); a job that the log holds is left as it is.
@@ -289,7 +317,7 @@ class RolloutService:
     async def _append(self, event: Event) -> None:
         try:
             lsn = await self.journal.append(event)
-        except (wal.StorageError, wal.PoisonedError) as error:
+        except (wal.StorageError, wal.PoisonedError, wal.FencedError) as error:
             self._fail(error)
             raise
         self.ledger.apply(event, lsn)
@@ -298,8 +326,10 @@ class RolloutService:
     def _fail(self, error: BaseException) -> None:
         if not self._failed.done():
             self._failed.set_exception(error)
+            self._send_away()
 
     def _publish(self, event: Event) -> None:
+        self._observe(event)
         if not isinstance(event, JobEvent):
             self.watchers.publish(self.ledger.rollouts[rollout_of(event)].opened.request_id, event)
 

@@ -10,7 +10,7 @@ import asyncio
 from collections import defaultdict
 from typing import Self
 
-from dsec.errors import ResourceExhaustedError
+from dsec.errors import DsecError, ResourceExhaustedError
 from rollout.events import Event
 
 
@@ -21,19 +21,16 @@ class Watch:
         self._watchers = watchers
         self._request_id = request_id
         self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
-        self._is_behind = False
+        self._error: DsecError | None = None
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Event:
-        """The next event.  ResourceExhaustedError if events were lost since."""
-        event = None if self._is_behind else await self._queue.get()
-        if self._is_behind:
-            raise ResourceExhaustedError(
-                f"this watcher of {self._request_id!r} fell more than {self._watchers.events_count_max} events behind: "
-                "attach again with the same request"
-            )
+        """The next event.  ResourceExhaustedError if events were lost since, and what the watch was broken off with."""
+        event = None if self._error is not None else await self._queue.get()
+        if self._error is not None:
+            raise self._error
         if event is None:
             raise StopAsyncIteration
         return event
@@ -45,11 +42,22 @@ class Watch:
     def put(self, event: Event | None) -> None:
         """Keep an event (None: the last one was before); beyond the bound, keep nothing any more."""
         if event is not None and self._queue.qsize() >= self._watchers.events_count_max:
-            self._is_behind = True
-            self._queue = asyncio.Queue()
+            self.break_off(
+                ResourceExhaustedError(
+                    f"this watcher of {self._request_id!r} fell more than {self._watchers.events_count_max} events "
+                    "behind: attach again with the same request"
+                )
+            )
             self._watchers.drop(self._request_id, self)
         else:
             self._queue.put_nowait(event)
+
+    def break_off(self, error: DsecError) -> None:
+        """End with an error, now."""
+        self._error = error
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._queue.put_nowait(None)  # wakes who waits for it
 
 
 class Watchers:
@@ -74,6 +82,13 @@ class Watchers:
         """No more events will come: every watch of the job ends."""
         for watch in self._watches.pop(request_id, ()):
             watch.put(None)
+
+    def break_off(self, error: DsecError) -> None:
+        """End every watch with an error: what they watch goes on elsewhere, or not now."""
+        for watches in self._watches.values():
+            for watch in watches:
+                watch.break_off(error)
+        self._watches.clear()
 
     def watch(self, request_id: str, *, is_live: bool) -> Watch:
         """Events from now on; registered before this returns, so nothing is missed."""
