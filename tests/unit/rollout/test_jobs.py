@@ -89,7 +89,7 @@ def test_a_conversation_that_cannot_be_read_is_refused(fields: dict[str, object]
         make_conversation("c", **fields)  # type: ignore[arg-type]
 
 
-def test_a_conversation_that_cannot_be_encoded_or_leaves_no_room_is_refused_before_it_is_logged(
+def test_a_conversation_that_cannot_be_encoded_or_leaves_no_room_is_refused(
     tokenizer: Tokenizer,
 ) -> None:
     wrong: Conversation = make_conversation("c", messages_json='[{"role": "wizard", "content": "x"}]')
