@@ -51,6 +51,13 @@ class ResultsError(RolloutError):
     fault = "storage"
 
 
+class ShardError(RolloutError):
+    """A shard, its manifest or a side channel is missing or damaged; it is derived, and the log can give it again."""
+
+    code = "SHARD_DAMAGED"
+    fault = "storage"
+
+
 class EngineError(RolloutError):
     """The engine failed or closed while a request ran; logged tokens are kept."""
 

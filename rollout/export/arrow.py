@@ -61,6 +61,16 @@ def to_batch(records: Sequence[TrajectoryRecord]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=schema())
 
 
+def stream_head() -> bytes:
+    """What an Arrow IPC stream of records begins with."""
+    return bytes(schema().serialize())
+
+
+def stream_batch(records: Sequence[TrajectoryRecord]) -> bytes:
+    """What such a stream goes on with: one record batch."""
+    return bytes(to_batch(records).serialize())
+
+
 def write(path: Path, records: Iterable[TrajectoryRecord]) -> int:
     """Write all records to `path` (replaced atomically); returns how many.  OSError if it cannot."""
     scratch, count = path.with_name(f".{path.name}.{os.getpid()}"), 0
@@ -83,9 +93,8 @@ def write(path: Path, records: Iterable[TrajectoryRecord]) -> int:
 
 @cache
 def _columns() -> tuple[_Column, ...]:
-    info = inspect.type_info(TrajectoryRecord)
-    assert isinstance(info, inspect.StructType)
-    return tuple(_column(field.encode_name, field.type, per_token=True) for field in info.fields)
+    fields = msgspec.structs.fields(TrajectoryRecord)
+    return tuple(_column(field.encode_name, inspect.type_info(field.type), per_token=True) for field in fields)
 
 
 def _column(name: str, kind: inspect.Type, *, per_token: bool = False) -> _Column:

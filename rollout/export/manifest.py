@@ -1,0 +1,135 @@
+"""The manifest of a directory of shards: which rollouts are there, where, and what a trainer plans by.
+
+It is a log (`wal/`), so it is checksummed, has one writer, and any prefix of it that a crash leaves
+is whole; a batch of rows is named only after it is durable.  It holds everything that choosing,
+shuffling and packing need, and no token.
+
+Invariants:
+1. The shards hold every batch that the manifest names; what lies behind the last one is nobody's.
+2. No rollout is in it twice.
+
+See: docs/formats/shards.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+import wal
+from rollout.errors import ShardError
+from rollout.record import SideChannel, TrajectoryRecord
+
+MANIFEST = "manifest"
+KIND = 5
+"""Record kind of `Appended`."""
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is known of a rollout without its tokens.
+
+    `trainable_count` counts tokens under the loss mask; versions are those of the oldest and the newest of the sampled
+    tokens (None: there are none).  `reward` None is unset, which is not 0.
+    """
+
+    rollout_id: str
+    request_id: str
+    project: str = ""
+    task: str
+    group_id: str
+    group_index: int
+    group_size: int
+    tokens_count: int
+    trainable_count: int
+    turns_count: int
+    finish_reason: str | None = None
+    is_infra_failure: bool = False
+    reward: float | None = None
+    version_min: int | None = None
+    version_max: int | None = None
+    judged_rollout_id: str = ""
+    side_channels: tuple[SideChannel, ...] = ()
+
+
+class Appended(msgspec.Struct, frozen=True, kw_only=True):
+    """One record batch: bytes `offset` to `offset + size` of shard number `shard`, and its rows in order."""
+
+    shard: int
+    offset: int
+    size: int
+    crc: int
+    rows: tuple[Row, ...]
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Appended)
+
+
+def row_of(record: TrajectoryRecord) -> Row:
+    """The part of a record that is planned by."""
+    versions = [run.version for run in record.policy_versions]
+    return Row(
+        rollout_id=record.rollout_id,
+        request_id=record.request_id,
+        project=record.project,
+        task=record.task,
+        group_id=record.group.group_id,
+        group_index=record.group.index,
+        group_size=record.group.size,
+        tokens_count=len(record.token_ids),
+        trainable_count=sum(span.length for span in record.spans if span.trainable),
+        turns_count=len(record.turns),
+        finish_reason=record.finish_reason,
+        is_infra_failure=record.infra_failure is not None,
+        reward=record.reward.value,
+        version_min=min(versions, default=None),
+        version_max=max(versions, default=None),
+        judged_rollout_id=record.lineage.judged_rollout_id,
+        side_channels=record.side_channels,
+    )
+
+
+def encode(batch: Appended) -> bytes:
+    """The payload of a manifest's record."""
+    return _encoder.encode(batch)
+
+
+class Manifest:
+    """A manifest as it was when it was read."""
+
+    def __init__(self, log_id: bytes, batches: Sequence[Appended]) -> None:
+        """`log_id` is the manifest's own for ever, wherever the directory is copied to."""
+        self.log_id = log_id
+        self.batches = list(batches)
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Of a directory of shards, also beside its writer.  ShardError if there is none, or it is damaged."""
+        reader, batches = wal.Reader(directory / MANIFEST), []
+        if not (directory / MANIFEST).is_dir():
+            raise ShardError(f"{directory} holds no shards: give the directory that a ShardWriter wrote to")
+        try:
+            for record in reader:
+                if record.kind != KIND:
+                    raise ShardError(
+                        f"{directory / MANIFEST}: record {record.lsn} is of kind {record.kind}, not {KIND}"
+                    )
+                batches.append(_decoder.decode(record.payload))
+        except (wal.WalError, msgspec.MsgspecError) as error:
+            raise ShardError(f"the manifest of {directory} cannot be read: {error}") from error
+        return cls(reader.header.log_id if reader.header else b"", batches)
+
+    @property
+    def end(self) -> tuple[int, int]:
+        """The newest shard, and how many bytes of it are named."""
+        if not self.batches:
+            return 0, 0
+        last = self.batches[-1]
+        return last.shard, last.offset + last.size
+
+
+def shard_path(directory: Path, shard: int) -> Path:
+    """Where a shard lies: an Arrow IPC stream."""
+    return directory / f"{shard:08d}.arrows"

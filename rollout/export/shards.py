@@ -1,0 +1,201 @@
+"""Finished rollouts on disk, each written once, when it ends: shards of bounded size beside their manifest.
+
+A shard is an Arrow IPC stream, the form that grows at its end, can be mapped, and is whole after
+each batch.  A full shard gets a Parquet file beside it; so does the open one when the writer closes.
+Everything here is derived: a directory that is deleted is written again from the log.
+
+Invariants:
+1. Data, then manifest: a batch is durable in its shard before the manifest names it.  A crash leaves
+   a whole prefix, and the next writer cuts off what the manifest does not name.
+2. A rollout that the manifest names is never written again.
+3. A shard ends with the batch that reaches a bound; no batch holds more than BATCH_ROWS_MAX rows, nor,
+   with more than one, more than BATCH_TOKENS_MAX tokens.
+
+See: docs/formats/shards.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+import wal
+from rollout.errors import ResultsError, ShardError
+from rollout.export import arrow
+from rollout.export.manifest import KIND, MANIFEST, Appended, Manifest, encode, row_of, shard_path
+from rollout.export.parquet import has_schema, write_parquet
+from rollout.export.scratch import sync_directory
+from rollout.export.side_channels import Channel, write_channels
+from rollout.record import TrajectoryRecord
+from wal.format import crc32
+
+BATCH_ROWS_MAX = 64
+BATCH_TOKENS_MAX = 1 << 20
+Channels = Mapping[str, Channel]
+
+
+class ShardWriter:
+    """The one writer of a directory of shards.  Use `ShardWriter.open`; a context manager that closes."""
+
+    def __init__(self, directory: Path, log: wal.Log, manifest: Manifest, rows_max: int, bytes_max: int) -> None:
+        self.directory = directory
+        self._log, self._rows_max, self._bytes_max = log, rows_max, bytes_max
+        self._shard, self._size = manifest.end
+        self._rows = sum(len(batch.rows) for batch in manifest.batches if batch.shard == self._shard)
+        self.rollout_ids = {row.rollout_id for batch in manifest.batches for row in batch.rows}
+        """Everything that is written."""
+        self._failure: Exception | None = None
+
+    @classmethod
+    def open(cls, directory: Path, *, rows_max: int = 4096, bytes_max: int = 256 << 20) -> Self:
+        """Go on with a directory, or begin it; what a crash left behind is settled when this returns.
+
+        wal.LockedError while another writer has it, ShardError if shards are missing or shorter than the manifest
+        says, ResultsError if the disk refuses.
+        """
+        try:
+            log = wal.Log.open(directory / MANIFEST)
+        except wal.StorageError as error:
+            raise ResultsError(f"cannot write shards to {directory}: {error}") from error
+        try:
+            manifest = Manifest.read(directory)
+            writer = cls(directory, log, manifest, rows_max, bytes_max)
+            with _told(directory):
+                writer._settle()
+        except BaseException:
+            log.close()
+            raise
+        return writer
+
+    def append(self, records: Iterable[TrajectoryRecord], channels: Mapping[str, Channels] | None = None) -> int:
+        """Write finished rollouts that are not there yet; durable when this returns; how many they were.
+
+        `channels` are arrays too big for a record, by rollout and name; the rows name the files that they go to.
+        After a ResultsError the directory is a whole prefix, and must be opened again.
+        """
+        if self._failure is not None:
+            raise ResultsError(f"an earlier write to {self.directory} failed: open it again") from self._failure
+        count = 0
+        try:
+            with _told(self.directory):
+                for batch in _batches(record for record in records if record.rollout_id not in self.rollout_ids):
+                    self._append(batch, channels or {})
+                    count += len(batch)
+        except (ResultsError, wal.WalError) as error:
+            self._failure = error
+            raise
+        return count
+
+    def close(self) -> None:
+        """Write the Parquet file of the open shard, and let go of the directory; closing twice is fine."""
+        try:
+            if self._failure is None and self._rows:
+                with _told(self.directory):
+                    write_parquet(shard_path(self.directory, self._shard), self._size)
+        finally:
+            self._rows = 0
+            self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _append(self, records: list[TrajectoryRecord], channels: Mapping[str, Channels]) -> None:
+        if self._rows >= self._rows_max or self._size >= self._bytes_max:
+            write_parquet(shard_path(self.directory, self._shard), self._size)
+            self._shard, self._size, self._rows = self._shard + 1, 0, 0
+        offered = {r.rollout_id: channels[r.rollout_id] for r in records if channels.get(r.rollout_id)}
+        if offered:
+            name = f"{self._shard:08d}-{self._size:012d}.safetensors"
+            written = write_channels(self.directory / name, offered)
+            records = [msgspec.structs.replace(r, side_channels=written.get(r.rollout_id, ())) for r in records]
+        head = b"" if self._size else arrow.stream_head()
+        data = arrow.stream_batch(records)
+        _write(shard_path(self.directory, self._shard), self._size, head + data)
+        rows, offset = tuple(map(row_of, records)), self._size + len(head)
+        batch = Appended(shard=self._shard, offset=offset, size=len(data), crc=crc32(data), rows=rows)
+        self._log.append(KIND, encode(batch))
+        self._log.sync()
+        self._size, self._rows = offset + len(data), self._rows + len(rows)
+        self.rollout_ids.update(row.rollout_id for row in rows)
+
+    def _settle(self) -> None:
+        """Cut off and remove what the manifest does not name; make the Parquet files that are missing."""
+        for scratch in self.directory.glob(".*.part"):
+            scratch.unlink()
+        for path in chain(self.directory.glob("[0-9]*.arrows"), self.directory.glob("[0-9]*.safetensors")):
+            named, _, offset = path.stem.partition("-")
+            if (int(named), int(offset or 0)) > (self._shard, self._size - 1):
+                path.unlink()
+        for shard in range(self._shard + 1 if self._size else 0):
+            path = shard_path(self.directory, shard)
+            if not path.exists():
+                raise ShardError(f"{path} is missing: delete {self.directory}, it will be written again from the log")
+            if shard < self._shard and not path.with_suffix(".parquet").exists():
+                write_parquet(path, path.stat().st_size)
+        if self._size:
+            path = shard_path(self.directory, self._shard)
+            _cut(path, self._size)
+            if not has_schema(path, arrow.schema()):
+                self._rows = self._rows_max  # written by another version: the next batch begins a shard
+
+
+def _batches(records: Iterable[TrajectoryRecord]) -> Iterator[list[TrajectoryRecord]]:
+    batch: list[TrajectoryRecord] = []
+    tokens_count = 0
+    for record in records:
+        tokens_count += len(record.token_ids)
+        if batch and (len(batch) == BATCH_ROWS_MAX or tokens_count > BATCH_TOKENS_MAX):
+            yield batch
+            batch, tokens_count = [], len(record.token_ids)
+        batch.append(record)
+    if batch:
+        yield batch
+
+
+def _write(path: Path, offset: int, data: bytes) -> None:
+    """Durable when this returns, and so is the file's name."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        rest = memoryview(data)
+        while rest:
+            count = os.pwrite(fd, rest, offset)
+            rest, offset = rest[count:], offset + count
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
+    if offset == len(data):
+        sync_directory(path.parent)
+
+
+def _cut(path: Path, size: int) -> None:
+    """Let a shard end where the manifest says."""
+    if (there := path.stat().st_size) < size:
+        raise ShardError(
+            f"{path} has {there} bytes, the manifest names {size}: delete {path.parent}, "
+            "it will be written again from the log"
+        )
+    if there > size:
+        os.truncate(path, size)
+
+
+@contextmanager
+def _told(directory: Path) -> Iterator[None]:
+    """What the disk refuses as a ResultsError."""
+    try:
+        yield
+    except (OSError, wal.StorageError, wal.PoisonedError) as error:
+        raise ResultsError(
+            f"cannot write shards to {directory}: {error}; the log that they come from is whole"
+        ) from error
