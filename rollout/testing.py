@@ -32,7 +32,7 @@ from rollout.engine import (
     check_top_logprobs,
     check_version,
 )
-from rollout.engines.saved_state import NoStateError, SavedState, read_state, write_state
+from rollout.engines.kept_state import KeptState, NoStateError, read_state, write_state
 from rollout.errors import EngineError, PreemptedError
 from rollout.events import RolloutOpened
 from rollout.request import AgentKind, Group, Job, Limits
@@ -253,7 +253,7 @@ class ScriptedEngine:
         if not kept.tokens:
             return 0
         tokens = array("I", kept.tokens).tobytes()
-        write_state(path, SavedState(self._info.build, kept.weights, tokens, b""))
+        write_state(path, KeptState(self._info.build, kept.weights, tokens, b""))
         return len(kept.tokens)
 
     async def restore(self, session: str, path: Path) -> int:

@@ -1,6 +1,6 @@
 """The C engine seen from Python: models, states, steps and decoding, as plain functions of ids.
 
-ctypes because the interface is ten functions of flat memory, and because it releases the
+ctypes because the interface is a dozen functions of flat memory, and because it releases the
 interpreter lock during a call.  The C side trusts its arguments, so this module is where ids,
 bounds and lifetimes are checked; nothing above it touches a pointer.
 
@@ -11,145 +11,18 @@ See: `v4.h`, docs/formats/engine_state.md.
 from __future__ import annotations
 
 import ctypes
-import functools
 import mmap
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 
-from rollout.engine import Sampling
-from rollout.engines.embedded.checkpoint import LAYERS_MAX, Checkpoint
+from rollout.engine import Sampling, TopLogprobs
+from rollout.engines.embedded.checkpoint import Checkpoint
+from rollout.engines.embedded.library import CChunk, CConfig, CReport, CSampling, CStream, load_library
 from rollout.errors import EngineError
 
-LIBRARY = Path(__file__).parent / "v4.so"
-STOPS_MAX = 16
 BATCH_TOKENS_MAX = 128
 U64_MASK = (1 << 64) - 1
-
-
-class _Config(ctypes.Structure):
-    """`v4_config`."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                "vocab_count",
-                "hidden_dim",
-                "layers_count",
-                "heads_count",
-                "head_dim",
-                "rope_dim",
-                "query_rank",
-                "output_groups",
-                "output_rank",
-                "window_tokens",
-                "index_heads",
-                "index_dim",
-                "index_topk",
-                "csa_rate",
-                "hca_rate",
-                "experts_count",
-                "experts_active",
-                "expert_dim",
-                "sinkhorn_rounds",
-                "context_tokens_max",
-                "batch_tokens_max",
-            )
-        ),
-        *((name, ctypes.c_float) for name in ("norm_eps", "mix_eps", "swiglu_limit", "route_scale")),
-        *((name, ctypes.c_double) for name in ("theta_main", "theta_compress")),
-        ("attention_kinds", ctypes.c_int32 * LAYERS_MAX),
-        ("hash_routed", ctypes.c_int32 * LAYERS_MAX),
-    )
-
-
-class _Sampling(ctypes.Structure):
-    """`v4_sampling`."""
-
-    _fields_ = (
-        ("seed", ctypes.c_uint64),
-        ("stream_key", ctypes.c_uint64),
-        ("temperature", ctypes.c_double),
-        ("top_p", ctypes.c_double),
-        ("top_k", ctypes.c_int32),
-    )
-
-
-class _Chunk(ctypes.Structure):
-    """`v4_chunk`."""
-
-    _fields_ = (
-        ("state", ctypes.c_void_p),
-        ("token_ids", ctypes.POINTER(ctypes.c_uint32)),
-        ("logits", ctypes.POINTER(ctypes.c_float)),
-        ("tokens_count", ctypes.c_int32),
-    )
-
-
-class _Stream(ctypes.Structure):
-    """`v4_stream`."""
-
-    _fields_ = (
-        ("state", ctypes.c_void_p),
-        ("sampling", _Sampling),
-        ("token_id", ctypes.c_uint32),
-        ("stops_count", ctypes.c_int32),
-        ("stop_ids", ctypes.c_uint32 * STOPS_MAX),
-    )
-
-
-@functools.cache
-def load_library(path: Path = LIBRARY, cpuinfo: Path = Path("/proc/cpuinfo")) -> ctypes.CDLL:
-    """The compiled engine.  EngineError if it is not built, or if this processor cannot run it."""
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise EngineError(
-            f"{path}: the decode engine is not built ({error}); run: python setup.py build_ext"
-        ) from error
-    _check_processor(library, path, cpuinfo)
-    pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int32
-    for name, result, arguments in (
-        ("v4_build", ctypes.c_char_p, ()),
-        ("v4_create", pointer, (ctypes.POINTER(_Config), ctypes.POINTER(pointer))),
-        ("v4_destroy", None, (pointer,)),
-        ("v4_state_create", pointer, (pointer,)),
-        ("v4_state_destroy", None, (pointer,)),
-        ("v4_state_reset", None, (pointer, pointer)),
-        ("v4_state_position", ctypes.c_uint32, (pointer,)),
-        ("v4_packed_bytes", size, (pointer, ctypes.c_uint32)),
-        ("v4_state_pack", None, (pointer, pointer, pointer)),
-        ("v4_state_unpack", integer, (pointer, pointer, pointer, size)),
-        ("v4_step", None, (pointer, ctypes.POINTER(_Chunk), integer)),
-        ("v4_sample", ctypes.c_uint32, (pointer, pointer, ctypes.POINTER(_Sampling), ctypes.c_uint32, pointer)),
-        ("v4_decode", integer, (pointer, ctypes.POINTER(_Stream), integer, integer, pointer, pointer)),
-    ):
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
-
-
-def _check_processor(library: ctypes.CDLL, path: Path, cpuinfo: Path) -> None:
-    """Without this a processor that lacks an instruction ends the whole process with SIGILL."""
-    wanted = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, "v4_processor_flags"))).decode().split()
-    try:
-        text = cpuinfo.read_text()
-    except OSError:  # no Linux, or no /proc: the build's own machine, most likely
-        return
-    lines = [line.partition(":")[2].split() for line in text.splitlines() if line.startswith("flags")]
-    missing = [flag for flag in wanted if lines and flag not in lines[0]]
-    if missing:
-        raise EngineError(
-            f"{path}: was built for x86-64-v3 and this processor lacks {', '.join(missing)}: run on one of 2015 or "
-            "later (a virtual machine may hide what its host has: give it the host's processor type)"
-        )
-
-
-def build_digest() -> str:
-    """What the library was built from: a digest of sources and flags, compiled in."""
-    return str(load_library().v4_build().decode("ascii"))
 
 
 class State:
@@ -209,13 +82,48 @@ class Stream(msgspec.Struct):
     sampling: Sampling
     stream_key: int
     stop_ids: Sequence[int]
+    top_count: int = 0
+    wants_mask: bool = False
 
 
 class Drawn(msgspec.Struct, frozen=True):
-    """One token and its logprob under the distribution it was drawn from."""
+    """One token and its logprob under the distribution it was drawn from; the rest only if asked for."""
 
     token_id: int
     logprob: float
+    top: TopLogprobs | None = None
+    mask: tuple[int, ...] | None = None
+
+
+class _Reports:
+    """A table of `v4_report` with the memory that its rows point to."""
+
+    def __init__(self, rows_count: int) -> None:
+        self.table = (CReport * rows_count)()
+        self._memory: list[object] = []
+
+    def want(self, row: int, top_count: int, mask_count_max: int) -> None:
+        """Room in a row for so many of the likeliest tokens, and for a mask; 0 for none."""
+        report = self.table[row]
+        if top_count:
+            report.top_count = top_count
+            report.top_ids, report.top_logprobs = (ctypes.c_uint32 * top_count)(), (ctypes.c_float * top_count)()
+        if mask_count_max:
+            report.mask_ids = (ctypes.c_uint32 * mask_count_max)()
+        self._memory += [report.top_ids, report.top_logprobs, report.mask_ids]
+
+    def top(self, row: int) -> TopLogprobs | None:
+        """What was told of the row, if it was asked for."""
+        report = self.table[row]
+        count = report.top_count
+        return (
+            TopLogprobs(tuple(report.top_ids[:count]), tuple(report.top_logprobs[:count])) if report.top_ids else None
+        )
+
+    def mask(self, row: int) -> tuple[int, ...] | None:
+        """The ids that were kept, if they were asked for and anything was cut."""
+        report = self.table[row]
+        return tuple(report.mask_ids[: report.mask_count]) if report.mask_count else None
 
 
 class Model:
@@ -224,7 +132,7 @@ class Model:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.library = load_library()
         self.dimensions = checkpoint.dimensions
-        config = _Config(batch_tokens_max=BATCH_TOKENS_MAX)
+        config = CConfig(batch_tokens_max=BATCH_TOKENS_MAX)
         for name in checkpoint.dimensions.__struct_fields__:
             value = getattr(checkpoint.dimensions, name)
             if isinstance(value, tuple):
@@ -260,7 +168,7 @@ class Model:
 
         At most BATCH_TOKENS_MAX tokens together, each state once.
         """
-        table = (_Chunk * len(chunks))()
+        table = (CChunk * len(chunks))()
         outputs: list[ctypes.Array[ctypes.c_float] | None] = []
         total = 0
         for row, chunk in zip(table, chunks, strict=True):
@@ -271,7 +179,7 @@ class Model:
             row.token_ids = (ctypes.c_uint32 * count)(*chunk.token_ids)
             out = (ctypes.c_float * self.dimensions.vocab_count)() if chunk.wants_logits else None
             if out is not None:
-                row.logits = out
+                row.logits, row.logits_count = out, 1
             outputs.append(out)
         self._check_batch(total, [chunk.state for chunk in chunks])
         self.library.v4_step(self.pointer, table, len(chunks))
@@ -282,8 +190,24 @@ class Model:
         values = (ctypes.c_float * self.dimensions.vocab_count)(*logits)
         logprob = ctypes.c_float()
         how = _sampling(sampling, stream_key)
-        token_id = self.library.v4_sample(self.pointer, values, ctypes.byref(how), position, ctypes.byref(logprob))
+        token_id = self.library.v4_sample(
+            self.pointer, values, ctypes.byref(how), position, ctypes.byref(logprob), None
+        )
         return Drawn(token_id, logprob.value)
+
+    def score(self, state: State, token_ids: Sequence[int], top_count: int = 0) -> list[Drawn]:
+        """Append all ids but the last to a state, and tell of each but the first how likely it was (2 to 129 ids)."""
+        count = len(token_ids) - 1
+        self._check_ids(state, token_ids, count)
+        self._check_batch(count, [state])
+        logprobs = (ctypes.c_float * count)()
+        reports = _Reports(count if top_count else 0)
+        for row in range(len(reports.table)):
+            reports.want(row, top_count, 0)
+        ids = (ctypes.c_uint32 * (count + 1))(*token_ids)
+        self.library.v4_score(self.pointer, state.pointer, ids, count, logprobs, reports.table if top_count else None)
+        tops = [reports.top(row) for row in range(count)] if top_count else [None] * count
+        return [Drawn(*row) for row in zip(token_ids[1:], logprobs, tops, strict=True)]
 
     def decode(self, streams: Sequence[Stream], rounds_max: int) -> list[list[Drawn]]:
         """Draw up to `rounds_max` tokens for every stream; ends with the round that drew a stop id.
@@ -291,7 +215,7 @@ class Model:
         Each list starts with the token after `token_id`; its last one is not in the state yet.
         """
         count = len(streams)
-        table = (_Stream * count)()
+        table = (CStream * count)()
         for row, stream in zip(table, streams, strict=True):
             self._check_ids(stream.state, (stream.token_id,), rounds_max)
             row.state, row.token_id = stream.state.pointer, stream.token_id
@@ -301,8 +225,31 @@ class Model:
         self._check_batch(count, [stream.state for stream in streams])
         token_ids = (ctypes.c_uint32 * (count * rounds_max))()
         logprobs = (ctypes.c_float * (count * rounds_max))()
-        rounds = self.library.v4_decode(self.pointer, table, count, rounds_max, token_ids, logprobs)
-        return [[Drawn(token_ids[r * count + s], logprobs[r * count + s]) for r in range(rounds)] for s in range(count)]
+        reports = self._wanted(streams, rounds_max)
+        rounds = self.library.v4_decode(
+            self.pointer, table, count, rounds_max, token_ids, logprobs, reports.table if reports else None
+        )
+        if reports is None:
+            return [
+                [Drawn(token_ids[r * count + s], logprobs[r * count + s]) for r in range(rounds)] for s in range(count)
+            ]
+        return [
+            [
+                Drawn(token_ids[row], logprobs[row], reports.top(row), reports.mask(row))
+                for row in range(s, rounds * count, count)
+            ]
+            for s in range(count)
+        ]
+
+    def _wanted(self, streams: Sequence[Stream], rounds_max: int) -> _Reports | None:
+        """Room for what the streams want to know beside tokens and logprobs; None if they do not."""
+        if not any(stream.top_count or stream.wants_mask for stream in streams):
+            return None
+        reports = _Reports(len(streams) * rounds_max)
+        for row in range(len(streams) * rounds_max):
+            stream = streams[row % len(streams)]
+            reports.want(row, stream.top_count, self.dimensions.vocab_count if stream.wants_mask else 0)
+        return reports
 
     def _check_ids(self, state: State, token_ids: Sequence[int], tokens_count: int) -> None:
         if not token_ids or min(token_ids) < 0 or max(token_ids) >= self.dimensions.vocab_count:
@@ -315,8 +262,8 @@ class Model:
             raise EngineError(f"a batch is 1 to {BATCH_TOKENS_MAX} tokens, and holds each state once")
 
 
-def _sampling(sampling: Sampling, stream_key: int) -> _Sampling:
-    return _Sampling(
+def _sampling(sampling: Sampling, stream_key: int) -> CSampling:
+    return CSampling(
         seed=sampling.seed & U64_MASK,
         stream_key=stream_key & U64_MASK,
         temperature=sampling.temperature,

@@ -12,19 +12,17 @@ See: docs/architecture.md, "Engine".
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
-from rollout.engine import EngineInfo, Sampled, SampleRequest
+from rollout.engine import EngineInfo, Sampled, SampleRequest, check_request
 from rollout.engines.embedded.batching import Batch, Job, Limits, Outcome
-from rollout.engines.embedded.binding import BATCH_TOKENS_MAX, STOPS_MAX, Model, build_digest
+from rollout.engines.embedded.binding import BATCH_TOKENS_MAX, Model
 from rollout.engines.embedded.checkpoint import load_checkpoint
+from rollout.engines.embedded.library import build_digest
 from rollout.errors import EngineError, RequestError
 
-TEMPERATURE_MIN = 1e-3
-"""Below it the last bits of the logits decide, and nothing is left of a draw: 0 says that exactly."""
 CLOSED = "the engine is closed; open it before sampling"
 
 
@@ -123,7 +121,7 @@ class EmbeddedEngine:
         queue is full, it closes while the request runs, or its thread failed (then it names the
         failure, also to later callers, until the engine is closed).
         """
-        self._check(request)
+        check_request(request, self.info)
         if self._thread is None or self._closing:
             raise self._end(CLOSED)
         if len(self._mailboxes) >= self._limits.running_max + self._limits.queue_max:
@@ -156,26 +154,6 @@ class EmbeddedEngine:
         await asyncio.to_thread(thread.join)
         self._thread = self._failure = None
         self._info = None
-
-    def _check(self, request: SampleRequest) -> None:
-        info, sampling = self.info, request.sampling
-        if not request.token_ids:
-            raise RequestError("token_ids is empty: a context holds at least the BOS token")
-        if min(request.token_ids) < 0 or max(request.token_ids) >= info.vocab_count:
-            raise RequestError(f"token_ids: ids must be 0 to {info.vocab_count - 1}")
-        if len(request.token_ids) >= info.context_tokens_max:
-            length = len(request.token_ids)
-            raise RequestError(f"token_ids: {length} tokens leave no room in a context of {info.context_tokens_max}")
-        if request.tokens_count_max < 1:
-            raise RequestError("tokens_count_max must be at least 1")
-        if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
-            raise RequestError("temperature must be finite and not negative")
-        if 0 < sampling.temperature < TEMPERATURE_MIN:
-            raise RequestError(f"temperature is {sampling.temperature:g}: use 0 for greedy, or at least 0.001")
-        if not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
-            raise RequestError("top_p must be above 0 and at most 1, top_k not negative")
-        if len(request.stop_ids) > STOPS_MAX or not all(0 <= id_ < info.vocab_count for id_ in request.stop_ids):
-            raise RequestError(f"stop_ids: at most {STOPS_MAX} ids of the vocabulary")
 
     def _post(self, command: Callable[[Batch], None]) -> None:
         with self._work:

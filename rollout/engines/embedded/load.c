@@ -17,6 +17,13 @@ const char v4_processor_flags[] = "";
 
 const char *v4_build(void) { return V4_BUILD; }
 
+int32_t v4_is_finite(const void *tensor, size_t count) {
+    const uint16_t *words = tensor;
+    uint16_t is_odd = 0;
+    for (size_t i = 0; i < count; i++) is_odd |= (words[i] & 0x7f80) == 0x7f80;
+    return !is_odd;
+}
+
 static float *floats_of(v4_model *model, const uint16_t *source, int count) {
     float *out = v4_take(model, (size_t)count * sizeof(float));
     for (int i = 0; out && i < count; i++) out[i] = bf16_to_float(source[i]);

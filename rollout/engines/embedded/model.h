@@ -89,6 +89,9 @@ int v4_rope_create(v4_model *model);
 /* step.c */
 int v4_scratch_create(v4_model *model);
 
+/* sample.c: of one token at temperature 1 without cuts; report may be NULL. */
+float v4_logprob(v4_model *model, const float *logits, uint32_t token_id, v4_report *report);
+
 /* mix.c */
 void v4_mix_read(v4_model *model, const v4_mix *mix, const float *norm, int tokens);
 void v4_mix_write(v4_model *model, int tokens);

@@ -9,6 +9,7 @@
  * token and its logprob are defined, and the logprob is finite, for all bits that can come in.
  */
 #include <float.h>
+#include <stdlib.h>
 
 #include "model.h"
 #include "simd.h"
@@ -111,25 +112,75 @@ static int cut(v4_model *model, const v4_sampling *sampling, double *total, int3
     return kept_count;
 }
 
+/* One distribution: its weights are in the model's scratch memory; order and kept as `cut` has them. */
+typedef struct {
+    const float *logits;
+    double total;
+    float top, scale;
+    int32_t *order;
+    int kept;
+} distribution;
+
+static float logprob_of(const distribution *d, int32_t id) {
+    return (float)((double)((bounded(d->logits[id]) - d->top) * d->scale) - v4_log(d->total));
+}
+
+static int ascending(const void *a, const void *b) {
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* Fill in the report.  Without an order the heap is free, so the likeliest are found in it. */
+static void tell(v4_model *model, const distribution *d, v4_report *report) {
+    int count = model->config.vocab_count;
+    if (report->mask_ids) {
+        report->mask_count = d->order ? d->kept : 0;
+        for (int i = 0; i < report->mask_count; i++) report->mask_ids[i] = (uint32_t)d->order[i];
+        qsort(report->mask_ids, (size_t)report->mask_count, sizeof *report->mask_ids, ascending);
+    }
+    if (!report->top_ids) return;
+    if (report->top_count > d->kept) report->top_count = d->kept;
+    const int32_t *last = d->order ? d->order + d->kept : model->scratch.heap + count;
+    double sum;
+    if (!d->order) take_heaviest(model->scratch.weights, model->scratch.heap, count, report->top_count, d->total * 2.0, &sum);
+    for (int i = 0; i < report->top_count; i++) {
+        report->top_ids[i] = (uint32_t)last[-1 - i];
+        report->top_logprobs[i] = logprob_of(d, last[-1 - i]);
+    }
+}
+
+/* All tokens by the softmax at this scale; *best is the likeliest. */
+static distribution whole(v4_model *model, const float *logits, float scale, int *best) {
+    int count = model->config.vocab_count;
+    *best = argmax(logits, count);
+    float top = bounded(logits[*best]);
+    double total = exponentiate(logits, top, scale, count, model->scratch.weights);
+    return (distribution){logits, total, top, scale, NULL, count};
+}
+
+float v4_logprob(v4_model *model, const float *logits, uint32_t token_id, v4_report *report) {
+    int best;
+    distribution d = whole(model, logits, 1.0f, &best);
+    if (report) tell(model, &d, report);
+    return logprob_of(&d, (int32_t)token_id);
+}
+
 uint32_t v4_sample(v4_model *model, const float *logits, const v4_sampling *sampling, uint32_t position,
-                   float *logprob) {
-    int count = model->config.vocab_count, best = argmax(logits, count);
-    float *weights = model->scratch.weights, top = bounded(logits[best]);
-    float scale = inverse(sampling->temperature);
-    double total = exponentiate(logits, top, scale, count, weights), sum = 0.0;
-    if (sampling->temperature <= 0.0) {
-        *logprob = (float)-v4_log(total);
-        return (uint32_t)best;
+                   float *logprob, v4_report *report) {
+    int drawn;
+    distribution d = whole(model, logits, inverse(sampling->temperature), &drawn);
+    if (sampling->temperature > 0.0) {
+        const float *weights = model->scratch.weights;
+        d.kept = cut(model, sampling, &d.total, &d.order);
+        double target = uniform(sampling->seed, sampling->stream_key, position) * d.total, sum = 0.0;
+        for (int i = 0; i < d.kept; i++) {
+            int id = d.order ? d.order[d.kept - 1 - i] : i;
+            if (weights[id] == 0.0f) continue;
+            drawn = id;
+            if ((sum += (double)weights[id]) > target) break;
+        }
     }
-    int32_t *order = NULL;
-    int kept = cut(model, sampling, &total, &order), drawn = best;
-    double target = uniform(sampling->seed, sampling->stream_key, position) * total;
-    for (int i = 0; i < kept; i++) {
-        int id = order ? order[kept - 1 - i] : i;
-        if (weights[id] == 0.0f) continue;
-        drawn = id;
-        if ((sum += (double)weights[id]) > target) break;
-    }
-    *logprob = (float)((double)((bounded(logits[drawn]) - top) * scale) - v4_log(total));
+    if (report) tell(model, &d, report);
+    *logprob = logprob_of(&d, drawn);
     return (uint32_t)drawn;
 }

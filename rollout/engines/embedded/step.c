@@ -55,24 +55,26 @@ static int embed(v4_model *model, const v4_chunk *chunks, int chunks_count) {
     return tokens;
 }
 
-/* Logits of the last token of every chunk that asks for them. */
+/* Logits of the last tokens of every chunk that asks for them. */
 static void project_logits(v4_model *model, const v4_chunk *chunks, int chunks_count) {
     v4_scratch *scratch = &model->scratch;
     size_t width = (size_t)(V4_STREAMS * model->config.hidden_dim), vocab = (size_t)model->config.vocab_count;
-    int token = -1, wanted = 0;
+    int token = 0, wanted = 0;
     for (int c = 0; c < chunks_count; c++) {
+        size_t count = (size_t)chunks[c].logits_count;
         token += chunks[c].tokens_count;
-        if (!chunks[c].logits) continue;
-        memcpy(scratch->finals + (size_t)wanted++ * width, scratch->streams + (size_t)token * width,
-               width * sizeof(float));
+        memcpy(scratch->finals + (size_t)wanted * width, scratch->streams + ((size_t)token - count) * width,
+               count * width * sizeof(float));
+        wanted += chunks[c].logits_count;
     }
     if (!wanted) return;
     v4_mix_head(model, wanted, scratch->finals, scratch->normed);
     v4_linear(&model->head, wanted, scratch->normed, model->config.hidden_dim, scratch->logits, (int)vocab);
-    for (int c = 0, w = 0; c < chunks_count; c++) {
-        if (!chunks[c].logits) continue;
-        const float *logits = scratch->logits + (size_t)w++ * vocab;
-        if (chunks[c].logits != logits) memcpy(chunks[c].logits, logits, vocab * sizeof(float));
+    const float *logits = scratch->logits;
+    for (int c = 0; c < chunks_count; c++) {
+        size_t count = (size_t)chunks[c].logits_count * vocab;
+        if (count && chunks[c].logits != logits) memcpy(chunks[c].logits, logits, count * sizeof(float));
+        logits += count;
     }
 }
 
@@ -97,12 +99,21 @@ static int is_stop(const v4_stream *stream) {
     return 0;
 }
 
+void v4_score(v4_model *model, v4_state *state, const uint32_t *token_ids, int32_t count, float *logprobs,
+              v4_report *reports) {
+    size_t vocab = (size_t)model->config.vocab_count;
+    v4_chunk chunk = {state, token_ids, model->scratch.logits, count, count};
+    v4_step(model, &chunk, 1);
+    for (int i = 0; i < count; i++)
+        logprobs[i] = v4_logprob(model, chunk.logits + (size_t)i * vocab, token_ids[i + 1], reports ? &reports[i] : NULL);
+}
+
 int32_t v4_decode(v4_model *model, v4_stream *streams, int32_t streams_count, int32_t rounds_count,
-                  uint32_t *token_ids, float *logprobs) {
+                  uint32_t *token_ids, float *logprobs, v4_report *reports) {
     v4_chunk *chunks = model->scratch.chunks;
     size_t vocab = (size_t)model->config.vocab_count;
     for (int s = 0; s < streams_count; s++)
-        chunks[s] = (v4_chunk){streams[s].state, &streams[s].token_id, model->scratch.logits + (size_t)s * vocab, 1};
+        chunks[s] = (v4_chunk){streams[s].state, &streams[s].token_id, model->scratch.logits + (size_t)s * vocab, 1, 1};
     int stopped = 0, round = 0;
     for (; round < rounds_count && !stopped; round++) {
         v4_step(model, chunks, streams_count);
@@ -110,7 +121,7 @@ int32_t v4_decode(v4_model *model, v4_stream *streams, int32_t streams_count, in
             v4_stream *stream = &streams[s];
             int at = round * streams_count + s;
             stream->token_id = v4_sample(model, chunks[s].logits, &stream->sampling, stream->state->position,
-                                         &logprobs[at]);
+                                         &logprobs[at], reports ? &reports[at] : NULL);
             token_ids[at] = stream->token_id;
             stopped |= is_stop(stream);
         }

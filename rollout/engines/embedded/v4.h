@@ -53,12 +53,12 @@ typedef struct v4_model v4_model;
 typedef struct v4_state v4_state;
 
 /* One sequence's part of a forward pass: tokens_count ids appended to its state.
- * logits: vocab_count floats for the last of them, or NULL. */
+ * logits: vocab_count floats for each of the last logits_count of them. */
 typedef struct {
     v4_state *state;
     const uint32_t *token_ids;
     float *logits;
-    int32_t tokens_count;
+    int32_t tokens_count, logits_count;
 } v4_chunk;
 
 /* How one token is drawn from logits.  temperature 0 is greedy; top_k 0 and top_p 1 keep all. */
@@ -67,6 +67,15 @@ typedef struct {
     double temperature, top_p;
     int32_t top_k;
 } v4_sampling;
+
+/* What else to tell of a draw; a NULL is not wanted.  In: top_count, the room in top_ids and top_logprobs;
+ * mask_ids has room for vocab_count.  Out: top_count, the likeliest tokens of the distribution, likeliest first;
+ * mask_count, the ids that top_k and top_p kept, ascending, or 0 where nothing was cut. */
+typedef struct {
+    uint32_t *top_ids, *mask_ids;
+    float *top_logprobs;
+    int32_t top_count, mask_count;
+} v4_report;
 
 /* One running sequence of v4_decode.  token_id is drawn but not yet in the state. */
 typedef struct {
@@ -81,6 +90,9 @@ typedef struct {
  * any of our code runs; nothing of ours runs when the library is loaded. */
 V4_API extern const char v4_processor_flags[];
 V4_API const char *v4_build(void);
+
+/* 1 if none of the bf16 values is infinite or a NaN, else 0. */
+V4_API int32_t v4_is_finite(const void *tensor, size_t count);
 
 /* NULL when memory is short. The tensors may go away afterwards. */
 V4_API v4_model *v4_create(const v4_config *config, const void *const *tensors);
@@ -100,14 +112,20 @@ V4_API int32_t v4_state_unpack(const v4_model *model, v4_state *state, const voi
 V4_API void v4_step(v4_model *model, const v4_chunk *chunks, int32_t chunks_count);
 
 /* Draw the token at `position` of a context. Returns its id; *logprob is that of the distribution
- * it was drawn from (greedy: of the softmax at temperature 1), and finite whatever the arguments. */
+ * it was drawn from (greedy: of the softmax at temperature 1), and finite whatever the arguments.
+ * report may be NULL. */
 V4_API uint32_t v4_sample(v4_model *model, const float *logits, const v4_sampling *sampling, uint32_t position,
-                          float *logprob);
+                          float *logprob, v4_report *report);
+
+/* Append count ids to a state (at most batch_tokens_max) and tell, for each of the count ids from token_ids[1]
+ * on, its logprob at temperature 1 without cuts.  reports: NULL, or one for each. */
+V4_API void v4_score(v4_model *model, v4_state *state, const uint32_t *token_ids, int32_t count, float *logprobs,
+                     v4_report *reports);
 
 /* Draw up to rounds_count tokens for every stream, all streams together in each round; ends early
  * after a round in which one of them drew a stop id.  Returns the rounds done; round r of stream s
- * is at [r * streams_count + s]. */
+ * is at [r * streams_count + s], also in reports, which may be NULL. */
 V4_API int32_t v4_decode(v4_model *model, v4_stream *streams, int32_t streams_count, int32_t rounds_count,
-                         uint32_t *token_ids, float *logprobs);
+                         uint32_t *token_ids, float *logprobs, v4_report *reports);
 
 #endif

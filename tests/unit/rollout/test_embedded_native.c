@@ -61,7 +61,7 @@ static void feed(v4_model *model, v4_state *state, const uint32_t *ids, int size
     for (int begin = 0; begin < TOKENS; begin += size) {
         float out[VOCAB];
         int count = begin + size < TOKENS ? size : TOKENS - begin, last = begin + count - 1;
-        v4_chunk chunk = {state, ids + begin, out, count};
+        v4_chunk chunk = {state, ids + begin, out, count, 1};
         v4_step(model, &chunk, 1);
         if (compare) expect(!memcmp(out, logits[last], sizeof out), "a chunked prefill equals single tokens");
         else memcpy(logits[last], out, sizeof out);
@@ -79,17 +79,41 @@ static void decode(v4_model *model, v4_state **states, const uint8_t *packed, si
         streams[s].state = states[s];
         streams[s].sampling = how[s];
     }
-    int rounds = v4_decode(model, streams, 3, 8, ids, logprobs);
+    static uint32_t tops[8 * 3][5], masks[8 * 3][VOCAB];
+    static float top_logprobs[8 * 3][5];
+    v4_report reports[8 * 3];
+    for (int i = 0; i < 8 * 3; i++) reports[i] = (v4_report){tops[i], masks[i], top_logprobs[i], 1 + i % 5, 0};
+    int rounds = v4_decode(model, streams, 3, 8, ids, logprobs, reports);
     expect(rounds == 8, "nothing stops before the last round");
+    for (int i = 0; i < 8 * 3; i++) {
+        expect(reports[i].top_count >= 1 && reports[i].top_count <= 5, "the likeliest are told");
+        expect(reports[i].mask_count == 0 || i % 3 == 1, "only what cuts has a mask");
+        for (int t = 0; t < reports[i].top_count; t++)
+            expect(tops[i][t] != ids[i] || top_logprobs[i][t] == logprobs[i], "a token has one logprob");
+        absorb(tops[i], (size_t)reports[i].top_count * sizeof **tops);
+        absorb(masks[i], (size_t)reports[i].mask_count * sizeof **masks);
+    }
     absorb(ids, sizeof ids);
     absorb(logprobs, sizeof logprobs);
+}
+
+/* Teacher forcing in chunks equals teacher forcing at once. */
+static void score(v4_model *model, v4_state **states, const uint32_t *ids) {
+    float whole[BATCH], parts[BATCH];
+    for (int s = 0; s < 2; s++) v4_state_reset(model, states[s]);
+    v4_score(model, states[0], ids, BATCH, whole, NULL);
+    v4_score(model, states[1], ids, 5, parts, NULL);
+    v4_score(model, states[1], ids + 5, BATCH - 5, parts + 5, NULL);
+    expect(!memcmp(whole, parts, sizeof whole), "scores do not depend on chunks");
+    absorb(whole, sizeof whole);
 }
 
 /* Numbers that no check of a caller would let through, in logits and in how to sample. */
 static void sample_extremes(v4_model *model) {
     static const double odd[] = {(double)NAN, (double)INFINITY, -(double)INFINITY, 5e-324, 1e-39, 1e39, 1e308, -1.0, 0.5};
     enum { ODD = sizeof odd / sizeof *odd };
-    float logits[VOCAB], logprob = NAN;
+    float logits[VOCAB], logprob = NAN, top_logprobs[9];
+    uint32_t tops[9], mask[VOCAB];
     for (int shift = 0; shift < ODD; shift++) {
         for (int i = 0; i < VOCAB; i++) {
             double value = odd[(i * (1 + shift / 3) + shift) % ODD];
@@ -97,7 +121,8 @@ static void sample_extremes(v4_model *model) {
         }
         for (int how = 0; how < ODD * ODD; how++) {
             v4_sampling sampling = {.seed = 3, .temperature = odd[how % ODD], .top_p = odd[how / ODD], .top_k = how % 7 - 2};
-            uint32_t id = v4_sample(model, logits, &sampling, (uint32_t)how, &logprob);
+            v4_report report = {tops, mask, top_logprobs, 1 + how % 9, 0};
+            uint32_t id = v4_sample(model, logits, &sampling, (uint32_t)how, &logprob, how % 2 ? &report : NULL);
             expect(id < VOCAB && isfinite(logprob), "any floats give a token and a finite logprob");
             absorb(&id, sizeof id);
             absorb(&logprob, sizeof logprob);
@@ -122,7 +147,9 @@ int main(void) {
     absorb(packed, bytes);
     expect(v4_state_unpack(model, states[1], packed, bytes - 1) == -1, "a short state is refused");
     decode(model, states, packed, bytes);
+    score(model, states, ids);
     free(packed);
+    expect(v4_is_finite(ids, 2) && !v4_is_finite("\x00\x00\x80\x7f", 2), "an infinity is seen");
     sample_extremes(model);
     for (int s = 0; s < 3; s++) v4_state_destroy(states[s]);
     v4_destroy(model);
