@@ -142,7 +142,7 @@ class ScriptedEngine:
             self._drawing.add(running)
             session = self._sessions.setdefault(request.session, _Session())
             session.on_update = request.on_update
-            rest, seen = self._reply(request), request.token_ids
+            rest, seen = self._rest(request), request.token_ids
             cached_count = _cached_count(session, request)
             for begin in range(0, len(rest), self._chunk_tokens_count):
                 await asyncio.sleep(0)
@@ -170,7 +170,7 @@ class ScriptedEngine:
             self._drawing.discard(running)
             self._changed.set()
 
-    def _reply(self, request: SampleRequest) -> tuple[int, ...]:
+    def _rest(self, request: SampleRequest) -> tuple[int, ...]:
         header = self._tokenizer.control(V4.assistant)
         last_header = max(i for i, token in enumerate(request.token_ids) if token == header)
         turn = sum(token == self._eos for token in request.token_ids)
