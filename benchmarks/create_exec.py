@@ -53,6 +53,11 @@ WARM_COUNT = 64
 SANDBOXES_COUNT_MAX = 512
 WARM_UP_S = 1.0
 TURNS = 3
+MIXED = tuple(
+    SandboxSpec(memory_bytes=mib << 20, disk_bytes=mib << 19, cpu_cores=cores, pids_count_max=mib, hostname=f"of-{mib}")
+    for mib, cores in ((128, 0.5), (256, 1.0), (512, 2.0), (1024, 4.0))
+)
+"""No two in a row are alike: what a pool has ready is never quite what is asked for."""
 BURST = "burst_create_and_first_exec"
 
 
@@ -110,8 +115,10 @@ async def take_turns(others: dict[str, Contender], rounds: int, figures: Figures
             for variant, substrate in ours.items():
                 sandbox = await figures.time(variant, "create_and_first_exec", birth(substrate))
                 await figures.time(variant, "destroy", sandbox.destroy())
-            sandbox = await figures.time("dsec", "create", ours["dsec"].create(SandboxSpec()))
-            await sandbox.destroy()
+            for variant in ("dsec", "dsec_warm"):
+                for operation, spec in (("create", SandboxSpec()), ("create_mixed_specs", MIXED[index % len(MIXED)])):
+                    sandbox = await figures.time(variant, operation, ours[variant].create(spec))
+                    await sandbox.destroy()
             await figures.time("subprocess", "create_and_first_exec", run_program("/bin/true"))
             for name, contender in others.items():
                 if name != "docker" or index % 10 == 0:

@@ -23,7 +23,7 @@ class SubstrateConfig(BaseSettings):
     `cgroup_parent` is the cgroup below which ours are made, relative to each hierarchy's mount
     ("" is its root).  `answer_grace_s` is how long after a command's timeout the guest may take to
     answer before the sandbox counts as lost.  `keep_s` is how long sandboxes wait for the next Edge when theirs has
-    died (see `ContainerSubstrate`).  `warm_count` sandboxes are made ahead for whoever asks for one like the last.
+    died (see `ContainerSubstrate`).  `warm_count` sandboxes are made ahead (`warm_pool.py`).
     `spool_bytes_max` is how much of one stream of a command is kept on disk, and `spool_sandbox_bytes_max` how
     much of all the ended commands of a sandbox.  `layer_idle_s` is how long a layer that no sandbox uses stays mounted.
     """

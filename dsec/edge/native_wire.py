@@ -17,7 +17,7 @@ import msgspec
 
 from dsec.types import SandboxSpec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 NO_SLOT = 0xFFFFFFFF
 PACKET_BYTES_MAX = 65536
 PACKET_FDS_MAX = 4
@@ -71,6 +71,8 @@ class MessageType(IntEnum):
     DROP = 26
     LIST = 27
     KEPT = 28
+    ATTACH = 29
+    ATTACHED = 30
 
 
 class Stage(IntEnum):
@@ -95,6 +97,7 @@ class Operation(IntEnum):
     WRITE = 2
     WRITE_IF_PRESENT = 3
     CHOWN = 4
+    RESTORE = 5
 
 
 class CgroupOperation(msgspec.Struct, frozen=True):
@@ -150,11 +153,21 @@ def encode_create(slot: int, spec: SandboxSpec, layers: Sequence[int], plan: Cgr
     names = b"".join(map(encode_string, (spec.hostname, plan.guest_group, plan.command_group)))
     oom = encode_u32(plan.oom_hierarchy) + encode_string(plan.oom_file)
     below = encode_u32(CREATE_HOST_USR * (spec.base == "host"), len(layers), *layers)
+    return head + names + oom + below + _encode_operations(plan)
+
+
+def encode_attach(slot: int, spec: SandboxSpec, plan: CgroupPlan) -> bytes:
+    """ATTACH: what of the spec is not said by its base and layers."""
+    head = encode_u32(MessageType.ATTACH, slot) + struct.pack("<Q", spec.disk_bytes)
+    return head + encode_string(spec.hostname) + _encode_operations(plan)
+
+
+def _encode_operations(plan: CgroupPlan) -> bytes:
     steps = [
         encode_u32(step.operation, step.hierarchy) + encode_string(step.path) + encode_string(step.value)
         for step in plan.operations
     ]
-    return head + names + oom + below + encode_u32(len(steps)) + b"".join(steps)
+    return encode_u32(len(steps)) + b"".join(steps)
 
 
 def encode_exec_body(

@@ -27,6 +27,7 @@ from dsec.edge.native_wire import (
     MalformedMessageError,
     MessageReader,
     MessageType,
+    encode_attach,
     encode_create,
     encode_init,
     encode_u32,
@@ -63,6 +64,7 @@ class Spawner:
         self._inited: asyncio.Future[None] = loop.create_future()
         self._synced: asyncio.Future[None] | None = None
         self._created: dict[int, asyncio.Future[tuple[socket.socket, int]]] = {}
+        self._attached: dict[int, asyncio.Future[None]] = {}
         self._gone: dict[int, asyncio.Future[None]] = {}
         self._layers: dict[int, asyncio.Future[None]] = {}
         self.connection = connection
@@ -162,6 +164,15 @@ class Spawner:
             created.add_done_callback(_discard)
             raise
 
+    async def attach(self, slot: int, spec: SandboxSpec, plan: CgroupPlan) -> None:
+        """Make the sandbox in `slot`, which has run nothing, what `create` would have made of its layers.  SpawnError.
+
+        After an error it is of no use.
+        """
+        attached = self._attached[slot] = asyncio.get_running_loop().create_future()
+        await self._send(encode_attach(slot, spec, plan))
+        await asyncio.shield(attached)
+
     async def destroy(self, slot: int, *, had_network: bool = False) -> None:
         """Kill the sandbox in `slot` and return when nothing is left of it.  SpawnError if the spawner is gone.
 
@@ -227,8 +238,10 @@ class Spawner:
             self._gone[number].set_result(None)
         elif kind == MessageType.FAILED and number in self._created:
             self._created.pop(number).set_exception(SpawnError(step_error(reader)))
+        elif kind in (MessageType.ATTACHED, MessageType.FAILED) and number in self._attached:
+            self._settle(self._attached.pop(number), kind, reader)
         elif kind in _LAYER_ANSWERS and number in self._layers:
-            self._settle_layer(kind, number, reader)
+            self._settle(self._layers.pop(number), kind, reader)
         elif self._synced is not None:
             self._on_sync(kind, number, reader)
         elif not self._inited.done():
@@ -236,9 +249,8 @@ class Spawner:
         else:
             raise MalformedMessageError(f"the spawner sent a message of type {kind} for number {number}")
 
-    def _settle_layer(self, kind: int, number: int, reader: MessageReader) -> None:
-        answer = self._layers.pop(number)
-        if kind == MessageType.MOUNT_FAILED:
+    def _settle(self, answer: asyncio.Future[None], kind: int, reader: MessageReader) -> None:
+        if kind in (MessageType.MOUNT_FAILED, MessageType.FAILED):
             answer.set_exception(SpawnError(step_error(reader)))
             answer.exception()
         else:
@@ -279,7 +291,8 @@ class Spawner:
         if not self._inited.done():
             self._inited.set_exception(HostUnfitError(reason))
             self._inited.exception()
-        waiting = [self._synced, *self._created.values(), *self._gone.values(), *self._layers.values()]
+        kinds = (self._created, self._attached, self._gone, self._layers)
+        waiting = [self._synced, *(future for kind in kinds for future in kind.values())]
         for future in waiting:
             if future is not None and not future.done():
                 future.set_exception(SpawnError(reason))

@@ -29,7 +29,7 @@ int check_cgroup_operations(struct reader in, uint32_t hierarchies_count) {
     uint32_t count = take_u32(&in);
     for (uint32_t i = 0; i < count && !in.bad; i++) {
         struct operation op = take_operation(&in);
-        if (op.hierarchy >= hierarchies_count || op.code < OP_MKDIR || op.code > OP_CHOWN) return -1;
+        if (op.hierarchy >= hierarchies_count || op.code < OP_MKDIR || op.code > OP_RESTORE) return -1;
         if (op.path[0] == '/' || strstr(op.path, "..")) return -1;
     }
     return in.bad || in.at != in.end ? -1 : 0;
@@ -37,7 +37,7 @@ int check_cgroup_operations(struct reader in, uint32_t hierarchies_count) {
 
 static int write_value(int hierarchy, const struct operation *op) {
     int fd = openat(hierarchy, op->path, O_WRONLY | O_CLOEXEC);
-    if (fd < 0) return errno == ENOENT && op->code == OP_WRITE_IF_PRESENT ? 0 : -1;
+    if (fd < 0) return errno == ENOENT && op->code != OP_WRITE ? 0 : -1;
     ssize_t count = write(fd, op->value, op->value_bytes);
     int error = errno;
     close(fd);
@@ -45,20 +45,33 @@ static int write_value(int hierarchy, const struct operation *op) {
     return count < 0 ? -1 : 0;
 }
 
-static int apply(int hierarchy, const struct operation *op, uint32_t owner_uid) {
+static int apply(int hierarchy, const struct operation *op, uint32_t owner_uid, int is_new) {
+    int is_making = op->code == OP_MKDIR || op->code == OP_CHOWN;
+    if (is_new ? op->code == OP_RESTORE : is_making) return 0;
     if (op->code == OP_MKDIR) return mkdirat(hierarchy, op->path, 0755);
     if (op->code == OP_CHOWN) return fchownat(hierarchy, op->path, owner_uid, (gid_t)-1, 0);
     return write_value(hierarchy, op);
 }
 
-const char *apply_cgroup_operations(struct reader in, const struct hierarchies *all, uint32_t owner_uid) {
+/* Then the same groups have the same files written, whatever the values. */
+int are_alike(struct reader some, struct reader others) {
+    uint32_t count = take_u32(&some);
+    if (take_u32(&others) != count) return 0;
+    for (uint32_t i = 0; i < count; i++) {
+        struct operation one = take_operation(&some), other = take_operation(&others);
+        if (one.hierarchy != other.hierarchy || strcmp(one.path, other.path) != 0) return 0;
+    }
+    return 1;
+}
+
+const char *apply_cgroup_operations(struct reader in, const struct hierarchies *all, uint32_t owner_uid, int is_new) {
     static char step[160];
     uint32_t count = take_u32(&in);
     for (uint32_t i = 0; i < count; i++) {
         struct operation op = take_operation(&in);
-        if (apply(all->fds[op.hierarchy], &op, owner_uid) == 0) continue;
+        if (apply(all->fds[op.hierarchy], &op, owner_uid, is_new) == 0) continue;
         int error = errno;
-        static const char *const verbs[] = {"", "make", "write", "write", "own"};
+        static const char *const verbs[] = {"", "make", "write", "write", "own", "restore"};
         snprintf(step, sizeof step, "%s cgroup %.100s", verbs[op.code], op.path);
         errno = error;
         return step;

@@ -18,9 +18,12 @@
  *   CREATE   u32 slot, u64 disk_bytes, string hostname, string guest_group, string command_group,
  *            u32 oom_hierarchy, string oom_file, u32 flags (CREATE_*), list of u32 layer (the topmost first),
  *            list of cgroup operations:
- *            u32 operation (MKDIR, WRITE, WRITE_IF_PRESENT, CHOWN), u32 hierarchy, string path, string value
+ *            u32 operation (MKDIR, WRITE, WRITE_IF_PRESENT, CHOWN, RESTORE), u32 hierarchy, string path, string value
  *            Paths are relative to the hierarchy.  The groups are directories of hierarchy 0.
- *            CHOWN gives the path to the guest's user.
+ *            CHOWN gives the path to the guest's user.  RESTORE writes what a new group has, where the group is none.
+ *   ATTACH   u32 slot, u64 disk_bytes, string hostname, list of cgroup operations
+ *            A sandbox that is READY and has run nothing becomes what a CREATE with these would have made; ATTACHED or
+ *            FAILED answers.  The operations are those of its CREATE with other values.
  *   DESTROY  u32 slot, u32 flags (DESTROY_*)
  *   MOUNT    u32 layer      + fd: an EROFS image; the number is Python's, below LAYERS_COUNT_MAX
  *   UNMOUNT  u32 layer      no later CREATE names it; sandboxes that have it keep it
@@ -30,6 +33,7 @@
  *   INITED   u32 the first host uid of slot 0, u32 slots count, u32 PROTOCOL_VERSION
  *   FAILED   u32 slot (NO_SLOT: INIT failed), string step, u32 errno
  *   CREATED  u32 slot, u32 host pid of the guest                 + fd: Python's end of the guest socket
+ *   ATTACHED u32 slot
  *   GONE     u32 slot        every process dead, every cgroup removed or empty; the slot may be used again
  *   MOUNTED  u32 layer
  *   UNMOUNTED u32 layer
@@ -107,6 +111,8 @@ enum message_type {
     MSG_DROP = 26,
     MSG_LIST = 27,
     MSG_KEPT = 28,
+    MSG_ATTACH = 29,
+    MSG_ATTACHED = 30,
 };
 
 /* INIT_KEPT: outlive the process that started us; end at EOF of the control socket only */
@@ -118,7 +124,7 @@ enum create_flag { CREATE_HOST_USR = 1 };
 /* DESTROY_NETWORK: its network namespace had a way out, and is not used again */
 enum destroy_flag { DESTROY_NETWORK = 1 };
 
-enum cgroup_operation { OP_MKDIR = 1, OP_WRITE = 2, OP_WRITE_IF_PRESENT = 3, OP_CHOWN = 4 };
+enum cgroup_operation { OP_MKDIR = 1, OP_WRITE = 2, OP_WRITE_IF_PRESENT = 3, OP_CHOWN = 4, OP_RESTORE = 5 };
 
 /* EXEC_KILL_OTHERS: every other process of the sandbox is killed and reaped before the command starts,
  * or the command is refused */
@@ -141,7 +147,7 @@ enum refusal_stage {
 
 /* One more with every change after which a keeper, spawner or guest of before, or what the keeper has (its keys, the
  * facts of a sandbox), is not understood. */
-#define PROTOCOL_VERSION 2
+#define PROTOCOL_VERSION 3
 
 #define NO_SLOT 0xffffffffu
 

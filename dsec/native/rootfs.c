@@ -61,11 +61,18 @@ static void make_owned(const char *path, uint32_t uid) {
     MUST("own a directory of the disk", chown(path, uid, uid));
 }
 
+/* An inode costs about 1 KiB of kernel memory; half the bytes in files of 2 KiB is generous. */
+struct disk_bounds bound_disk(uint64_t bytes) {
+    struct disk_bounds bounds;
+    snprintf(bounds.size, sizeof bounds.size, "%llu", (unsigned long long)bytes);
+    snprintf(bounds.inodes, sizeof bounds.inodes, "%llu", (unsigned long long)(bytes / 4096 + 1024));
+    return bounds;
+}
+
 static void mount_disk(uint64_t disk_bytes, uint32_t uid) {
-    /* An inode costs about 1 KiB of kernel memory; half the bytes in files of 2 KiB is generous. */
+    struct disk_bounds bounds = bound_disk(disk_bytes);
     char options[96];
-    snprintf(options, sizeof options, "mode=755,size=%llu,nr_inodes=%llu", (unsigned long long)disk_bytes,
-             (unsigned long long)(disk_bytes / 4096 + 1024));
+    snprintf(options, sizeof options, "mode=755,size=%s,nr_inodes=%s", bounds.size, bounds.inodes);
     MUST("mount the disk", mount("disk", "/work", "tmpfs", MS_NOSUID | MS_NODEV, options));
     make_owned("/work/root", uid);
     make_owned("/work/shm", uid);

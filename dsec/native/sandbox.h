@@ -38,10 +38,18 @@ int unpack_skeleton(const char *directory); /* 0, or -1 with errno; the caller's
 void name_layer(uint32_t layer, char path[LAYER_PATH_BYTES_MAX]); /* where it is mounted */
 
 /* -- cgroups.c */
-const char *apply_cgroup_operations(struct reader operations, const struct hierarchies *all, uint32_t owner_uid);
+const char *apply_cgroup_operations(struct reader operations, const struct hierarchies *all, uint32_t owner_uid,
+                                    int is_new); /* is_new: the groups are to be made */
+int are_alike(struct reader operations, struct reader others); /* of both the check was 0 */
 int check_cgroup_operations(struct reader operations, uint32_t hierarchies_count);
 int remove_cgroup_tree(int parent, const char *name); /* 0, or -1 with errno (EBUSY: try again) */
 int empty_cgroup(int parent, const char *name);       /* removes what is below it; the same */
+
+/* -- rootfs.c: the options of a disk, as mount and fsconfig take them */
+struct disk_bounds {
+    char size[24], inodes[24];
+};
+struct disk_bounds bound_disk(uint64_t bytes);
 
 /* -- users.c */
 int claim_uids(uint32_t slots_count, uint32_t *first_uid); /* for as long as we live; 0, or -1 */

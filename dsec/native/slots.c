@@ -9,7 +9,8 @@
  *
  * Invariants:
  *   1. A slot is reported GONE after its last process was reaped, and its cgroups removed or emptied for the next.
- *   2. Cgroups are used again only for the very operations that made them: no limit of another sandbox is left.
+ *   2. Cgroups are used again only where the operations write each file that those before wrote: no limit of another
+ *      sandbox is left.
  *   3. The user namespace of a slot is used by one sandbox at a time; while a sandbox runs it is the guest that keeps
  *      it (and its network), so that the fd table, which every child copies, does not grow with N.
  *   4. No step looks at all slots, or waits for any child, but `end_slots`, SYNC, and now and then `reap_strays`.
@@ -42,7 +43,7 @@ struct slot {
     pid_t pid;
     int users, network; /* namespaces of a dead sandbox; -1: none kept */
     struct slot *next;  /* with the same pid bucket */
-    uint8_t *plan;      /* the operations that made its cgroups; NULL: it has none, or not all */
+    uint8_t *plan;      /* the operations that its cgroups are as of; NULL: it has none, or not all of that */
     size_t plan_bytes;
     char command_group[64]; /* of hierarchy 0 */
 };
@@ -92,6 +93,11 @@ static int take_users(struct slot *slot, uint32_t uid) {
     return users;
 }
 
+static void forget_plan(struct slot *slot) {
+    free(slot->plan);
+    slot->plan = NULL;
+}
+
 static int remove_cgroups(struct slot *slot) {
     char name[32];
     int result = 0;
@@ -99,26 +105,41 @@ static int remove_cgroups(struct slot *slot) {
     for (uint32_t i = 0; i < spawner.hierarchies.count; i++)
         if (remove_cgroup_tree(spawner.hierarchies.fds[i], name) < 0) result = -1;
     if (result < 0) return -1;
-    free(slot->plan);
-    slot->plan = NULL;
+    forget_plan(slot);
     return 0;
 }
 
-/* A free slot has its cgroups still: they are right if the same operations made them. */
-static const char *make_cgroups(struct slot *slot, const struct create_request *request, uint32_t uid) {
-    size_t bytes = (size_t)(request->operations.end - request->operations.at);
-    if (slot->plan) {
-        cgroups_kept--;
-        if (slot->plan_bytes == bytes && memcmp(slot->plan, request->operations.at, bytes) == 0) return NULL;
-        if (remove_cgroups(slot) < 0) return "remove the cgroups of the last sandbox";
-    }
-    const char *step = apply_cgroup_operations(request->operations, &spawner.hierarchies, uid + GUEST_UID);
+/* Remembers what the cgroups are, if all of it could be written. */
+static const char *apply_plan(struct slot *slot, struct reader operations, uint32_t owner_uid, int is_new) {
+    size_t bytes = (size_t)(operations.end - operations.at);
+    const char *step = apply_cgroup_operations(operations, &spawner.hierarchies, owner_uid, is_new);
+    forget_plan(slot);
     if (step) return step;
     slot->plan = malloc(bytes);
-    if (slot->plan) memcpy(slot->plan, request->operations.at, bytes);
+    if (slot->plan) memcpy(slot->plan, operations.at, bytes);
     slot->plan_bytes = bytes;
-    strcpy(slot->command_group, request->command_group);
     return NULL;
+}
+
+/* Cgroups that are there get other limits; where a step failed, they are not to be used again. */
+static const char *adjust_cgroups(struct slot *slot, struct reader operations) {
+    if (!slot->plan) return errno = ENOENT, "look at the limits that there are";
+    struct reader plan = {slot->plan, slot->plan + slot->plan_bytes, 0};
+    size_t bytes = (size_t)(operations.end - operations.at);
+    if (slot->plan_bytes == bytes && memcmp(slot->plan, operations.at, bytes) == 0) return NULL;
+    if (!are_alike(plan, operations)) return errno = EINVAL, "compare the limits with those that there are";
+    return apply_plan(slot, operations, 0, 0);
+}
+
+/* A free slot may have its cgroups still. */
+static const char *make_cgroups(struct slot *slot, const struct create_request *request, uint32_t uid) {
+    if (slot->plan) {
+        cgroups_kept--;
+        if (adjust_cgroups(slot, request->operations) == NULL) return NULL;
+        if (remove_cgroups(slot) < 0) return "remove the cgroups of the last sandbox";
+    }
+    strcpy(slot->command_group, request->command_group);
+    return apply_plan(slot, request->operations, uid + GUEST_UID, 1);
 }
 
 /* The process itself, with its namespaces' fds open; they are the caller's. */
@@ -189,6 +210,25 @@ int on_create(struct reader *in) {
     int result = send_message(spawner.control, &out, guest_socket);
     close(guest_socket);
     return result;
+}
+
+/* -- attach ------------------------------------------------------------------------------------ */
+
+static const char *attach(struct slot *slot, uint64_t disk_bytes, const char *hostname, struct reader operations) {
+    if (slot->state != SLOT_ALIVE) return errno = ESRCH, "find the sandbox";
+    const char *step = adjust_cgroups(slot, operations);
+    if (!step) step = resize_disk(slot->pid, disk_bytes);
+    return step ? step : rename_host(slot->pid, hostname);
+}
+
+int on_attach(struct reader *in) {
+    uint32_t index = take_u32(in);
+    uint64_t disk_bytes = take_u64(in);
+    const char *hostname = take_string(in, NULL);
+    if (in->bad || index >= spawner.slots_count) return -1;
+    if (check_cgroup_operations(*in, spawner.hierarchies.count) < 0) return -1;
+    const char *step = attach(&slots[index], disk_bytes, hostname, *in);
+    return step ? report_failure(MSG_FAILED, index, step, errno) : report(MSG_ATTACHED, index);
 }
 
 /* -- destroy ----------------------------------------------------------------------------------- */

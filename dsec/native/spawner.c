@@ -91,7 +91,8 @@ static const char *note_own_namespaces(void) {
     if (spawner.proc < 0) return "open /proc";
     if (fstatat(spawner.proc, "self/ns/user", &spawner.own_users, 0) < 0) return "look at our user namespace";
     if (fstatat(spawner.proc, "self/ns/net", &spawner.own_network, 0) < 0) return "look at our network namespace";
-    return NULL;
+    spawner.uts = openat(spawner.proc, "self/ns/uts", O_RDONLY | O_CLOEXEC);
+    return spawner.uts < 0 ? "open our uts namespace" : NULL;
 }
 
 static const char *initialise(void) {
@@ -138,6 +139,7 @@ static int on_control(void) {
     struct reader in = {host.packet, host.packet + length, 0};
     switch (take_u32(&in)) {
     case MSG_CREATE: result = on_create(&in); break;
+    case MSG_ATTACH: result = on_attach(&in); break;
     case MSG_DESTROY: result = on_destroy(&in); break;
     case MSG_MOUNT: result = on_mount(&in, fds_count == 1 ? fds[0] : -1); break;
     case MSG_UNMOUNT: result = on_unmount(&in); break;

@@ -7,7 +7,7 @@
 #include "sandbox.h"
 
 struct spawner {
-    int control, proc; /* proc: the host's /proc */
+    int control, proc, uts; /* proc: the host's /proc; uts: our own namespace */
     uint32_t slots_count, first_uid;
     struct stat own_users, own_network; /* namespaces; what a sandbox must not have */
     struct hierarchies hierarchies;
@@ -22,6 +22,7 @@ int report_failure(enum message_type type, uint32_t number, const char *step, in
 /* -- slots.c: the messages of that name; -1 ends the connection */
 void open_slots(void);
 int on_create(struct reader *in);
+int on_attach(struct reader *in);
 int on_destroy(struct reader *in);
 int on_sync(void);
 void reap(pid_t pid);   /* after a SIGCHLD that names it */
@@ -29,6 +30,10 @@ void reap_strays(void); /* looks at every child */
 int finish_removals(void);
 int is_removing(void);
 void end_slots(void); /* kills and reaps all */
+
+/* -- attach.c: of a sandbox that lives.  Each returns NULL, or the step that failed with errno */
+const char *resize_disk(pid_t pid, uint64_t bytes);
+const char *rename_host(pid_t pid, const char *hostname);
 
 /* -- layers.c */
 int on_mount(struct reader *in, int image);

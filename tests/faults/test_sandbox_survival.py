@@ -36,8 +36,8 @@ from dsec.types import SandboxId, SandboxSpec
 def say(**facts):
     print(json.dumps(facts), flush=True)
 
-async def create(count, first=0):
-    made = await asyncio.gather(*(substrate.create(SandboxSpec(), SandboxId(f"box-{first + n}")) for n in range(count)))
+async def create(count, first=0, spec=SandboxSpec()):
+    made = await asyncio.gather(*(substrate.create(spec, SandboxId(f"box-{first + n}")) for n in range(count)))
     for sandbox in made:
         await shell(sandbox, f"echo {sandbox.id} > /root/name; setsid sleep 1000 >/dev/null 2>&1 </dev/null &")
     return made
@@ -269,12 +269,42 @@ def test_nothing_is_left_when_nobody_comes(state_dir: Path) -> None:
     assert cgroups_named(owner.facts["name"]) == []
 
 
+async def test_a_sandbox_that_was_being_handed_out_when_its_edge_was_killed_is_none(state_dir: Path) -> None:
+    """It has become what was asked for, and nobody has been told: it ends with the others that wait."""
+    busy = """
+    await create(1)
+    await substrate._warm._filling
+    waiting = substrate._warm._ready[-1]
+
+    async def stand_still(*_):
+        say(pid=waiting.host_pid)
+        await asyncio.Event().wait()
+
+    waiting.seat.keep = stand_still
+    await create(1, 7, SandboxSpec(hostname="late", memory_bytes=1 << 30))
+    """
+    owner = Owner(state_dir, busy, warm_count=2)
+    guest = os.pidfd_open(owner.hear()["pid"])
+    owner.kill()
+    wait_until_dead([guest])
+    substrate = await reopen(state_dir, warm_count=2)
+    assert set(substrate.adopted()) == {"box-0"}
+    assert len(slots(substrate.spawner.name)) == 1
+    assert len(substrate.seats._free) == substrate.config.sandboxes_count_max - 1
+    for _ in range(2):
+        sandbox = await substrate.create(SandboxSpec())
+        assert (await shell(sandbox, "hostname")).stdout.data == b"sandbox\n"
+    await substrate.close()
+
+
 async def test_an_edge_killed_at_any_moment_leaves_nothing_unknown(state_dir: Path) -> None:
     chance = random.Random(7)
     busy = """
     async def churn(first):
         for n in range(1000):
-            (sandbox,) = await create(1, first + n)
+            mib = 64 + first % 3
+            spec = SandboxSpec(hostname=f"h{mib}", memory_bytes=mib << 20, disk_bytes=32 << 20)
+            (sandbox,) = await create(1, first + n, spec)
             if n % 2:
                 await sandbox.destroy()
     say()
@@ -288,6 +318,8 @@ async def test_an_edge_killed_at_any_moment_leaves_nothing_unknown(state_dir: Pa
     substrate = await reopen(state_dir)
     for name, sandbox in list(substrate.adopted().items()):
         assert (await shell(sandbox, "cat /root/name || echo cut")).stdout.data in {f"{name}\n".encode(), b"cut\n"}
+        assert (await shell(sandbox, "hostname")).stdout.data.decode() == f"{sandbox.spec.hostname}\n"
+        assert sandbox.spec.hostname == f"h{sandbox.spec.memory_bytes >> 20}"
     count = len(substrate.adopted())
     assert count > 0
     assert len(slots(substrate.spawner.name)) == count

@@ -15,7 +15,7 @@ from dsec.edge.config import SubstrateConfig
 from dsec.edge.images.store import LayerStore
 from dsec.edge.linux import cgroup
 from dsec.edge.substrates.container import ContainerSubstrate
-from dsec.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError, SpawnError
+from dsec.errors import InvalidArgumentError, NotFoundError, SpawnError
 from dsec.types import LayerId, NetworkPolicy, NetworkRule, SandboxSpec
 
 
@@ -200,28 +200,6 @@ async def test_a_frozen_sandbox_can_be_destroyed_and_its_slot_is_not_frozen() ->
         os.kill(substrate.spawner.pid, signal.SIGKILL)  # the frozen die, too, and `close` finds nothing
 
 
-async def test_the_cgroups_of_a_slot_are_used_again_for_the_same_limits_only() -> None:
-    async with opened(config=SubstrateConfig(sandboxes_count_max=1)) as substrate:
-
-        async def born(spec: SandboxSpec) -> tuple[int, str, bytes]:
-            sandbox = await substrate.create(spec)
-            memory = sandbox.seat.box.memory
-            limit = next(path for name in ("memory.limit_in_bytes", "c/memory.max") if (path := memory / name).exists())
-            script = "for i in 1 2 3 4 5; do sleep 100 & done 2>&1; jobs | wc -l; kill $(jobs -p)"
-            seen = memory.stat().st_ino, limit.read_text().strip(), (await shell(sandbox, script)).stdout.data
-            await sandbox.destroy()
-            return seen
-
-        small = SandboxSpec(memory_bytes=64 << 20, disk_bytes=32 << 20, pids_count_max=16, cpu_weight=300)
-        first, second = await born(small), await born(small)
-        assert first == second
-        assert first[1:] == (str(64 << 20), b"5\n")
-        third = await born(SandboxSpec())
-        assert third[0] != first[0]
-        assert third[1:] == (str(512 << 20), b"5\n")
-        assert (await born(small))[1:] == first[1:]
-
-
 async def test_weights_are_written_where_the_host_has_them() -> None:
     async with opened() as substrate:
         sandbox = await substrate.create(SandboxSpec(cpu_weight=700))
@@ -231,41 +209,3 @@ async def test_weights_are_written_where_the_host_has_them() -> None:
         else:
             place = found.v1["cpu"] / substrate.spawner.name / f"s{sandbox.seat.number}"
             assert (place / "cpu.shares").read_text() == "7168\n"
-
-
-async def test_sandboxes_made_ahead_are_like_any_other() -> None:
-    config = SubstrateConfig(warm_count=2, sandboxes_count_max=3)
-    async with opened(config=config) as substrate:
-        warm = substrate._warm
-
-        async def filled() -> None:
-            while warm._filling is not None and not warm._filling.done():
-                await asyncio.wait([warm._filling])
-
-        first = await substrate.create(SandboxSpec())
-        await filled()
-        assert warm.count == 2
-        pids = {sandbox.host_pid for sandbox in warm._ready}
-        allowed = NetworkPolicy(rules=(NetworkRule(cidr="192.0.2.0/24"),))
-        second = await substrate.create(SandboxSpec(network=allowed))
-        assert second.host_pid in pids
-        assert second.spec == SandboxSpec(network=allowed)
-        assert len({first.id, second.id}) == 2
-        await shell(first, "echo first > /tmp/x")
-        assert (await shell(second, "cat /tmp/x; hostname")).stdout.data == b"sandbox\n"
-        await filled()
-        other = await substrate.create(
-            SandboxSpec(memory_bytes=256 << 20, disk_bytes=64 << 20)
-        )  # takes a warm one's slot
-        with pytest.raises(ResourceExhaustedError):
-            await substrate.create(SandboxSpec(memory_bytes=256 << 20, disk_bytes=64 << 20))
-        await other.destroy()
-        await first.destroy()
-        for _ in range(2):  # asked for twice: from now on these are made
-            third = await substrate.create(SandboxSpec(hostname="other"))
-            await third.destroy()
-            await filled()
-        assert {sandbox.spec.hostname for sandbox in warm._ready} == {"other"}
-        await warm._ready[-1].destroy()  # as if it had died while it waited
-        fourth = await substrate.create(SandboxSpec(hostname="other"))
-        assert (await shell(fourth, "hostname")).stdout.data == b"other\n"

@@ -123,7 +123,11 @@ def _enabling(found: Hierarchies) -> str:
 
 
 def plan_sandbox(found: Hierarchies, slot: int, spec: SandboxSpec) -> CgroupPlan:
-    """What the spawner makes and writes for the sandbox in `slot`."""
+    """What the spawner makes and writes for the sandbox in `slot`.
+
+    The same files for every spec, so that cgroups which are there become those of another one.  A new group is
+    spared what it has already.
+    """
     box = f"s{slot}"
     guest, commands = box, box
     steps = [CgroupOperation(Operation.MKDIR, 0, box)]
@@ -147,24 +151,27 @@ def plan_sandbox(found: Hierarchies, slot: int, spec: SandboxSpec) -> CgroupPlan
 def _limits_v1(controller: str, index: int, box: str, spec: SandboxSpec) -> list[CgroupOperation]:
     if controller == "memory":
         limit = str(spec.memory_bytes)
+        both = f"{box}/memory.memsw.limit_in_bytes"  # never below the other: first out of its way
         return [
+            CgroupOperation(Operation.RESTORE, index, both, "-1"),
             CgroupOperation(Operation.WRITE, index, f"{box}/memory.limit_in_bytes", limit),
-            CgroupOperation(Operation.WRITE_IF_PRESENT, index, f"{box}/memory.memsw.limit_in_bytes", limit),
+            CgroupOperation(Operation.WRITE_IF_PRESENT, index, both, limit),
         ]
     if controller == "pids":
         return [CgroupOperation(Operation.WRITE, index, f"{box}/pids.max", str(spec.pids_count_max))]
-    is_weighed = spec.cpu_weight != WEIGHT_DEFAULT
     if controller == "blkio":
-        weight = CgroupOperation(
-            Operation.WRITE_IF_PRESENT, index, f"{box}/blkio.bfq.weight", str(min(spec.cpu_weight, 1000))
-        )
-        return [weight] * is_weighed
-    quota = str(int(spec.cpu_cores * CPU_PERIOD_US))
-    shares = CgroupOperation(Operation.WRITE, index, f"{box}/cpu.shares", str(max(2, spec.cpu_weight * 1024 // 100)))
+        weight = str(min(spec.cpu_weight, 1000))
+        return [CgroupOperation(_weighing(spec, Operation.WRITE_IF_PRESENT), index, f"{box}/blkio.bfq.weight", weight)]
+    quota, shares = int(spec.cpu_cores * CPU_PERIOD_US), max(2, spec.cpu_weight * 1024 // 100)
     return [
-        CgroupOperation(Operation.WRITE, index, f"{box}/cpu.cfs_quota_us", quota),
-        *[shares] * is_weighed,
+        CgroupOperation(Operation.WRITE, index, f"{box}/cpu.cfs_quota_us", str(quota)),
+        CgroupOperation(_weighing(spec, Operation.WRITE), index, f"{box}/cpu.shares", str(shares)),
     ]
+
+
+def _weighing(spec: SandboxSpec, operation: Operation) -> Operation:
+    """How its weight is written: a new group has the default, which is also what a file that is not there means."""
+    return Operation.RESTORE if spec.cpu_weight == WEIGHT_DEFAULT else operation
 
 
 def _limits_v2(offered: frozenset[str], box: str, commands: str, spec: SandboxSpec) -> list[CgroupOperation]:
@@ -175,12 +182,9 @@ def _limits_v2(offered: frozenset[str], box: str, commands: str, spec: SandboxSp
         ("memory", Operation.WRITE_IF_PRESENT, f"{commands}/memory.swap.max", "0"),
         ("pids", Operation.WRITE, f"{commands}/pids.max", str(spec.pids_count_max)),
         ("cpu", Operation.WRITE, f"{commands}/cpu.max", quota),
+        ("cpu", _weighing(spec, Operation.WRITE), f"{box}/cpu.weight", str(spec.cpu_weight)),
+        ("io", _weighing(spec, Operation.WRITE_IF_PRESENT), f"{box}/io.weight", f"default {spec.cpu_weight}"),
     ]
-    if spec.cpu_weight != WEIGHT_DEFAULT:
-        values += [
-            ("cpu", Operation.WRITE, f"{box}/cpu.weight", str(spec.cpu_weight)),
-            ("io", Operation.WRITE_IF_PRESENT, f"{box}/io.weight", f"default {spec.cpu_weight}"),
-        ]
     return [CgroupOperation(operation, 0, path, value) for name, operation, path, value in values if name in offered]
 
 

@@ -29,9 +29,23 @@ from dsec.edge.substrates.processes import GuestProcess
 from dsec.edge.substrates.seats import Seat
 from dsec.edge.substrates.streams import Keeping
 from dsec.errors import HostUnfitError, ResourceExhaustedError, SandboxLostError, StateError
-from dsec.types import Command, LayerId, NetworkPolicy, SandboxId, SandboxSpec
+from dsec.types import Command, Defaults, LayerId, NetworkPolicy, SandboxId, SandboxSpec
 
 log = logging.getLogger(__name__)
+
+
+def kind_of(spec: SandboxSpec) -> SandboxSpec:
+    """What of a spec can be no other once a sandbox is made.
+
+    The root is built of base and layers, and pid 1 stands in it and may enter no other.  All else is attached when it
+    is handed out.
+    """
+    return SandboxSpec(base=spec.base, layers=spec.layers)
+
+
+def _limits_of(spec: SandboxSpec) -> SandboxSpec:
+    """What the kernel has to know of a spec when it is attached: commands and the gateway read the rest from it."""
+    return msgspec.structs.replace(spec, network=NetworkPolicy(), defaults=Defaults())
 
 
 class SandboxHost(Protocol):
@@ -76,9 +90,15 @@ class ContainerSandbox(GuestSandbox):
         self._spec = msgspec.structs.replace(spec, network=NetworkPolicy())
 
     async def hand_out(self, sandbox_id: SandboxId, spec: SandboxSpec) -> None:
-        """Give it its id and network; from here on it outlives this process.  It is destroyed if that fails."""
+        """Give it its id, and what of the spec it was not made with; from here on it outlives this process.
+
+        It was made for a spec of the same `kind_of`.  It is destroyed if that fails.
+        """
         self._name(sandbox_id)
         try:
+            if _limits_of(spec) != _limits_of(self._spec):
+                await self.seat.attach(spec)
+            self._spec = msgspec.structs.replace(spec, network=NetworkPolicy())
             await self._apply_network(spec.network)
             await self.seat.keep(sandbox_id, self._spec)
         except BaseException:

@@ -121,6 +121,10 @@ class Seat:
         self._connection = connection.fileno()
         return connection, self._host_pid
 
+    async def attach(self, spec: SandboxSpec) -> None:
+        """Make of the sandbox, which has run nothing, one of this spec, of the same kind (`kind_of`).  SpawnError."""
+        await self._seats.spawner.attach(self.number, spec, self._seats.plan(self.number, spec))
+
     def adopt(self, kept: KeptSandbox) -> None:
         """It is with the keeper already."""
         self._layers = kept.spec.layers

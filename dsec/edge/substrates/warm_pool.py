@@ -1,7 +1,8 @@
-"""Sandboxes made ahead, for whoever asks for one like those before.
+"""Sandboxes made ahead, for whoever asks for one that they can become (`kind_of`).
 
-They are made one at a time, and only while nobody waits for a sandbox.  What they are made for changes
-when the same thing was asked for twice in a row, so that two kinds that alternate do not undo each other.
+They are made one at a time, and only while nobody waits for a sandbox, as what was asked for last, so that a series
+of one spec finds nothing left to attach.  Another kind is made when it was asked for twice in a row, so that two kinds
+that alternate do not undo each other.
 They are nobody's until they are handed out: they have no network, and die with this process.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import msgspec
 
-from dsec.edge.substrates.container_sandbox import ContainerSandbox
+from dsec.edge.substrates.container_sandbox import ContainerSandbox, kind_of
 from dsec.errors import DsecError
 from dsec.types import NetworkPolicy, SandboxSpec
 
@@ -50,12 +51,12 @@ class WarmPool:
                 self._filling = asyncio.create_task(self._fill(), name="make sandboxes ahead")
 
     def take(self, spec: SandboxSpec) -> ContainerSandbox | None:
-        """One that was made for `spec`, whatever its network; it may have died meanwhile."""
-        wanted = msgspec.structs.replace(spec, network=NetworkPolicy())
-        if self._spec is None or self._asked == wanted:
-            self._spec = wanted
-        self._asked = wanted
-        return self._ready.pop() if self._ready and self._ready[-1].spec == wanted else None
+        """One that can become `spec`; it may have died meanwhile."""
+        kind = kind_of(spec)
+        if self._spec is None or kind in (self._asked, kind_of(self._spec)):
+            self._spec = msgspec.structs.replace(spec, network=NetworkPolicy())
+        self._asked = kind
+        return self._ready.pop() if self._ready and kind_of(self._ready[-1].spec) == kind else None
 
     async def evict(self) -> bool:
         """Make room: destroy one, if there is one."""
@@ -79,7 +80,7 @@ class WarmPool:
         self._ready.clear()
 
     async def _fill(self) -> None:
-        while self._ready and self._ready[-1].spec != self._spec:
+        while self._spec is not None and self._ready and kind_of(self._ready[-1].spec) != kind_of(self._spec):
             await self.evict()
         while self._spec is not None and len(self._ready) < self._count_max and self._asking_count == 0:
             try:

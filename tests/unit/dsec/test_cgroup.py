@@ -53,6 +53,7 @@ def test_version_1_limits_go_to_one_hierarchy_each() -> None:
         (1, "s3/memory.memsw.limit_in_bytes"): "104857600",
         (2, "s3/pids.max"): "7",
         (3, "s3/cpu.cfs_quota_us"): "150000",
+        (3, "s3/cpu.shares"): "1024",
     }
     plan = cgroup.plan_sandbox(found, 3, SPEC)
     assert (plan.guest_group, plan.command_group) == ("s3", "s3")
@@ -103,11 +104,20 @@ def test_a_swept_cgroup_loses_its_processes(tmp_path: Path) -> None:
     assert all(cgroup.remove_tree(other) for other in others)
 
 
-def test_weights_are_those_of_the_box_and_written_only_if_they_differ() -> None:
+def test_every_spec_writes_the_same_files_so_that_one_follows_another() -> None:
+    v1 = {name: Path("/v1", name) for name in ("memory", "pids", "cpu")}
+    for found in (Hierarchies(Path("/v2"), ALL | {"io"}, {}), Hierarchies(Path("/v2"), frozenset(), v1, Path("/b"))):
+        steps = [cgroup.plan_sandbox(found, 3, spec).operations for spec in (SandboxSpec(), SandboxSpec(cpu_weight=7))]
+        some, others = ([(step.hierarchy, step.path) for step in plan] for plan in steps)
+        assert some == others
+
+
+def test_weights_are_those_of_the_box_and_a_new_one_is_spared_the_default() -> None:
     spec = SandboxSpec(cpu_weight=700)
 
-    def weights(found: Hierarchies, of: SandboxSpec) -> dict[str, str]:
-        steps = cgroup.plan_sandbox(found, 3, of).operations
+    def weights(found: Hierarchies, of: SandboxSpec, *, is_new: bool = True) -> dict[str, str]:
+        operations = cgroup.plan_sandbox(found, 3, of).operations
+        steps = [step for step in operations if not (is_new and step.operation == Operation.RESTORE)]
         return {step.path: step.value for step in steps if "weight" in step.path or "shares" in step.path}
 
     both = Hierarchies(Path("/v2"), ALL | {"io"}, {})
@@ -120,6 +130,8 @@ def test_weights_are_those_of_the_box_and_written_only_if_they_differ() -> None:
     assert old.weighs_io
     assert not Hierarchies(Path("/v2"), ALL, {}).weighs_io
     assert weights(both, SandboxSpec()) == weights(old, SandboxSpec()) == {}
+    assert weights(both, SandboxSpec(), is_new=False) == {"s3/cpu.weight": "100", "s3/io.weight": "default 100"}
+    assert weights(old, SandboxSpec(), is_new=False) == {"s3/cpu.shares": "1024", "s3/blkio.bfq.weight": "100"}
     box = cgroup.box_of(old, "", "owner", 3)
     assert (box.tracker, box.memory) == (Path("/v2/owner/s3"), Path("memory/owner/s3"))
     box = cgroup.box_of(both, "below", "owner", 3)

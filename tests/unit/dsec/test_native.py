@@ -64,7 +64,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def test_sandboxes_work_under_the_sanitizers(sanitized: Path) -> None:
-    substrate = ContainerSubstrate(SubstrateConfig(binary_path=sanitized))
+    substrate = ContainerSubstrate(SubstrateConfig(binary_path=sanitized, warm_count=2))
     await substrate.open()
     for check in (
         *port.CHECKS,
