@@ -27,6 +27,9 @@ class RolloutConfig(BaseSettings):
     )
     agent_network: str = Field(default="", description="where agents may connect to at most")
     verifier_network: str = Field(default="", description="where tests of tasks may connect to at most")
+    reward_callables: frozenset[str] = Field(
+        default=frozenset(), description="JSON list of module:function that jobs may name as their reward"
+    )
     log_sync: str = Field(
         default="always",
         description="when the log is synced: always, interval(MS), or os (survives a kill, not a power cut)",

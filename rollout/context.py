@@ -6,6 +6,8 @@ The wording and the order of the tools are what the embedded checkpoint was taug
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import msgspec
 
 from rollout.events import PromptSegment
@@ -56,11 +58,15 @@ def messages(instruction: str) -> list[dict[str, object]]:
 
 def prompt(instruction: str, tokenizer: Tokenizer, thinking: Thinking) -> tuple[PromptSegment, ...]:
     """The prompt of a task in tokens; byte for byte the official encoding of `messages`."""
+    return encoded(messages(instruction), tokenizer, thinking)
+
+
+def encoded(
+    said: Sequence[Mapping[str, object]], tokenizer: Tokenizer, thinking: Thinking
+) -> tuple[PromptSegment, ...]:
+    """The official encoding of messages, up to where the model goes on.  toolcall_dsl.MessageError."""
     segments = encode(
-        messages(instruction),
-        tokenizer,
-        thinking=thinking != "none",
-        reasoning_effort="max" if thinking == "max" else None,
+        said, tokenizer, thinking=thinking != "none", reasoning_effort="max" if thinking == "max" else None
     )
     return _prompt_segments(segments)
 
@@ -74,13 +80,7 @@ def conversation_prompt(
     """
     if conversation.token_ids:
         return (PromptSegment(SpanKind.USER.value, conversation.token_ids),)
-    segments = encode(
-        msgspec.json.decode(conversation.messages_json),
-        tokenizer,
-        thinking=thinking != "none",
-        reasoning_effort="max" if thinking == "max" else None,
-    )
-    return _prompt_segments(segments)
+    return encoded(msgspec.json.decode(conversation.messages_json), tokenizer, thinking)
 
 
 def results(observations: tuple[str, ...], tokenizer: Tokenizer, thinking: Thinking) -> tuple[PromptSegment, ...]:

@@ -47,7 +47,8 @@ from rollout.events import (
     TaskAdmitted,
     rollout_of,
 )
-from rollout.request import Conversation, Group, Job
+from rollout.request import Conversation, Group, Job, JudgeReward
+from rollout.rewards.judge import judge_ids, judge_job
 from rollout.state import Phase, State, start
 from toolcall_dsl import Tokenizer
 from wal.tokens import TokensAppended
@@ -136,6 +137,12 @@ class Ledger:
             for index in range(group.size):
                 yield f"{group.group_id}.{index}", group, index
 
+    def judges(self, rollout_id: str) -> list[str]:
+        """The judges of a rollout that have not ended."""
+        reward = self.rollouts[rollout_id].job.reward
+        ids = judge_ids(rollout_id, reward) if isinstance(reward, JudgeReward) else ()
+        return [judge_id for judge_id in ids if judge_id in self.rollouts and not self.is_done(judge_id)]
+
     def holds_group(self, group_id: str) -> bool:
         """True if a job of this log has the group."""
         return group_id in self._job_of_group
@@ -163,7 +170,11 @@ class Ledger:
                 f"{event.rollout_id} was written with tokenizer {event.tokenizer_digest[:12]}, "
                 f"this installation has {self.tokenizer.digest[:12]}: use the checkpoint that wrote the log"
             )
-        self.rollouts[event.rollout_id] = start(self._job_of_group[event.group_id], event)
+        if event.judged_rollout_id:
+            job = judge_job(self._state(event.judged_rollout_id).job, event.judged_rollout_id)
+        else:
+            job = self._job_of_group[event.group_id]
+        self.rollouts[event.rollout_id] = start(job, event)
 
     def _state(self, rollout_id: str) -> State:
         try:

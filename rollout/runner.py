@@ -37,7 +37,9 @@ from rollout.events import (
     ToolFinished,
 )
 from rollout.journal import Journal
+from rollout.judging import call_judge, model_judge
 from rollout.ledger import Ledger
+from rollout.request import CallableReward, JudgeReward
 from rollout.rewards.tests import RUN, ending, reward_from, solution_commands, verify_commands
 from rollout.sandboxes import PhasedSandbox, Sandboxes
 from rollout.state import State
@@ -109,6 +111,13 @@ class Runner:
             await self.sandboxes.drop(rollout.id)
             await self.engine.release(rollout.id)
 
+    def instruction(self, rollout: Rollout) -> str:
+        """What the rollout was asked, for those who judge it."""
+        if rollout.task is not None:
+            return rollout.task.instruction
+        prompt = self.state(rollout).opened.prompt
+        return self.ledger.tokenizer.decode([token for segment in prompt for token in segment.token_ids])
+
     def state(self, rollout: Rollout) -> State:
         """The rollout as the ledger has it."""
         return self.ledger.rollouts[rollout.id]
@@ -118,6 +127,14 @@ class Runner:
         began = time.monotonic()
         await wal.settled(self._append(event))
         rollout.spend(log_s=time.monotonic() - began)
+
+    async def log(self, event: RolloutEvent) -> None:
+        """The same for an event of another rollout: a judge's."""
+        await wal.settled(self._append(event))
+
+    async def drive(self, rollout_id: str, task: Task | None, agent_timeout_s: float) -> None:
+        """Run a rollout that is open, and of which nobody else takes care."""
+        await self.run(Rollout(rollout_id, task, agent_timeout_s))
 
     async def _append(self, event: RolloutEvent) -> None:
         lsn = await self.journal.append(event)
@@ -140,6 +157,11 @@ class Runner:
             case ApplySolution():
                 return self.apply_solution(rollout)
             case Judge():
+                match self.state(rollout).job.reward:
+                    case CallableReward() as reward:
+                        return call_judge(self, self.state(rollout), reward)
+                    case JudgeReward() as reward:
+                        return model_judge(self, self.state(rollout), reward, self.instruction(rollout))
                 return self.judge(rollout, effect)
             case Finish():
                 return self.finish(rollout, effect)

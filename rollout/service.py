@@ -48,6 +48,7 @@ from rollout.jobs import check_conversations
 from rollout.journal import Journal
 from rollout.ledger import Ledger
 from rollout.request import Conversation, Group, Job
+from rollout.rewards.callables import check_allowed
 from rollout.runner import Rollout, Runner
 from rollout.sandboxes import Sandboxes
 from rollout.watchers import Watch, Watchers
@@ -189,6 +190,7 @@ class RolloutService:
             raise RequestError(f"group ids in use by another job: {', '.join(taken[:5])}")
         tasks = list(tasks)
         await asyncio.to_thread(check_conversations, job, tasks, self.tokenizer)
+        check_allowed(job, self.config.reward_callables)
         check_networks((task for task in tasks if isinstance(task, Task)), self.config.networks)
         known_prompts = self.ledger.tasks.keys() | self.ledger.conversations.keys()
         new = {task.digest: task for task in tasks if task.digest not in known_prompts}
@@ -228,7 +230,8 @@ class RolloutService:
         if rollout_id not in self.ledger.rollouts:
             await self._open(request_id, rollout_id, group, index)
         await self.sandboxes.drop(rollout_id)
-        await self._record(RolloutFinished(rollout_id, FinishReason.CANCELLED))
+        for ended in (*self.ledger.judges(rollout_id), rollout_id):
+            await self._record(RolloutFinished(ended, FinishReason.CANCELLED))
 
     def is_ended(self, request_id: str) -> bool:
         """Whether every rollout of the job has ended: nothing is left to start for it."""
