@@ -253,7 +253,7 @@ class ScriptedEngine:
         if not kept.tokens:
             return 0
         tokens = array("I", kept.tokens).tobytes()
-        write_state(path, KeptState(self._info.build, kept.weights, tokens, b""))
+        write_state(path, KeptState(self._info.build, kept.weights, tokens, bytearray()))
         return len(kept.tokens)
 
     async def restore(self, session: str, path: Path) -> int:

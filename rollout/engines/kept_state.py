@@ -34,7 +34,7 @@ class KeptState(msgspec.Struct, frozen=True):
     build: str
     weights: tuple[str, ...]
     tokens: bytes
-    packed: bytes | bytearray
+    packed: bytearray
 
     @property
     def tokens_count(self) -> int:
@@ -42,8 +42,8 @@ class KeptState(msgspec.Struct, frozen=True):
         return len(self.tokens) // TOKEN_BYTES
 
 
-class NoStateError(Exception):
-    """Why a file holds no state that can be used."""
+class NoStateError(EngineError):
+    """Why there is no state that can be used."""
 
 
 def write_state(path: Path, state: KeptState) -> None:

@@ -1,29 +1,32 @@
-"""Continuous batching: which tokens of which requests go through the model next.
+"""Continuous batching: which tokens of which requests go through one model next.
 
 A turn is at most one prefill step (chunks of several requests, up to a budget of tokens) and one
 decode call (every request that waits for its next token, all together, for a few rounds).  So a
-long prompt delays the others by one chunk, not by its length.  This is plain synchronous code,
-driven by the thread in `engine.py`; a turn returns what it drew and who is done.
+long prompt delays the others by one chunk, not by its length; tokens to score go through in chunks
+of their own.  This is plain synchronous code; a turn returns what it drew and who is done.
 
 A request starts from the longest retained state that fits.  While another request still prefills
 tokens it could share, it waits: a group of samples of one prompt pays for the prompt once.
 
 Invariants: 1 and 2 of `rollout/engine.py`, because the model's arithmetic does not depend on what
-shares a step (v4.h) and a retained state equals a recomputed one.
+shares a step (v4.h) and a retained state equals a recomputed one; where it does not, because other
+weights computed it, only its own session goes on from it, and is told.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections import deque
 from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
 
-from rollout.engine import SampleRequest
-from rollout.engines.embedded.binding import Chunk, Drawn, Model, State, Stream
-from rollout.engines.embedded.retained import TOKEN_BYTES, Retained, RetainedStates
+from rollout.engine import KvBreak
+from rollout.engines.embedded.binding import Chunk, Model, State, Stream
+from rollout.engines.embedded.jobs import Job, Outcome, Scoring
+from rollout.engines.embedded.library import build_digest
+from rollout.engines.embedded.retained import RetainedStates
+from rollout.engines.kept_state import TOKEN_BYTES, KeptState
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +35,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     `running_max` requests step together (each holds about 1 MB), `queue_max` more may wait.
     `prefill_tokens_max` tokens a turn (at most 128) go to prompts; `rounds_max` tokens a request
     are drawn in one call when nobody waits.  `state_bytes_max` bounds what is kept between
-    requests; 0 keeps nothing.
+    requests; 0 keeps nothing.  `versions_max` versions of the weights are in memory at once, and
+    `sessions_max` sessions are remembered until they are released.
     """
 
     running_max: int = 32
@@ -40,97 +44,105 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens_max: int = 64
     rounds_max: int = 4
     state_bytes_max: int = 256 << 20
-
-
-class Job:
-    """One request on its way: its tokens so far, and its state once it has started."""
-
-    def __init__(self, request: SampleRequest) -> None:
-        self.request = request
-        self.tokens = array("I", request.token_ids)
-        self.stop_ids = tuple(request.stop_ids)
-        self.state: State | None = None
-        self.keeps_state = True
-
-    @property
-    def pending_count(self) -> int:
-        """Tokens that the state has not taken in; 1 when the next one can be drawn."""
-        return len(self.tokens) - (self.state.position if self.state else 0)
-
-    @property
-    def drawn_count(self) -> int:
-        """Tokens drawn so far."""
-        return len(self.tokens) - len(self.request.token_ids)
-
-    @property
-    def prefills(self) -> bool:
-        """Whether it holds a state that has not yet taken in all but the last token."""
-        return self.state is not None and self.pending_count > 1
-
-
-class Outcome(msgspec.Struct, frozen=True):
-    """Tokens that one turn drew for a job; `finish` on the last."""
-
-    job: Job
-    drawn: list[Drawn]
-    finish: Literal["stop", "length"] | None
+    versions_max: int = 4
+    sessions_max: int = 1 << 16
 
 
 class Batch:
-    """All requests of one model: waiting, prefilling and decoding."""
+    """All requests that one version of the weights draws for: waiting, prefilling and decoding."""
 
-    def __init__(self, model: Model, limits: Limits, fork_token_id: int | None) -> None:
+    def __init__(self, model: Model, limits: Limits, retained: RetainedStates, policy_version: int = 0) -> None:
         self.model = model
         self.limits = limits
-        self.retained = RetainedStates(limits.state_bytes_max)
-        self._fork_token_id = fork_token_id
+        self.retained = retained
+        self.policy_version = policy_version
+        self._weights = (model.weights_digest,)
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
+        self._scorings: deque[Scoring] = deque()
         self._idle_states: list[State] = []
 
     @property
-    def jobs(self) -> Iterator[Job]:
-        """Every job that is not done."""
+    def jobs(self) -> Iterator[Job | Scoring]:
+        """Everything that is not done."""
         yield from self._running
         yield from self._waiting
+        yield from self._scorings
 
-    def add(self, job: Job) -> None:
+    @property
+    def is_running(self) -> bool:
+        """Whether anything has been started and is not done."""
+        return bool(self._running or (self._scorings and self._scorings[0].state))
+
+    def add(self, job: Job | Scoring) -> None:
         """Queue a job."""
-        self._waiting.append(job)
+        if isinstance(job, Scoring):
+            self._scorings.append(job)
+        else:
+            self._waiting.append(job)
 
-    def remove(self, job: Job) -> None:
+    def remove(self, job: Job | Scoring) -> None:
         """End a job, done or not; its state may be retained.  Unknown jobs are ignored."""
-        if job in self._waiting:
+        if isinstance(job, Scoring):
+            if job in self._scorings:
+                self._scorings.remove(job)
+                self._discard(job)
+        elif job in self._waiting:
             self._waiting.remove(job)
         elif job in self._running:
             self._running.remove(job)
-            self._give_back(job)
+            if not job.session.is_released:
+                self._retain(job.request.session, job)
+            self._discard(job)
 
-    def release(self, session: str) -> None:
-        """Forget what is kept for a session, now and when its running jobs end."""
-        self.retained.drop(session)
-        for job in self.jobs:
-            if job.request.session == session:
-                job.keeps_state = False
+    def hand_over(self, job: Job | Scoring, to: Batch) -> None:
+        """Let a job go on with the weights of another batch, between two tokens.
+
+        What draws for the first time, is cut, or is scored begins again; what is kept goes on over its state.
+        """
+        if isinstance(job, Scoring):
+            self._scorings.remove(job)
+            self._discard(job)
+            job.told.clear()
+            to.add(job)
+            return
+        if job in self._waiting:
+            self._waiting.remove(job)
+            to.add(job)
+            return
+        self._running.remove(job)
+        to._running.append(job)
+        is_same = job.weights[-1:] == to._weights
+        if job.state is None or not (is_same or (job.session.drew_with and job.request.on_update == "keep")):
+            self._discard(job)
+            return
+        job.state.model = to.model
+        if not is_same:
+            job.weights, job.kv = (*job.weights, *to._weights), "kept"
 
     def close(self) -> None:
         """Free every state; the model must still be open."""
-        for job in self._running:
-            if job.state is not None:
-                self._idle_states.append(job.state)
+        for job in self.jobs:
+            self._discard(job)
         for state in self._idle_states:
             state.close()
         self._running.clear()
         self._waiting.clear()
+        self._scorings.clear()
         self._idle_states.clear()
 
-    def turn(self) -> list[Outcome]:
-        """One prefill step and one decode call, whichever there is work for."""
-        while self._waiting and len(self._running) < self.limits.running_max:
+    def turn(self, *, admits: bool = True) -> list[Outcome]:
+        """One prefill step, one decode call and one chunk to score, whichever there is work for.
+
+        Without `admits` only what has been started goes on.
+        """
+        while admits and self._waiting and len(self._running) < self.limits.running_max:
             self._running.append(self._waiting.popleft())
         self._start_jobs()
         self._prefill()
         outcomes = self._decode()
+        if self._scorings and (admits or self._scorings[0].state):
+            outcomes += self._score(self._scorings[0])
         for outcome in outcomes:
             if outcome.finish:
                 self.remove(outcome.job)
@@ -144,17 +156,44 @@ class Batch:
                 return
             if job.state is not None:
                 continue
-            tokens = job.tokens.tobytes()
-            entry = self.retained.longest_prefix(tokens)
-            shared = tokens[: (entry.tokens_count if entry else 0) * TOKEN_BYTES + TOKEN_BYTES]
-            if any(other.tokens.tobytes().startswith(shared) for other in self._running if other.prefills):
+            entry = self._origin(job)
+            if self._is_shared(job, entry):
                 continue
-            job.state = self._idle_states.pop() if self._idle_states else State(self.model)
+            job.state = self._take_state()
+            job.weights = self._weights
             if entry:
                 job.state.unpack(entry.packed)
-            else:
-                job.state.reset()
+                job.weights = entry.weights if entry.weights[-1:] == self._weights else (*entry.weights, *self._weights)
+            if job.drawn_count == 0:
+                job.cached_count = job.state.position
+            job.kv = self._kv(job)
             budget -= job.pending_count - 1
+
+    def _origin(self, job: Job) -> KeptState | None:
+        """The retained state to start a job from: the longest, or its session's own over a change of weights."""
+        tokens, own = job.tokens.tobytes(), self.retained.own(job.request.session)
+        if own and own.weights != self._weights:
+            may_go_on = own.weights[-1:] == self._weights or job.request.on_update == "keep"
+            if may_go_on and len(own.tokens) < len(tokens) and tokens.startswith(own.tokens):
+                return own
+        return self.retained.longest_prefix(tokens, self.model.weights_digest)
+
+    def _is_shared(self, job: Job, entry: KeptState | None) -> bool:
+        """Whether another job computes more of the same than the entry has, with these weights alone."""
+        if entry and entry.weights != self._weights:
+            return False
+        shared = job.tokens.tobytes()[: (entry.tokens_count if entry else 0) * TOKEN_BYTES + TOKEN_BYTES]
+        return any(
+            other.prefills and other.weights == self._weights and other.tokens.tobytes().startswith(shared)
+            for other in self._running
+        )
+
+    def _kv(self, job: Job) -> KvBreak:
+        """What is to be said of a state that was just made."""
+        session = job.session
+        if session.drew_with not in ("", self.model.weights_digest):
+            return "kept" if len(job.weights) > 1 else "rebuilt"
+        return "restored" if session.is_restored and job.cached_count else ""
 
     def _prefill(self) -> None:
         budget = self.limits.prefill_tokens_max
@@ -174,24 +213,32 @@ class Batch:
         self.model.step([chunk for _, chunk in chunks])
         for job, chunk in chunks:
             position = chunk.state.position
-            if position == self._fork_index(job):
+            if position == self._fork_index(job) and job.weights == self._weights:
                 self._retain(job.tokens[:position].tobytes(), job)
-            if job.pending_count == 1 and job.keeps_state:
+            if job.pending_count == 1 and not job.session.is_released:
                 self._retain(job.request.session, job)
 
     def _fork_index(self, job: Job) -> int:
         """Where the constant prefix of the prompt ends (before the first user turn), or -1."""
-        prompt = job.request.token_ids
-        return prompt.index(self._fork_token_id) if self._fork_token_id in prompt else -1
+        prompt, fork_token_id = job.request.token_ids, self.model.fork_token_id
+        return prompt.index(fork_token_id) if fork_token_id in prompt else -1
 
     def _decode(self) -> list[Outcome]:
         jobs = [job for job in self._running if job.state is not None and job.pending_count == 1]
         if not jobs:
             return []
-        busy = self._waiting or len(jobs) < len(self._running)
+        busy = self._waiting or self._scorings or len(jobs) < len(self._running)
         rounds_max = min(1 if busy else self.limits.rounds_max, *(self._left(job) for job in jobs))
         streams = [
-            Stream(job.state, job.tokens[-1], job.request.sampling, job.request.stream_key, job.stop_ids)
+            Stream(
+                job.state,
+                job.tokens[-1],
+                job.request.sampling,
+                job.request.stream_key,
+                job.stop_ids,
+                job.request.top_logprobs_count,
+                job.wants_mask,
+            )
             for job in jobs
             if job.state is not None
         ]
@@ -203,23 +250,41 @@ class Batch:
                 finish = "stop"
             elif self._left(job) == 0:
                 finish = "length"
-            outcomes.append(Outcome(job, drawn, finish))
+            outcomes.append(Outcome(job, drawn, finish, self.policy_version, job.kv, job.cached_count))
+            job.kv, job.cached_count = "", 0
+            job.session.drew_with, job.session.is_restored = self.model.weights_digest, False
         return outcomes
+
+    def _score(self, job: Scoring) -> list[Outcome]:
+        """The next chunk of the tokens to score."""
+        job.state = job.state or self._take_state()
+        begin = job.state.position
+        end = min(begin + self.limits.prefill_tokens_max + 1, len(job.token_ids))
+        job.told += self.model.score(job.state, job.token_ids[begin:end], job.top_count)
+        return [Outcome(job, job.told, "length", self.policy_version)] if end == len(job.token_ids) else []
 
     def _left(self, job: Job) -> int:
         """Tokens a job may still draw: what it asked for, or until the context is full."""
         context_left = self.model.dimensions.context_tokens_max - len(job.tokens)
         return min(job.request.tokens_count_max - job.drawn_count, context_left)
 
-    def _retain(self, owner: str | bytes, job: Job) -> None:
-        if job.state is None or job.state.position == 0 or self.retained.bytes_max == 0:
-            return
-        self.retained.put(owner, Retained(job.tokens[: job.state.position].tobytes(), job.state.pack()))
+    def keep(self, job: Job) -> KeptState | None:
+        """A running job's state as it is now, if it has taken in anything."""
+        if job.state is None or job.state.position == 0:
+            return None
+        tokens = job.tokens[: job.state.position].tobytes()
+        return KeptState(build_digest(), job.weights, tokens, job.state.pack())
 
-    def _give_back(self, job: Job) -> None:
-        if job.state is None:
-            return
-        if job.keeps_state:
-            self._retain(job.request.session, job)
-        self._idle_states.append(job.state)
-        job.state = None
+    def _retain(self, owner: str | bytes, job: Job) -> None:
+        if self.retained.bytes_max > 0 and (entry := self.keep(job)):
+            self.retained.put(owner, entry)
+
+    def _take_state(self) -> State:
+        state = self._idle_states.pop() if self._idle_states else State(self.model)
+        state.reset()
+        return state
+
+    def _discard(self, job: Job | Scoring) -> None:
+        if job.state is not None:
+            self._idle_states.append(job.state)
+            job.state = None

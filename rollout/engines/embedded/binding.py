@@ -132,6 +132,8 @@ class Model:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.library = load_library()
         self.dimensions = checkpoint.dimensions
+        self.weights_digest = checkpoint.weights_digest
+        self.fork_token_id = checkpoint.fork_token_id
         config = CConfig(batch_tokens_max=BATCH_TOKENS_MAX)
         for name in checkpoint.dimensions.__struct_fields__:
             value = getattr(checkpoint.dimensions, name)
@@ -151,9 +153,16 @@ class Model:
         table = (ctypes.c_void_p * len(checkpoint.tensors))(
             *(None if tensor is None else base + tensor.begin for tensor in checkpoint.tensors)
         )
-        self.pointer = self.library.v4_create(ctypes.byref(config), table)
+        odd = [
+            tensor.name
+            for tensor in checkpoint.tensors
+            if tensor and not self.library.v4_is_finite(base + tensor.begin, (tensor.end - tensor.begin) // 2)
+        ]
+        self.pointer = None if odd else self.library.v4_create(ctypes.byref(config), table)
         del anchor
         data.close()
+        if odd:
+            raise EngineError(f"{path}: tensor {odd[0]} holds NaN or infinity, and so do {len(odd) - 1} others")
         if not self.pointer:
             raise EngineError(f"{path}: out of memory while loading")
 

@@ -109,8 +109,9 @@ class Dimensions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tensor(msgspec.Struct, frozen=True):
-    """Where one tensor lies in the weights file: bytes [begin, end)."""
+    """A tensor, and where it lies in the weights file: bytes [begin, end)."""
 
+    name: str
     begin: int
     end: int
 
@@ -339,7 +340,7 @@ def _tensor(path: Path, header: Mapping[str, Any], start: int, size: int, name: 
         count *= n
     if not start <= begin <= end <= size or end - begin != count:
         raise EngineError(f"{path}: damaged: tensor {name} lies outside the file; it may have been cut short")
-    return Tensor(begin, end)
+    return Tensor(name, begin, end)
 
 
 def _check_routes(path: Path, d: Dimensions, data: mmap.mmap, tensors: tuple[Tensor | None, ...]) -> None:

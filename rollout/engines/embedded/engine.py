@@ -1,63 +1,42 @@
 """The embedded engine behind the port: an asyncio face on one stepping thread.
 
-The thread owns the model and the batch; the event loop only posts jobs to it and gets tokens back
-through `call_soon_threadsafe`, one call a turn for all requests.  The C code releases the
-interpreter lock, so the loop runs while the model steps.  A consumer that lags gets its tokens
-merged into one chunk: nothing queues beyond what the request asked for.
-
-Invariants: 1 and 2 of `rollout/engine.py`, bit for bit (see `batching.py` and `v4.h`).
+Invariants: those of `rollout/engine.py`, bit for bit (see `batching.py` and `v4.h`).
 See: docs/architecture.md, "Engine".
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncGenerator, Callable
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 
-from rollout.engine import EngineInfo, Sampled, SampleRequest, check_request
-from rollout.engines.embedded.batching import Batch, Job, Limits, Outcome
+import msgspec
+
+from rollout.engine import (
+    EngineInfo,
+    PauseMode,
+    Sampled,
+    SampleRequest,
+    Scored,
+    check_request,
+    check_tokens,
+    check_top_logprobs,
+    check_version,
+)
+from rollout.engines.embedded.batching import Limits
 from rollout.engines.embedded.binding import BATCH_TOKENS_MAX, Model
 from rollout.engines.embedded.checkpoint import load_checkpoint
+from rollout.engines.embedded.jobs import Job, Outcome, Scoring
 from rollout.engines.embedded.library import build_digest
+from rollout.engines.embedded.mailbox import Mailbox
+from rollout.engines.embedded.stepping import CLOSED, SteppingThread
+from rollout.engines.embedded.versions import Versions
+from rollout.engines.kept_state import NoStateError, read_state, write_state
 from rollout.errors import EngineError, RequestError
 
-CLOSED = "the engine is closed; open it before sampling"
-
-
-class _Mailbox:
-    """Where the loop keeps what arrived for one request until its consumer takes it."""
-
-    def __init__(self) -> None:
-        self.arrived = asyncio.Event()
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.outcome: Outcome | None = None
-        self.error: EngineError | None = None
-
-    def put(self, outcome: Outcome) -> None:
-        self.token_ids += (drawn.token_id for drawn in outcome.drawn)
-        self.logprobs += (drawn.logprob for drawn in outcome.drawn)
-        self.outcome = outcome
-        self.arrived.set()
-
-    def fail(self, error: EngineError) -> None:
-        self.error = error
-        self.arrived.set()
-
-    async def take(self) -> Sampled:
-        """Everything that arrived since the last call, at least one token; after that, a failure's EngineError."""
-        await self.arrived.wait()
-        if self.error is not None and not self.token_ids:
-            raise self.error
-        if self.error is None:
-            self.arrived.clear()
-        finish = self.outcome.finish if self.outcome else None
-        chunk = Sampled(token_ids=tuple(self.token_ids), logprobs=tuple(self.logprobs), finish=finish)
-        self.token_ids.clear()
-        self.logprobs.clear()
-        return chunk
+_log = logging.getLogger(__name__)
 
 
 class EmbeddedEngine:
@@ -69,66 +48,88 @@ class EmbeddedEngine:
     fills it ends with "length".  `seed` and `stream_key` count modulo 2**64.
     """
 
-    def __init__(self, checkpoint: Path | None = None, limits: Limits | None = None) -> None:
+    def __init__(self, checkpoint: Path | None = None, limits: Limits | None = None, policy_version: int = 0) -> None:
         self._folder = checkpoint
+        self._policy_version = policy_version
         self._limits = limits or Limits()
         if not 1 <= self._limits.prefill_tokens_max <= BATCH_TOKENS_MAX:
             raise RequestError(f"prefill_tokens_max must be 1 to {BATCH_TOKENS_MAX}")
         if not 1 <= self._limits.running_max <= BATCH_TOKENS_MAX or self._limits.rounds_max < 1:
             raise RequestError(f"running_max must be 1 to {BATCH_TOKENS_MAX} and rounds_max at least 1")
+        if self._limits.versions_max < 1 or self._limits.sessions_max < 1:
+            raise RequestError("versions_max and sessions_max must be at least 1")
         self._info: EngineInfo | None = None
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._posted: list[Callable[[Batch], None]] = []
-        self._work = threading.Condition()
-        self._closing = False
-        self._failure: BaseException | None = None
-        self._mailboxes: dict[Job, _Mailbox] = {}
+        self._thread: SteppingThread | None = None
+        self._is_paused = False
+        self._mailboxes: dict[Job | Scoring, Mailbox] = {}
+        self._sessions: set[str] = set()
+        self._updating = asyncio.Lock()
 
     @property
     def info(self) -> EngineInfo:
-        """Facts of the open engine.  EngineError before `open`."""
+        """Facts of the open engine and of its newest weights.  EngineError before `open`."""
         if self._info is None:
             raise EngineError(CLOSED)
         return self._info
+
+    @property
+    def is_paused(self) -> bool:
+        """See Engine."""
+        return self._is_paused
 
     async def open(self) -> None:
         """Check and load the checkpoint (about 0.2 s), start the thread.  EngineError names what is wrong."""
         if self._thread is not None:
             raise EngineError("the engine is already open")
-        self._loop = asyncio.get_running_loop()
-        batch = await asyncio.to_thread(self._load)
-        self._closing, self._failure = False, None
-        self._thread = threading.Thread(target=self._run, args=(batch,), name="embedded-engine", daemon=True)
-        self._thread.start()
+        versions = await asyncio.to_thread(self._load)
+        self._thread = SteppingThread(versions, self._deliver, self._fail_all)
 
-    def _load(self) -> Batch:
+    def _load(self) -> Versions:
         checkpoint = load_checkpoint(self._folder)
         model = Model(checkpoint)
+        self._shape = (checkpoint.dimensions, checkpoint.fork_token_id)
         self._info = EngineInfo(
             name="embedded",
             build=build_digest(),
             weights_digest=checkpoint.weights_digest,
             vocab_count=checkpoint.dimensions.vocab_count,
             context_tokens_max=checkpoint.dimensions.context_tokens_max,
+            policy_version=self._policy_version,
         )
-        return Batch(model, self._limits, checkpoint.fork_token_id)
+        return Versions(model, self._limits, self._policy_version)
 
     async def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
         """Stream the continuation; closing the iterator early stops it between two turns.
 
         RequestError for a request that can never run; EngineError when the engine is closed, its
         queue is full, it closes while the request runs, or its thread failed (then it names the
-        failure, also to later callers, until the engine is closed).
+        failure, also to later callers, until the engine is closed); PreemptedError as the port says.
         """
         check_request(request, self.info)
-        if self._thread is None or self._closing:
-            raise self._end(CLOSED)
+        if len(self._sessions) >= self._limits.sessions_max and request.session not in self._sessions:
+            raise EngineError(f"{len(self._sessions)} sessions are open; release those that have ended")
+        self._sessions.add(request.session)
+        async with aclosing(self._stream(Job(request))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def score(self, token_ids: Sequence[int], *, top_logprobs_count: int = 0) -> Scored:
+        """See Engine."""
+        check_tokens(token_ids, self.info)
+        check_top_logprobs(top_logprobs_count)
+        if len(token_ids) == 1:
+            return Scored(logprobs=(), policy_version=self.info.policy_version)
+        async with aclosing(self._stream(Scoring(token_ids, top_logprobs_count))) as chunks:
+            told = await anext(chunks)
+        return Scored(logprobs=told.logprobs, policy_version=told.policy_version, top_logprobs=told.top_logprobs)
+
+    async def _stream(self, job: Job | Scoring) -> AsyncGenerator[Sampled, None]:
+        """Everything that is told of a job, up to its end."""
+        thread = self._open_thread()
         if len(self._mailboxes) >= self._limits.running_max + self._limits.queue_max:
             raise EngineError(f"the engine's queue is full ({len(self._mailboxes)} requests); try again later")
-        job, mailbox = Job(request), _Mailbox()
-        self._mailboxes[job] = mailbox
-        self._post(lambda batch: batch.add(job))
+        mailbox = self._mailboxes[job] = Mailbox()
+        thread.post(lambda versions: versions.add(job))
         try:
             finish = None
             while finish is None:
@@ -137,75 +138,94 @@ class EmbeddedEngine:
                 yield chunk
         finally:
             del self._mailboxes[job]
-            self._post(lambda batch: batch.remove(job))
+            thread.post(lambda versions: versions.remove(job))
+
+    async def preempt(self, session: str) -> None:
+        """See Engine."""
+        await self._open_thread().tell(lambda versions: versions.preempt(session))
 
     async def release(self, session: str) -> None:
         """Forget what was kept for a session; unknown sessions are ignored."""
-        self._post(lambda batch: batch.release(session))
+        self._sessions.discard(session)
+        if self._thread is not None:
+            self._thread.post(lambda versions: versions.release(session))
+
+    async def pause(self, mode: PauseMode) -> None:
+        """See Engine."""
+        thread = self._open_thread()
+        self._is_paused = True
+        await thread.tell(lambda versions: versions.pause(mode))
+        if mode == "wait":
+            await thread.stood_still()
+
+    async def resume(self) -> None:
+        """See Engine."""
+        self._is_paused = False
+        self._open_thread().post(Versions.resume)
+
+    async def update(self, checkpoint: Path, policy_version: int) -> EngineInfo:
+        """Load the weights beside those that draw, then change between two turns; see Engine."""
+        async with self._updating:
+            thread, info = self._open_thread(), self.info
+            is_repeated = policy_version == info.policy_version and checkpoint == self._folder
+            if is_repeated:
+                return info
+            check_version(info, policy_version)
+            await thread.call(Versions.check_room)
+            model = await asyncio.to_thread(self._load_alike, checkpoint)
+            try:
+                await thread.call(lambda versions: versions.update(model, policy_version))
+            except EngineError:
+                model.close()
+                raise
+            self._folder, self._policy_version = checkpoint, policy_version
+            self._info = msgspec.structs.replace(
+                info, weights_digest=model.weights_digest, policy_version=policy_version
+            )
+            return self._info
+
+    def _load_alike(self, folder: Path) -> Model:
+        """A model whose tokens and states mean the same as those of the model that draws."""
+        checkpoint = load_checkpoint(folder)
+        if (checkpoint.dimensions, checkpoint.fork_token_id) != self._shape:
+            raise EngineError(f"{folder}: a model of another shape or vocabulary; open another engine for it")
+        return Model(checkpoint)
+
+    async def save(self, session: str, path: Path) -> int:
+        """See Engine."""
+        kept = await self._open_thread().call(lambda versions: versions.keep(session))
+        if kept is None:
+            return 0
+        await asyncio.to_thread(write_state, path, kept)
+        return kept.tokens_count
+
+    async def restore(self, session: str, path: Path) -> int:
+        """See Engine."""
+        thread, info = self._open_thread(), self.info
+        try:
+            entry = await asyncio.to_thread(read_state, path, info.build, info.weights_digest)
+            tokens_count = await thread.call(lambda versions: versions.restore(session, entry))
+        except NoStateError as error:
+            _log.warning("%s: not restored: %s; the context is computed again", path, error)
+            return 0
+        self._sessions.add(session)
+        return tokens_count
 
     async def close(self) -> None:
         """Stop the thread and free everything; running requests end with EngineError.  Idempotent."""
-        thread = self._thread
-        if thread is None:
+        if self._thread is None:
             return
-        with self._work:
-            self._closing = True
-            self._work.notify()
-        await asyncio.to_thread(thread.join)
-        self._thread = self._failure = None
-        self._info = None
+        await self._thread.stop()
+        self._thread = self._info = None
+        self._is_paused = False
+        self._sessions.clear()
 
-    def _post(self, command: Callable[[Batch], None]) -> None:
-        with self._work:
-            if not self._closing:
-                self._posted.append(command)
-                self._work.notify()
-
-    def _run(self, batch: Batch) -> None:
-        """The stepping thread.  However it ends, every waiting consumer is told."""
-        try:
-            try:
-                while self._obey(batch):
-                    outcomes = batch.turn()
-                    if outcomes:
-                        self._call_loop(self._deliver, outcomes)
-            finally:
-                batch.close()
-                batch.model.close()
-        except BaseException as error:  # nobody is above a thread: the callers are told, now and later
-            self._failure = error
-        finally:
-            with self._work:
-                self._closing = True
-                self._posted.clear()
-            self._call_loop(self._fail_all)
-
-    def _end(self, otherwise: str) -> EngineError:
-        """Why nothing can be sampled: the thread's failure, or else `otherwise`."""
-        if self._failure is None:
-            return EngineError(otherwise)
-        error = EngineError(f"the engine's thread failed: {self._failure!r}; close the engine and open it again")
-        error.__cause__ = self._failure
-        return error
-
-    def _obey(self, batch: Batch) -> bool:
-        """Carry out what the loop posted; wait for something to do.  False when closing."""
-        with self._work:
-            while not (self._posted or self._closing or any(batch.jobs)):
-                self._work.wait()
-            commands, self._posted = self._posted, []
-            if self._closing:
-                return False
-        for command in commands:
-            command(batch)
-        return True
-
-    def _call_loop(self, function: Callable[..., None], *arguments: object) -> None:
-        loop = self._loop
-        if loop is None or loop.is_closed():  # the loop ended without closing the engine: nobody is left to tell
-            self._closing = True
-            return
-        loop.call_soon_threadsafe(function, *arguments)
+    def _open_thread(self) -> SteppingThread:
+        if self._thread is None:
+            raise EngineError(CLOSED)
+        if (error := self._thread.error) is not None:
+            raise error
+        return self._thread
 
     def _deliver(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
@@ -214,5 +234,6 @@ class EmbeddedEngine:
                 mailbox.put(outcome)
 
     def _fail_all(self) -> None:
+        closed = EngineError("the engine closed while the request ran; its logged tokens are kept")
         for mailbox in self._mailboxes.values():
-            mailbox.fail(self._end("the engine closed while the request ran; its logged tokens are kept"))
+            mailbox.fail((self._thread and self._thread.failure) or closed)

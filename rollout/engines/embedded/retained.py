@@ -1,9 +1,10 @@
 """States kept after their request, found again by exact token prefix.
 
-A state is a function of its tokens and nothing else (bit for bit), so any state whose tokens are a
-prefix of a request can start it: a session's own from the last turn, the constant system and tools
-prefix that all sessions share, or a parent's under a Quick Instruction.  What is kept therefore
-decides how fast an answer comes, never which answer.
+A state is a function of its tokens and of the weights that computed it (bit for bit), so any state
+of these weights whose tokens are a prefix of a request can start it: a session's own from the last
+turn, the constant system and tools prefix that all sessions share, or a parent's under a Quick
+Instruction.  What is kept therefore decides how fast an answer comes, never which answer.  A state
+that more than one version of the weights computed belongs to its own session alone.
 
 Invariants:
 1. The bytes held never exceed `bytes_max`; the entry used longest ago goes first.
@@ -13,21 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import msgspec
-
-TOKEN_BYTES = 4
-
-
-class Retained(msgspec.Struct, frozen=True):
-    """A packed state and the tokens it took in, as consecutive u32."""
-
-    tokens: bytes
-    packed: bytearray
-
-    @property
-    def tokens_count(self) -> int:
-        """Tokens the state has taken in."""
-        return len(self.tokens) // TOKEN_BYTES
+from rollout.engines.kept_state import KeptState
 
 
 class RetainedStates:
@@ -36,7 +23,7 @@ class RetainedStates:
     def __init__(self, bytes_max: int) -> None:
         self.bytes_max = bytes_max
         self.bytes_held = 0
-        self._entries: OrderedDict[str | bytes, Retained] = OrderedDict()
+        self._entries: OrderedDict[str | bytes, KeptState] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -44,7 +31,7 @@ class RetainedStates:
     def __contains__(self, owner: str | bytes) -> bool:
         return owner in self._entries
 
-    def put(self, owner: str | bytes, entry: Retained) -> None:
+    def put(self, owner: str | bytes, entry: KeptState) -> None:
         """Keep the entry in place of the owner's last one; entries used longest ago make room."""
         self.drop(owner)
         size = _size(entry)
@@ -62,18 +49,22 @@ class RetainedStates:
         if entry is not None:
             self.bytes_held -= _size(entry)
 
-    def longest_prefix(self, tokens: bytes) -> Retained | None:
-        """The longest entry whose tokens are a proper prefix of `tokens` (u32 each); it counts as used."""
+    def own(self, owner: str | bytes) -> KeptState | None:
+        """The owner's entry, if there is one; it counts as used."""
+        if owner in self._entries:
+            self._entries.move_to_end(owner)
+        return self._entries.get(owner)
+
+    def longest_prefix(self, tokens: bytes, weights_digest: str) -> KeptState | None:
+        """The longest entry of these weights alone whose tokens are a proper prefix of `tokens`; it counts as used."""
         best: str | bytes | None = None
-        length = 0
+        length, weights = 0, (weights_digest,)
         for owner, entry in self._entries.items():
-            if length < len(entry.tokens) < len(tokens) and tokens.startswith(entry.tokens):
+            is_better = length < len(entry.tokens) < len(tokens) and entry.weights == weights
+            if is_better and tokens.startswith(entry.tokens):
                 best, length = owner, len(entry.tokens)
-        if best is None:
-            return None
-        self._entries.move_to_end(best)
-        return self._entries[best]
+        return None if best is None else self.own(best)
 
 
-def _size(entry: Retained) -> int:
+def _size(entry: KeptState) -> int:
     return len(entry.packed) + len(entry.tokens)

@@ -9,10 +9,13 @@ import msgspec
 import pytest
 
 from rollout.engine import SampleRequest, Sampling
-from rollout.engines.embedded.batching import Batch, Job, Limits, Outcome
+from rollout.engines.embedded.batching import Batch, Limits
 from rollout.engines.embedded.binding import Chunk, Model
 from rollout.engines.embedded.checkpoint import load_checkpoint
 from rollout.engines.embedded.engine import EmbeddedEngine
+from rollout.engines.embedded.jobs import Job, Outcome
+from rollout.engines.embedded.retained import RetainedStates
+from rollout.engines.embedded.versions import Versions
 from rollout.errors import EngineError, RequestError
 
 PROMPTS = [
@@ -40,10 +43,14 @@ def model() -> Iterator[RecordingModel]:
     model.close()
 
 
+def batch_of(model: Model, limits: Limits) -> Batch:
+    return Batch(model, limits, RetainedStates(limits.state_bytes_max))
+
+
 @pytest.fixture
 def batch(model: RecordingModel) -> Iterator[Batch]:
     model.prefilled_count = 0
-    batch = Batch(model, Limits(), FORK_ID)
+    batch = batch_of(model, Limits())
     yield batch
     batch.close()
 
@@ -61,7 +68,7 @@ def job(token_ids: tuple[int, ...], count: int = 2, session: str = "s") -> Job:
     )
 
 
-def run(batch: Batch, *jobs: Job) -> None:
+def run(batch: Batch | Versions, *jobs: Job) -> None:
     for each in jobs:
         batch.add(each)
     while any(batch.jobs):
@@ -101,21 +108,23 @@ def test_a_stopped_request_keeps_what_it_computed(batch: Batch, model: Recording
     assert model.prefilled_count == 0
 
 
-def test_a_released_session_is_forgotten_now_and_when_its_request_ends(batch: Batch) -> None:
-    run(batch, job(PROMPTS[0]))
-    assert "s" in batch.retained
-    batch.release("s")
-    assert "s" not in batch.retained
+def test_a_released_session_is_forgotten_now_and_when_its_request_ends() -> None:
+    versions = Versions(Model(CHECKPOINT), Limits())
+    run(versions, job(PROMPTS[0]))
+    assert "s" in versions.retained
+    versions.release("s")
+    assert "s" not in versions.retained
     running = job(PROMPTS[0], count=5)
-    batch.add(running)
-    batch.turn()
-    batch.release("s")
-    run(batch)
-    assert "s" not in batch.retained
+    versions.add(running)
+    versions.turn()
+    versions.release("s")
+    run(versions)
+    assert "s" not in versions.retained
+    versions.close()
 
 
 def test_retained_states_stay_within_their_bytes_and_the_oldest_goes_first(model: RecordingModel) -> None:
-    batch = Batch(model, Limits(state_bytes_max=400_000), None)
+    batch = batch_of(model, Limits(state_bytes_max=400_000))
     for i in range(6):
         run(batch, job((0, 100 + i, *PROMPTS[0][1:80]), session=f"s{i}"))
         assert batch.retained.bytes_held <= 400_000
@@ -138,7 +147,7 @@ def test_a_long_prompt_does_not_hold_up_the_others_for_its_length(batch: Batch) 
 
 
 def test_at_most_running_max_requests_step_together(model: RecordingModel) -> None:
-    batch = Batch(model, Limits(running_max=2), None)
+    batch = batch_of(model, Limits(running_max=2))
     jobs = [job((0, 9 + i), count=50, session=str(i)) for i in range(5)]
     for each in jobs:
         batch.add(each)
@@ -200,7 +209,7 @@ async def test_a_temperature_that_is_neither_greedy_nor_usable_is_refused() -> N
     await engine.close()
 
 
-class FailingBatch(Batch):
+class FailingVersions(Versions):
     def turn(self) -> list[Outcome]:
         raise ArithmeticError("a bug in the third layer")
 
@@ -208,9 +217,9 @@ class FailingBatch(Batch):
 class FailingEngine(EmbeddedEngine):
     fails = True
 
-    def _load(self) -> Batch:
-        batch = super()._load()
-        return FailingBatch(batch.model, batch.limits, FORK_ID) if self.fails else batch
+    def _load(self) -> Versions:
+        versions = super()._load()
+        return FailingVersions(versions.newest.model, versions.limits) if self.fails else versions
 
 
 async def test_the_failure_of_the_thread_is_what_every_caller_sees_until_the_engine_is_opened_again() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rollout.engines.embedded.library import LIBRARY, load_library
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT, load_checkpoint
 from rollout.engines.embedded.engine import EmbeddedEngine
+from rollout.engines.embedded.library import LIBRARY, load_library
 from rollout.errors import EngineError
 
 

@@ -1,0 +1,86 @@
+"""What goes through a batch: sessions, the requests of one, tokens to score, and what a turn tells of them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from rollout.engine import KvBreak, OnUpdate, SampleRequest
+from rollout.engines.embedded.binding import Drawn, State
+
+
+class Session:
+    """What is remembered of a session from its first request until it is released."""
+
+    def __init__(self) -> None:
+        self.drew_with = ""
+        """Digest of the weights that drew its last token, or that its restored state is of."""
+        self.on_update: OnUpdate = "keep"
+        self.is_restored = False
+        """Its kept state came from a file, and nothing was drawn from it yet."""
+        self.is_released = False
+
+
+class Job:
+    """One request on its way: its tokens so far, and its state once it has started.
+
+    `weights` are the digests that computed the state, newest last; `kv` is told with the next tokens.
+    """
+
+    def __init__(self, request: SampleRequest, session: Session | None = None) -> None:
+        self.request = request
+        self.session = session or Session()
+        self.tokens = array("I", request.token_ids)
+        self.stop_ids = tuple(request.stop_ids)
+        self.state: State | None = None
+        self.weights: tuple[str, ...] = ()
+        self.kv: KvBreak = ""
+        self.cached_count = 0
+
+    @property
+    def pending_count(self) -> int:
+        """Tokens that the state has not taken in; 1 when the next one can be drawn."""
+        return len(self.tokens) - (self.state.position if self.state else 0)
+
+    @property
+    def drawn_count(self) -> int:
+        """Tokens drawn so far."""
+        return len(self.tokens) - len(self.request.token_ids)
+
+    @property
+    def prefills(self) -> bool:
+        """Whether it holds a state that has not yet taken in all but the last token."""
+        return self.state is not None and self.pending_count > 1
+
+    @property
+    def wants_mask(self) -> bool:
+        """Whether the ids that top-k and top-p keep are asked for, and they cut at all."""
+        sampling = self.request.sampling
+        return self.request.returns_mask and sampling.temperature > 0 and (sampling.top_k > 0 or sampling.top_p < 1)
+
+
+class Scoring:
+    """Tokens to score: how likely each but the first is, found out chunk by chunk."""
+
+    def __init__(self, token_ids: Sequence[int], top_count: int) -> None:
+        self.token_ids = tuple(token_ids)
+        self.top_count = top_count
+        self.state: State | None = None
+        self.told: list[Drawn] = []
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """Tokens that one turn drew for a job (for a scoring: all at its end); `finish` on the last.
+
+    "preempted" tells no token.
+    """
+
+    job: Job | Scoring
+    drawn: list[Drawn]
+    finish: Literal["stop", "length", "preempted"] | None
+    policy_version: int = 0
+    kv: KvBreak = ""
+    cached_count: int = 0
