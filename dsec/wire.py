@@ -10,17 +10,28 @@ from __future__ import annotations
 from typing import ClassVar, Protocol
 
 import grpc
+from google.protobuf.message_factory import GetMessageClass
 
 from dsec.errors import DsecError, HostUnfitError, InvalidArgumentError, ResourceExhaustedError, UnreachableError
+from dsec.pb.v1.edge_pb2 import DESCRIPTOR
 
+SERVICE = DESCRIPTOR.services_by_name["Edge"]
 REQUEST_BYTES_MAX = 40 << 20
 """A command with the largest stdin and the longest arguments."""
 REPLY_BYTES_MAX = 136 << 20
 """A result with two streams of the largest `output_bytes_max`."""
 READ_BYTES_MAX = 4 << 20
 """Of output, in one answer."""
+JOINED_COUNT_MAX = 64
+"""Of requests in one message of a shared stream."""
 DETAILS_BYTES_MAX = 2000
 """Each may become three in the header, of which gRPC takes 8 KiB."""
+Status = grpc.StatusCode
+STATUSES = {status.value[0]: status for status in Status}
+_UNARY = [method for method in SERVICE.methods if not (method.client_streaming or method.server_streaming)]
+REQUESTS = {method.name: GetMessageClass(method.input_type) for method in _UNARY}
+"""By the name of the method: those of the Edge that a shared stream carries."""
+REPLIES = {method.name: GetMessageClass(method.output_type) for method in _UNARY}
 
 
 class CodedError(Protocol):
@@ -34,6 +45,7 @@ STATUS: dict[str, grpc.StatusCode] = {
     "BAD_TASK": grpc.StatusCode.INVALID_ARGUMENT,
     "BAD_REQUEST": grpc.StatusCode.INVALID_ARGUMENT,
     "NOT_FOUND": grpc.StatusCode.NOT_FOUND,
+    "ALREADY_EXISTS": grpc.StatusCode.ALREADY_EXISTS,
     "OUT_OF_RANGE": grpc.StatusCode.OUT_OF_RANGE,
     "FAILED_PRECONDITION": grpc.StatusCode.FAILED_PRECONDITION,
     "HOST_UNFIT": grpc.StatusCode.FAILED_PRECONDITION,

@@ -1,5 +1,8 @@
 """A connection to an Edge: one channel for each event loop and address, calls that are repeated, typed errors.
 
+Short calls share one stream, which costs half of what a call by itself does; large ones would hold the others up and go
+by themselves, and so does every call to an Edge that has no such stream yet.
+
 What is repeated: a call whose connection broke, when its repetition is exact (the same request id, key or
 offset), for a while that grows from milliseconds; and a call that the host refused for lack of room, if the
 caller wants to wait.  A peer that says nothing is noticed by keepalive, so no call waits for ever.
@@ -24,12 +27,15 @@ import grpc
 import msgspec
 
 from dsec.address import default_url, parse_address
+from dsec.client.calls import Calls
 from dsec.errors import DsecError, InvalidArgumentError, ResourceExhaustedError, StateError, UnreachableError
 from dsec.pb.v1.edge_pb2_grpc import EdgeStub
-from dsec.wire import REPLY_BYTES_MAX, REQUEST_BYTES_MAX, error_of
+from dsec.wire import REPLIES, REPLY_BYTES_MAX, REQUEST_BYTES_MAX, STATUSES, Status, error_of
 
 CALL_TIMEOUT_S = 60.0
 """For calls that wait for no command."""
+SHORT_BYTES_MAX = 64 << 10
+"""Of a request that shares a stream."""
 _DELAY_S_MIN, _DELAY_S_MAX = 0.02, 2.0
 _TELL_S = 2.0
 """After so long without an answer, a call says that it still asks."""
@@ -65,6 +71,8 @@ class Connection:
         self.url = url
         self._users_count = 0
         self._has_answered = False
+        self._calls: Calls | None = None
+        self._has_stream = True
         self._has_broken = False
         self._metadata = [("authorization", f"Bearer {token}")] if token and address.kind != "unix" else []
         if address.kind == "tls":
@@ -82,11 +90,13 @@ class Connection:
         *,
         timeout_s: float | None = CALL_TIMEOUT_S,
         is_repeatable: bool = True,
+        is_short: bool = True,
         patience: Patience = Patience(),  # noqa: B008 - frozen
     ) -> Any:
         """One unary call, repeated as the module says.  Raises the server's errors, and UnreachableError.
 
-        One that is not to be repeated is not sent before there is a connection.
+        One that is not to be repeated is not sent before there is a connection; one that may be answered with megabytes
+        is not short.
         """
         retry = Retry(self, patience, is_repeatable=is_repeatable)
         if not is_repeatable:
@@ -94,16 +104,40 @@ class Connection:
         while True:
             self._require_open()
             try:
-                reply = await getattr(self.stub, name)(request, timeout=timeout_s, metadata=self._metadata)
-            except grpc.aio.AioRpcError as error:
-                failure = self._failure(error)
+                reply = await self._ask(name, request, timeout_s, is_short=is_short)
+            except DsecError as error:
+                self._require_open()
+                await retry.wait_or_raise(error)
             except asyncio.CancelledError:
                 self._require_open_unless_cancelled()
                 raise
             else:
                 self._has_answered = True
                 return reply
-            await retry.wait_or_raise(failure)
+
+    async def _ask(self, name: str, request: Any, timeout_s: float | None, *, is_short: bool) -> Any:
+        """Once, on the stream or by itself.  DsecError."""
+        if is_short and (calls := self._shared_stream()) is not None:
+            data = request.SerializeToString()
+            if len(data) <= SHORT_BYTES_MAX:
+                answer = await calls.ask(name, data, timeout_s)
+                if not answer.status:
+                    return REPLIES[name].FromString(answer.reply)
+                if answer.status != Status.UNIMPLEMENTED.value[0]:
+                    raise self._failure(STATUSES[answer.status], answer.details)
+                self._has_stream = not calls.has_ended
+        try:
+            return await getattr(self.stub, name)(request, timeout=timeout_s, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise self._failure(error.code(), error.details()) from None
+
+    def _shared_stream(self) -> Calls | None:
+        """None if the Edge knows of none, or it is full."""
+        if not self._has_stream:
+            return None
+        if self._calls is None or self._calls.has_ended:
+            self._calls = Calls(self.stub.Calls(metadata=self._metadata))
+        return self._calls if self._calls.has_room else None
 
     async def stream(self, name: str, request: Any) -> AsyncIterator[Any]:
         """One streaming call, not repeated once it has begun.  Raises as `call`."""
@@ -114,7 +148,7 @@ class Connection:
                 self._has_answered = True
                 yield message
         except grpc.aio.AioRpcError as error:
-            raise self._failure(error) from None
+            raise self._failure(error.code(), error.details()) from None
         except asyncio.CancelledError:
             self._require_open_unless_cancelled()
             raise
@@ -138,7 +172,7 @@ class Connection:
             await call.done_writing()
             yield await call.read()
         except grpc.aio.AioRpcError as error:
-            raise self._failure(error) from None
+            raise self._failure(error.code(), error.details()) from None
         finally:
             call.cancel()
 
@@ -169,9 +203,9 @@ class Connection:
             return patience.lost_s if self._has_answered else patience.connect_s
         return patience.busy_s if isinstance(error, ResourceExhaustedError) else 0.0
 
-    def _failure(self, error: grpc.aio.AioRpcError) -> DsecError:
-        failure = error_of(error.code(), error.details() or "")
-        if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+    def _failure(self, status: Status, details: str | None) -> DsecError:
+        failure = error_of(status, details or "")
+        if status is Status.UNAUTHENTICATED:
             # Later than as its first word it refuses only to say what became of calls before, which may have run.
             if self._has_answered or self._has_broken:
                 return self._unreachable("it refuses the token now: set DSEC_API_KEY")
@@ -202,6 +236,8 @@ class Connection:
             connections = _connections.get(asyncio.get_running_loop(), {})
             for key in [key for key, connection in connections.items() if connection is self]:
                 del connections[key]
+            if self._calls is not None:
+                self._calls.close()
             await self._channel.close(None)
 
 

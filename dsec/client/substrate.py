@@ -38,6 +38,8 @@ from dsec.wire import READ_BYTES_MAX
 
 STDIN_BYTES_MAX = 1 << 20
 """Of input in one message."""
+SHORT_OUTPUT_BYTES_MAX = 1 << 20
+"""Of each stream in a result that others may have to wait for."""
 ABANDON_S = 2.0
 """How long somebody who gives up waits for an Edge that is away."""
 SLOW_CALL_TIMEOUT_S = 600.0
@@ -65,7 +67,8 @@ class RemoteProcess:
 
     async def wait(self) -> ExecResult:
         """See `dsec.sandbox.Process.wait`."""
-        reply = await self._connection.call("Wait", self._reference, timeout_s=None)
+        is_short = self.command.output_bytes_max <= SHORT_OUTPUT_BYTES_MAX
+        reply = await self._connection.call("Wait", self._reference, timeout_s=None, is_short=is_short)
         return await complete(messages.result_of(reply), self, self.command)
 
     async def follow(self) -> AsyncIterator[tuple[Stream, bytes] | ExecResult]:
@@ -103,7 +106,7 @@ class RemoteProcess:
             offset=offset,
             bytes_max=min(bytes_max, READ_BYTES_MAX),
         )
-        data: bytes = (await self._connection.call("ReadOutput", request, timeout_s=None)).data
+        data: bytes = (await self._connection.call("ReadOutput", request, timeout_s=None, is_short=False)).data
         return data
 
     async def kill(self) -> None:
@@ -158,14 +161,15 @@ class RemoteSandbox:
     async def exec(self, command: Command, key: str = "") -> ExecResult:
         """See `dsec.sandbox.Sandbox.exec`.  The same key gives the same result for ever; runs once."""
         request = self._request(command, key)
-        reply = await self._unless_cancelled("Exec", request, timeout_s=None)
+        is_short = command.output_bytes_max <= SHORT_OUTPUT_BYTES_MAX
+        reply = await self._unless_cancelled("Exec", request, None, is_short=is_short)
         process = RemoteProcess(self._connection, self._id, request.key, 0, command)
         return await complete(messages.result_of(reply), process, command)
 
     async def start(self, command: Command, number: int | None = None, key: str = "") -> RemoteProcess:
         """See `dsec.sandbox.Sandbox.start`."""
         request = self._request(command, key or key_of(number))
-        info = await self._unless_cancelled("Start", request, timeout_s=SLOW_CALL_TIMEOUT_S)
+        info = await self._unless_cancelled("Start", request, SLOW_CALL_TIMEOUT_S)
         return RemoteProcess(self._connection, self._id, info.key, info.number if number is None else number, command)
 
     async def resume_process(self, number: int, command: Command) -> RemoteProcess | None:
@@ -230,10 +234,14 @@ class RemoteSandbox:
         message = messages.command_message(command)
         return pb.ExecRequest(sandbox_id=self._id, key=key or fresh_name(), command=message)
 
-    async def _unless_cancelled(self, name: str, request: pb.ExecRequest, timeout_s: float | None) -> Any:
+    async def _unless_cancelled(
+        self, name: str, request: pb.ExecRequest, timeout_s: float | None, *, is_short: bool = True
+    ) -> Any:
         """Begin a command; if its caller gives up meanwhile, kill it."""
         try:
-            return await self._connection.call(name, request, timeout_s=timeout_s, patience=self._patience)
+            return await self._connection.call(
+                name, request, timeout_s=timeout_s, is_short=is_short, patience=self._patience
+            )
         except asyncio.CancelledError:
             await asyncio.shield(self._abandon(request.key))
             raise

@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 
 from dsec import messages
 from dsec.edge.attach import Chunk, attach
+from dsec.edge.calls import Calls, Method
 from dsec.edge.images.service import Images
 from dsec.edge.listen import Listen, claim_socket
 from dsec.edge.service import Edge
@@ -26,7 +27,7 @@ from dsec.errors import DsecError, HostUnfitError, InvalidArgumentError
 from dsec.pb.v1 import edge_pb2 as pb
 from dsec.pb.v1 import edge_pb2_grpc as pb_grpc
 from dsec.types import Stream
-from dsec.wire import READ_BYTES_MAX, REPLY_BYTES_MAX, REQUEST_BYTES_MAX, status_of
+from dsec.wire import READ_BYTES_MAX, REPLY_BYTES_MAX, REQUEST_BYTES_MAX, REQUESTS, SERVICE, status_of
 from wal import WalError
 
 STREAMS_COUNT_MAX = 4096
@@ -54,6 +55,14 @@ class EdgeServicer(pb_grpc.EdgeServicer):
     def __init__(self, edge: Edge, images: Images | None) -> None:
         self._edge = edge
         self._images = images
+        self._methods = {name: Method(request.FromString, getattr(self, name)) for name, request in REQUESTS.items()}
+        self._streams: set[Calls] = set()
+        self._calls: set[asyncio.Task[None]] = set()
+
+    async def stop(self) -> None:
+        """Take no more calls on shared streams, which end when those under way have ended."""
+        for calls in self._streams:
+            calls.stop()
 
     # ruff: noqa: N802  (the names are the protocol's; their documentation is in edge.proto)
     # ruff: noqa: D102
@@ -225,6 +234,15 @@ class EdgeServicer(pb_grpc.EdgeServicer):
         async with _answering(context, "CollectLayers"):
             return pb.CollectedLayers(layer_ids=await self._store().collect())
 
+    async def Calls(self, requests: AsyncIterator[pb.CallRequests], context: Context) -> None:
+        async with _answering(context, "Calls"):
+            calls = Calls(self._methods, context.write, self._calls, CALLS_COUNT_MAX)
+            self._streams.add(calls)
+            try:
+                await calls.serve(requests)
+            finally:
+                self._streams.discard(calls)
+
 
 def _chunk_message(chunk: Chunk) -> pb.Chunk:
     return pb.Chunk(stream=messages.STREAM_NUMBERS[chunk.stream], offset=chunk.offset, data=chunk.data)
@@ -287,15 +305,22 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
 class Server:
     """One address that is served."""
 
-    def __init__(self, server: grpc.aio.Server, checks: health.aio.HealthServicer, url: str) -> None:  # type: ignore[name-defined]
+    def __init__(
+        self,
+        server: grpc.aio.Server,
+        servicer: EdgeServicer,
+        checks: health.aio.HealthServicer,  # type: ignore[name-defined]
+        url: str,
+    ) -> None:
         self._server = server
+        self._servicer = servicer
         self._checks = checks
         self.url = url
 
     async def stop(self) -> None:
         """Say NOT_SERVING, take no more calls, give running ones a second; what was logged goes on."""
         await self._checks.enter_graceful_shutdown()
-        await self._server.stop(STOP_GRACE_S)
+        await asyncio.gather(self._server.stop(STOP_GRACE_S), self._servicer.stop())  # no stream begins in between
 
 
 async def start_server(edge: Edge, listen: Listen, images: Images | None = None) -> Server:
@@ -305,10 +330,10 @@ async def start_server(edge: Edge, listen: Listen, images: Images | None = None)
     """
     interceptors = [TokenInterceptor(listen.token)] if listen.token else []
     server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS, maximum_concurrent_rpcs=CALLS_COUNT_MAX)
-    name = pb.DESCRIPTOR.services_by_name["Edge"].full_name
+    name, servicer = SERVICE.full_name, EdgeServicer(edge, images)
     # With every call grpc.aio waits anew for each registered method; the generic handlers serve the same methods.
     server.add_registered_method_handlers = lambda _service, _handlers: None  # type: ignore[attr-defined]
-    pb_grpc.add_EdgeServicer_to_server(EdgeServicer(edge, images), server)  # type: ignore[no-untyped-call]
+    pb_grpc.add_EdgeServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     checks = health.aio.HealthServicer()  # type: ignore[attr-defined]  # stub lags behind the package
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -322,7 +347,7 @@ async def start_server(edge: Edge, listen: Listen, images: Images | None = None)
     await server.start()
     for served in ("", name):
         await checks.set(served, health_pb2.HealthCheckResponse.SERVING)
-    return Server(server, checks, listen.url_with(port))
+    return Server(server, servicer, checks, listen.url_with(port))
 
 
 def _bind(server: grpc.aio.Server, listen: Listen) -> int:

@@ -194,6 +194,11 @@ class EdgeStub:
                 request_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.CollectLayersRequest.SerializeToString,
                 response_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.CollectedLayers.FromString,
                 _registered_method=True)
+        self.Calls = channel.stream_stream(
+                '/dsec.pb.v1.Edge/Calls',
+                request_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.CallRequests.SerializeToString,
+                response_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.CallReplies.FromString,
+                _registered_method=True)
 
 
 class EdgeServicer:
@@ -436,6 +441,17 @@ class EdgeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Calls(self, request_iterator, context):
+        """Calls of the methods above that take one message and give one, many on one stream: the same methods with the same
+        errors, for half of what a call by itself costs.  Each is answered when it has ended, in any order.  The end of the
+        stream abandons them; a deadline is its client's to keep, by abandoning the call.  With 1024 under way the server
+        reads on when one of them was answered; what is large, or beyond that, is better called by itself.
+        INVALID_ARGUMENT ends the stream: an id that is under way already, or more than 64 requests in a message.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EdgeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -598,6 +614,11 @@ def add_EdgeServicer_to_server(servicer, server):
                     servicer.CollectLayers,
                     request_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.CollectLayersRequest.FromString,
                     response_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.CollectedLayers.SerializeToString,
+            ),
+            'Calls': grpc.stream_stream_rpc_method_handler(
+                    servicer.Calls,
+                    request_deserializer=dsec_dot_pb_dot_v1_dot_edge__pb2.CallRequests.FromString,
+                    response_serializer=dsec_dot_pb_dot_v1_dot_edge__pb2.CallReplies.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1464,6 +1485,33 @@ class Edge:
             '/dsec.pb.v1.Edge/CollectLayers',
             dsec_dot_pb_dot_v1_dot_edge__pb2.CollectLayersRequest.SerializeToString,
             dsec_dot_pb_dot_v1_dot_edge__pb2.CollectedLayers.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Calls(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/dsec.pb.v1.Edge/Calls',
+            dsec_dot_pb_dot_v1_dot_edge__pb2.CallRequests.SerializeToString,
+            dsec_dot_pb_dot_v1_dot_edge__pb2.CallReplies.FromString,
             options,
             channel_credentials,
             insecure,
