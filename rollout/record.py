@@ -18,6 +18,7 @@ import msgspec
 from dsec.trajectory import Entry, Trajectory
 from rollout.context import Span
 from rollout.engine import Sampling
+from rollout.export.manifest import SideChannel
 from rollout.ledger import Ledger
 from rollout.machine import read_turn
 from rollout.request import Group
@@ -136,18 +137,6 @@ class Lineage(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int
     resumed_from: tuple[int, ...]
     judged_rollout_id: str
-
-
-class SideChannel(msgspec.Struct, frozen=True, kw_only=True):
-    """A big array of its own file: rows `row_range` of the rollout in the tensor `name` of `uri`."""
-
-    name: str
-    uri: str
-    dtype: str
-    shape: tuple[int, ...]
-    layer_ids: tuple[int, ...]
-    row_range: tuple[int, int]
-    sha256: str
 
 
 class Encoder(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,11 +20,22 @@ import msgspec
 
 import wal
 from rollout.errors import ShardError
-from rollout.record import SideChannel, TrajectoryRecord
 
 MANIFEST = "manifest"
 KIND = 5
 """Record kind of `Appended`."""
+
+
+class SideChannel(msgspec.Struct, frozen=True, kw_only=True):
+    """A big array of its own file: rows `row_range` of the rollout in the tensor `name` of `uri`."""
+
+    name: str
+    uri: str
+    dtype: str
+    shape: tuple[int, ...]
+    layer_ids: tuple[int, ...]
+    row_range: tuple[int, int]
+    sha256: str
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -65,30 +76,6 @@ class Appended(msgspec.Struct, frozen=True, kw_only=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Appended)
-
-
-def row_of(record: TrajectoryRecord) -> Row:
-    """The part of a record that is planned by."""
-    versions = [run.version for run in record.policy_versions]
-    return Row(
-        rollout_id=record.rollout_id,
-        request_id=record.request_id,
-        project=record.project,
-        task=record.task,
-        group_id=record.group.group_id,
-        group_index=record.group.index,
-        group_size=record.group.size,
-        tokens_count=len(record.token_ids),
-        trainable_count=sum(span.length for span in record.spans if span.trainable),
-        turns_count=len(record.turns),
-        finish_reason=record.finish_reason,
-        is_infra_failure=record.infra_failure is not None,
-        reward=record.reward.value,
-        version_min=min(versions, default=None),
-        version_max=max(versions, default=None),
-        judged_rollout_id=record.lineage.judged_rollout_id,
-        side_channels=record.side_channels,
-    )
 
 
 def encode(batch: Appended) -> bytes:

@@ -29,15 +29,15 @@ import msgspec
 import wal
 from rollout.errors import ResultsError, ShardError
 from rollout.export import arrow
-from rollout.export.manifest import KIND, MANIFEST, Appended, Manifest, encode, row_of, shard_path
+from rollout.export.manifest import KIND, MANIFEST, Appended, Manifest, Row, encode, shard_path
 from rollout.export.parquet import has_schema, write_parquet
 from rollout.export.scratch import sync_directory
 from rollout.export.side_channels import Channel, write_channels
 from rollout.record import TrajectoryRecord
 from wal.format import crc32
 
-BATCH_ROWS_MAX = 64
-BATCH_TOKENS_MAX = 1 << 20
+BATCH_ROWS_MAX = 16
+BATCH_TOKENS_MAX = 1 << 16
 Channels = Mapping[str, Channel]
 
 
@@ -149,6 +149,30 @@ class ShardWriter:
             _cut(path, self._size)
             if not has_schema(path, arrow.schema()):
                 self._rows = self._rows_max  # written by another version: the next batch begins a shard
+
+
+def row_of(record: TrajectoryRecord) -> Row:
+    """The part of a record that is planned by."""
+    versions = [run.version for run in record.policy_versions]
+    return Row(
+        rollout_id=record.rollout_id,
+        request_id=record.request_id,
+        project=record.project,
+        task=record.task,
+        group_id=record.group.group_id,
+        group_index=record.group.index,
+        group_size=record.group.size,
+        tokens_count=len(record.token_ids),
+        trainable_count=sum(span.length for span in record.spans if span.trainable),
+        turns_count=len(record.turns),
+        finish_reason=record.finish_reason,
+        is_infra_failure=record.infra_failure is not None,
+        reward=record.reward.value,
+        version_min=min(versions, default=None),
+        version_max=max(versions, default=None),
+        judged_rollout_id=record.lineage.judged_rollout_id,
+        side_channels=record.side_channels,
+    )
 
 
 def _batches(records: Iterable[TrajectoryRecord]) -> Iterator[list[TrajectoryRecord]]:

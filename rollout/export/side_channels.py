@@ -22,8 +22,8 @@ import msgspec
 import numpy as np
 
 from rollout.errors import RequestError, ShardError
+from rollout.export.manifest import SideChannel
 from rollout.export.scratch import whole_file
-from rollout.record import SideChannel
 
 Array = np.ndarray[Any, np.dtype[Any]]
 DTYPES: dict[str, np.dtype[Any]] = {

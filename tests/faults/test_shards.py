@@ -17,8 +17,8 @@ from safetensors import safe_open
 
 import wal
 from rollout.errors import RequestError, ResultsError, ShardError
-from rollout.export.manifest import Manifest, row_of, shard_path
-from rollout.export.shards import ShardWriter
+from rollout.export.manifest import Manifest, shard_path
+from rollout.export.shards import ShardWriter, row_of
 from rollout.export.side_channels import Channel, read_channel
 from rollout.export.testing import made_up_record
 from rollout.record import TrajectoryRecord
