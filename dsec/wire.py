@@ -63,6 +63,7 @@ STATUS: dict[str, grpc.StatusCode] = {
     "BAD_SCHEMA": grpc.StatusCode.INVALID_ARGUMENT,
     "BAD_OPTION": grpc.StatusCode.INTERNAL,
     "RESULTS_UNWRITABLE": grpc.StatusCode.UNAVAILABLE,
+    "SHARD_DAMAGED": grpc.StatusCode.DATA_LOSS,
     "ENGINE_ERROR": grpc.StatusCode.UNAVAILABLE,
     "VERIFIER_ERROR": grpc.StatusCode.FAILED_PRECONDITION,
     "JOURNAL": grpc.StatusCode.DATA_LOSS,

@@ -15,7 +15,7 @@ from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
 
 def main(address: str, task: str) -> None:
     """One job; the same request again attaches to it, also after a crash of either side."""
-    request = pb.SubmitRequest(request_id=f"example-{Path(task).name}", group_size=4, return_mask=[pb.TOKENS])
+    request = pb.SubmitRequest(request_id=f"example-{Path(task).name}", group_size=4, return_mask=[pb.FIELD_TOKENS])
     request.sampling.MergeFrom(pb.Sampling(temperature=1.0, seed=7))
     if (folder := Path(task)).is_dir():
         files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -28,8 +28,9 @@ def main(address: str, task: str) -> None:
         for update in RolloutServiceStub(channel).Submit(request):
             what = update.WhichOneof("what")
             if what == "finished":
-                rewards.append(update.finished.reward)
-                print(update.rollout_id, update.finished.reward, len(update.finished.token_ids), "tokens", flush=True)
+                record = update.finished
+                rewards.append(record.reward.value)
+                print(update.rollout_id, record.reward.value, len(record.token_ids), "tokens", flush=True)
             elif what == "infra_failed":  # the service failed, not the model: no reward, not 0
                 print(update.rollout_id, update.infra_failed.message, file=sys.stderr)
         print(f"mean {sum(rewards) / max(len(rewards), 1):.2f} of {len(rewards)}")

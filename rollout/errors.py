@@ -36,6 +36,12 @@ class RequestError(RolloutError):
     fault = "caller"
 
 
+class ConflictError(RequestError):
+    """A request id that stands for another request already."""
+
+    code = "ALREADY_EXISTS"
+
+
 class NotFoundError(RolloutError):
     """A job or a rollout that this log does not hold."""
 

@@ -98,6 +98,8 @@ class Journal:
     def __init__(self, commit: wal.GroupCommit) -> None:
         """Write through `commit`, which this object closes."""
         self._commit = commit
+        self.last_lsn = commit.log.next_lsn - 1
+        """Every record up to here is durable."""
         self.on_fenced: Callable[[], None] = lambda: None
         """Called before anybody hears that another writer took the log over."""
 
@@ -108,11 +110,13 @@ class Journal:
     async def append_record(self, kind: int, payload: bytes) -> int:
         """Make a record of any schema durable (the sandbox trajectory comes this way)."""
         try:
-            return await self._commit.append(kind, payload)
+            lsn = await self._commit.append(kind, payload)
         except (wal.FencedError, wal.PoisonedError) as error:
             if isinstance(getattr(error, "cause", error), wal.FencedError):
                 self.on_fenced()
             raise
+        self.last_lsn = max(self.last_lsn, lsn)
+        return lsn
 
     async def close(self) -> None:
         """Flush, then close the log."""

@@ -29,7 +29,7 @@ from rollout import context
 from rollout.bench.tasks import Task, check_networks
 from rollout.config import RolloutConfig
 from rollout.engine import Engine
-from rollout.errors import JournalError, NotFoundError, RequestError
+from rollout.errors import ConflictError, JournalError, NotFoundError, RequestError
 from rollout.events import (
     ConversationAdmitted,
     Event,
@@ -164,7 +164,7 @@ class RolloutService:
     async def submit(self, job: Job, tasks: Iterable[Task | Conversation]) -> None:
         """Make a job durable and start it (or have `start` do so); a job that the log holds is left as it is.
 
-        Raises RequestError if the same request id asked for something else, or a bound is exceeded.
+        Raises ConflictError if the same request id asked for something else, RequestError if a bound is exceeded.
         """
         await wal.settled(self._submit(job, tasks))  # a caller that goes away attaches again
 
@@ -175,7 +175,10 @@ class RolloutService:
     async def _admit(self, job: Job, tasks: Iterable[Task | Conversation]) -> None:
         if (known := self.ledger.jobs.get(job.request_id)) is not None:
             if known != job:
-                raise RequestError(f"request {job.request_id!r} was submitted before with other contents")
+                differing = [name for name in Job.__struct_fields__ if getattr(job, name) != getattr(known, name)]
+                raise ConflictError(
+                    f"request {job.request_id!r} was submitted before with other contents: {', '.join(differing)}"
+                )
             return
         if len(self.ledger.jobs) >= self.config.jobs_count_max:
             raise RequestError(f"the log holds {self.config.jobs_count_max} jobs: start a service on a new directory")
@@ -334,7 +337,9 @@ class RolloutService:
     def _publish(self, event: Event) -> None:
         self._observe(event)
         if not isinstance(event, JobEvent):
-            self.watchers.publish(self.ledger.rollouts[rollout_of(event)].opened.request_id, event)
+            rollout_id = rollout_of(event)
+            request_id, lsn = self.ledger.rollouts[rollout_id].opened.request_id, self.ledger.lsns[rollout_id][1]
+            self.watchers.publish(request_id, event, lsn)
 
     def _ended(self, request_id: str, task: asyncio.Task[None]) -> None:
         self._running.pop(task.get_name(), None)

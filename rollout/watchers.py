@@ -11,7 +11,10 @@ from collections import defaultdict
 from typing import Self
 
 from dsec.errors import DsecError, ResourceExhaustedError
-from rollout.events import Event
+from rollout.events import RolloutEvent
+
+Numbered = tuple[int, RolloutEvent]
+"""An event behind the number of its log record."""
 
 
 class Watch:
@@ -20,14 +23,17 @@ class Watch:
     def __init__(self, watchers: Watchers, request_id: str) -> None:
         self._watchers = watchers
         self._request_id = request_id
-        self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[Numbered | None] = asyncio.Queue()
         self._error: DsecError | None = None
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Event:
-        """The next event.  ResourceExhaustedError if events were lost since, and what the watch was broken off with."""
+    async def __anext__(self) -> Numbered:
+        """The next event and its lsn.
+
+        ResourceExhaustedError if events were lost since, and what the watch was broken off with.
+        """
         event = None if self._error is not None else await self._queue.get()
         if self._error is not None:
             raise self._error
@@ -39,13 +45,14 @@ class Watch:
         """No event will be kept any more."""
         self._watchers.drop(self._request_id, self)
 
-    def put(self, event: Event | None) -> None:
+    def put(self, event: Numbered | None) -> None:
         """Keep an event (None: the last one was before); beyond the bound, keep nothing any more."""
         if event is not None and self._queue.qsize() >= self._watchers.events_count_max:
+            lost = self._queue.get_nowait() or event
             self.break_off(
                 ResourceExhaustedError(
                     f"this watcher of {self._request_id!r} fell more than {self._watchers.events_count_max} events "
-                    "behind: attach again with the same request"
+                    f"behind: attach again from event {lost[0]}"
                 )
             )
             self._watchers.drop(self._request_id, self)
@@ -73,10 +80,10 @@ class Watchers:
         """Watches that are kept."""
         return sum(map(len, self._watches.values()))
 
-    def publish(self, request_id: str, event: Event) -> None:
-        """Hand a durable event to everyone who watches the job."""
+    def publish(self, request_id: str, event: RolloutEvent, lsn: int) -> None:
+        """Hand a durable event to everyone who watches the job; events come in the order of the log."""
         for watch in list(self._watches.get(request_id, ())):
-            watch.put(event)
+            watch.put((lsn, event))
 
     def close(self, request_id: str) -> None:
         """No more events will come: every watch of the job ends."""

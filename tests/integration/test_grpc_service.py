@@ -26,7 +26,8 @@ from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
 from toolcall_dsl import DslError
 from wal import WalError
 
-EVERYTHING = (pb.TOKENS, pb.LOGPROBS, pb.TEXT)
+EVERYTHING = (pb.FIELD_LIVE_TOKENS, pb.FIELD_TOKENS, pb.FIELD_LOGPROBS, pb.FIELD_TEXT)
+LIFE = ("opened", "sandbox_prepared", "tokens", "tool_answered", "judged", "finished")
 
 
 class Server:
@@ -119,11 +120,11 @@ def check_stream(updates: list[pb.Update]) -> None:
     kinds = [str(update.WhichOneof("what")) for update in updates]
     assert kinds[0] == "opened"
     assert kinds[-2:] == ["judged", "finished"]
-    assert set(kinds[1:-2]) <= {"tokens", "tool_answered"}
+    assert set(kinds) <= set(LIFE)
     record, position = updates[-1].finished, updates[0].opened.prompt_tokens_count
     answered = [update.tool_answered for update in updates if update.HasField("tool_answered")]
     assert [call.call_index for call in answered] == list(range(len(record.tool_calls)))
-    assert [call.exit_code for call in answered] == [call.exit_code for call in record.tool_calls]
+    assert [call.exit_code for call in answered] == [call.exit for call in record.tool_calls]
     sampled = 0
     for update in updates:
         if update.HasField("tokens"):
@@ -134,7 +135,7 @@ def check_stream(updates: list[pb.Update]) -> None:
             position, sampled = start + len(ids), sampled + len(ids)
     assert sampled == record.tokens_sampled == sum(not math.isnan(value) for value in record.logprobs)
     assert sum(span.length for span in record.spans) == len(record.token_ids) == len(record.logprobs)
-    assert updates[-2].judged.reward == record.reward
+    assert updates[-2].judged.reward == record.reward.value
 
 
 def test_a_group_is_streamed_in_order_and_a_second_submit_attaches_to_it(serve: Any, tasks: Path) -> None:
@@ -144,11 +145,9 @@ def test_a_group_is_streamed_in_order_and_a_second_submit_attaches_to_it(serve: 
     assert sorted(finished_of(updates)) == rollouts
     for rollout_id in rollouts:
         check_stream([update for update in updates if update.rollout_id == rollout_id])
-    assert finished_of(updates)["job/copy-5-000.1"].group_index == 1
-    again = server.submit(group(tasks))
-    assert [update.WhichOneof("what") for update in again] == ["finished"] * 4
-    assert finished_of(again) == finished_of(updates)
-    with refused(grpc.StatusCode.INVALID_ARGUMENT, "request 'job' was submitted before with other contents"):
+    assert finished_of(updates)["job/copy-5-000.1"].group.index == 1
+    assert server.submit(group(tasks)) == updates
+    with refused(grpc.StatusCode.ALREADY_EXISTS, "request 'job' was submitted before with other contents: sampling"):
         server.submit(group(tasks, sampling=pb.Sampling(temperature=1.0, seed=4)))
 
 
@@ -157,23 +156,28 @@ def test_get_returns_what_the_mask_asks_for(serve: Any, tasks: Path) -> None:
     bundled = min(path.name for path in BUNDLED.iterdir() if path.is_dir())
     request = pb.SubmitRequest(request_id="b", bundled_tasks=[bundled], return_mask=[pb.FIELD_UNSPECIFIED])
     updates = server.submit(request)
-    assert {update.WhichOneof("what") for update in updates} == {"opened", "tool_answered", "judged", "finished"}
+    assert {update.WhichOneof("what") for update in updates} == set(LIFE) - {"tokens"}
     assert not any(update.tool_answered.observation for update in updates)
     rollout_id = f"b/{bundled}.0"
 
     def get(*mask: int) -> pb.Trajectory:
-        return server.rollouts.Get(pb.GetRequest(rollout_id=rollout_id, return_mask=mask))
+        (record,) = server.rollouts.Get(pb.GetRequest(rollout_id=rollout_id, return_mask=mask))
+        return record
 
     whole, bare = get(*EVERYTHING), get()
-    assert (bare.task, bare.finish_reason, bare.HasField("reward")) == (bundled, "STOP", True)
+    assert (bare.task, bare.finish_reason, bare.reward.HasField("value")) == (bundled, "STOP", True)
     big = {"token_ids", "spans", "logprobs", "turns", "tool_calls"}
-    named = {pb.TOKENS: {"token_ids", "spans"}, pb.LOGPROBS: {"logprobs"}, pb.TEXT: {"turns", "tool_calls"}}
+    named = {
+        pb.FIELD_TOKENS: {"token_ids", "spans"},
+        pb.FIELD_LOGPROBS: {"logprobs"},
+        pb.FIELD_TEXT: {"turns", "tool_calls"},
+    }
     assert {field for field in big if len(getattr(whole, field))} == big
     assert {field for field in big if len(getattr(bare, field))} == set()
     for mask, fields in named.items():
         assert {field for field in big if len(getattr(get(mask), field))} == fields
     with refused(grpc.StatusCode.NOT_FOUND, "no rollout 'b/nothing.0'"):
-        server.rollouts.Get(pb.GetRequest(rollout_id="b/nothing.0"))
+        list(server.rollouts.Get(pb.GetRequest(rollout_id="b/nothing.0")))
     with refused(grpc.StatusCode.NOT_FOUND, "no job 'nothing'"):
         server.rollouts.Cancel(pb.CancelRequest(request_id="nothing"))
 
@@ -195,7 +199,7 @@ def test_bad_requests_are_refused_with_the_reason_and_leave_nothing(serve: Any, 
         "tool_timeout_s is -1.0, must be above 0": {"limits": pb.Limits(tool_timeout_s=-1)},
         "context_tokens_count_max is 9000000": {"limits": pb.Limits(context_tokens_count_max=9_000_000)},
         "request_id '': use 1 to 128": {"request_id": ""},
-        "thinking 9 or agent 0 is not known": {"thinking": 9},
+        "thinking: 9 is not known to this server": {"thinking": 9},
     }.items():
         with refused(grpc.StatusCode.INVALID_ARGUMENT, said):
             server.submit(group(tasks, **fields))
@@ -217,7 +221,7 @@ def test_a_cancelled_job_ends_and_stays_ended(serve: Any, tasks: Path) -> None:
     assert {record.finish_reason for record in ended.values()} == {"CANCELLED"}
     assert len(ended) == 3
     for record in ended.values():
-        assert not record.HasField("reward")
+        assert not record.reward.HasField("value")
         assert sum(span.length for span in record.spans) == len(record.token_ids) == len(record.logprobs)
     server.kill()
     server = serve()
@@ -227,13 +231,17 @@ def test_a_cancelled_job_ends_and_stays_ended(serve: Any, tasks: Path) -> None:
 
 def test_a_verifier_that_fails_is_told_apart_from_a_wrong_answer(serve: Any, make_task: Any, tmp_path: Path) -> None:
     server, task = serve(), make_task(tmp_path / "broken", test_sh="true\n")
-    request = pb.SubmitRequest(request_id="job", tasks=[folder_of(task)], agent=pb.ORACLE)
+    request = pb.SubmitRequest(request_id="job", tasks=[folder_of(task)], agent=pb.AGENT_ORACLE)
     for updates in (server.submit(request), server.submit(request)):
         last = updates[-1]
         assert (last.WhichOneof("what"), last.infra_failed.code) == ("infra_failed", "VERIFIER_ERROR")
         assert "no reward: test.sh must write" in last.infra_failed.message
-    record = server.rollouts.Get(pb.GetRequest(rollout_id="job/broken.0"))
-    assert (record.HasField("reward"), record.finish_reason, record.infra_failure.code) == (False, "", "VERIFIER_ERROR")
+    (record,) = server.rollouts.Get(pb.GetRequest(rollout_id="job/broken.0"))
+    assert (record.reward.HasField("value"), record.finish_reason, record.infra_failure.code) == (
+        False,
+        "",
+        "VERIFIER_ERROR",
+    )
 
 
 def test_after_a_kill_a_restarted_server_finishes_with_equal_tokens(serve: Any, tasks: Path, dsec: Any) -> None:
@@ -276,12 +284,12 @@ def test_a_client_that_goes_away_leaves_the_job_running(serve: Any, tasks: Path)
 def test_many_submits_at_once_are_all_served(serve: Any, tasks: Path) -> None:
     server = serve()
     small = [folder_of(tasks / "copy-5-000")]
-    requests = [group(tasks, f"job-{n % 12}", tasks=small, agent=pb.ORACLE) for n in range(24)]
+    requests = [group(tasks, f"job-{n % 12}", tasks=small, agent=pb.AGENT_ORACLE) for n in range(24)]
     with ThreadPoolExecutor(24) as pool:
         streams = list(pool.map(server.submit, requests))
     for request, updates in zip(requests, streams, strict=True):
         assert sorted(finished_of(updates)) == [f"{request.request_id}/copy-5-000.{index}" for index in (0, 1)]
-        assert {record.reward for record in finished_of(updates).values()} == {1}
+        assert {record.reward.value for record in finished_of(updates).values()} == {1}
     server.stop()
     assert len(server.dsec.show(Path(server.process.args[3]))) == 24  # type: ignore[index]
 
@@ -312,8 +320,8 @@ def test_noise_on_the_port_and_idle_connections_do_not_disturb_the_service(serve
                 while noisy.recv(4096):
                     pass
         assert server.is_serving()
-        small = group(tasks, tasks=[folder_of(tasks / "copy-5-000")], agent=pb.ORACLE)
-        assert {record.reward for record in finished_of(server.submit(small)).values()} == {1}
+        small = group(tasks, tasks=[folder_of(tasks / "copy-5-000")], agent=pb.AGENT_ORACLE)
+        assert {record.reward.value for record in finished_of(server.submit(small)).values()} == {1}
 
 
 def test_the_service_answers_while_a_request_is_checked(serve: Any, tasks: Path, tmp_path: Path) -> None:

@@ -156,8 +156,13 @@ async def test_members_of_a_cancelled_group_that_never_began_are_reported_too(
         assert ends(updates) == ALL_CANCELLED
         assert sorted(u.rollout_id for u in updates if u.HasField("opened")) == list(ALL_CANCELLED)
         assert ends(await _listen(setting, request_)) == ALL_CANCELLED
-        last = await setting.rollouts.Get(pb.GetRequest(rollout_id="job/task.4", return_mask=[pb.TOKENS]))
-        assert (last.finish_reason, last.HasField("reward"), last.tokens_sampled) == ("CANCELLED", False, 0)
+        (last,) = [
+            part
+            async for part in setting.rollouts.Get(
+                pb.GetRequest(rollout_id="job/task.4", return_mask=[pb.FIELD_TOKENS])
+            )
+        ]
+        assert (last.finish_reason, last.reward.HasField("value"), last.tokens_sampled) == ("CANCELLED", False, 0)
         assert len(last.token_ids) > 0
     (row,) = summarise(Ledger.read(tmp_path / "run/wal", TOKENIZER)).per_task
     assert (row.rollouts, row.finished, row.finish_reasons, row.reward_mean) == (5, 5, {"CANCELLED": 5}, None)
@@ -219,7 +224,7 @@ async def test_what_nobody_foresaw_is_internal_without_its_text_and_in_the_serve
         setting.service.ledger = None  # type: ignore[assignment]  # a bug
         calls: dict[str, Callable[[], Any]] = {
             "Submit": lambda: setting.rollouts.Submit(request_).read(),
-            "Get": lambda: setting.rollouts.Get(pb.GetRequest(rollout_id="job/task.0")),
+            "Get": lambda: setting.rollouts.Get(pb.GetRequest(rollout_id="job/task.0")).read(),
             "Cancel": lambda: setting.rollouts.Cancel(pb.CancelRequest(request_id="job")),
         }
         with caplog.at_level(logging.ERROR), pytest.raises(grpc.RpcError) as caught:

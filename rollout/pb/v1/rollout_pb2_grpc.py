@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class RolloutServiceStub:
-    """Missing associated documentation comment in .proto file."""
+    """Rollouts over one log: submit them, follow them, steer them, let go of them.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -39,32 +40,120 @@ class RolloutServiceStub:
                 request_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.SubmitRequest.SerializeToString,
                 response_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.Update.FromString,
                 _registered_method=True)
-        self.Get = channel.unary_unary(
+        self.Attach = channel.unary_stream(
+                '/rollout.pb.v1.RolloutService/Attach',
+                request_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.AttachRequest.SerializeToString,
+                response_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.Update.FromString,
+                _registered_method=True)
+        self.Get = channel.unary_stream(
                 '/rollout.pb.v1.RolloutService/Get',
                 request_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.GetRequest.SerializeToString,
                 response_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.Trajectory.FromString,
                 _registered_method=True)
+        self.List = channel.unary_unary(
+                '/rollout.pb.v1.RolloutService/List',
+                request_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.ListRequest.SerializeToString,
+                response_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.ListResponse.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/rollout.pb.v1.RolloutService/Cancel',
                 request_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.CancelRequest.SerializeToString,
-                response_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.CancelReply.FromString,
+                response_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.CancelResponse.FromString,
+                _registered_method=True)
+        self.Preempt = channel.unary_unary(
+                '/rollout.pb.v1.RolloutService/Preempt',
+                request_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.PreemptRequest.SerializeToString,
+                response_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.PreemptResponse.FromString,
+                _registered_method=True)
+        self.Resume = channel.unary_unary(
+                '/rollout.pb.v1.RolloutService/Resume',
+                request_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.ResumeResponse.FromString,
+                _registered_method=True)
+        self.PauseEngine = channel.unary_unary(
+                '/rollout.pb.v1.RolloutService/PauseEngine',
+                request_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.PauseEngineRequest.SerializeToString,
+                response_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.PauseEngineResponse.FromString,
+                _registered_method=True)
+        self.ResumeEngine = channel.unary_unary(
+                '/rollout.pb.v1.RolloutService/ResumeEngine',
+                request_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.ResumeEngineRequest.SerializeToString,
+                response_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.ResumeEngineResponse.FromString,
+                _registered_method=True)
+        self.UpdatePolicy = channel.unary_unary(
+                '/rollout.pb.v1.RolloutService/UpdatePolicy',
+                request_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.UpdatePolicyRequest.SerializeToString,
+                response_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.UpdatePolicyResponse.FromString,
+                _registered_method=True)
+        self.Ack = channel.unary_unary(
+                '/rollout.pb.v1.RolloutService/Ack',
+                request_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.AckRequest.SerializeToString,
+                response_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.AckResponse.FromString,
+                _registered_method=True)
+        self.Replay = channel.unary_stream(
+                '/rollout.pb.v1.RolloutService/Replay',
+                request_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.ReplayRequest.SerializeToString,
+                response_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.Update.FromString,
+                _registered_method=True)
+        self.ScoreTokens = channel.unary_stream(
+                '/rollout.pb.v1.RolloutService/ScoreTokens',
+                request_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.ScoreTokensRequest.SerializeToString,
+                response_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.ScoreTokensResponse.FromString,
+                _registered_method=True)
+        self.QuickInstruction = channel.unary_unary(
+                '/rollout.pb.v1.RolloutService/QuickInstruction',
+                request_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.QuickInstructionRequest.SerializeToString,
+                response_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.QuickInstructionResponse.FromString,
                 _registered_method=True)
 
 
 class RolloutServiceServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Rollouts over one log: submit them, follow them, steer them, let go of them.
+    """
 
     def Submit(self, request, context):
-        """Start a job, or attach to it.  Streams what happens from now on; every rollout that has ended
-        (also before this call) is reported by one Update with `finished` or `infra_failed`.  The
-        stream ends when no rollout of the job runs any more.
+        """Start a job and follow it, as Attach does from its first event on.
+
+        Use it to begin, and to begin again after anything: it is idempotent by `request_id`.  The same request again
+        follows the job that there is, also after it has ended; another request with the same id is ALREADY_EXISTS, which
+        names the fields that differ.  The job runs on if the caller goes away; Cancel ends it.
+
+        INVALID_ARGUMENT: a field is out of its bounds, or a task or conversation cannot be used (nothing was logged).
+        Else, and for ordering, as Attach.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Attach(self, request, context):
+        """Follow a job from an event on: first what the log holds, then what happens, without a gap and with nothing twice.
+
+        Use it after a lost connection with `from_event` = the last event that came whole, plus 1 (0: from the beginning).
+        Only reads; any number of callers may follow a job.  Updates come in the order of the log.  The stream ends (OK)
+        when no rollout of the job runs or waits to run; those that failed or were preempted are then as List says.
+
+        NOT_FOUND: no such job.  OUT_OF_RANGE: `from_event` lies beyond the log, which has lost its end.
+        RESOURCE_EXHAUSTED: this caller reads too slowly; attach again from the event that the details name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Get(self, request, context):
-        """One rollout, finished or not.  NOT_FOUND if the log does not know it.
+        """One rollout as it is now, finished or not; a large one in several messages, to be merged.
+
+        Only reads.  What a job's rollouts have become comes with its updates; use Get for one alone, or with another mask.
+        NOT_FOUND: the log holds no such rollout (one that still waits for its turn has no record yet).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def List(self, request, context):
+        """Rollouts of the log in the order of their jobs, a page at a time, also those that still wait for their turn.
+
+        Only reads.  A rollout that is there throughout the paging comes exactly once, its state as of its page.
+        INVALID_ARGUMENT: `page_token` is none that this log gave.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,7 +161,100 @@ class RolloutServiceServicer:
 
     def Cancel(self, request, context):
         """End a job: every rollout of it that has not ended, also one that has not begun, finishes as CANCELLED.
-        Carried out to its end even if the caller goes away.
+
+        Idempotent, for good, and carried out to its end even if the caller goes away.  When it returns, the ends are
+        durable.  NOT_FOUND: no such job.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Preempt(self, request, context):
+        """Stop rollouts at a token boundary: all that was sampled is in the log, they hold no engine slot, and Resume goes on.
+
+        Use it to free the engine, or before the worker stops.  Idempotent: what has ended or stands already is left alone.
+        When it returns, the stops are durable.  NOT_FOUND: a rollout or job is not known.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Let preempted rollouts, and those that the service failed, go on from where they stand.
+
+        Idempotent: what runs or has ended is left alone.  Returns when they wait for their turn.  NOT_FOUND as Preempt;
+        FAILED_PRECONDITION: the job was cancelled.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseEngine(self, request, context):
+        """Draw no more tokens, until ResumeEngine; tools and tests run on.  Idempotent; a later call changes the mode.
+
+        Use it around a weight change that the trainer makes by itself.  Returns once no token is drawn.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeEngine(self, request, context):
+        """Draw tokens again.  Idempotent; no error if nothing was paused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdatePolicy(self, request, context):
+        """Draw with other weights from here on; what that does to rollouts in mid-flight is their job's `policy`.
+
+        Use it for each weight sync.  Idempotent: the last update again changes nothing.  When it returns, the engine has
+        the weights, the log says so (a restart loads them again), and rollouts that fell behind `max_lag` have ended as
+        STALE.  INVALID_ARGUMENT: the version does not grow.  UNAVAILABLE: the checkpoint cannot be loaded, or pinned
+        versions fill the engine; nothing changed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Ack(self, request, context):
+        """Say that these rollouts' records are with you: the log, and Get, need not keep them any longer.
+
+        Use it once a batch is stored or trained on; without it the log grows.  Idempotent; ids whose records are gone
+        already are ignored.  All or nothing: FAILED_PRECONDITION names rollouts that have not ended.  Once all rollouts of a
+        job are acknowledged, its `request_id` may be forgotten: never use it again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Replay(self, request, context):
+        """The durable events of one rollout, from an event on, up to now; then the stream ends.
+
+        Use it to look at a rollout's life, or to prove from the log that nothing was sampled twice.  Only reads; in the
+        order of the log.  NOT_FOUND: the log holds no such rollout.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScoreTokens(self, request, context):
+        """Logprobs of given tokens under the newest weights (a teacher or reference pass); a large answer in several messages.
+
+        Computes only: nothing is logged, and asking again gives the same for the same weights.  INVALID_ARGUMENT: ids
+        outside the vocabulary, or more than a context holds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def QuickInstruction(self, request, context):
+        """Ask small questions (search query, domain, title, ...) about a rollout's context, all in parallel from one prefix.
+
+        The rollout may be running or finished; it does not notice.  Each answer is a rollout of its own in the log, of the
+        job `request_id`: the same request again gives the same answers, another one ALREADY_EXISTS.  Answers come in the
+        order asked.  NOT_FOUND: no such rollout.  FAILED_PRECONDITION: the context does not end where the instruction may
+        stand.  INVALID_ARGUMENT: an unknown instruction.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,15 +268,70 @@ def add_RolloutServiceServicer_to_server(servicer, server):
                     request_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.SubmitRequest.FromString,
                     response_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.Update.SerializeToString,
             ),
-            'Get': grpc.unary_unary_rpc_method_handler(
+            'Attach': grpc.unary_stream_rpc_method_handler(
+                    servicer.Attach,
+                    request_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.AttachRequest.FromString,
+                    response_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.Update.SerializeToString,
+            ),
+            'Get': grpc.unary_stream_rpc_method_handler(
                     servicer.Get,
                     request_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.GetRequest.FromString,
                     response_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.Trajectory.SerializeToString,
             ),
+            'List': grpc.unary_unary_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.ListRequest.FromString,
+                    response_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.ListResponse.SerializeToString,
+            ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
                     request_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.CancelRequest.FromString,
-                    response_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.CancelReply.SerializeToString,
+                    response_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.CancelResponse.SerializeToString,
+            ),
+            'Preempt': grpc.unary_unary_rpc_method_handler(
+                    servicer.Preempt,
+                    request_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.PreemptRequest.FromString,
+                    response_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.PreemptResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.ResumeRequest.FromString,
+                    response_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.ResumeResponse.SerializeToString,
+            ),
+            'PauseEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseEngine,
+                    request_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.PauseEngineRequest.FromString,
+                    response_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.PauseEngineResponse.SerializeToString,
+            ),
+            'ResumeEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeEngine,
+                    request_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.ResumeEngineRequest.FromString,
+                    response_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.ResumeEngineResponse.SerializeToString,
+            ),
+            'UpdatePolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdatePolicy,
+                    request_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.UpdatePolicyRequest.FromString,
+                    response_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.UpdatePolicyResponse.SerializeToString,
+            ),
+            'Ack': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ack,
+                    request_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.AckRequest.FromString,
+                    response_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.AckResponse.SerializeToString,
+            ),
+            'Replay': grpc.unary_stream_rpc_method_handler(
+                    servicer.Replay,
+                    request_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.ReplayRequest.FromString,
+                    response_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.Update.SerializeToString,
+            ),
+            'ScoreTokens': grpc.unary_stream_rpc_method_handler(
+                    servicer.ScoreTokens,
+                    request_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.ScoreTokensRequest.FromString,
+                    response_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.ScoreTokensResponse.SerializeToString,
+            ),
+            'QuickInstruction': grpc.unary_unary_rpc_method_handler(
+                    servicer.QuickInstruction,
+                    request_deserializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.QuickInstructionRequest.FromString,
+                    response_serializer=rollout_dot_pb_dot_v1_dot_rollout__pb2.QuickInstructionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -105,7 +342,8 @@ def add_RolloutServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RolloutService:
-    """Missing associated documentation comment in .proto file."""
+    """Rollouts over one log: submit them, follow them, steer them, let go of them.
+    """
 
     @staticmethod
     def Submit(request,
@@ -135,7 +373,61 @@ class RolloutService:
             _registered_method=True)
 
     @staticmethod
+    def Attach(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/rollout.pb.v1.RolloutService/Attach',
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.AttachRequest.SerializeToString,
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.Update.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Get(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/rollout.pb.v1.RolloutService/Get',
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.GetRequest.SerializeToString,
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.Trajectory.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def List(request,
             target,
             options=(),
             channel_credentials=None,
@@ -148,9 +440,9 @@ class RolloutService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/rollout.pb.v1.RolloutService/Get',
-            rollout_dot_pb_dot_v1_dot_rollout__pb2.GetRequest.SerializeToString,
-            rollout_dot_pb_dot_v1_dot_rollout__pb2.Trajectory.FromString,
+            '/rollout.pb.v1.RolloutService/List',
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.ListRequest.SerializeToString,
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.ListResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -177,7 +469,250 @@ class RolloutService:
             target,
             '/rollout.pb.v1.RolloutService/Cancel',
             rollout_dot_pb_dot_v1_dot_rollout__pb2.CancelRequest.SerializeToString,
-            rollout_dot_pb_dot_v1_dot_rollout__pb2.CancelReply.FromString,
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.CancelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Preempt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rollout.pb.v1.RolloutService/Preempt',
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.PreemptRequest.SerializeToString,
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.PreemptResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rollout.pb.v1.RolloutService/Resume',
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.ResumeRequest.SerializeToString,
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.ResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rollout.pb.v1.RolloutService/PauseEngine',
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.PauseEngineRequest.SerializeToString,
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.PauseEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rollout.pb.v1.RolloutService/ResumeEngine',
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.ResumeEngineRequest.SerializeToString,
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.ResumeEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdatePolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rollout.pb.v1.RolloutService/UpdatePolicy',
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.UpdatePolicyRequest.SerializeToString,
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.UpdatePolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Ack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rollout.pb.v1.RolloutService/Ack',
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.AckRequest.SerializeToString,
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.AckResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Replay(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/rollout.pb.v1.RolloutService/Replay',
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.ReplayRequest.SerializeToString,
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.Update.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScoreTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/rollout.pb.v1.RolloutService/ScoreTokens',
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.ScoreTokensRequest.SerializeToString,
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.ScoreTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QuickInstruction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rollout.pb.v1.RolloutService/QuickInstruction',
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.QuickInstructionRequest.SerializeToString,
+            rollout_dot_pb_dot_v1_dot_rollout__pb2.QuickInstructionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,71 @@
+"""What a request of the protocol asks for, as our values; the bounds are checked by `rollout/jobs.py`.
+
+See: proto/rollout/pb/v1/rollout.proto.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from rollout.bench.tasks import Task, check_packages, task_from_files
+from rollout.engine import Sampling
+from rollout.errors import RequestError
+from rollout.jobs import load_bundled, make_conversation, make_job
+from rollout.messages import plain
+from rollout.pb.v1 import rollout_pb2 as pb
+from rollout.request import Conversation, Job, Reward, TestsReward
+
+_JOB_FIELDS = (
+    "request_id",
+    "priority",
+    "deadline_s",
+    "agent",
+    "thinking",
+    "sampling",
+    "limits",
+    "early_stop",
+    "policy",
+    "parse_policy",
+)
+
+
+def job_of(request: pb.SubmitRequest) -> tuple[Job, list[Task | Conversation]]:
+    """The job and its prompts.  TaskError, RequestError."""
+    prompts: list[Task | Conversation] = [task_from_files(each.name, dict(each.files)) for each in request.tasks]
+    if request.bundled_tasks:
+        prompts += load_bundled(request.bundled_tasks)
+    check_packages([prompt for prompt in prompts if isinstance(prompt, Task)])
+    for asked in request.conversations:
+        prompts.append(
+            make_conversation(asked.name, messages_json=asked.messages_json, token_ids=asked.tokens.token_ids)
+        )
+    fields = plain(request)
+    given: dict[str, Any] = {name: fields[name] for name in _JOB_FIELDS if name in fields} | {"groups": []}
+    if request.project:
+        given["project"] = request.project
+    job = msgspec.structs.replace(msgspec.convert(given, Job), reward=reward_of(request.reward))
+    return make_job(job, prompts, group_size=request.group_size or 1, group_prefix=f"{request.request_id}/"), prompts
+
+
+def reward_of(asked: pb.Reward) -> Reward:
+    """Who judges; the task's tests if nothing is said."""
+    kind = asked.WhichOneof("kind")
+    if kind is None:
+        return TestsReward()
+    return msgspec.convert({"type": kind, **plain(getattr(asked, kind))}, Reward)  # type: ignore[no-any-return]
+
+
+def sampling_of(asked: pb.Sampling) -> Sampling:
+    """How tokens are drawn; what is unset, by default."""
+    return msgspec.convert(plain(asked), Sampling)
+
+
+def one_of(request: Any, oneof: str) -> str:
+    """Which member of a oneof is set.  RequestError if none is."""
+    which = request.WhichOneof(oneof)
+    if which is None:
+        names = [field.name for field in request.DESCRIPTOR.oneofs_by_name[oneof].fields]
+        raise RequestError(f"{oneof}: give one of {', '.join(names)}")
+    return str(which)

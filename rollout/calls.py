@@ -1,0 +1,101 @@
+"""The calls of the protocol over an open service: request message in, reply messages out, no decision made here.
+
+A method for each call of `RolloutService` in the protocol, by its name; it raises our errors, which the
+server turns into statuses.
+
+See: proto/rollout/pb/v1/rollout.proto, which says what each call promises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+
+import msgspec
+
+from rollout.asked import job_of
+from rollout.errors import NotFoundError
+from rollout.follow import follow, replay
+from rollout.listing import Filter, list_rollouts
+from rollout.messages import fill, parts, plain
+from rollout.pb.v1 import rollout_pb2 as pb
+from rollout.record import trajectory_record
+from rollout.service import RolloutService
+from rollout.updates import Mask, trajectory_parts, updates_of
+
+
+class Calls:
+    """What the server answers with."""
+
+    def __init__(self, service: RolloutService) -> None:
+        """The service is open already."""
+        self._service = service
+
+    async def submit(self, request: pb.SubmitRequest) -> AsyncIterator[pb.Update]:
+        """Start a job, or find it, and follow it."""
+        job, prompts = await asyncio.to_thread(job_of, request)
+        await self._service.submit(job, prompts)
+        async with aclosing(self._follow(job.request_id, 0, frozenset(request.return_mask))) as updates:
+            async for update in updates:
+                yield update
+
+    async def attach(self, request: pb.AttachRequest) -> AsyncIterator[pb.Update]:
+        """Follow a job from an event on."""
+        mask = frozenset(request.return_mask)
+        async with aclosing(self._follow(request.request_id, request.from_event, mask)) as updates:
+            async for update in updates:
+                yield update
+
+    async def _follow(self, request_id: str, from_event: int, mask: Mask) -> AsyncGenerator[pb.Update, None]:
+        async with aclosing(follow(self._service, request_id, from_event)) as events:
+            async for lsn, event in events:
+                for update in updates_of(lsn, event, self._service.ledger, mask):
+                    yield update
+
+    async def replay(self, request: pb.ReplayRequest) -> AsyncIterator[pb.Update]:
+        """The durable events of one rollout."""
+        mask = frozenset(request.return_mask)
+        async with aclosing(replay(self._service, request.rollout_id, request.from_event)) as events:
+            async for lsn, event in events:
+                for update in updates_of(lsn, event, self._service.ledger, mask):
+                    yield update
+
+    async def get(self, request: pb.GetRequest) -> AsyncIterator[pb.Trajectory]:
+        """One rollout as it is."""
+        if request.rollout_id not in self._service.ledger.rollouts:
+            raise NotFoundError(f"no rollout {request.rollout_id!r}")
+        record = trajectory_record(self._service.ledger, request.rollout_id)
+        for part in trajectory_parts(record, frozenset(request.return_mask)):
+            yield part
+
+    async def list(self, request: pb.ListRequest) -> pb.ListResponse:
+        """A page of rollouts."""
+        wanted = msgspec.convert(plain(request), Filter)
+        response = pb.ListResponse()
+        fill(response, list_rollouts(self._service.ledger, wanted, request.page_size, request.page_token))
+        return response
+
+    async def cancel(self, request: pb.CancelRequest) -> pb.CancelResponse:
+        """End a job."""
+        return pb.CancelResponse(cancelled_count=await self._service.cancel(request.request_id))
+
+    async def pause_engine(self, request: pb.PauseEngineRequest) -> pb.PauseEngineResponse:
+        """Draw no more tokens."""
+        await self._service.engine.pause(plain(request).get("mode", "keep"))
+        return pb.PauseEngineResponse()
+
+    async def resume_engine(self, request: pb.ResumeEngineRequest) -> pb.ResumeEngineResponse:
+        """Draw tokens again."""
+        await self._service.engine.resume()
+        return pb.ResumeEngineResponse()
+
+    async def score_tokens(self, request: pb.ScoreTokensRequest) -> AsyncIterator[pb.ScoreTokensResponse]:
+        """Logprobs of given tokens."""
+        scored = await self._service.engine.score(
+            tuple(request.token_ids), top_logprobs_count=request.top_logprobs_count
+        )
+        response = pb.ScoreTokensResponse()
+        fill(response, scored)
+        for part in parts(response):
+            yield part

@@ -1,0 +1,87 @@
+"""Following a job: what the log holds from an event on, then what happens, with no gap and nothing twice.
+
+The watch begins before the log is read.  All records up to the newest durable one of that moment
+come from the log, everything above from the watch.  Both are in the order of the log.
+
+Invariants:
+1. The events of `follow(job, n)` are those of `follow(job, 0)` whose number is at least n.
+2. Only durable events are handed out: the log is read up to what was durable, not to its end.
+
+See: proto/rollout/pb/v1/rollout.proto, "Attach"; docs/formats/events.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
+from itertools import islice
+
+import wal
+from dsec.errors import OutOfRangeError
+from dsec.trajectory import KIND as SANDBOX_KIND
+from rollout import journal
+from rollout.errors import NotFoundError
+from rollout.events import JobEvent, rollout_of
+from rollout.service import RolloutService
+from rollout.watchers import Numbered
+
+BATCH_EVENTS_MAX = 256
+"""Events that are read ahead of whoever follows."""
+
+
+async def follow(service: RolloutService, request_id: str, from_event: int = 0) -> AsyncGenerator[Numbered, None]:
+    """The events of a job's rollouts with their numbers, until none of them runs.
+
+    NotFoundError; OutOfRangeError if the log ends before `from_event`; ResourceExhaustedError, which
+    names the event to go on from, if the caller is too slow.
+    """
+    async with aclosing(service.watch(request_id)) as watch:
+        until = service.journal.last_lsn
+        if from_event > until + 1:
+            raise OutOfRangeError(f"from_event is {from_event}, and the log ends with event {until}")
+        rollouts = service.ledger.rollouts
+
+        def is_member(rollout_id: str) -> bool:
+            state = rollouts.get(rollout_id)
+            return state is not None and state.opened.request_id == request_id
+
+        first = [service.ledger.lsns[member][0] for member in rollouts if is_member(member)]
+        if first:
+            async for numbered in _read(service, max(from_event, min(first)), until, is_member):
+                yield numbered
+        async for lsn, event in watch:
+            if lsn > until:
+                yield lsn, event
+
+
+async def replay(service: RolloutService, rollout_id: str, from_event: int = 0) -> AsyncGenerator[Numbered, None]:
+    """The durable events of one rollout from an event on.  NotFoundError."""
+    if rollout_id not in service.ledger.rollouts:
+        raise NotFoundError(f"no rollout {rollout_id!r}")
+    first, last = service.ledger.lsns[rollout_id]
+    async for numbered in _read(service, max(from_event, first), last, lambda each: each == rollout_id):
+        yield numbered
+
+
+async def _read(
+    service: RolloutService, start: int, until: int, is_wanted: Callable[[str], bool]
+) -> AsyncGenerator[Numbered, None]:
+    """Events of the log from `start` to `until`; read in a thread, a batch at a time."""
+    events = _events(wal.Reader(service.directory / "wal", after_lsn=max(0, start - 1)), until, is_wanted)
+    while batch := await asyncio.to_thread(list, islice(events, BATCH_EVENTS_MAX)):
+        for numbered in batch:
+            yield numbered
+
+
+def _events(reader: wal.Reader, until: int, is_wanted: Callable[[str], bool]) -> Iterator[Numbered]:
+    for record in reader:
+        if record.lsn > until:
+            return
+        if record.kind == SANDBOX_KIND:
+            continue
+        event = journal.decode(record.kind, record.payload)
+        if isinstance(event, JobEvent):
+            continue
+        if is_wanted(rollout_of(event)):  # type: ignore[arg-type]
+            yield record.lsn, event  # type: ignore[misc]
