@@ -1,0 +1,91 @@
+"""What an engine says, checked before anybody believes it.
+
+An engine is a peer: another process, other people's code, a kernel that overflowed.  A chunk that cannot
+be right is an EngineError and none of it is handed on, so nothing of it is ever logged; what came before
+stays.  Silence is an error too, once it has lasted too long and nobody paused the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from rollout.engine import Engine, EngineInfo, Sampled, SampleRequest
+from rollout.errors import EngineError
+
+
+async def guarded(engine: Engine, request: SampleRequest, silence_s_max: float) -> AsyncGenerator[Sampled, None]:
+    """`engine.sample(request)` up to the chunk that finishes it; EngineError as soon as it breaks the port."""
+    info, count = engine.info, 0
+    async with aclosing(engine.sample(request)) as chunks:
+        while True:
+            chunk = await _Patience(engine, silence_s_max).next(chunks)
+            if problem := _problem(chunk, request, info, count):
+                raise EngineError(f"engine {info.name}, {count} tokens into its answer: {problem}")
+            yield chunk
+            if chunk.finish:
+                return
+            count += len(chunk.token_ids)
+
+
+def _problem(chunk: Sampled, request: SampleRequest, info: EngineInfo, count: int) -> str:
+    """What is wrong with a chunk that follows `count` tokens, or nothing."""
+    ids, total = chunk.token_ids, count + len(chunk.token_ids)
+    room = min(request.tokens_count_max, info.context_tokens_max - len(request.token_ids))
+    stops = [index for index, token_id in enumerate(ids) if token_id in request.stop_ids]
+    rules = (
+        (len(ids) > 0, "a chunk without tokens"),
+        (len(ids) == len(chunk.logprobs), "not one logprob for each token"),
+        (total <= room, "more tokens than were asked for"),
+        (not ids or (min(ids) >= 0 and max(ids) < info.vocab_count), "a token id that the vocabulary does not have"),
+        (all(math.isfinite(value) and value <= 0 for value in chunk.logprobs), "a logprob that is none"),
+        (stops in ([], [len(ids) - 1]), "tokens after a stop id"),
+        ((chunk.finish == "stop") == bool(stops), "its end is not as its last token says"),
+        ((chunk.finish is not None) == (bool(stops) or total == room), "an end too early, or none"),
+        (len(chunk.top_logprobs) == (len(ids) if request.top_logprobs_count else 0), "not the likeliest of each token"),
+        (len(chunk.masks) in (0, len(ids)), "not one mask for each token"),
+        (0 <= chunk.cached_tokens_count <= len(request.token_ids), "more cached tokens than the prompt has"),
+    )
+    return next((problem for holds, problem in rules if not holds), "")
+
+
+class _Patience:
+    """One wait for a chunk: cut short by a timer, which starts over while the engine is paused.
+
+    A timer for each chunk and no task: this runs for every token.
+    """
+
+    def __init__(self, engine: Engine, silence_s_max: float) -> None:
+        self._engine = engine
+        self._silence_s_max = silence_s_max
+        self._is_over = False
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a coroutine runs in one
+        self._task, self._cancelling = task, task.cancelling()
+        self._start()
+
+    async def next(self, chunks: AsyncGenerator[Sampled, None]) -> Sampled:
+        """The next chunk.  EngineError if there is none."""
+        name = self._engine.info.name
+        try:
+            return await anext(chunks)
+        except StopAsyncIteration:
+            raise EngineError(f"engine {name}: the stream ended before the answer did") from None
+        except asyncio.CancelledError:
+            if self._is_over and self._task.uncancel() <= self._cancelling:
+                raise EngineError(f"engine {name}: silent for {self._silence_s_max:g} s") from None
+            raise
+        finally:
+            self._timer.cancel()
+
+    def _start(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._silence_s_max, self._end)
+
+    def _end(self) -> None:
+        if self._engine.is_paused:
+            self._start()
+        else:
+            self._is_over = True
+            self._task.cancel()

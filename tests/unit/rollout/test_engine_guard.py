@@ -1,0 +1,97 @@
+"""The guard between an engine and everything that believes it."""
+
+import asyncio
+from contextlib import aclosing
+from typing import get_args
+
+import pytest
+
+from rollout import context
+from rollout.engine import Sampled, SampleRequest, Sampling
+from rollout.engine_guard import guarded
+from rollout.errors import EngineError
+from rollout.main import load_tokenizer
+from rollout.testing import EngineFault, MisbehavingEngine, Reply
+from toolcall_dsl import V4
+
+TOKENIZER = load_tokenizer()
+PROMPT = tuple(i for s in context.prompt("Say something.", TOKENIZER, "high") for i in s.token_ids)
+LONG_S = 3600.0
+
+
+def said(_session: str, _turn: int) -> Reply:
+    return Reply(reasoning="Hm.", content="Done, and the file is gone.")
+
+
+def ask(count: int = 100) -> SampleRequest:
+    eos = TOKENIZER.control(V4.eos)
+    return SampleRequest(
+        session="s",
+        token_ids=PROMPT,
+        sampling=Sampling(),
+        stream_key=0,
+        tokens_count_max=count,
+        stop_ids=frozenset({eos}),
+    )
+
+
+async def engine_with(fault: EngineFault | None, chunks_count: int = 3) -> MisbehavingEngine:
+    engine = MisbehavingEngine(TOKENIZER, said, fault, chunks_count)
+    await engine.open()
+    return engine
+
+
+async def taken(engine: MisbehavingEngine, silence_s_max: float = LONG_S) -> tuple[list[Sampled], str]:
+    """What came through, and the error that ended it."""
+    chunks: list[Sampled] = []
+
+    async def take_all() -> None:
+        stream = guarded(engine, ask(), silence_s_max)
+        while True:
+            chunks.append(await anext(stream))
+
+    with pytest.raises(EngineError) as caught:
+        await take_all()
+    return chunks, str(caught.value)
+
+
+@pytest.mark.parametrize("count", [5, 100])
+async def test_what_keeps_to_the_port_comes_through_unchanged(count: int) -> None:
+    engine = await engine_with(None)
+    plain = [chunk async for chunk in engine.sample(ask(count))]
+    assert [chunk async for chunk in guarded(engine, ask(count), LONG_S)] == plain
+    assert plain[-1].finish == ("length" if count == 5 else "stop")
+
+
+@pytest.mark.parametrize("fault", [fault for fault in get_args(EngineFault) if fault != "hang"])
+async def test_of_a_chunk_that_cannot_be_right_nothing_comes_through(fault: EngineFault) -> None:
+    good, problem = await taken(await engine_with(fault))
+    assert [len(chunk.token_ids) for chunk in good] == [1, 1, 1]
+    assert problem.startswith("engine scripted")
+
+
+async def test_an_engine_that_is_silent_for_too_long_is_given_up() -> None:
+    good, problem = await taken(await engine_with("hang"), silence_s_max=0.01)
+    assert len(good) == 3
+    assert problem == "engine scripted: silent for 0.01 s"
+
+
+async def test_silence_of_a_paused_engine_is_no_failure() -> None:
+    engine = await engine_with(None)
+    async with aclosing(guarded(engine, ask(), 0.01)) as chunks:
+        await anext(chunks)
+        await engine.pause("keep")
+        waiting = asyncio.ensure_future(anext(chunks))
+        done, _ = await asyncio.wait([waiting], timeout=0.05)
+        assert not done
+        await engine.resume()
+        assert (await waiting).token_ids
+
+
+async def test_a_cancelled_consumer_is_cancelled_and_not_told_of_silence() -> None:
+    engine = await engine_with("hang", chunks_count=0)
+    waiting = asyncio.ensure_future(anext(guarded(engine, ask(), LONG_S)))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
