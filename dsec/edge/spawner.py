@@ -13,6 +13,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Sequence
+from errno import EAGAIN
 from pathlib import Path
 
 from dsec.edge.config import SubstrateConfig
@@ -33,7 +34,7 @@ from dsec.edge.native_wire import (
     encode_u32,
 )
 from dsec.edge.packets import PacketSocket, make_memory_file
-from dsec.errors import HostUnfitError, SpawnError
+from dsec.errors import DsecError, HostUnfitError, ResourceExhaustedError, SpawnError
 from dsec.types import SandboxSpec
 
 _LAYER_ANSWERS = (MessageType.MOUNTED, MessageType.UNMOUNTED, MessageType.MOUNT_FAILED)
@@ -43,6 +44,13 @@ def step_error(reader: MessageReader) -> str:
     """Step and error text of a FAILED message, whose type and slot were read."""
     step, number = reader.string(), reader.errno()
     return f"{step}: {os.strerror(number)} (errno {number})"
+
+
+def create_error(reader: MessageReader) -> DsecError:
+    """What a FAILED message says of a create: a host without room for another process is full, not unfit."""
+    step, number = reader.string(), reader.errno()
+    said = f"{step}: {os.strerror(number)} (errno {number})"
+    return ResourceExhaustedError(f"the host gives no more processes: {said}") if number == EAGAIN else SpawnError(said)
 
 
 class Spawner:
@@ -144,10 +152,10 @@ class Spawner:
     async def create(
         self, slot: int, spec: SandboxSpec, plan: CgroupPlan, layers: Sequence[int] = ()
     ) -> tuple[socket.socket, int]:
-        """Our end of the guest's socket and its pid on the host; the guest then sets itself up.  SpawnError.
+        """Our end of the guest's socket and its pid on the host; the guest then sets itself up.
 
-        `layers` are numbers of mounted ones, the topmost first.  `gone(slot)` resolves when the slot is free again,
-        also after an error.
+        SpawnError, ResourceExhaustedError.  `layers` are numbers of mounted ones, the topmost first.  `gone(slot)`
+        resolves when the slot is free again, also after an error.
         """
         loop = asyncio.get_running_loop()
         gone = self._gone[slot] = loop.create_future()
@@ -237,7 +245,7 @@ class Spawner:
         elif kind == MessageType.GONE and number in self._gone and not self._gone[number].done():
             self._gone[number].set_result(None)
         elif kind == MessageType.FAILED and number in self._created:
-            self._created.pop(number).set_exception(SpawnError(step_error(reader)))
+            self._created.pop(number).set_exception(create_error(reader))
         elif kind in (MessageType.ATTACHED, MessageType.FAILED) and number in self._attached:
             self._settle(self._attached.pop(number), kind, reader)
         elif kind in _LAYER_ANSWERS and number in self._layers:

@@ -28,10 +28,13 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 async def open_listener(guest: int) -> socket.socket:
     """Listen at 127.0.0.1:3128 in the network namespace of `guest`, a pidfd.
 
-    StateError if a process of the sandbox has the port, SandboxLostError if the guest is gone.
+    StateError if a process of the sandbox has the port, SandboxLostError if the guest is gone, ResourceExhaustedError.
     """
     with ThreadPoolExecutor(max_workers=1) as fresh:  # never a pooled thread: it stays in the namespace
-        listening = fresh.submit(_listen_in, guest)
+        try:
+            listening = fresh.submit(_listen_in, guest)
+        except RuntimeError as error:
+            raise ResourceExhaustedError(f"no thread for a sandbox's network: {error}") from error
         try:
             return await asyncio.shield(asyncio.wrap_future(listening))
         except asyncio.CancelledError:

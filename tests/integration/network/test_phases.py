@@ -98,8 +98,8 @@ async def run(directory: Path, port: int, agent: Agent = "model", kill_at: str =
     """Run or resume to the end; the state, and the phases that were switched to in this process."""
     switched: list[str] = []
 
-    async def follow(events: AsyncIterator[RolloutEvent]) -> None:
-        async for event in events:
+    async def follow(events: AsyncIterator[tuple[int, RolloutEvent]]) -> None:
+        async for _, event in events:
             name = f"to {event.phase}" if isinstance(event, NetworkSwitched) else type(event).__name__
             if name == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
