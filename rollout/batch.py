@@ -152,7 +152,7 @@ async def run_in_process(
         async with aclosing(service.watch(REQUEST_ID)) as events:
             for rollout_id in ended:
                 yield trajectory_record(service.ledger, rollout_id)
-            async for event in events:
+            async for _, event in events:
                 if isinstance(event, RolloutFinished):
                     yield trajectory_record(service.ledger, event.rollout_id)
         await service.wait(REQUEST_ID)
