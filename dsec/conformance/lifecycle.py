@@ -221,11 +221,11 @@ async def layers_lie_over_each_other_in_the_given_order(substrate: Substrate) ->
     made = []
     for name in ("one", "two"):
         async with fresh(substrate) as sandbox:
-            await line(sandbox, f"echo {name} > /srv/same; echo {name} > /srv/{name}; echo {name} > /usr/local/same")
+            await line(sandbox, f"echo {name} > /srv/same; echo {name} > /srv/{name}; echo {name} > /usr/same")
             made.append(await sandbox.snapshot())
     for order, top in (((made[0], made[1]), "one"), ((made[1], made[0]), "two")):
         async with fresh(substrate, SandboxSpec(layers=order)) as sandbox:
-            told = await line(sandbox, "cat /srv/same /usr/local/same /srv/one /srv/two")
+            told = await line(sandbox, "cat /srv/same /usr/same /srv/one /srv/two")
             require(told == f"{top}\n{top}\none\ntwo", told)
 
 

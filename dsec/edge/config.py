@@ -48,7 +48,8 @@ class DockerConfig(SubstrateConfig):
     """Bounds of the Docker substrate, each also an environment variable `DSEC_DOCKER_<NAME>`.
 
     `url` is Docker's socket ("": what DOCKER_HOST says, or the usual place); its daemon must see this
-    host's files.  `image` is what base "host" means ("": made once of this host's own programs).
+    host's files.  `image` is what base "host" means ("": made once of this host's own programs).  `layers_count_max`
+    is how many snapshots, and stacks of them that were asked for, are kept beside those that something needs.
     """
 
     model_config = SettingsConfigDict(env_prefix="DSEC_DOCKER_", frozen=True)
@@ -56,3 +57,4 @@ class DockerConfig(SubstrateConfig):
     url: str = ""
     image: str = ""
     call_timeout_s: float = Field(default=300.0, gt=0)
+    layers_count_max: int = Field(default=512, ge=1)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import docker
+
 DSEC = Path(sys.executable).parent / "dsec"
 
 
@@ -52,3 +54,29 @@ def test_a_killed_edge_leaves_its_docker_sandboxes_to_the_next(docker_url: str, 
         assert answer.startswith("100000\n1\n2\n")
         assert answer.endswith("\n3000000\n")  # more than is kept in memory: it lay on disk
         dsec("rm", sandbox)
+
+
+def test_images_of_docker_are_bases_by_name_and_forks_go_on(docker_url: str, tmp_path: Path) -> None:
+    env = os.environ | {"DSEC_API_URL": f"unix:{tmp_path}/edge.sock", "DSEC_DOCKER_URL": docker_url}
+
+    def dsec(*arguments: str) -> str:
+        ran = subprocess.run([DSEC, *arguments], env=env, text=True, check=False, capture_output=True)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout.strip()
+
+    client = docker.APIClient(base_url=docker_url, version="auto")
+    with serving(tmp_path / "state", env, "--destroy-on-exit"):
+        (base,) = client.images("dsec-host")
+        container = client.create_container(base["Id"], ["true"])["Id"]
+        client.commit(container, "dsec-test/named", "1", changes=["ENV A=b", "WORKDIR /srv"])
+        client.remove_container(container)
+        sandbox = dsec("create", "--base", "dsec-test/named:1")
+        assert dsec("exec", sandbox, "--", "bash", "-c", "echo $A > f; pwd") == "/srv"
+        forks = dsec("fork", sandbox, "--count", "2").split()
+        for fork in forks:
+            assert dsec("exec", fork, "--", "bash", "-c", f"cat f; echo {fork} > f") == "b"
+        (again,) = dsec("fork", forks[0]).split()
+        assert dsec("exec", again, "--", "cat", "f") == forks[0]
+        dsec("rm", sandbox, again, *forks)
+    client.remove_image("dsec-test/named:1")
+    client.close()

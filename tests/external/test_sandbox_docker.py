@@ -17,8 +17,8 @@ from dsec.conformance.suite import checks_for
 from dsec.edge.config import DockerConfig
 from dsec.edge.substrates.docker import DOCKER_LACKS, DockerSubstrate
 from dsec.edge.substrates.docker_engine import check_docker
-from dsec.errors import HostUnfitError, InvalidArgumentError, ResourceExhaustedError, SandboxLostError
-from dsec.types import LayerId, SandboxId, SandboxSpec
+from dsec.errors import HostUnfitError, NotFoundError, ResourceExhaustedError, SandboxLostError
+from dsec.types import SandboxId, SandboxSpec
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -113,15 +113,54 @@ async def test_a_command_that_kills_its_supervisor_at_its_first_step_runs_once_a
     await sandbox.destroy()
 
 
-async def test_layers_that_were_not_made_upon_each_other_are_refused(substrate: DockerSubstrate) -> None:
-    made: list[LayerId] = []
-    for name in ("one", "two"):
-        sandbox = await substrate.create(SandboxSpec())
-        await line(sandbox, f"echo {name} > /srv/f")
-        made.append(await sandbox.snapshot())
-        await sandbox.destroy()
-    with pytest.raises(InvalidArgumentError, match="not made upon"):
-        await substrate.create(SandboxSpec(layers=(made[0], made[1])))
+async def test_an_image_has_a_name_and_says_how_commands_run_but_not_what_docker_does(
+    substrate: DockerSubstrate, docker_url: str
+) -> None:
+    client = docker.APIClient(base_url=docker_url, version="auto")
+    name = "dsec-test/tools:1"
+    container = client.create_container(substrate._image, ["true"])["Id"]
+    changes = ["ENV A=b", "WORKDIR /var", "USER 7", "VOLUME /srv", "HEALTHCHECK CMD touch /tmp/checked"]
+    client.commit(container, *name.split(":"), changes=changes)
+    client.remove_container(container)
+    made = await substrate.composed([name])
+    assert (made.base, made.defaults.cwd, made.defaults.user) == ("", "/var", "7")
+    assert made.defaults.env["A"] == "b"
+    sandbox = await substrate.create(SandboxSpec(base="", layers=made.layers))
+    assert await line(sandbox, "echo kept > /srv/f; grep -c ' /srv ' /proc/self/mountinfo || true") == "0"
+    layer = await sandbox.snapshot()
+    await sandbox.destroy()
+    client.tag(layer, "dsec-test/after", "1")
+    after = await substrate.composed(["dsec-test/after:1"])
+    assert (after.base, after.layers) == ("", (layer, *made.layers))
+    sandbox = await substrate.create(SandboxSpec(base="", layers=after.layers))
+    assert await line(sandbox, "cat /srv/f") == "kept"
+    await sandbox.destroy()
+    with pytest.raises(NotFoundError):
+        await substrate.composed(["dsec-test/no-such:1"])
+    for tag in (name, "dsec-test/after:1"):
+        client.remove_image(tag)
+    client.close()
+
+
+async def test_layers_make_room_but_for_those_that_are_held_or_used(docker_url: str) -> None:
+    small = DockerSubstrate(DockerConfig(url=docker_url, layers_count_max=1))
+    await small.open()
+    sandbox = await small.create(SandboxSpec())
+    with small.holding() as hold:
+        first = await sandbox.snapshot()
+        second = await sandbox.snapshot()
+        await hold([first, second])
+        fork = await small.create(SandboxSpec(layers=(second,)))
+        third = await sandbox.snapshot()
+        await hold([first])
+    await sandbox.snapshot()
+    with small.holding() as hold:
+        await hold([second])  # the fork lives on it
+        for gone in (first, third):
+            with pytest.raises(NotFoundError):
+                await hold([gone])
+    await fork.destroy()
+    await small.close()
 
 
 async def test_a_hole_that_docker_would_write_out_is_refused(substrate: DockerSubstrate) -> None:

@@ -62,12 +62,24 @@ class _Manifest(msgspec.Struct, frozen=True):
     layers: list[_Descriptor]
 
 
-class _Run(msgspec.Struct, frozen=True, rename="pascal"):
+class RunConfig(msgspec.Struct, frozen=True, rename="pascal"):
+    """What an image's configuration says of its commands."""
+
     env: list[str] | None = None
     working_dir: str | None = None
     user: str | None = None
     entrypoint: list[str] | None = None
     cmd: list[str] | None = None
+
+    def config(self) -> ImageConfig:
+        """The same as stores of layers keep it."""
+        return ImageConfig(
+            env=dict(line.split("=", 1) for line in self.env or () if "=" in line),
+            workdir=self.working_dir or "/",
+            user=self.user or "",
+            entrypoint=tuple(self.entrypoint or ()),
+            command=tuple(self.cmd or ()),
+        )
 
 
 class _RootFs(msgspec.Struct, frozen=True):
@@ -76,7 +88,7 @@ class _RootFs(msgspec.Struct, frozen=True):
 
 class _Config(msgspec.Struct, frozen=True):
     rootfs: _RootFs
-    config: _Run | None = None
+    config: RunConfig | None = None
 
 
 class _Saved(msgspec.Struct, frozen=True, rename="pascal"):
@@ -261,18 +273,8 @@ def _found(sections: list[Callable[[], Section]], config: _Config, name: str) ->
     diff_ids = config.rootfs.diff_ids
     if len(diff_ids) != len(sections) or not 0 < len(sections) <= LAYERS_COUNT_MAX:
         raise InvalidArgumentError(f"an image of {len(sections)} layers and {len(diff_ids)} digests")
-    run = config.config or _Run()
-    return FoundImage(
-        [Blob(section, diff_id) for section, diff_id in zip(sections, diff_ids, strict=True)],
-        ImageConfig(
-            env=dict(line.split("=", 1) for line in run.env or () if "=" in line),
-            workdir=run.working_dir or "/",
-            user=run.user or "",
-            entrypoint=tuple(run.entrypoint or ()),
-            command=tuple(run.cmd or ()),
-        ),
-        name,
-    )
+    blobs = [Blob(section, diff_id) for section, diff_id in zip(sections, diff_ids, strict=True)]
+    return FoundImage(blobs, (config.config or RunConfig()).config(), name)
 
 
 def _open(path: Path) -> int:

@@ -12,7 +12,7 @@ Invariants:
     1. A container whose connection is gone has ended: its pid 1 exits, and Docker removes it (`auto_remove`).
     2. A create that fails or is cancelled leaves no container.
 
-See: dsec/native/docker.c, dsec/native/supervisor.c, dsec/edge/substrates/docker_image.py.
+See: dsec/native/docker.c, dsec/native/supervisor.c, dsec/edge/substrates/docker_image.py, docker_layers.py beside it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import docker
 from docker.errors import DockerException, ImageNotFound, NotFound
@@ -40,26 +39,23 @@ from dsec.edge.network.gateway import Gateway
 from dsec.edge.substrates import docker_image
 from dsec.edge.substrates.adoption import KeptSandbox, sort_kept
 from dsec.edge.substrates.docker_engine import FAILURES, Engine
+from dsec.edge.substrates.docker_layers import DockerLayers
 from dsec.edge.substrates.docker_sandbox import DockerSandbox
 from dsec.edge.substrates.streams import Keeping
 from dsec.errors import (
     DsecError,
     HostUnfitError,
-    InvalidArgumentError,
-    NotFoundError,
     ResourceExhaustedError,
     SpawnError,
     StateError,
 )
-from dsec.types import Command, Feature, LayerId, SandboxId, SandboxSpec
+from dsec.sandbox import Hold
+from dsec.types import Command, Composition, Feature, LayerId, SandboxId, SandboxSpec
 
-DOCKER_LACKS: frozenset[Feature] = frozenset({"disk_quota", "layers", "own_mounts", "user_namespace"})
+DOCKER_LACKS: frozenset[Feature] = frozenset({"disk_quota", "own_mounts", "user_namespace"})
 """What Docker cannot promise everywhere; docs/threat_model.md says where it does."""
 
-_T = TypeVar("_T")
-_LAYER = re.compile(r"sha256:[0-9a-f]{64}")
 _OWNER = "dsec.owner"  # label of a container: the process with which it ends, as `_identity` says it
-_BELOW = "dsec.below"  # label of an image: what its sandbox was made from, as `_recipe` says it
 _CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETUID", "SETGID", "SETFCAP")
 _MASKED = (
     "acpi", "asound", "buddyinfo", "bus", "cgroups", "cmdline", "config.gz", "diskstats", "fs", "interrupts", "irq",
@@ -86,6 +82,7 @@ class DockerSubstrate:
         self.directory = Path()
         self._engine: Engine | None = None
         self._image = ""
+        self._layers: DockerLayers | None = None
         self._has_quota = False
         self._sandboxes: dict[SandboxId, DockerSandbox] = {}
         self._adopted: dict[SandboxId, DockerSandbox] = {}
@@ -102,6 +99,13 @@ class DockerSubstrate:
         if self._engine is None:
             raise SpawnError("the substrate is not open")
         return self._engine
+
+    @property
+    def layers(self) -> DockerLayers:
+        """Its images.  SpawnError before `open`."""
+        if self._layers is None:
+            raise SpawnError("the substrate is not open")
+        return self._layers
 
     def keeping(self, sandbox_id: SandboxId) -> Keeping:
         """See `DockerHost`."""
@@ -128,6 +132,7 @@ class DockerSubstrate:
                 await asyncio.to_thread(spool.sweep, self._state_dir / "spool", set(self._sandboxes))
             await self._sweep()
             self._image = self._config.image or await self._make_image()
+            self._layers = DockerLayers(self._engine, self._image, self._config.layers_count_max)
             self._has_quota = await self._probe_quota()
             await self._prove()
         except BaseException as error:
@@ -264,7 +269,7 @@ class DockerSubstrate:
 
     async def make(self, name: str, spec: SandboxSpec, control: Path) -> None:
         """Create and start a container whose pid 1 connects to `control`."""
-        api, image = self.engine.api, await self._image_of(spec)
+        api, image = self.engine.api, await self.layers.image_of(spec)
         config = api.create_host_config(
             mounts=[_bind(self.config.binary_path, "/.dsec/init"), _bind(control, "/.dsec/edge")],
             mem_limit=spec.memory_bytes, memswap_limit=spec.memory_bytes, nano_cpus=int(spec.cpu_cores * 1e9),
@@ -288,64 +293,32 @@ class DockerSubstrate:
 
     async def end_of(self, name: str) -> str:
         """See `DockerHost`."""
-        state = (await self._tell(self.engine.api.inspect_container, name))["State"]
+        state = (await self.engine.tell(self.engine.api.inspect_container, name))["State"]
         return "" if state["Running"] else f"exit code {state['ExitCode']}, {state['Error'] or 'no error'}"
 
     async def pause(self, name: str) -> None:
         """See `DockerHost`."""
-        await self._tell(self.engine.api.pause, name)
+        await self.engine.tell(self.engine.api.pause, name)
 
     async def resume(self, name: str) -> None:
         """See `DockerHost`.  One that runs is well: a call that failed here may have been carried out there."""
         try:
-            await self._tell(self.engine.api.unpause, name)
+            await self.engine.tell(self.engine.api.unpause, name)
         except ResourceExhaustedError:
-            if (await self._tell(self.engine.api.inspect_container, name))["State"]["Paused"]:
+            if (await self.engine.tell(self.engine.api.inspect_container, name))["State"]["Paused"]:
                 raise
 
-    async def _image_of(self, spec: SandboxSpec) -> str:
-        """The image that is this stack of layers.  NotFoundError, InvalidArgumentError."""
-        if not spec.layers:
-            if not spec.base:
-                raise InvalidArgumentError('base "" needs a layer that is an operating system')
-            return self._image
-        for layer in spec.layers:
-            if not _LAYER.fullmatch(layer):
-                raise InvalidArgumentError(f"{layer[:100]!r} is not the name of a layer")
-        top, below = spec.layers[0], _recipe(spec.base, spec.layers[1:])
-        try:
-            found = await self.engine.call(self.engine.api.inspect_image, top)
-        except ImageNotFound as error:
-            raise NotFoundError(f"Docker has no layer {top}") from error
-        labels = found["Config"]["Labels"] or {}
-        if labels.get(_BELOW, _recipe("", ())) != below:
-            raise InvalidArgumentError(f"layer {top} was not made upon {below!r}, and Docker cannot put it there")
-        return top
-
     async def commit(self, name: str, spec: SandboxSpec) -> LayerId:
-        """See `DockerHost`: an image.  Docker reads it back, and compares with the digest of what it wrote.
+        """See `DockerHost`: an image."""
+        return await self.layers.commit(name, spec)
 
-        Docker writes holes out, and a sandbox can make one of exabytes: they count like what was written.
-        """
-        found = await self._tell(self.engine.api.containers, all=True, size=True, filters={"name": f"^/{name}$"})
-        if (size := sum(one.get("SizeRw") or 0 for one in found)) > spec.disk_bytes:
-            raise ResourceExhaustedError(
-                f"the sandbox's files have {size} bytes, holes included, more than its disk_bytes, {spec.disk_bytes}"
-            )
-        labels = {_BELOW: _recipe(spec.base, spec.layers)}
-        made = await self._tell(self.engine.api.commit, name, pause=False, conf={"Labels": labels})
-        await self._tell(self._read_back, made["Id"])
-        return LayerId(made["Id"])
+    async def composed(self, references: Sequence[str]) -> Composition:
+        """See `dsec.sandbox.Layered`."""
+        return await self.layers.composed(references)
 
-    def _read_back(self, image: str) -> None:
-        for _ in self.engine.api.get_image(image):
-            pass
-
-    async def _tell(self, function: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
-        try:
-            return await self.engine.call(function, *arguments, **named)
-        except FAILURES as error:
-            raise ResourceExhaustedError(f"Docker: {error}") from error
+    def holding(self) -> AbstractContextManager[Hold]:
+        """See `dsec.sandbox.Layered`."""
+        return self.layers.holding()
 
     async def forget(self, sandbox: DockerSandbox) -> None:
         """Remove the container; what Docker refuses ends by itself, and is swept later."""
@@ -359,10 +332,6 @@ class DockerSubstrate:
 def _bind(source: Path, target: str) -> docker.types.Mount:
     """Where the source is gone: an error (`binds` would make a directory in its place)."""
     return docker.types.Mount(target, str(source), type="bind", read_only=True)
-
-
-def _recipe(base: str, layers: tuple[LayerId, ...]) -> str:
-    return " ".join((*layers, base)).strip()
 
 
 def _identity(pid: int) -> str:

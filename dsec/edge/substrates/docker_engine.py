@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 import docker
-from docker.errors import DockerException, NotFound
+from docker.errors import DockerException, ImageNotFound, NotFound
 
 from dsec.edge.config import DockerConfig
 from dsec.edge.linux.host import Finding
-from dsec.errors import HostUnfitError
+from dsec.errors import HostUnfitError, ResourceExhaustedError
 
 FAILURES = (DockerException, OSError)  # those of requests are OSErrors
 _T = TypeVar("_T")
@@ -38,6 +38,23 @@ class Engine:
     async def call(self, function: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
         """Run a blocking function in one of our threads."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *arguments, **named))
+
+    async def tell(self, function: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
+        """As `call`.  ResourceExhaustedError, with Docker's reason."""
+        try:
+            return await self.call(function, *arguments, **named)
+        except FAILURES as error:
+            raise ResourceExhaustedError(f"Docker: {error}") from error
+
+    async def find_image(self, reference: str) -> dict[str, Any] | None:
+        """What Docker says of an image.  ResourceExhaustedError."""
+        try:
+            found: dict[str, Any] = await self.call(self.api.inspect_image, reference)
+        except ImageNotFound:
+            return None
+        except FAILURES as error:
+            raise ResourceExhaustedError(f"Docker: {error}") from error
+        return found
 
     def close(self) -> None:
         """Wait for what runs, then drop the connections."""
