@@ -22,7 +22,8 @@ import click
 from dsec.terminal import visible
 
 COMMANDS = {
-    **dict.fromkeys(("run", "show", "log", "serve"), "rollout.cli_run"),
+    **dict.fromkeys(("run", "show", "log"), "rollout.cli_run"),
+    **dict.fromkeys(("serve", "workers", "index"), "rollout.cli_serve"),
     **dict.fromkeys(("create", "pause", "resume", "snapshot", "fork", "rm", "network", "ps"), "dsec.cli_sandbox"),
     **dict.fromkeys(("exec", "logs", "trajectory"), "dsec.cli_exec"),
     "cp": "dsec.cli_cp",
@@ -35,6 +36,7 @@ GRPC_EXPERIMENTS = "-event_engine_client,-event_engine_listener"
 """gRPC's older poller: a call changes threads less often, which takes a fifth to a half off an empty one."""
 SETTING_PREFIXES = {
     "RolloutConfig": "DSEC_",
+    "WorkerConfig": "DSEC_WORKER_",
     "SubstrateConfig": "DSEC_EDGE_",
     "EdgeConfig": "DSEC_EDGE_",
     "NetworkConfig": "DSEC_NETWORK_",

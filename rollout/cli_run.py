@@ -1,4 +1,4 @@
-"""Commands for runs: `dsec run`, `show`, `log` and `serve`."""
+"""Commands for runs: `dsec run`, `show` and `log`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import os
 import shlex
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -28,10 +27,9 @@ from rollout.bench.tasks import Task
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
 from rollout.errors import JournalError, RequestError
-from rollout.grpc_server import start_server
 from rollout.jobs import load_any, make_job
 from rollout.ledger import Ledger
-from rollout.main import load_tokenizer, make_service
+from rollout.main import load_tokenizer
 from rollout.record import trajectory_record
 from rollout.request import AgentKind, Job, Limits, Thinking
 from rollout.screen import LiveTable, make_console, print_summary, render_overview, render_trajectory
@@ -229,41 +227,6 @@ def _told(kind: int, payload: bytes) -> object:
         return msgspec.to_builtins(journal.decode(kind, payload))
     except JournalError as error:
         raise ValueError(str(error)) from error
-
-
-@click.command(
-    short_help="Serve rollouts over gRPC.",
-    epilog="\b\nExample:\n  dsec serve --out runs/server --listen 127.0.0.1:7710",
-)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/server"), show_default=True)
-@click.option("--listen", default="127.0.0.1:7710", show_default=True, help="HOST:PORT; port 0 takes a free one.")
-@click.option("--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Rollouts at once.")
-@click.option("--edge", "edge_url", metavar="URL", default="", help=EDGE_HELP)
-def serve(out: Path, listen: str, concurrency: int, edge_url: str) -> None:
-    """Serve rollouts over gRPC (rollout.pb.v1.RolloutService, health, reflection) until a signal comes.
-
-    Unfinished rollouts of the directory's log are taken up at once.  The port has no authentication:
-    listen on a loopback or private address only.
-    """
-    asyncio.run(_serve(out, listen, RolloutConfig(concurrency=concurrency), edge_url))
-
-
-async def _serve(directory: Path, listen: str, config: RolloutConfig, edge_url: str) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with make_service(directory, config, edge_url) as service:
-        await service.start()
-        server = await start_server(service, listen)
-        where = f"{listen.rpartition(':')[0]}:{server.port}"
-        click.echo(f"dsec: serving {where}, log {directory}/wal, {service.running_count} rollouts taken up")
-        stopped, broken = asyncio.create_task(stop.wait()), asyncio.create_task(service.failed())
-        await asyncio.wait([stopped, broken], return_when=asyncio.FIRST_COMPLETED)
-        await server.stop()
-        stopped.cancel()
-        if broken.done():
-            broken.result()
-        broken.cancel()
 
 
 def _program() -> str:

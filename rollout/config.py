@@ -9,6 +9,17 @@ import wal
 from rollout.network import Networks, parse_ceiling
 
 
+class WorkerConfig(BaseSettings):
+    """Bounds of one worker process; docs/operating.md, "Workers"."""
+
+    model_config = SettingsConfigDict(env_prefix="DSEC_WORKER_", extra="ignore")
+
+    lease_ttl_s: float = Field(
+        default=15.0, ge=1, le=3600, description="a worker that was silent for so long has lost its partitions"
+    )
+    grace_s: float = Field(default=30.0, gt=0, le=3600, description="how long a stop may take before it is a crash")
+
+
 class RolloutConfig(BaseSettings):
     """Bounds of one service process."""
 

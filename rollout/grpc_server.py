@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -37,8 +37,9 @@ _log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-def handlers(calls: Calls) -> Any:
+def handlers_of(service: RolloutService) -> Any:
     """A handler for each method of the protocol; the call has its name in snake case."""
+    calls = Calls(service)
     return grpc.method_handlers_generic_handler(
         SERVICE.full_name,
         {m.name: _handler(m, calls) for m in SERVICE.methods if hasattr(calls, _snake(m.name))},
@@ -88,14 +89,23 @@ class Server:
         self._checks = checks
         self.port = port
 
+    async def serve(self) -> None:
+        """Say SERVING."""
+        for served in ("", SERVICE.full_name):
+            await self._checks.set(served, health_pb2.HealthCheckResponse.SERVING)
+
     async def stop(self) -> None:
         """Say NOT_SERVING, take no more calls, give running ones a second; the log keeps what they watched."""
         await self._checks.enter_graceful_shutdown()
         await self._server.stop(STOP_GRACE_S)
 
 
-async def start_server(service: RolloutService, address: str) -> Server:
+async def start_server(
+    service: RolloutService | None, address: str, interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = ()
+) -> Server:
     """Serve an open service at `host:port` (port 0: any) with health and reflection.
+
+    Without a service an interceptor answers (rollout/forward.py), from when `Server.serve` says so.
 
     RequestError if the address cannot be bound.
     """
@@ -106,8 +116,9 @@ async def start_server(service: RolloutService, address: str) -> Server:
         ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
         ("grpc.so_reuseport", 0),
     ]
-    server = grpc.aio.server(options=options)
-    server.add_generic_rpc_handlers((handlers(Calls(service)),))
+    server = grpc.aio.server(options=options, interceptors=interceptors)
+    if service is not None:
+        server.add_generic_rpc_handlers((handlers_of(service),))
     checks = health.aio.HealthServicer()  # type: ignore[attr-defined]  # stub lags behind the package
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -119,6 +130,7 @@ async def start_server(service: RolloutService, address: str) -> Server:
             f"cannot listen on {address}: the port is in use or the host is not ours; choose another with --listen"
         ) from error
     await server.start()
-    for served in ("", SERVICE.full_name):
-        await checks.set(served, health_pb2.HealthCheckResponse.SERVING)
-    return Server(server, checks, port)
+    started = Server(server, checks, port)
+    if service is not None:
+        await started.serve()
+    return started

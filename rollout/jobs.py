@@ -26,7 +26,7 @@ JUDGES_MAX = 16
 MESSAGES_BYTES_MAX = 16 << 20
 _PROJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TARGET = re.compile(r"[A-Za-z_][\w.]{0,127}:[A-Za-z_]\w{0,63}")
-_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
 def load_bundled(names: Sequence[str] = ()) -> list[Task]:
@@ -49,7 +49,7 @@ def load_any(where: Path | None) -> list[Task]:
 
 def make_conversation(name: str, *, messages_json: str = "", token_ids: Sequence[int] = ()) -> Conversation:
     """A prompt without an environment: messages in OpenAI's shape, or tokens, not both.  RequestError."""
-    if not _REQUEST_ID.fullmatch(name):
+    if not REQUEST_ID.fullmatch(name):
         raise RequestError(f"conversation name {name!r}: use 1 to 128 letters, digits, '.', '_', ':' and '-'")
     if bool(messages_json) == bool(token_ids):
         raise RequestError(f"conversation {name}: give messages or token_ids, one of them")
@@ -72,7 +72,7 @@ def make_job(asked: Job, prompts: Sequence[Task | Conversation], *, group_size: 
     Group names set rollouts of one log apart and key their noise: two jobs that shall draw the same
     must name their groups the same.  RequestError names the field, the value and the bound.
     """
-    if not _REQUEST_ID.fullmatch(asked.request_id):
+    if not REQUEST_ID.fullmatch(asked.request_id):
         raise RequestError(f"request_id {asked.request_id!r}: use 1 to 128 letters, digits, '.', '_', ':' and '-'")
     if not prompts:
         raise RequestError("a job needs at least one task")

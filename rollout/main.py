@@ -18,8 +18,6 @@ from rollout.service import RolloutService
 from toolcall_dsl import Tokenizer
 
 EDGE = "edge"
-_LOCKS = "[0-9a-f]" * 8 + ".lock"
-"""Of a log, by epoch: docs/formats/wal.md."""
 
 
 def load_tokenizer() -> Tokenizer:
@@ -33,20 +31,19 @@ def holds_edge(directory: Path) -> bool:
 
 
 def make_service(directory: Path, config: RolloutConfig, edge_url: str = "") -> RolloutService:
-    """A service over `directory` with the embedded engine and an Edge: that of `edge_url`, or one of this process.
-
-    Not open yet.  In an Edge of its own every rollout that runs can have a sandbox: RequestError if this process may
-    not hold so many.  InvalidArgumentError for a url that cannot be.
-    """
-    substrate: Substrate
-    if edge_url:
-        substrate = _remote_substrate(edge_url, directory, config)
-    else:
-        substrate = RunEdge(directory / EDGE, substrate_config(config.concurrency))
+    """A service over `directory` with the embedded engine and the Edge of `make_substrate`.  Not open yet."""
+    substrate = make_substrate(directory, config, edge_url)
     return RolloutService(directory, EmbeddedEngine(), substrate, load_tokenizer(), config)
 
 
-def _remote_substrate(edge_url: str, directory: Path, config: RolloutConfig) -> Substrate:
+def make_substrate(directory: Path, config: RolloutConfig, edge_url: str, number: int = 0) -> Substrate:
+    """The sandboxes of a log: at the Edge of `edge_url`, or in one of this process, the directory's first or another.
+
+    In an Edge of its own every rollout that runs can have a sandbox: RequestError if this process may not hold so
+    many.  InvalidArgumentError for a url that cannot be.
+    """
+    if not edge_url:
+        return RunEdge(directory / (f"{EDGE}.{number}" if number else EDGE), substrate_config(config.concurrency))
     from dsec.client.leased import LeasedSubstrate  # gRPC, which a run with an Edge of its own does not need
 
     parse_address(edge_url)
@@ -54,14 +51,14 @@ def _remote_substrate(edge_url: str, directory: Path, config: RolloutConfig) -> 
 
 
 def sandbox_labels(log: Path) -> dict[str, str]:
-    """What the sandboxes of an open log are found by: `run`, its id, and `log`, the one file that locks it.
+    """What the sandboxes of an open log are found by: `run`, its id, and `log`, the one directory that it is in.
 
-    A copy of a run has its id and all that it ever wrote, but not that file: it is on this boot of this host, and its
-    inode is taken for as long as somebody holds the lock.
+    A copy of a run has its id and all that it ever wrote, but not that directory: it is on this boot of this host, and
+    its inode is taken for as long as it is there.
     """
     reader = wal.Reader(log)
     next(iter(reader), None)
     if reader.header is None:
         raise JournalError(f"{log} has no header yet")
-    lock = max(log.glob(_LOCKS)).stat()
-    return {"run": reader.header.log_id.hex(), "log": f"{HostClock().boot_id}/{lock.st_dev:x}/{lock.st_ino:x}"}
+    here = log.stat()
+    return {"run": reader.header.log_id.hex(), "log": f"{HostClock().boot_id}/{here.st_dev:x}/{here.st_ino:x}"}

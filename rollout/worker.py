@@ -1,0 +1,396 @@
+"""A worker: the partitions that this process owns under a root, each with a service of its own over one engine.
+
+It holds a lease in the index, opens what the index gives it, and lets go of what the index gives to others. While the
+index is out of reach it works on as long as its lease certainly lasts, then stops its rollouts where they are; it
+goes on when the index answers again. A directory that is served alone is a root with one partition, itself.
+
+Invariants:
+1. A partition's log is opened with the epoch that the index gave with it, so whoever owned it before can acknowledge
+   nothing more (docs/formats/wal.md, "One writer"), whatever that process believes.
+2. What is handed over keeps its sandboxes; what ends because nobody else is there leaves none.
+
+See: rollout/leases.py for the rules, docs/architecture.md, "Workers".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import wal
+from dsec.errors import StateError, UnreachableError
+from dsec.sandbox import Substrate
+from rollout import events
+from rollout.config import RolloutConfig, WorkerConfig
+from rollout.engine import Engine
+from rollout.errors import JournalError, MachineError, RequestError
+from rollout.events import Event
+from rollout.index import Index, Partition, RolloutRow, Snapshot
+from rollout.jobs import REQUEST_ID
+from rollout.leases import Lease, plan
+from rollout.partitions import find_logs, hold_name, newest_epoch, row_of, rows_of_log
+from rollout.service import RolloutService
+from toolcall_dsl import Tokenizer
+
+ALONE = "."
+"""The partition of a directory that is served alone: the directory itself."""
+_LOOK_S_MAX = 1.0
+_PUBLISHED_COUNT_MAX = 1000
+_MARGIN = 0.1
+"""Of a lease, before whose end rollouts stop."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a worker's services are made of; `substrate` makes that of a partition's directory and epoch.
+
+    With `has_served_edge` sandboxes are an Edge's that other workers reach, too.
+    """
+
+    engine: Engine
+    tokenizer: Tokenizer
+    config: RolloutConfig
+    substrate: Callable[[Path, int], Substrate]
+    has_served_edge: bool
+
+
+class Borrowed:
+    """An engine that is open already, and stays so when its borrower closes it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def open(self) -> None:
+        """It is."""
+
+    async def close(self) -> None:
+        """Others use it."""
+
+
+class Owned:
+    """A partition that this process owns."""
+
+    def __init__(self, partition: Partition, service: RolloutService) -> None:
+        self.name, self.epoch = partition.name, partition.epoch
+        self.service = service
+        self.watching: asyncio.Task[None] | None = None
+
+
+class Worker:
+    """One worker process."""
+
+    def __init__(
+        self, root: Path, index: Index, parts: Parts, config: WorkerConfig, worker_id: str, *, is_alone: bool = False
+    ) -> None:
+        """`is_alone`: the root is one partition and has no other worker.  Nothing is opened yet."""
+        self.root, self.worker_id = root, worker_id
+        self.owner = f"{worker_id}#{uuid.uuid4().hex[:12]}"
+        self.owned: dict[str, Owned] = {}
+        self.snapshot = Snapshot((), ())
+        self._index, self._parts, self._config = index, parts, config
+        self.is_alone = is_alone
+        self._address = ""
+        self._lease = Lease(config.lease_ttl_s)
+        self._rows: dict[str, RolloutRow] = {}
+        self._new_jobs: dict[str, set[str]] = {}
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._resources = AsyncExitStack()
+        self._refused: set[str] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def open(self, address: str) -> None:
+        """Begin a lease, and own a partition when this returns; `address` is where other workers reach this one.
+
+        Raises RequestError (the root cannot be, the worker id is in use), UnreachableError (the index), EngineError,
+        and what opening the first partition raises.
+        """
+        self._address = address
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._resources.callback(hold_name(self.root, self.worker_id).close)
+        except OSError as error:
+            raise RequestError(f"cannot use {self.root}: {error.strerror}; choose another, or mend that") from error
+        try:
+            await self._index.open()
+            self._resources.push_async_callback(self._index.close)
+            await self._discover()
+            await self._parts.engine.open()
+            self._resources.push_async_callback(self._parts.engine.close)
+            asked_at = _now()
+            await self._index.join(self.owner, self.worker_id, address, self._lease.ttl_s)
+            self._lease.renewed(asked_at)
+            while not self.owned:
+                if not await self._turn():
+                    await asyncio.sleep(self._look_s)
+        except BaseException:
+            await self.close()
+            raise
+        self._tasks = [asyncio.create_task(self._keep()), asyncio.create_task(self._watch_lease())]
+        for task in self._tasks:
+            task.add_done_callback(self._look_at)
+
+    async def failed(self) -> None:
+        """Wait until something stops the whole worker (a disk, a bug), and raise it."""
+        await asyncio.shield(self._failed)
+
+    async def close(self) -> bool:
+        """Stop rollouts at a token boundary and give everything back; False if that was not done in `grace_s`.
+
+        With another worker there its partitions are handed over, sandboxes and all; else their sandboxes end.
+        """
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            async with asyncio.timeout(self._config.grace_s):
+                is_needed = await self._has_successor()
+                await asyncio.gather(*(self._close(each, hands_over=is_needed) for each in list(self.owned.values())))
+                is_in_order = True
+        except TimeoutError:
+            is_in_order = False  # what is still open is fenced by whoever takes it
+        with suppress(UnreachableError):
+            if self._lease.left_s(_now()) > float("-inf"):
+                await self._publish(len(self._rows))
+                await self._index.leave(self.owner)
+        if is_in_order:
+            await self._resources.aclose()
+        if self._failed.done():
+            self._failed.exception()
+        return is_in_order
+
+    @property
+    def running_count(self) -> int:
+        """Rollouts that are queued or running."""
+        return sum(each.service.running_count for each in self.owned.values())
+
+    async def locate(self, request_id: str, *, creates: bool) -> RolloutService | str:
+        """The service that has a job, or the address of the worker that has it; `creates`: it may be a new one.
+
+        UnreachableError if nobody has it now.  What no log has is for this worker to refuse.
+        """
+        for each in self.owned.values():
+            if request_id in each.service.ledger.jobs:
+                return each.service
+        home = self._home()
+        if self.is_alone or not REQUEST_ID.fullmatch(request_id):
+            return home.service
+        name = await self._index.partition_of(request_id)
+        if name is None and creates:
+            name = await self._index.place(request_id, home.name)
+        if name is None:
+            return home.service
+        if name in self.owned:
+            return self.owned[name].service
+        snapshot = await self._index.snapshot()
+        owner = next((each.owner for each in snapshot.partitions if each.name == name), None)
+        worker = snapshot.living().get(owner or "")
+        if worker is None or worker.owner == self.owner:
+            raise UnreachableError(f"request {request_id!r} is in partition {name}, which nobody owns now: ask again")
+        return worker.address
+
+    def _home(self) -> Owned:
+        """Where new jobs go, and calls about nothing in particular."""
+        if not self.owned:
+            raise UnreachableError(f"worker {self.worker_id} owns no partition now: ask again, or another worker")
+        return min(self.owned.values(), key=lambda each: (each.service.running_count, each.name))
+
+    @property
+    def _look_s(self) -> float:
+        return min(_LOOK_S_MAX, self._lease.renew_every_s)
+
+    async def _keep(self) -> None:
+        """Renew, and act by what the index says, until cancelled."""
+        while True:
+            try:
+                has_more = await self._turn()
+            except UnreachableError as error:
+                has_more = False
+                _log.warning("%s", error)
+            if not has_more:
+                await asyncio.sleep(self._look_s)
+
+    async def _turn(self) -> bool:
+        """One look at the index, and what follows from it; True if the next one should follow at once."""
+        await self._renew()
+        self.snapshot = await self._index.snapshot()
+        held = {each.name: (each.epoch, each.service.running_count) for each in self.owned.values()}
+        todo = plan(self.owner, self.snapshot.without(self._refused), held)
+        owners = {each.name: each.owner for each in self.snapshot.partitions}
+        for name in todo.lose:  # whoever has it already could not take over our own Edge's sandboxes
+            if (lost := self.owned.get(name)) is not None:
+                await self._close(lost, hands_over=self._parts.has_served_edge or owners.get(name) is None)
+        for partition in todo.open:
+            await self._open(partition)
+        if (given := self.owned.get(todo.release or "")) is not None:
+            await self._close(given, hands_over=True)
+            await self._index.release(self.owner, given.name)
+        if todo.creates:
+            await self._index.add_partition(ALONE if self.is_alone else f"p-{uuid.uuid4().hex[:12]}", 0)
+        has_claimed = todo.claim is not None and await self._index.claim(self.owner, todo.claim)
+        await self._publish(_PUBLISHED_COUNT_MAX)
+        return has_claimed or todo.creates
+
+    async def _renew(self) -> None:
+        now = _now()
+        if not self._lease.is_due(now):
+            return
+        if not await self._index.renew(self.owner, self._lease.ttl_s, self.running_count):
+            workers = (await self._index.snapshot()).living().values()
+            if any(each.worker_id == self.worker_id for each in workers):
+                raise RequestError(
+                    f"another process is worker {self.worker_id!r} now: give each a --worker-id of its own"
+                )
+            await self._index.join(self.owner, self.worker_id, self._address, self._lease.ttl_s)
+        self._lease.renewed(now)
+
+    async def _watch_lease(self) -> None:
+        """Stop rollouts where they are before others may have them; what stays ours is opened again by a turn."""
+        while True:
+            left_s = self._lease.left_s(_now()) - self._lease.ttl_s * _MARGIN
+            if left_s <= 0 and self.owned:
+                _log.warning("worker %s: its lease ends, and the index does not answer", self.worker_id)
+                await asyncio.gather(*(self._close(each, hands_over=True) for each in list(self.owned.values())))
+            await asyncio.sleep(max(left_s, self._look_s))
+
+    async def _open(self, partition: Partition) -> None:
+        """Take its log, adopt what lives of its sandboxes, take up its rollouts."""
+        directory = self.root / partition.name
+        try:
+            service = await self._start(partition, directory, self._parts.substrate(directory, 0))
+        except StateError:  # who owned it is frozen, and its Edge with it: another Edge, and a replay
+            service = await self._start(partition, directory, self._parts.substrate(directory, partition.epoch))
+        except wal.FencedError as error:  # the index is behind the log: an old copy of it came back
+            await self._index.release(self.owner, partition.name)
+            await self._index.add_partition(partition.name, error.newest_epoch)
+            return
+        except (wal.CorruptError, wal.VersionError, JournalError, MachineError) as error:
+            if self.is_alone:
+                raise
+            _log.error("worker %s cannot open partition %s: %s", self.worker_id, partition.name, error)
+            self._refused.add(partition.name)  # another may, with another build
+            await self._index.release(self.owner, partition.name)
+            return
+        owned = self.owned[partition.name] = Owned(partition, service)
+        owned.watching = asyncio.create_task(self._watch(owned))
+        ledger = service.ledger
+        self._new_jobs.setdefault(partition.name, set()).update(ledger.jobs)
+        self._rows.update((id_, row_of(ledger, partition.name, id_)) for id_ in ledger.rollouts)
+
+    async def _start(self, partition: Partition, directory: Path, substrate: Substrate) -> RolloutService:
+        def observe(event: Event) -> None:
+            self._observe(partition.name, service, event)
+
+        parts = self._parts
+        engine = cast("Engine", Borrowed(parts.engine))
+        service = RolloutService(
+            directory, engine, substrate, parts.tokenizer, parts.config, epoch=partition.epoch, observe=observe
+        )
+        await service.__aenter__()
+        try:
+            await service.start()
+        except BaseException:
+            await service.__aexit__()
+            raise
+        return service
+
+    async def _watch(self, owned: Owned) -> None:
+        failure = asyncio.ensure_future(owned.service.failed())
+        try:
+            await asyncio.wait([failure])
+        finally:
+            failure.cancel()
+        error = failure.exception()
+        if isinstance(getattr(error, "cause", error), wal.FencedError):
+            _log.warning("worker %s lost partition %s: %s", self.worker_id, owned.name, error)
+            await self._close(owned, hands_over=self._parts.has_served_edge)
+        elif error is not None:
+            self._fail(error)
+
+    async def _close(self, owned: Owned, *, hands_over: bool) -> None:
+        """Let go of a partition in this process; the index is not told."""
+        if self.owned.pop(owned.name, None) is None:
+            return
+        if hands_over:
+            owned.service.hand_over()
+        if owned.watching is not None and owned.watching is not asyncio.current_task():
+            owned.watching.cancel()
+        try:
+            await owned.service.__aexit__()
+        except wal.WalError as error:
+            _log.warning("partition %s: %s", owned.name, error)
+
+    async def _has_successor(self) -> bool:
+        """Whether another worker lives, as far as is known."""
+        with suppress(UnreachableError):
+            self.snapshot = await self._index.snapshot() if self.owned else self.snapshot
+        return bool(self.snapshot.living().keys() - {self.owner})
+
+    def _look_at(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._failed.done():
+            self._failed.set_exception(error)
+
+    def _observe(self, partition: str, service: RolloutService, event: Event) -> None:
+        match event:
+            case events.JobSubmitted():
+                self._new_jobs.setdefault(partition, set()).add(event.job.request_id)
+            case (
+                events.RolloutOpened(rollout_id=rollout_id)
+                | events.RolloutResumed(rollout_id=rollout_id)
+                | events.Preempted(rollout_id=rollout_id)
+                | events.InfraFailed(rollout_id=rollout_id)
+                | events.RolloutFinished(rollout_id=rollout_id)
+            ):
+                self._rows[rollout_id] = row_of(service.ledger, partition, rollout_id)
+
+    async def _publish(self, count_max: int) -> None:
+        """Tell the index what changed; what it did not take stays to be told."""
+        for name, request_ids in list(self._new_jobs.items()):
+            told = list(islice(request_ids, _PUBLISHED_COUNT_MAX))
+            await self._index.publish(name, told, ())
+            request_ids.difference_update(told)
+            if not request_ids:
+                del self._new_jobs[name]
+        rows = list(islice(self._rows.values(), count_max))
+        if rows:
+            await self._index.publish("", (), rows)
+        for row in rows:
+            if self._rows.get(row.rollout_id) is row:  # else it changed meanwhile
+                del self._rows[row.rollout_id]
+
+    async def _discover(self) -> None:
+        """Logs that the index does not know are copied into it before anybody may write them."""
+        known = {each.name for each in (await self._index.snapshot()).partitions}
+        for name, log in () if self.is_alone else find_logs(self.root):
+            if name not in known:
+                await copy_log(self._index, name, log, self._parts.tokenizer)
+
+
+async def copy_log(index: Index, name: str, log: Path, tokenizer: Tokenizer) -> int:
+    """Make a log known to the index: its jobs, how its rollouts stand (the answer: how many), and its epoch."""
+    request_ids, rows = await asyncio.to_thread(rows_of_log, name, log, tokenizer)
+    for start in range(0, max(len(request_ids), len(rows)), _PUBLISHED_COUNT_MAX):
+        span = slice(start, start + _PUBLISHED_COUNT_MAX)
+        await index.publish(name, request_ids[span], rows[span])
+    await index.add_partition(name, newest_epoch(log))
+    return len(rows)
+
+
+def _now() -> float:
+    """Seconds by a clock that goes on while this process, or its host, is frozen."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
