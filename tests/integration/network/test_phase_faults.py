@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import wal
 from dsec.testing import FakeSandbox, FakeSubstrate
 from dsec.types import Command, ExecResult, NetworkPolicy, Output
 from rollout.bench.tasks import Task, task_from_files
@@ -119,3 +121,20 @@ async def test_a_verdict_with_a_network_that_was_lost_is_begun_anew_by_the_next_
     state = await run(tmp_path, world, task)
     assert state.judged is not None
     assert world.seen[len(once) + 4 :] == once
+
+
+async def test_from_any_prefix_of_its_log_a_rollout_goes_on_with_the_network_of_each_phase(tmp_path: Path) -> None:
+    task = make_task("setup", "verifier")
+    await run(tmp_path / "whole", World(), task)
+    records = list(wal.read(tmp_path / "whole/wal"))
+    for count in range(len(records) + 1):
+        world, directory = World(), tmp_path / str(count)
+        with contextlib.closing(wal.Log.open(directory / "wal")) as log:
+            for record in records[:count]:
+                log.append(record.kind, record.payload)
+        state = await run(directory, world, task)
+        if state.failure is not None:  # the tests had begun, with a network, on the sandbox that was lost
+            assert "not run again" in state.failure.message
+            state = await run(directory, world, task)
+        assert state.judged is not None
+        assert set(world.seen) <= set(ONCE)
