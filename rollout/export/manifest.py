@@ -13,7 +13,7 @@ See: docs/formats/shards.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -84,37 +84,28 @@ def encode(batch: Appended) -> bytes:
 
 
 class Manifest:
-    """A manifest as it was when it was read."""
+    """One pass over the manifest of a directory of shards, also beside its writer."""
 
-    def __init__(self, log_id: bytes, batches: Sequence[Appended]) -> None:
-        """`log_id` is the manifest's own for ever, wherever the directory is copied to."""
-        self.log_id = log_id
-        self.batches = list(batches)
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.log_id = b""
+        """Of the manifest, once a batch was read: the same for ever, wherever the directory is copied to."""
 
-    @classmethod
-    def read(cls, directory: Path) -> Manifest:
-        """Of a directory of shards, also beside its writer.  ShardError if there is none, or it is damaged."""
-        reader, batches = wal.Reader(directory / MANIFEST), []
-        if not (directory / MANIFEST).is_dir():
-            raise ShardError(f"{directory} holds no shards: give the directory that a ShardWriter wrote to")
+    def __iter__(self) -> Iterator[Appended]:
+        """The batches in the order in which they were written.  ShardError if there is none, or it is damaged."""
+        path = self.directory / MANIFEST
+        if not path.is_dir():
+            raise ShardError(f"{self.directory} holds no shards: give the directory that a ShardWriter wrote to")
+        reader = wal.Reader(path)
         try:
             for record in reader:
                 if record.kind != KIND:
-                    raise ShardError(
-                        f"{directory / MANIFEST}: record {record.lsn} is of kind {record.kind}, not {KIND}"
-                    )
-                batches.append(_decoder.decode(record.payload))
+                    raise ShardError(f"{path}: record {record.lsn} is of kind {record.kind}, not {KIND}")
+                if not self.log_id and reader.header:
+                    self.log_id = reader.header.log_id
+                yield _decoder.decode(record.payload)
         except (wal.WalError, msgspec.MsgspecError) as error:
-            raise ShardError(f"the manifest of {directory} cannot be read: {error}") from error
-        return cls(reader.header.log_id if reader.header else b"", batches)
-
-    @property
-    def end(self) -> tuple[int, int]:
-        """The newest shard, and how many bytes of it are named."""
-        if not self.batches:
-            return 0, 0
-        last = self.batches[-1]
-        return last.shard, last.offset + last.size
+            raise ShardError(f"the manifest of {self.directory} cannot be read: {error}") from error
 
 
 def shard_path(directory: Path, shard: int) -> Path:

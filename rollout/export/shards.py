@@ -47,10 +47,13 @@ class ShardWriter:
     def __init__(self, directory: Path, log: wal.Log, manifest: Manifest, rows_max: int, bytes_max: int) -> None:
         self.directory = directory
         self._log, self._rows_max, self._bytes_max = log, rows_max, bytes_max
-        self._shard, self._size = manifest.end
-        self._rows = sum(len(batch.rows) for batch in manifest.batches if batch.shard == self._shard)
-        self.rollout_ids = {row.rollout_id for batch in manifest.batches for row in batch.rows}
+        self._shard = self._size = self._rows = 0
+        self.rollout_ids: set[str] = set()
         """Everything that is written."""
+        for batch in manifest:
+            self._rows = len(batch.rows) + (self._rows if batch.shard == self._shard else 0)
+            self._shard, self._size = batch.shard, batch.offset + batch.size
+            self.rollout_ids.update(row.rollout_id for row in batch.rows)
         self._failure: Exception | None = None
 
     @classmethod
@@ -65,8 +68,7 @@ class ShardWriter:
         except wal.StorageError as error:
             raise ResultsError(f"cannot write shards to {directory}: {error}") from error
         try:
-            manifest = Manifest.read(directory)
-            writer = cls(directory, log, manifest, rows_max, bytes_max)
+            writer = cls(directory, log, Manifest(directory), rows_max, bytes_max)
             with _told(directory):
                 writer._settle()
         except BaseException:

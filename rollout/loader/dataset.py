@@ -9,7 +9,7 @@ from pathlib import Path
 from rollout.errors import NotFoundError
 from rollout.export.side_channels import Array, read_channel
 from rollout.loader.batch import Batch, make_block
-from rollout.loader.metadata import Metadata, read_metadata
+from rollout.loader.metadata import Metadata
 from rollout.loader.plan import Layout, Plan, Rules, make_plan
 
 
@@ -28,7 +28,7 @@ class Dataset:
         the same.  ShardError if one holds no shards, or fewer; RequestError if one is given twice.
         """
         named = [directories] if isinstance(directories, Path | str) else directories
-        return cls(read_metadata([Path(each) for each in named], counts))
+        return cls(Metadata([Path(each) for each in named], counts))
 
     def __len__(self) -> int:
         return len(self.metadata)

@@ -1,14 +1,15 @@
 """What is known of all rollouts without their tokens: one column for each fact, in memory as a whole.
 
-It is read from the manifests of one or more directories, about a hundred bytes a rollout here, so that
-choosing, shuffling and packing a whole training set touches no shard.
+It is read from the manifests of one or more directories, so that choosing, shuffling and packing a
+whole training set touches no shard.
 
 See: docs/formats/shards.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,18 +56,32 @@ class Metadata:
     `tasks`, `projects`, `finish_reasons` (and `groups`: a group's name holds its log's and its job's).
     """
 
-    def __init__(self, manifests: Sequence[tuple[Path, Manifest]], counts: Sequence[int] | None) -> None:
-        """The first `counts[i]` rollouts of each manifest; None: all of them."""
+    def __init__(self, directories: Sequence[Path], counts: Sequence[int] | None) -> None:
+        """Read the first `counts[i]` rollouts of each directory; None: all of them.
+
+        ShardError; RequestError for a directory that is given twice.
+        """
+        if counts is not None and len(counts) != len(directories):
+            raise RequestError(f"{len(counts)} counts for {len(directories)} directories")
         self.groups, self.tasks, self.projects, self.finish_reasons = Names(), Names(), Names(), Names()
         self.rollout_ids: list[str] = []
         self.places: list[Place] = []
         self.side_channels: dict[int, tuple[SideChannel, ...]] = {}
         self.counts: list[int] = []
         """Rollouts of each directory: given to `Dataset.open` elsewhere, they make the same dataset there."""
-        facts: list[tuple[Any, ...]] = []
-        for index, (directory, manifest) in enumerate(manifests):
-            self._add(directory, manifest, None if counts is None else counts[index], facts)
-        columns = np.array(facts, dtype=_FACTS)
+        parts = [np.empty(0, _FACTS)]
+        logs: dict[bytes, Path] = {}
+        for index, directory in enumerate(directories):
+            manifest, begin = Manifest(directory), len(self)
+            facts = self._rows(manifest, None if counts is None else begin + counts[index])
+            while len(part := np.fromiter(islice(facts, _ROWS_AT_ONCE), _FACTS)):
+                parts.append(part)
+            self.counts.append(len(self) - begin)
+            if counts is not None and (there := self.counts[-1]) < counts[index]:
+                raise ShardError(f"{directory} has {there} rollouts, {counts[index]} were asked for: an older copy?")
+            if manifest.log_id and (other := logs.setdefault(manifest.log_id, directory)) is not directory:
+                raise RequestError(f"{directory} is {other}, or a copy of it: give one of them")
+        columns = np.concatenate(parts)
         self.tokens_count, self.trainable_count = columns["tokens_count"], columns["trainable_count"]
         self.turns_count = columns["turns_count"]
         self.reward, self.is_infra_failure = columns["reward"], columns["is_infra_failure"]
@@ -83,25 +98,21 @@ class Metadata:
         """The rollout's name across all logs."""
         return f"{self.groups.texts[self.group[row]]}/{self.rollout_ids[row]}"
 
-    def _add(self, directory: Path, manifest: Manifest, count: int | None, facts: list[tuple[Any, ...]]) -> None:
+    def _rows(self, manifest: Manifest, end: int | None) -> Iterator[tuple[Any, ...]]:
+        """Take rows over until there are `end`; what goes into the columns."""
         heads: dict[int, int] = {}
-        begin, log = len(facts), manifest.log_id.hex()
-        for batch in manifest.batches:
+        for batch in manifest:
             head_bytes = heads.setdefault(batch.shard, batch.offset)
-            place = Place(directory, batch.shard, batch.offset, batch.size, batch.crc, head_bytes)
+            place = Place(manifest.directory, batch.shard, batch.offset, batch.size, batch.crc, head_bytes)
             self.places.append(place)
+            log = manifest.log_id.hex()
             for row_of_place, row in enumerate(batch.rows):
-                if len(facts) - begin == count:
-                    break
+                if len(self) == end:
+                    return
                 if row.side_channels:
-                    self.side_channels[len(facts)] = row.side_channels
+                    self.side_channels[len(self)] = row.side_channels
                 self.rollout_ids.append(row.rollout_id)
-                facts.append(self._facts(log, row, len(self.places) - 1, row_of_place))
-        self.counts.append(len(facts) - begin)
-        if count is not None and self.counts[-1] < count:
-            raise ShardError(
-                f"{directory} has {self.counts[-1]} rollouts, {count} were asked for: is it an older copy?"
-            )
+                yield self._facts(log, row, len(self.places) - 1, row_of_place)
 
     def _facts(self, log: str, row: Row, place: int, row_of_place: int) -> tuple[Any, ...]:
         return (
@@ -124,18 +135,7 @@ class Metadata:
         )
 
 
-def read_metadata(directories: Sequence[Path], counts: Sequence[int] | None) -> Metadata:
-    """The metadata of directories of shards.  ShardError; RequestError for one that is given twice."""
-    if counts is not None and len(counts) != len(directories):
-        raise RequestError(f"{len(counts)} counts for {len(directories)} directories")
-    manifests = [(directory, Manifest.read(directory)) for directory in directories]
-    seen: dict[bytes, Path] = {}
-    for directory, manifest in manifests:
-        if (other := seen.setdefault(manifest.log_id, directory)) is not directory:
-            raise RequestError(f"{directory} is {other}, or a copy of it: give one of them")
-    return Metadata(manifests, counts)
-
-
+_ROWS_AT_ONCE = 1 << 14
 _FACTS = np.dtype(
     [
         ("tokens_count", "i8"),

@@ -35,7 +35,7 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 class _Ask(msgspec.Struct):
-    """A rank's message: who it is (once, first), or the steps that it wants and lets go of."""
+    """A process's message: its local rank (once, first), or the steps that it wants and lets go of."""
 
     rank: int = 0
     take: int | None = None
@@ -43,9 +43,10 @@ class _Ask(msgspec.Struct):
 
 
 class _Answer(msgspec.Struct):
-    """The node's: the number of steps, or an error; a descriptor of a block comes along."""
+    """The node's: steps and rank of the plan (once, first), or an error; else a descriptor comes along."""
 
     steps: int = 0
+    rank: int = 0
     error: str = ""
     is_damage: bool = False
 
@@ -69,7 +70,10 @@ class Node:
     """Reads for the ranks of this host.  A context manager: it serves from threads until it is left."""
 
     def __init__(self, dataset: Dataset, plan: Plan, ranks: Sequence[int], name: str, window: int = 2) -> None:
-        """`name` is what ranks attach by, one for each node process of this host; `window` mini-batches are held."""
+        """`ranks[i]` is the rank of the plan that process i of this host computes; a tensor-parallel group shares one.
+
+        `name` is what they attach by; `window` mini-batches are held.
+        """
         if window < 1 or not ranks:
             raise RequestError(f"a node needs ranks and a window, not {list(ranks)} and {window}")
         self.dataset, self.plan, self.ranks, self.name, self.window = dataset, plan, tuple(ranks), name, window
@@ -157,15 +161,16 @@ class Node:
         """The rank, if it may attach."""
         error = ""
         with self._changed:
-            if rank not in self.ranks:
-                error = f"node {self.name!r} reads for ranks {list(self.ranks)}, not {rank}"
+            if not 0 <= rank < len(self.ranks):
+                error = f"node {self.name!r} has {len(self.ranks)} local ranks, counted from 0, and none is {rank}"
             elif rank in self._attached:
-                error = f"rank {rank} is attached to node {self.name!r} already"
+                error = f"local rank {rank} is attached to node {self.name!r} already"
             else:
                 self._attached.add(rank)
                 self._gone.discard(rank)
+        answer = _Answer(error=error) if error else _Answer(steps=len(self.plan), rank=self.ranks[rank])
         with suppress(OSError):  # it is gone, and the next recv says so
-            connection.send(msgspec.msgpack.encode(_Answer(steps=len(self.plan), error=error)))
+            connection.send(msgspec.msgpack.encode(answer))
         return None if error else rank
 
     def _answer(self, connection: socket.socket, rank: int, ask: _Ask) -> None:
@@ -204,7 +209,7 @@ class Node:
     def _read(self, step: int, block: _Block) -> int:
         """Fill the place that was taken for a step."""
         try:
-            fd, size = make_block(self.dataset.metadata, self.plan, step, self.ranks, self.name)
+            fd, size = make_block(self.dataset.metadata, self.plan, step, sorted(set(self.ranks)), self.name)
         except BaseException:
             with self._changed:
                 del self._blocks[step]
@@ -256,7 +261,12 @@ class Node:
     def _settle(self) -> None:
         """Let go of what every living rank had and let go of."""
         for step, block in list(self._blocks.items()):
-            if block.fd is not None and not block.holders and block.had and block.had | self._gone >= set(self.ranks):
+            if (
+                block.fd is not None
+                and not block.holders
+                and block.had
+                and block.had | self._gone >= set(range(len(self.ranks)))
+            ):
                 self._drop(step)
         self._changed.notify_all()
 
@@ -273,12 +283,13 @@ class Attached:
     Iterating raises ShardError for a damaged shard, or if the node is gone.
     """
 
-    def __init__(self, connection: socket.socket, name: str, rank: int, first_step: int) -> None:
+    def __init__(self, connection: socket.socket, name: str, local_rank: int, first_step: int) -> None:
         """Use `attach`."""
-        self.name, self.rank, self._step = name, rank, first_step
+        self.name, self._step = name, first_step
         self._socket = connection
         self._held: int | None = None
-        self.steps_count = self._ask(_Ask(rank=rank))[0].steps
+        answer, _ = self._ask(_Ask(rank=local_rank))
+        self.rank, self.steps_count = answer.rank, answer.steps
 
     def __iter__(self) -> Iterator[Batch]:
         while self._step < self.steps_count:
@@ -317,17 +328,17 @@ class Attached:
         return answer, fds[0] if fds else -1
 
 
-def attach(name: str, rank: int, first_step: int = 0) -> Attached:
-    """The mini-batches of one rank from `first_step` on, by the Node of this host and user that has the name.
+def attach(name: str, local_rank: int, first_step: int = 0) -> Attached:
+    """The mini-batches of one process from `first_step` on, by the Node of this host and user that has the name.
 
-    RequestError if there is none, or it does not read for this rank.
+    RequestError if there is none, or it has no such rank.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.connect(_address(name))
         if not _is_ours(connection):
             raise RequestError(f"node {name!r} is another user's")
-        return Attached(connection, name, rank, first_step)
+        return Attached(connection, name, local_rank, first_step)
     except OSError as error:
         connection.close()
         raise RequestError(f"no node named {name!r} serves this host: {error.strerror}") from error

@@ -44,8 +44,8 @@ def stream(path: Path) -> pa.Table:
 
 def everything(directory: Path) -> list[dict[str, object]]:
     rows = [row for path in sorted(directory.glob("*.arrows")) for row in stream(path).to_pylist()]
-    manifest = Manifest.read(directory)
-    assert [row["rollout_id"] for row in rows] == [r.rollout_id for batch in manifest.batches for r in batch.rows]
+    manifest = Manifest(directory)
+    assert [row["rollout_id"] for row in rows] == [r.rollout_id for batch in manifest for r in batch.rows]
     return sorted(rows, key=lambda row: str(row["rollout_id"]))
 
 
@@ -93,7 +93,7 @@ def test_a_killed_writer_leaves_a_whole_prefix_and_the_next_one_goes_on(tmp_path
         lines = [writer.stdout.readline() for _ in range(lines_count)]
         writer.send_signal(signal.SIGKILL)
         lines += [line for line in writer.stdout if line.endswith("\n")]
-    named = [row.rollout_id for batch in Manifest.read(directory).batches for row in batch.rows]
+    named = [row.rollout_id for batch in Manifest(directory) for row in batch.rows]
     assert [line.strip() for line in lines] == named[: len(lines)]
     write(directory, RECORDS)
     write(tmp_path / "again", RECORDS)
@@ -139,11 +139,11 @@ def test_a_shard_that_is_missing_or_short_is_told_with_the_way_out(tmp_path: Pat
 
 def test_a_manifest_that_is_none_or_damaged_is_told(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="holds no shards"):
-        Manifest.read(tmp_path)
+        list(Manifest(tmp_path))
     with wal.Log.open(tmp_path / "manifest") as log:
         log.append(9, b"what is this")
     with pytest.raises(ShardError, match="record 1 is of kind 9"):
-        Manifest.read(tmp_path)
+        list(Manifest(tmp_path))
 
 
 def test_a_disk_that_refuses_is_told_and_the_writer_wants_to_be_opened_again(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_side_channels_are_read_by_others_and_come_back_as_they_were(tmp_path: P
     }
     with ShardWriter.open(tmp_path) as writer:
         writer.append(RECORDS[:2], channels)
-    rows = Manifest.read(tmp_path).batches[0].rows
+    rows = next(iter(Manifest(tmp_path))).rows
     written = stream(tmp_path / "00000000.arrows").to_pylist()
     for row, record in zip(rows, written, strict=True):
         assert [c["sha256"] for c in record["side_channels"]] == [c.sha256 for c in row.side_channels]
@@ -193,7 +193,7 @@ def test_a_side_channel_that_is_not_what_it_says_is_refused_and_damage_is_found(
         writer.append(RECORDS[:1], {name: {"routes": Channel(np.zeros((2, 2), np.float32), "U8")}})
     with ShardWriter.open(tmp_path) as writer:
         writer.append(RECORDS[:1], {name: {"routes": Channel(np.ones((2, 2), np.uint8), "U8")}})
-    (channel,) = Manifest.read(tmp_path).batches[0].rows[0].side_channels
+    (channel,) = next(iter(Manifest(tmp_path))).rows[0].side_channels
     path = tmp_path / channel.uri
     data = path.read_bytes()
     for at in (0, 9, data.index(b"U8"), len(data) - 1):
