@@ -60,6 +60,8 @@ def make_conversation(name: str, *, messages_json: str = "", token_ids: Sequence
     except msgspec.MsgspecError as error:
         raise RequestError(f"conversation {name}: messages must be a JSON list of objects: {error}") from error
     ids = tuple(token_ids)
+    if not said and not ids:
+        raise RequestError(f"conversation {name}: there are no messages")
     if ids and not 0 <= min(ids) <= max(ids) < 1 << 32:
         raise RequestError(f"conversation {name}: token ids must fit 32 bits without sign")
     digest = hashlib.sha256(msgspec.msgpack.encode((name, said, ids))).hexdigest()

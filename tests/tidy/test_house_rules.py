@@ -16,7 +16,8 @@ FUNCTION_LINES_MAX = 70
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "stuff", "lib"}
 DOORS = {
     "docker": {"dsec/edge/substrates/docker.py", "dsec/edge/substrates/docker_engine.py"},
-    "fastapi": set(),
+    "fastapi": {"rollout/http_server.py"},
+    "uvicorn": {"rollout/http_server.py"},
     "redis": set(),
     "sqlalchemy": {"rollout/index.py"},
     "torch": set(),

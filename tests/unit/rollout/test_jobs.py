@@ -79,6 +79,7 @@ def test_a_reward_that_cannot_be_given_is_refused_before_anything_runs(reward: R
         ({}, "give messages or token_ids"),
         ({"messages_json": "[]", "token_ids": (1,)}, "give messages or token_ids"),
         ({"token_ids": (-1,)}, "must fit 32 bits"),
+        ({"messages_json": "[]"}, "there are no messages"),
         ({"messages_json": "{}"}, "must be a JSON list of objects"),
         ({"messages_json": "[" * 100_000}, "must be a JSON list of objects"),
         ({"messages_json": '["' + "x" * (17 << 20) + '"]'}, "bytes of messages"),

@@ -1,0 +1,223 @@
+"""OpenAI's `/v1/chat/completions`: tools, streaming, `reasoning_content`, logprobs; V4's own language underneath.
+
+Messages are encoded as the official encoder does, reasoning of earlier turns included where it stays (with tools);
+what is sampled is read by the incremental parser, so a stream carries reasoning, text and arguments as they come.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+from pydantic import Field
+
+from rollout.dialects.options import (
+    Options,
+    StreamOptions,
+    finish_of,
+    request_name,
+    sampling_of,
+    thinking_of,
+    usage,
+)
+from rollout.errors import RequestError
+from rollout.generation import Ask, drawn_ids, prompt_length
+from rollout.jobs import make_conversation
+from rollout.state import State
+from toolcall_dsl import (
+    ArgumentsText,
+    CallStarted,
+    ContentText,
+    ReasoningText,
+    StreamParser,
+    Tokenizer,
+    TurnEvent,
+    TurnFailed,
+)
+
+
+class ChatRequest(Options):
+    """The body."""
+
+    model: str | None = None
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = 1.0
+    top_p: float | None = 1.0
+    top_k: int | None = 0
+    seed: int | None = None
+    n: int | None = Field(default=1, ge=1)
+    logprobs: bool | None = False
+    top_logprobs: int | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_ids: bool | None = False
+    request_id: str | None = None
+    priority: int = 0
+
+
+def ask_of(body: ChatRequest, context_tokens_max: int) -> Ask:
+    """RequestError names what cannot be done."""
+    body.refuse()
+    if body.top_logprobs:
+        raise RequestError("top_logprobs: only the drawn token's logprob is given; leave it out")
+    if body.tool_choice not in (None, "auto", "none"):
+        raise RequestError("tool_choice: this model is not forced to call; say auto or none")
+    name, is_named = request_name(body.request_id, "chatcmpl")
+    messages = msgspec.json.encode(_messages(body)).decode()
+    return Ask(
+        request_id=name,
+        prompts=(make_conversation("chat", messages_json=messages),),
+        count=body.n or 1,
+        thinking=thinking_of(body.reasoning_effort, body.chat_template_kwargs),
+        sampling=sampling_of(name, body.temperature, body.top_p, body.top_k, body.seed),
+        tokens_count_max=body.max_completion_tokens or body.max_tokens or context_tokens_max,
+        priority=-body.priority,
+        is_named=is_named,
+    )
+
+
+def _messages(body: ChatRequest) -> list[dict[str, Any]]:
+    """OpenAI's messages as the encoder takes them: parts joined, tools declared by the first system message."""
+    said = [{**message, "content": _text(message.get("content"), at)} for at, message in enumerate(body.messages)]
+    if body.tools and body.tool_choice != "none":
+        if not said or said[0].get("role") != "system":
+            said.insert(0, {"role": "system", "content": ""})
+        said[0] = {**said[0], "tools": body.tools}
+    return said
+
+
+def _text(content: object, at: int) -> object:
+    """Text parts become one text; a message without content (a call alone) has an empty one."""
+    if content is None:
+        return ""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise RequestError(f"messages[{at}].content: a part of type {kind!r} cannot be read: this model reads text")
+        texts.append(str(part.get("text", "")))
+    return "".join(texts)
+
+
+class Writer:
+    """Answers to one request, whole or a piece at a time."""
+
+    def __init__(self, body: ChatRequest, ask: Ask, model: str, tokenizer: Tokenizer) -> None:
+        self._body, self._ask, self._tokenizer = body, ask, tokenizer
+        self._head = {"id": ask.request_id, "created": int(time.time()), "model": model}
+        self._parsers: dict[int, StreamParser] = {}
+
+    def whole(self, states: list[State]) -> dict[str, Any]:
+        """The answer in one piece."""
+        choices = [self._choice(index, state) for index, state in enumerate(states)]
+        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage(states)}
+
+    def piece(self, index: int, token_ids: tuple[int, ...], logprobs: tuple[float, ...]) -> dict[str, Any]:
+        """Some more tokens of a choice: what they say, if they complete anything."""
+        is_first = index not in self._parsers
+        parser = self._parser(index)
+        parser.feed(token_ids)
+        delta = self._delta(index, _events(parser))
+        return self._chunk(index, {"role": "assistant", **delta} if is_first else delta, token_ids, logprobs)
+
+    def end(self, index: int, state: State) -> dict[str, Any]:
+        """The last piece of a choice."""
+        parser = self._parser(index)
+        parser.finish()
+        chunk = self._chunk(index, self._delta(index, _events(parser)), (), ())
+        chunk["choices"][0]["finish_reason"] = finish_of(state)
+        return chunk
+
+    def counts(self, states: list[State]) -> dict[str, Any]:
+        """The chunk after the last, if it was asked for."""
+        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage(states)}
+
+    def _parser(self, index: int) -> StreamParser:
+        thinking = self._ask.thinking != "none"
+        fresh = StreamParser(self._tokenizer, thinking=thinking, policy=self._ask.parse_policy)
+        return self._parsers.setdefault(index, fresh)
+
+    def _choice(self, index: int, state: State) -> dict[str, Any]:
+        parsed, ids = state.turns[0].parsed, drawn_ids(state)
+        message: dict[str, Any] = {"role": "assistant", "content": parsed.content or None, "refusal": None}
+        if parsed.reasoning:
+            message["reasoning_content"] = parsed.reasoning
+        if parsed.calls:
+            message["tool_calls"] = [
+                _call(self._call_id(index, n), call.name, msgspec.json.encode(call.arguments).decode())
+                for n, call in enumerate(parsed.calls)
+            ]
+        made: dict[str, Any] = {"index": index, "message": message, "finish_reason": finish_of(state), "logprobs": None}
+        if parsed.error is not None:
+            made["parse_error"] = parsed.error.message
+        return self._with_tokens(made, ids, state.logprobs, list(state.token_ids[: prompt_length(state)]))
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], token_ids: tuple[int, ...], logprobs: tuple[float, ...]
+    ) -> dict[str, Any]:
+        made = {"index": index, "delta": delta, "finish_reason": None, "logprobs": None}
+        choices = [self._with_tokens(made, token_ids, logprobs, None)]
+        return {**self._head, "object": "chat.completion.chunk", "choices": choices}
+
+    def _with_tokens(
+        self,
+        choice: dict[str, Any],
+        token_ids: tuple[int, ...],
+        logprobs: tuple[float, ...],
+        prompt: list[int] | None,
+    ) -> dict[str, Any]:
+        if self._body.logprobs:
+            content = [self._logprob(*pair) for pair in zip(token_ids, logprobs, strict=True)]
+            choice["logprobs"] = {"content": content, "refusal": None}
+        if self._body.return_token_ids:
+            choice["token_ids"] = list(token_ids)
+            if prompt is not None:
+                choice["prompt_token_ids"] = prompt
+        return choice
+
+    def _logprob(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self._tokenizer.decode([token_id])
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
+
+    def _delta(self, index: int, events: Iterator[TurnEvent]) -> dict[str, Any]:
+        """What the events add to a message."""
+        delta: dict[str, Any] = {}
+        calls: dict[int, dict[str, Any]] = {}
+        for event in events:
+            match event:
+                case ReasoningText(text=text):
+                    delta["reasoning_content"] = delta.get("reasoning_content", "") + text
+                case ContentText(text=text):
+                    delta["content"] = delta.get("content", "") + text
+                case CallStarted(index=number, name=name):
+                    calls[number] = {"index": number, **_call(self._call_id(index, number), name, "")}
+                case ArgumentsText(index=number, json_text=text):
+                    call = calls.setdefault(number, {"index": number, "function": {"arguments": ""}})
+                    call["function"]["arguments"] += text
+                case TurnFailed(error=error):
+                    delta["parse_error"] = error.message
+        if calls:
+            delta["tool_calls"] = list(calls.values())
+        return delta
+
+    def _call_id(self, index: int, number: int) -> str:
+        return f"call_{self._ask.request_id}_{index}_{number}"
+
+
+def _call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _events(parser: StreamParser) -> Iterator[TurnEvent]:
+    while (event := parser.next_event()) is not None:
+        yield event

@@ -1,0 +1,134 @@
+"""OpenAI's `/v1/completions`, with vLLM's `return_token_ids`: text or ids in, text and ids out."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pydantic import Field
+
+from rollout.dialects.options import (
+    Options,
+    StreamOptions,
+    TextStream,
+    finish_of,
+    request_name,
+    sampling_of,
+    usage,
+)
+from rollout.errors import RequestError
+from rollout.generation import Ask, drawn_ids, prompt_length
+from rollout.jobs import make_conversation
+from rollout.state import State
+from toolcall_dsl import V4, Tokenizer
+
+TOKENS_DEFAULT = 16
+PROMPTS_MAX = 1024
+
+
+class CompletionRequest(Options):
+    """The body; `prompt` is a text, token ids, or a list of either."""
+
+    model: str | None = None
+    prompt: str | list[int] | list[str] | list[list[int]]
+    max_tokens: int | None = Field(default=TOKENS_DEFAULT, ge=1)
+    temperature: float | None = 1.0
+    top_p: float | None = 1.0
+    top_k: int | None = 0
+    seed: int | None = None
+    n: int = Field(default=1, ge=1)
+    logprobs: int | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = False
+    request_id: str | None = None
+    priority: int = 0
+
+
+def ask_of(body: CompletionRequest, tokenizer: Tokenizer, context_tokens_max: int) -> Ask:
+    """RequestError names what cannot be done.  A text gets a BOS before it, as vLLM does; ids stay as they are."""
+    body.refuse()
+    if (body.logprobs or 0) > 1:
+        raise RequestError("logprobs: only the drawn token's is given: say 0 or 1")
+    prompts = _prompts(body)
+    if not 1 <= len(prompts) <= PROMPTS_MAX:
+        raise RequestError(f"prompt: give 1 to {PROMPTS_MAX} prompts")
+    bos = tokenizer.control(V4.bos)
+    ids = [[bos, *tokenizer.encode_plain(each)] if isinstance(each, str) else each for each in prompts]
+    name, is_named = request_name(body.request_id, "cmpl")
+    return Ask(
+        request_id=name,
+        prompts=tuple(make_conversation(f"prompt{number}", token_ids=each) for number, each in enumerate(ids)),
+        count=body.n,
+        sampling=sampling_of(name, body.temperature, body.top_p, body.top_k, body.seed),
+        tokens_count_max=body.max_tokens or context_tokens_max,
+        priority=-body.priority,
+        is_named=is_named,
+    )
+
+
+class Writer:
+    """Answers to one request, whole or a piece at a time."""
+
+    def __init__(self, body: CompletionRequest, ask: Ask, model: str, tokenizer: Tokenizer) -> None:
+        self._body = body
+        self._head = {"id": ask.request_id, "object": "text_completion", "created": int(time.time()), "model": model}
+        self._tokenizer = tokenizer
+        self._texts: dict[int, TextStream] = {}
+        self._eos = tokenizer.control(V4.eos)
+
+    def whole(self, states: list[State]) -> dict[str, Any]:
+        """The answer in one piece."""
+        choices = []
+        for index, state in enumerate(states):
+            made = self._choice(index, drawn_ids(state), state.logprobs, self._text(drawn_ids(state)))
+            made["finish_reason"] = _finish(state)
+            if self._body.return_token_ids:
+                made["prompt_token_ids"] = list(state.token_ids[: prompt_length(state)])
+            choices.append(made)
+        return {**self._head, "choices": choices, "usage": usage(states)}
+
+    def piece(self, index: int, token_ids: tuple[int, ...], logprobs: tuple[float, ...]) -> dict[str, Any]:
+        """Some more tokens of a choice."""
+        text = self._texts.setdefault(index, TextStream(self._tokenizer)).feed(token_ids)
+        return {**self._head, "choices": [self._choice(index, token_ids, logprobs, text)]}
+
+    def end(self, index: int, state: State) -> dict[str, Any]:
+        """The last piece of a choice."""
+        text = self._texts.setdefault(index, TextStream(self._tokenizer)).feed((), is_last=True)
+        return {**self._head, "choices": [{**self._choice(index, (), (), text), "finish_reason": _finish(state)}]}
+
+    def counts(self, states: list[State]) -> dict[str, Any]:
+        """The chunk after the last, if it was asked for."""
+        return {**self._head, "choices": [], "usage": usage(states)}
+
+    def _text(self, token_ids: tuple[int, ...]) -> str:
+        return self._tokenizer.decode([token for token in token_ids if token != self._eos])
+
+    def _choice(self, index: int, token_ids: tuple[int, ...], logprobs: tuple[float, ...], text: str) -> dict[str, Any]:
+        made: dict[str, Any] = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+        if self._body.logprobs is not None:
+            tokens = [self._tokenizer.decode([token]) for token in token_ids]
+            made["logprobs"] = {
+                "tokens": tokens,
+                "token_logprobs": list(logprobs),
+                "top_logprobs": [{token: value} for token, value in zip(tokens, logprobs, strict=True)],
+                "text_offset": [sum(map(len, tokens[:at])) for at in range(len(tokens))],
+            }
+        if self._body.return_token_ids:
+            made["token_ids"] = list(token_ids)
+        return made
+
+
+def _prompts(body: CompletionRequest) -> list[str] | list[list[int]]:
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    if prompt and isinstance(prompt[0], int):
+        return [[int(str(token)) for token in prompt]]
+    return prompt  # type: ignore[return-value]  # pydantic checked that they are of one kind
+
+
+def _finish(state: State) -> str:
+    finish = finish_of(state)
+    return "stop" if finish == "tool_calls" else finish

@@ -1,0 +1,144 @@
+"""What all HTTP dialects share: options that are refused rather than ignored, sampling, ids, incremental text.
+
+A field that would change what is sampled and that this service cannot honour is an error that names it; a field that
+changes nothing is ignored, as the servers that these dialects come from do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from rollout.engine import Sampling
+from rollout.errors import RequestError
+from rollout.generation import prompt_length
+from rollout.jobs import check_sampling
+from rollout.request import Thinking
+from rollout.state import State, TurnFinish
+from toolcall_dsl import V4, Tokenizer
+
+REFUSED: dict[str, tuple[object, ...]] = {
+    "stop": (None, [], ""),
+    "frequency_penalty": (None, 0, 0.0),
+    "presence_penalty": (None, 0, 0.0),
+    "repetition_penalty": (None, 1, 1.0),
+    "logit_bias": (None, {}),
+    "min_p": (None, 0, 0.0),
+    "min_tokens": (None, 0),
+    "ignore_eos": (None, False),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "use_beam_search": (None, False),
+    "prompt_logprobs": (None,),
+    "response_format": (None, {"type": "text"}),
+    "structured_outputs": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "bad_words": (None, []),
+    "allowed_token_ids": (None,),
+    "functions": (None,),
+    "function_call": (None, "auto"),
+    "features": (None,),
+    "kv_transfer_params": (None,),
+}
+"""Field -> the values that ask for nothing."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+FINISHES: dict[TurnFinish, Literal["stop", "length", "tool_calls"]] = {
+    TurnFinish.STOP: "stop",
+    TurnFinish.PARSE_FAILED: "stop",
+    TurnFinish.TOOL_CALLS: "tool_calls",
+    TurnFinish.LENGTH_TURN: "length",
+    TurnFinish.LENGTH_CONTEXT: "length",
+}
+
+
+class Options(BaseModel):
+    """A request's body: declared fields are checked, others kept in `model_extra`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def refuse(self) -> None:
+        """RequestError for a field that asks for what is not done here."""
+        for name, value in (self.model_extra or {}).items():
+            if name in REFUSED and value not in REFUSED[name]:
+                raise RequestError(f"{name}: not supported by this service; leave it out")
+
+
+class StreamOptions(BaseModel):
+    """`include_usage` asks for counts in a last chunk."""
+
+    include_usage: bool = False
+
+
+def sampling_of(
+    name: str, temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None
+) -> Sampling:
+    """Sampling with OpenAI's defaults; without a seed the request's name is one.  RequestError."""
+    of_name = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    sampling = Sampling(
+        temperature=1.0 if temperature is None else temperature,
+        top_p=1.0 if top_p is None else top_p,
+        top_k=max(0, top_k or 0),  # vLLM says -1 for all
+        seed=of_name if seed is None else seed % (1 << 64),
+    )
+    check_sampling(sampling)
+    return sampling
+
+
+def request_name(asked: str | None, prefix: str) -> tuple[str, bool]:
+    """The request id, and whether it is the caller's own.  RequestError."""
+    if asked is None:
+        return f"{prefix}-{secrets.token_hex(12)}", False
+    if not _NAME.fullmatch(asked):
+        raise RequestError(f"request_id {asked[:80]!r}: use 1 to 128 letters, digits, '.', '_', ':' and '-'")
+    return asked, True
+
+
+def thinking_of(effort: str | None, template: dict[str, Any] | None) -> Thinking:
+    """OpenAI's `reasoning_effort`, or vLLM's `chat_template_kwargs` {thinking, enable_thinking}."""
+    wanted = (template or {}).get("thinking", (template or {}).get("enable_thinking"))
+    if effort in ("max", "xhigh"):
+        return "max"
+    if effort == "none" or (effort is None and wanted is False):
+        return "none"
+    return "high"
+
+
+def finish_of(state: State) -> Literal["stop", "length", "tool_calls"]:
+    """Why a generation that ended did; RequestError if somebody ended it."""
+    if not state.turns or state.finished is None or state.finished.reason.value not in TurnFinish.__members__:
+        reason = state.finished.reason.value if state.finished else "nobody knows"
+        raise RequestError(f"{state.opened.rollout_id} was ended before it was done: {reason}")
+    return FINISHES[state.turns[0].finish]
+
+
+def usage(states: list[State]) -> dict[str, int]:
+    """Counts in OpenAI's words; a prompt counts once."""
+    prompts = {state.opened.group_id: prompt_length(state) for state in states}
+    prompt, completion = sum(prompts.values()), sum(state.sampled_count for state in states)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+class TextStream:
+    """Token ids to text as they come, control tokens left out; holds back what is not yet a whole character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._eos = tokenizer.control(V4.eos)
+        self._held: list[int] = []
+
+    def feed(self, token_ids: tuple[int, ...], *, is_last: bool = False) -> str:
+        """The text that these ids complete."""
+        self._held += [token for token in token_ids if token != self._eos]
+        text = self._tokenizer.decode(self._held)
+        if text.endswith("\ufffd") and not is_last and len(self._held) < 8:
+            return ""
+        self._held.clear()
+        return text

@@ -1,0 +1,152 @@
+"""One prompt continued, without an environment: what every HTTP dialect asks of the service.
+
+A generation is a job of conversations, so its tokens are in the log before anybody sees them, and whoever asks
+again under the same request id gets the same tokens, from the log and then live.  One without an id of its caller's
+ends with its caller.
+
+Invariants:
+1. What is yielded is durable.
+2. Every member's tokens come in order and once, then its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from rollout.engine import Sampling
+from rollout.errors import EngineError, RequestError
+from rollout.events import InfraFailed, RolloutFinished
+from rollout.jobs import make_job
+from rollout.request import Conversation, Job, Limits, NoReward, Thinking
+from rollout.service import RolloutService
+from rollout.state import State
+from toolcall_dsl import Policy
+from wal.tokens import TokensAppended
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What to continue and how: `count` times each prompt; `is_named` says that the caller chose the id."""
+
+    request_id: str
+    prompts: tuple[Conversation, ...]
+    count: int = 1
+    thinking: Thinking = "none"
+    sampling: Sampling
+    tokens_count_max: int
+    priority: int = 0
+    parse_policy: Policy = "tolerant"
+    is_named: bool = False
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens of member `index` (prompts in order, each `count` times)."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Member `index` has ended; `state` holds all of it."""
+
+    index: int
+    state: State
+
+
+def prompt_length(state: State) -> int:
+    """Tokens before the first that was drawn."""
+    return sum(len(segment.token_ids) for segment in state.opened.prompt)
+
+
+def drawn_ids(state: State) -> tuple[int, ...]:
+    """Every token that was drawn, of a rollout without an environment."""
+    return (state.token_ids + state.current)[prompt_length(state) :]
+
+
+def context_bound(service: RolloutService) -> int:
+    """The longest context that a generation may have."""
+    return min(service.config.context_tokens_count_max, service.engine.info.context_tokens_max)
+
+
+async def generate(service: RolloutService, ask: Ask) -> AsyncGenerator[Drawn | Ended, None]:
+    """Submit, or attach to what was submitted under the id; ends when every member has.
+
+    RequestError (also for an id that asked for something else), EngineError if the service failed one of them.
+    """
+    bound = context_bound(service)
+    job = make_job(
+        Job(
+            request_id=ask.request_id,
+            thinking=ask.thinking,
+            sampling=ask.sampling,
+            limits=Limits(
+                turns_count_max=1,
+                turn_tokens_count_max=min(ask.tokens_count_max, bound),
+                context_tokens_count_max=bound,
+            ),
+            priority=ask.priority,
+            parse_policy=ask.parse_policy,
+            reward=NoReward(),
+        ),
+        ask.prompts,
+        group_size=ask.count,
+        group_prefix=f"{ask.request_id}/",
+    )
+    await service.submit(job, ask.prompts)
+    is_over = False
+    try:
+        async with aclosing(_follow(service, job)) as pieces:
+            async for piece in pieces:
+                yield piece
+        is_over = True
+    finally:
+        if not is_over and not ask.is_named:
+            await service.cancel(job.request_id)
+
+
+async def _follow(service: RolloutService, job: Job) -> AsyncGenerator[Drawn | Ended, None]:
+    indices = {rollout_id: number for number, (rollout_id, _, _) in enumerate(service.ledger.members(job.request_id))}
+    left = set(indices)
+    async with aclosing(service.watch(job.request_id)) as events:
+        known = {i: service.ledger.rollouts[i] for i in indices if i in service.ledger.rollouts}
+        for rollout_id, state in known.items():
+            for piece in _so_far(indices[rollout_id], state):
+                yield piece
+            left -= {rollout_id} if state.finished else set()
+        async for _, event in events:
+            match event:
+                case TokensAppended():
+                    drawn = event.token_ids, event.logprobs, event.policy_version
+                    yield Drawn(indices[event.request], *drawn)
+                case RolloutFinished(rollout_id=rollout_id):
+                    left.discard(rollout_id)
+                    yield Ended(indices[rollout_id], service.ledger.rollouts[rollout_id])
+                case InfraFailed():
+                    _fail(event)
+    if left:
+        raise EngineError(f"{job.request_id}: the service stopped while it ran; ask again under the same id")
+
+
+def _so_far(index: int, state: State) -> list[Drawn | Ended]:
+    """What was durable before its caller came."""
+    if state.failure is not None and state.finished is None:
+        _fail(state.failure)
+    ids, logprobs = drawn_ids(state), state.logprobs + state.current_logprobs
+    edges = [(at - prompt_length(state), version) for at, version in state.versions]
+    ends = [at for at, _ in edges[1:]] + [len(ids)]
+    pieces: list[Drawn | Ended] = [
+        Drawn(index, ids[at:end], logprobs[at:end], version) for (at, version), end in zip(edges, ends, strict=True)
+    ]
+    return [*pieces, Ended(index, state)] if state.finished else pieces
+
+
+def _fail(failure: InfraFailed) -> None:
+    if failure.fault == "caller":
+        raise RequestError(failure.message)
+    raise EngineError(failure.message)

@@ -1,0 +1,262 @@
+"""The dialects of OpenAI and vLLM over HTTP: what they say, what they refuse, and that the log stands behind it."""
+
+import asyncio
+import json
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+import wal
+from dsec.testing import FakeSubstrate
+from rollout import journal
+from rollout.config import RolloutConfig
+from rollout.events import Event, RolloutFinished, RolloutOpened
+from rollout.http_server import BODY_BYTES_MAX, start_http_server
+from rollout.main import load_tokenizer
+from rollout.service import RolloutService
+from rollout.testing import Reply, ScriptedEngine, reply_ids
+from wal.tokens import TokensAppended
+
+TOKENIZER = load_tokenizer()
+LS = Reply(
+    reasoning="Look around.", content="I look.", calls=[("bash", {"command": "ls -l"}), ("bash", {"command": "cat é"})]
+)
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "bash", "parameters": {"type": "object", "properties": {"command": {"type": "string"}}}},
+    }
+]
+MESSAGES = [{"role": "user", "content": "What is here?"}]
+CHAT: dict[str, Any] = {"messages": MESSAGES, "tools": TOOLS, "return_token_ids": True, "logprobs": True}
+Client = httpx2.AsyncClient
+Seen = defaultdict[type, asyncio.Event]
+"""Set once an event of the type is durable."""
+
+
+@asynccontextmanager
+async def serving(
+    directory: Path,
+    script: Callable[[str, int], Reply] = lambda _session, _turn: LS,
+    token: str = "",
+    seen: Seen | None = None,
+) -> AsyncIterator[tuple[Client, RolloutService]]:
+    engine, config = ScriptedEngine(TOKENIZER, script, chunk_tokens_count=3), RolloutConfig(log_sync="os")
+
+    def observe(event: Event) -> None:
+        if seen is not None:
+            seen[type(event)].set()
+
+    async with RolloutService(directory, engine, FakeSubstrate(), TOKENIZER, config, observe=observe) as service:
+        await service.start()
+        server = start_http_server(service, "127.0.0.1:0", token)
+        try:
+            async with Client(base_url=f"http://127.0.0.1:{server.port}", timeout=30) as client:
+                yield client, service
+        finally:
+            await server.stop()
+
+
+async def events(client: Client, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    response = await client.post(path, json={**body, "stream": True})
+    assert response.status_code == 200, response.text
+    *lines, done = [line for line in response.text.split("\n\n") if line]
+    assert done == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+async def test_a_chat_answers_with_reasoning_text_and_calls_and_every_token_of_it(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (client, service):
+        said = (await client.post("/v1/chat/completions", json=CHAT)).json()
+        (choice,) = said["choices"]
+        message = choice["message"]
+        assert (message["reasoning_content"], message["content"]) == ("Look around.", "I look.")
+        calls = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in message["tool_calls"]]
+        assert calls == [("bash", {"command": "ls -l"}), ("bash", {"command": "cat é"})]
+        assert choice["finish_reason"] == "tool_calls"
+        assert choice["token_ids"] == list(reply_ids(LS, TOKENIZER))
+        assert len(choice["logprobs"]["content"]) == len(choice["token_ids"]) == said["usage"]["completion_tokens"]
+        (state,) = service.ledger.rollouts.values()
+        assert choice["prompt_token_ids"] + choice["token_ids"] == list(state.token_ids)
+
+
+async def test_a_stream_says_the_same_as_the_whole_a_piece_at_a_time(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (client, _):
+        whole = (await client.post("/v1/chat/completions", json=CHAT)).json()
+        chunks = await events(client, "/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}})
+    assert chunks[-1]["usage"] == whole["usage"]
+    deltas = [chunk["choices"][0] for chunk in chunks[:-1]]
+    message = whole["choices"][0]["message"]
+    for field in ("content", "reasoning_content"):
+        assert "".join(each["delta"].get(field, "") for each in deltas) == message[field]
+    calls: dict[int, dict[str, str]] = {}
+    for call in (call for each in deltas for call in each["delta"].get("tool_calls", [])):
+        known = calls.setdefault(call["index"], {"name": "", "arguments": ""})
+        for name, text in call["function"].items():
+            known[name] += text
+    told = [(call["name"], json.loads(call["arguments"])) for call in calls.values()]
+    assert told == [
+        (call["function"]["name"], json.loads(call["function"]["arguments"])) for call in message["tool_calls"]
+    ]
+    assert [token for each in deltas for token in each["token_ids"]] == whole["choices"][0]["token_ids"]
+    assert [each["finish_reason"] for each in deltas][-1] == "tool_calls"
+    assert len(deltas) > 5
+
+
+async def test_what_is_answered_is_durable_and_the_same_id_gives_the_same_tokens_after_a_restart(
+    tmp_path: Path,
+) -> None:
+    body = {"token_ids": [0, 5, 6], "sampling_params": {"max_tokens": 7, "logprobs": 1}, "request_id": "mine"}
+    prompt = {**body, "token_ids": list(_header())}
+    async with serving(tmp_path) as (client, _):
+        first = (await client.post("/inference/v1/generate", json=prompt)).json()
+        logged = [value for _, value in journal.replay(tmp_path / "wal") if isinstance(value, TokensAppended)]
+        assert [token for event in logged for token in event.token_ids] == first["choices"][0]["token_ids"]
+    async with serving(tmp_path) as (client, service):
+        again = (await client.post("/inference/v1/generate", json=prompt)).json()
+        streamed = await events(client, "/inference/v1/generate", prompt)
+        assert service.engine.drawn_count == 0  # type: ignore[attr-defined]  # the double counts
+        other = await client.post("/inference/v1/generate", json={**prompt, "token_ids": [0]})
+    assert again == first
+    assert first["choices"][0]["finish_reason"] == "length"
+    assert first["choices"][0]["weight_versions"] == [{"start": 0, "length": 7, "version": 0}]
+    ids = [token for chunk in streamed for token in chunk["choices"][0]["token_ids"]]
+    assert ids == first["choices"][0]["token_ids"]
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "ALREADY_EXISTS")
+
+
+def _header() -> tuple[int, ...]:
+    """A prompt behind which the double knows where a turn begins."""
+    return (0, TOKENIZER.control("<｜User｜>"), 5, TOKENIZER.control("<｜Assistant｜>"), TOKENIZER.control("<think>"))
+
+
+async def test_completions_take_texts_and_ids_and_give_both_back(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (client, _):
+        ids = list(_header())
+        body = {"prompt": [ids, ids], "n": 2, "max_tokens": 4, "return_token_ids": True, "logprobs": 1}
+        said = (await client.post("/v1/completions", json=body)).json()
+        assert [choice["index"] for choice in said["choices"]] == [0, 1, 2, 3]
+        for choice in said["choices"]:
+            assert choice["prompt_token_ids"] == ids
+            assert choice["token_ids"] == list(reply_ids(LS, TOKENIZER)[:4])
+            assert choice["text"] == TOKENIZER.decode(choice["token_ids"])
+            assert len(choice["logprobs"]["tokens"]) == 4
+        assert said["usage"] == {
+            "prompt_tokens": 2 * len(ids),
+            "completion_tokens": 16,
+            "total_tokens": 2 * len(ids) + 16,
+        }
+        chunks = await events(client, "/v1/completions", {"prompt": ids, "max_tokens": 100})
+        text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+        assert text == TOKENIZER.decode(reply_ids(LS, TOKENIZER)[:-1])
+        assert "é" in text
+
+
+async def test_a_call_that_was_cut_off_is_said_to_be_and_is_none(tmp_path: Path) -> None:
+    async with serving(tmp_path, lambda _s, _t: Reply(reasoning="x", calls=[("bash", {"command": "y " * 100})])) as (
+        client,
+        _,
+    ):
+        body = {**CHAT, "max_tokens": 60}
+        (choice,) = (await client.post("/v1/chat/completions", json=body)).json()["choices"]
+    assert (choice["finish_reason"], "tool_calls" in choice["message"]) == ("length", False)
+    assert "ended inside a tool call" in choice["parse_error"]
+
+
+REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
+    ("/v1/chat/completions", {**CHAT, "stop": ["x"]}, 400, "stop: not supported"),
+    ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, 400, "response_format"),
+    ("/v1/chat/completions", {**CHAT, "tool_choice": "required"}, 400, "tool_choice"),
+    ("/v1/chat/completions", {**CHAT, "model": "gpt-9"}, 404, "this service has 'scripted'"),
+    ("/v1/chat/completions", {**CHAT, "messages": [{"role": "wizard", "content": "x"}]}, 400, "wizard"),
+    ("/v1/chat/completions", {**CHAT, "messages": []}, 400, ""),
+    ("/v1/chat/completions", {**CHAT, "temperature": -1}, 400, "temperature is -1"),
+    ("/v1/chat/completions", {**CHAT, "n": 5000}, 400, "group_size is 5000"),
+    ("/v1/chat/completions", {**CHAT, "request_id": "a/b"}, 400, "request_id"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "image_url"),
+    ("/v1/completions", {"prompt": []}, 400, "prompt"),
+    ("/v1/completions", {"prompt": [-1]}, 400, "32 bits"),
+    ("/v1/completions", {"prompt": "x", "echo": True}, 400, "echo"),
+    ("/v1/completions", {"prompt": "x " * 5000}, 400, "leave no room"),
+    ("/inference/v1/generate", {"token_ids": [0]}, 400, "sampling_params"),
+    ("/inference/v1/generate", {"token_ids": [0], "sampling_params": {"min_tokens": 3}}, 400, "min_tokens"),
+    ("/pause?mode=never", {}, 400, "must be keep, wait or abort"),
+]
+
+
+async def test_what_cannot_be_honoured_is_refused_by_name_before_anything_is_sampled(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (client, service):
+        for path, body, status, said in REFUSED:
+            for stream in ({}, {"stream": True}):
+                response = await client.post(path, json={**body, **stream})
+                assert (response.status_code, said in response.json()["error"]["message"]) == (status, True), (
+                    body,
+                    response.text,
+                )
+        for content in (b"{", b"[1]", b"\xff"):
+            response = await client.post(
+                "/v1/completions", content=content, headers={"content-type": "application/json"}
+            )
+            assert response.status_code == 400
+        assert service.ledger.rollouts == {}
+
+
+async def test_who_may_call_and_how_much_they_may_send(tmp_path: Path) -> None:
+    async with serving(tmp_path / "open") as (client, _):
+        page = await client.post("/v1/chat/completions", json=CHAT, headers={"origin": "http://evil.example"})
+        assert page.status_code == 403
+        large = await client.post("/pause", content=bytes(BODY_BYTES_MAX + 1))
+        assert large.status_code == 413
+    async with serving(tmp_path / "shut", token="secret") as (client, _):
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer s\xe9cret".encode("latin-1")}):
+            assert (await client.get("/v1/models", headers=headers)).status_code == 401  # type: ignore[arg-type]
+        right = await client.get("/v1/models", headers={"authorization": "Bearer secret"})
+        assert right.json()["data"][0]["id"] == "scripted"
+        assert (await client.get("/health")).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_goes_away_ends_what_it_did_not_name(tmp_path: Path, *, stream: bool) -> None:
+    long, seen = Reply(reasoning="thinking " * 400), Seen(asyncio.Event)
+    async with serving(tmp_path, lambda _s, _t: long, seen=seen) as (client, service):
+        await service.engine.pause("keep")
+        asking = asyncio.create_task(client.post("/v1/chat/completions", json={**CHAT, "stream": stream}))
+        await seen[RolloutOpened].wait()
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        (request_id,) = service.ledger.jobs
+        await seen[RolloutFinished].wait()
+        assert service.is_ended(request_id)
+        await service.engine.resume()
+    values = [value for _, value in journal.replay(tmp_path / "wal")]
+    assert [value.reason for value in values if isinstance(value, RolloutFinished)] == ["CANCELLED"]
+
+
+async def test_a_paused_engine_goes_on_where_it_stood(tmp_path: Path) -> None:
+    seen = Seen(asyncio.Event)
+    async with serving(tmp_path, seen=seen) as (client, _):
+        assert (await client.post("/pause?mode=keep")).status_code == 200
+        assert (await client.get("/is_paused")).json() == {"is_paused": True}
+        asking = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT))
+        await seen[RolloutOpened].wait()
+        await client.post("/resume")
+        (choice,) = (await asking).json()["choices"]
+    assert choice["token_ids"] == list(reply_ids(LS, TOKENIZER))
+    assert wal.read(tmp_path / "wal") is not None
+
+
+async def test_requests_are_given_up_by_their_names(tmp_path: Path) -> None:
+    seen = Seen(asyncio.Event)
+    async with serving(tmp_path, seen=seen) as (client, service):
+        await service.engine.pause("keep")
+        body = {"token_ids": list(_header()), "sampling_params": {"max_tokens": 9}, "request_id": "mine"}
+        asking = asyncio.create_task(client.post("/inference/v1/generate", json=body))
+        await seen[RolloutOpened].wait()
+        gone = await client.post("/inference/v1/abort_requests", json={"request_ids": ["mine", "unknown"]})
+        assert gone.json() == {"aborted": ["mine"]}
+        assert "ended before it was done: CANCELLED" in (await asking).json()["error"]["message"]
