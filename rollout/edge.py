@@ -26,6 +26,7 @@ from dsec.edge.local import EdgeSubstrate
 from dsec.edge.network.decisions import Decision
 from dsec.edge.service import Edge
 from dsec.edge.substrates.container import ContainerSubstrate
+from dsec.edge.threads import start_threads
 from rollout.errors import RequestError
 
 _FDS_COUNT_BASE = 256
@@ -72,6 +73,7 @@ class RunEdge(EdgeSubstrate):
 
     async def open(self) -> None:
         """As every Edge's; what lives on with too few slots for this run is destroyed, and rebuilt."""
+        await start_threads()
         await asyncio.to_thread(self._forget_earlier_boots)
         await super().open()
         if self._containers.spawner.slots_count < self._config.sandboxes_count_max:

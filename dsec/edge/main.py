@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -19,10 +17,9 @@ from dsec.edge.images.service import Images
 from dsec.edge.images.store import LayerStore
 from dsec.edge.listen import Certificate, Listen, make_listen
 from dsec.edge.service import Edge
+from dsec.edge.threads import start_threads
 from dsec.errors import InvalidArgumentError
 from dsec.sandbox import Substrate
-
-THREADS_COUNT = 8
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,7 +96,7 @@ async def serve(options: ServeOptions, tell: Callable[[Ready], None], tell_left:
     Edge has left.  InvalidArgumentError for an address that cannot be, before anything is touched.
     """
     listens = [make_listen(url, options.token, options.certificate) for url in options.urls]
-    await _start_threads()
+    await start_threads()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -119,14 +116,6 @@ async def serve(options: ServeOptions, tell: Callable[[Ready], None], tell_left:
         left = len(edge.list())
         await edge.detach()
         tell_left(left)
-
-
-async def _start_threads() -> None:
-    """Make the threads of blocking calls now: a host whose table of processes is full would give none later."""
-    loop, threads = asyncio.get_running_loop(), ThreadPoolExecutor(THREADS_COUNT, "edge")
-    all_run = threading.Barrier(THREADS_COUNT)
-    await asyncio.gather(*(loop.run_in_executor(threads, all_run.wait) for _ in range(THREADS_COUNT)))
-    loop.set_default_executor(threads)
 
 
 async def _serve(
