@@ -23,6 +23,7 @@ from dsec.terminal import visible
 
 COMMANDS = {
     **dict.fromkeys(("run", "show", "log"), "rollout.cli_run"),
+    "export": "rollout.cli_export",
     **dict.fromkeys(("serve", "workers", "index"), "rollout.cli_serve"),
     **dict.fromkeys(("create", "pause", "resume", "snapshot", "fork", "rm", "network", "ps"), "dsec.cli_sandbox"),
     **dict.fromkeys(("exec", "logs", "trajectory"), "dsec.cli_exec"),

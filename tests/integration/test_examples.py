@@ -12,6 +12,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "log_tokens.py",
+        "pack_for_training.py",
         "run_in_process.py",
         "sandbox.py",
         "submit_group.py",

@@ -1,0 +1,26 @@
+"""Pack finished rollouts for a trainer: whole groups, GRPO advantages, sequences of at most 4,096 tokens."""
+
+import sys
+from collections import defaultdict
+
+import numpy as np
+
+from rollout.loader import Dataset, Rules
+
+dataset = Dataset.open(sys.argv[1])  # what `dsec export runs/main` wrote: runs/main/shards
+plan = dataset.plan(seed=0, epoch=0, token_budget=4096, step_units_count=4, rules=Rules(usable_min=2))
+print(f"{len(dataset)} rollouts, {plan.sequences_count} sequences, dropped {plan.dropped}")
+for batch in dataset.batches(plan):  # on several ranks of a node: rollout.loader.Node and attach
+    rewards = defaultdict(list)
+    for sequence in batch:
+        for member in sequence.members:
+            rewards[member.group].append(member.reward)
+    for sequence in batch:
+        for member in sequence.members:
+            group = np.array(rewards[member.group])
+            tokens = slice(member.start, member.start + member.length)
+            sequence.advantages[tokens] = (member.reward - group.mean()) / (group.std() + 1e-6)
+        trained = int(sequence.loss_mask.sum())  # a real trainer computes its loss here
+        print(
+            f"step {batch.step}: {len(sequence)} tokens, {trained} trained, cu_seqlens {sequence.cu_seqlens.tolist()}"
+        )

@@ -1,0 +1,31 @@
+"""`dsec export`: the finished rollouts of a log, as shards that trainers and data tools read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rollout.errors import RequestError
+from rollout.ledger import Ledger
+from rollout.main import load_tokenizer
+
+
+@click.command(
+    short_help="Write finished rollouts of a run as Arrow and Parquet shards.",
+    epilog="\b\nExample:\n  dsec export runs/first\n  python examples/pack_for_training.py runs/first/shards",
+)
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Where the shards go.  [default: DIR/shards]")
+def export(directory: Path, out: Path | None) -> None:
+    """Write the rollouts of a run that have ended to shards (docs/formats/shards.md); what is there stays as it is.
+
+    It may be called again at any time, also while the run goes on: it adds what has ended since.
+    """
+    from rollout.export import exporter  # loads pyarrow
+
+    if not (directory / "wal").is_dir():
+        raise RequestError(f"{directory} holds no run: give the directory of a dsec run or dsec serve")
+    target = out or directory / exporter.SHARDS
+    count = exporter.export(Ledger.read(directory / "wal", load_tokenizer()), target)
+    click.echo(f"{count} rollouts written to {target}")
