@@ -1,6 +1,5 @@
 """What serves one sandbox after another: nothing tells those made ahead, or in used cgroups, from those made afresh."""
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -55,10 +54,8 @@ async def opened(
 
 async def filled(substrate: ContainerSubstrate) -> set[int]:
     """The first processes of what is ready, when no more is made."""
-    warm = substrate._warm
-    while warm._filling is not None and not warm._filling.done():
-        await asyncio.wait([warm._filling])
-    return {sandbox.host_pid for sandbox in warm._ready}
+    await substrate._warm.filled()
+    return {sandbox.host_pid for sandbox in substrate._warm.ready}
 
 
 def limits(sandbox: ContainerSandbox) -> dict[str, str]:
@@ -122,7 +119,7 @@ async def test_one_that_died_while_it_waited_or_cannot_become_what_is_asked_for_
         await (await substrate.create(SandboxSpec())).destroy()
         for spoil in ("death", "refusal"):
             ready = await filled(substrate)
-            (waiting,) = substrate._warm._ready
+            (waiting,) = substrate._warm.ready
             if spoil == "death":
                 await waiting.destroy()
             else:

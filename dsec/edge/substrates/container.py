@@ -211,6 +211,7 @@ class ContainerSubstrate:
 
     async def _give(self, spec: SandboxSpec, name: SandboxId) -> ContainerSandbox:
         """One that was made ahead, or a new one."""
+        self._warm.ask(spec)
         while (warm := self._warm.take(spec)) is not None:
             with contextlib.suppress(SandboxLostError, SpawnError):  # it died while it waited, or cannot be this
                 await warm.hand_out(name, spec)

@@ -34,13 +34,16 @@ from dsec.types import Command, Defaults, LayerId, NetworkPolicy, SandboxId, San
 log = logging.getLogger(__name__)
 
 
-def kind_of(spec: SandboxSpec) -> SandboxSpec:
+Kind = tuple[str, tuple[LayerId, ...]]
+
+
+def kind_of(spec: SandboxSpec) -> Kind:
     """What of a spec can be no other once a sandbox is made.
 
     The root is built of base and layers, and pid 1 stands in it and may enter no other.  All else is attached when it
     is handed out.
     """
-    return SandboxSpec(base=spec.base, layers=spec.layers)
+    return spec.base, spec.layers
 
 
 def _limits_of(spec: SandboxSpec) -> SandboxSpec:
