@@ -14,12 +14,13 @@ from contextlib import aclosing
 
 import msgspec
 
-from rollout.asked import job_of
+from rollout.asked import job_of, sampling_of
 from rollout.errors import NotFoundError
 from rollout.follow import follow, replay
 from rollout.listing import Filter, list_rollouts
 from rollout.messages import fill, parts, plain
 from rollout.pb.v1 import rollout_pb2 as pb
+from rollout.quick import ask
 from rollout.record import trajectory_record
 from rollout.service import RolloutService
 from rollout.updates import Mask, trajectory_parts, updates_of
@@ -99,3 +100,17 @@ class Calls:
         fill(response, scored)
         for part in parts(response):
             yield part
+
+    async def quick_instruction(self, request: pb.QuickInstructionRequest) -> pb.QuickInstructionResponse:
+        """Small questions about a context."""
+        answers = await ask(
+            self._service,
+            request.request_id,
+            request.rollout_id,
+            [(each.task, each.url if each.HasField("url") else None) for each in request.instructions],
+            answer_tokens_count_max=request.answer_tokens_count_max,
+            sampling=sampling_of(request.sampling),
+        )
+        response = pb.QuickInstructionResponse()
+        fill(response, {"answers": answers})
+        return response

@@ -184,6 +184,18 @@ class TrajectoryRecord(msgspec.Struct, frozen=True, kw_only=True):
     sampling_effective: Sampling
 
 
+class QuickAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What a Quick Instruction was answered; not `is_complete` if it was cut off at its bound.
+
+    `rollout_id` is the record of its own that the answer has.
+    """
+
+    task: str
+    text: str
+    is_complete: bool
+    rollout_id: str
+
+
 def trajectory_record(ledger: Ledger, rollout_id: str, side_channels: tuple[SideChannel, ...] = ()) -> TrajectoryRecord:
     """The record of an opened rollout, finished or not.  KeyError if it was never opened."""
     state = ledger.rollouts[rollout_id]

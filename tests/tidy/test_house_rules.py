@@ -29,6 +29,7 @@ DOORS = {
         "dsec/client/calls.py",
         "dsec/edge/grpc_server.py",
         "rollout/forward.py",
+        "rollout/client/connection.py",
         "rollout/grpc_server.py",
     },
     "grpc_health": {"dsec/edge/grpc_server.py", "rollout/grpc_server.py"},

@@ -1,0 +1,129 @@
+"""A channel to the rollout service: messages out and in, typed errors, and calls that are asked again.
+
+Every call of the protocol may be repeated, so a call that was lost, or whose server is going or coming, is sent
+again, after a delay that grows, until `patience_s` seconds passed without an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import grpc
+
+from dsec.errors import DsecError, InvalidArgumentError, ResourceExhaustedError, UnreachableError
+from rollout.errors import RolloutError
+from rollout.messages import MESSAGE_BYTES_MAX
+from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
+
+DELAY_S_MIN, DELAY_S_MAX = 0.05, 2.0
+_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+def _leaves(root: type[Any]) -> dict[str, type[Exception]]:
+    found: dict[str, type[Exception]] = {root.code: root}
+    for leaf in root.__subclasses__():
+        found |= _leaves(leaf)
+    return found
+
+
+_ERRORS = _leaves(DsecError) | _leaves(RolloutError)
+_RETRIED = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+_WITHOUT_CODE: dict[grpc.StatusCode, type[DsecError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
+    grpc.StatusCode.UNAVAILABLE: UnreachableError,
+}
+
+
+def error_of(error: grpc.aio.AioRpcError) -> Exception:
+    """The error that the server answered with, by the code in its details."""
+    details = str(error.details())
+    code, _, sentence = details.partition(": ")
+    if code in _ERRORS:
+        return _ERRORS[code](sentence)
+    if "larger than max" in details:
+        return InvalidArgumentError(f"the message is too large to be sent ({details})")
+    return _WITHOUT_CODE.get(error.code(), RolloutError)(details)
+
+
+class Retry:
+    """How often something is asked again: until `patience_s` passed since the last sign of life."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self.reset()
+
+    def reset(self) -> None:
+        """The server answered."""
+        self._delay_s = DELAY_S_MIN
+        self._until = time.monotonic() + self._patience_s
+
+    async def wait(self, error: Exception | None = None) -> None:
+        """A while, longer each time; raises `error` instead once patience is at its end."""
+        if error is not None and time.monotonic() > self._until:
+            raise error
+        await asyncio.sleep(self._delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - only spreads callers
+        self._delay_s = min(2 * self._delay_s, DELAY_S_MAX)
+
+
+class Connection:
+    """One channel."""
+
+    def __init__(self, address: str, patience_s: float) -> None:
+        self.patience_s = patience_s
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._stub: Any = RolloutServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    async def call(self, name: str, request: Any) -> Any:
+        """A unary call, or all messages of a stream, asked again if it was lost."""
+        retry = Retry(self.patience_s)
+        while True:
+            try:
+                called = getattr(self._stub, name)(request)
+                if isinstance(called, grpc.aio.UnaryStreamCall):
+                    return [message async for message in called]
+                return await called
+            except grpc.aio.AioRpcError as error:
+                await retry.wait(self._may_retry(error))
+
+    async def stream(self, make: Callable[[], tuple[str, Any]], retry: Retry) -> AsyncGenerator[Any, None]:
+        """The messages of a stream that `make` names the call and the request of, each time that it breaks."""
+        while True:
+            name, request = make()
+            called = getattr(self._stub, name)(request)
+            try:
+                async for message in called:
+                    retry.reset()
+                    yield message
+            except grpc.aio.AioRpcError as error:
+                await retry.wait(self._may_retry(error, is_stream=True))
+            else:
+                return
+            finally:
+                called.cancel()
+
+    def _may_retry(self, error: grpc.aio.AioRpcError, *, is_stream: bool = False) -> Exception:
+        """The error, to be raised when patience ends; raises it now if asking again is no use."""
+        ours = error_of(error)
+        is_slow = is_stream and isinstance(ours, ResourceExhaustedError)
+        if error.code() not in _RETRIED and not is_slow:
+            raise ours from None
+        return ours
+
+    async def close(self) -> None:
+        """Hang up."""
+        await self._channel.close(None)
