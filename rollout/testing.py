@@ -177,7 +177,10 @@ class ScriptedEngine:
         last_header = max(i for i, token in enumerate(request.token_ids) if token == header)
         turn = sum(token == self._eos for token in request.token_ids)
         done = len(request.token_ids) - last_header - 2
-        return reply_ids(self._script(request.session, turn), self._tokenizer)[done:][: request.tokens_count_max]
+        room = min(request.tokens_count_max, self._info.context_tokens_max - len(request.token_ids))
+        rest = reply_ids(self._script(request.session, turn), self._tokenizer)[done:][:room]
+        stops = [index for index, token_id in enumerate(rest) if token_id in request.stop_ids]
+        return rest[: stops[0] + 1] if stops else rest
 
     def _draw(self, session: _Session, request: SampleRequest, seen: tuple[int, ...]) -> tuple[EngineInfo, KvBreak]:
         """Whose weights draw the next chunk of a session, and what its state is made of."""

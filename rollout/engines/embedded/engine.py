@@ -234,6 +234,6 @@ class EmbeddedEngine:
                 mailbox.put(outcome)
 
     def _fail_all(self) -> None:
-        closed = EngineError("the engine closed while the request ran; its logged tokens are kept")
         for mailbox in self._mailboxes.values():
+            closed = EngineError("the engine closed while the request ran; its logged tokens are kept")
             mailbox.fail((self._thread and self._thread.failure) or closed)

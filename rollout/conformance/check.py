@@ -1,0 +1,101 @@
+"""A check: one behaviour of engines, a name that states it, and a coroutine that fails if it does not hold.
+
+What an engine need not have is a trait: a double draws nothing by chance, and an engine may keep nothing
+between requests.  Checks that need it are left out by name.
+
+See: rollout/conformance/suite.py, the list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from dsec.conformance.check import NotConformingError, require
+from rollout.engine import Engine, Sampled, SampleRequest, Sampling
+from rollout.errors import RolloutError
+
+Trait = Literal["draws", "keeps"]
+"""It draws by chance as `Sampling` says; it keeps states between requests."""
+WARM = Sampling(temperature=1.5, top_p=0.95, seed=4)
+
+
+class Subject(msgspec.Struct, frozen=True, kw_only=True):
+    """A kind of engine.
+
+    `make` gives a new one, closed, on weights that are always the same; `checkpoint(n)` a folder with other weights
+    for it, n = 1, 2, ...  `prompts` are at least four contexts after which it has 20 tokens and more to say,
+    `stop_id` not among them; after `vague` no token is likely (where it draws).  `folder` is scratch space.
+    """
+
+    make: Callable[[], Engine]
+    checkpoint: Callable[[int], Path]
+    folder: Path
+    prompts: tuple[tuple[int, ...], ...]
+    stop_id: int
+    vague: tuple[int, ...] = ()
+    traits: frozenset[Trait] = frozenset({"draws", "keeps"})
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One behaviour; `run` raises NotConformingError if the engine lacks it."""
+
+    name: str
+    needs: frozenset[Trait]
+    run: Callable[[Subject], Awaitable[None]]
+
+
+def check(*needs: Trait) -> Callable[[Callable[[Subject], Awaitable[None]]], Check]:
+    """Turn a coroutine function into a check of the same name."""
+    return lambda function: Check(function.__name__, frozenset(needs), function)
+
+
+@asynccontextmanager
+async def opened(subject: Subject) -> AsyncIterator[Engine]:
+    """An engine for the time of a block."""
+    engine = subject.make()
+    await engine.open()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def ask(token_ids: tuple[int, ...], count: int, stop_ids: frozenset[int] = frozenset(), **more: Any) -> SampleRequest:
+    """A request; `more` are fields of SampleRequest."""
+    fields: dict[str, Any] = {"session": "s", "sampling": WARM, "stream_key": 1}
+    return SampleRequest(token_ids=token_ids, tokens_count_max=count, stop_ids=stop_ids, **fields | more)
+
+
+def joined(chunks: list[Sampled]) -> Sampled:
+    """The tokens of all chunks as one, each checked against the port."""
+    require(all(len(chunk.token_ids) == len(chunk.logprobs) >= 1 for chunk in chunks), chunks)
+    require([chunk.finish is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False], chunks)
+    return Sampled(
+        token_ids=tuple(i for chunk in chunks for i in chunk.token_ids),
+        logprobs=tuple(p for chunk in chunks for p in chunk.logprobs),
+        finish=chunks[-1].finish,
+    )
+
+
+async def chunks_of(engine: Engine, request: SampleRequest) -> list[Sampled]:
+    """The whole answer."""
+    return [chunk async for chunk in engine.sample(request)]
+
+
+async def collect(engine: Engine, request: SampleRequest) -> Sampled:
+    """The whole answer as one chunk."""
+    return joined(await chunks_of(engine, request))
+
+
+async def refusal_of(attempt: Awaitable[object]) -> RolloutError:
+    """The error that `attempt` must end with."""
+    try:
+        result = await attempt
+    except RolloutError as error:
+        return error
+    raise NotConformingError(f"not refused: {result}")
