@@ -124,7 +124,7 @@ class Connection:
                 if not answer.status:
                     return REPLIES[name].FromString(answer.reply)
                 if answer.status != Status.UNIMPLEMENTED.value[0]:
-                    raise self._failure(STATUSES[answer.status], answer.details)
+                    raise self._failure(STATUSES.get(answer.status, Status.UNKNOWN), answer.details)
                 self._has_stream = not calls.has_ended
         try:
             return await getattr(self.stub, name)(request, timeout=timeout_s, metadata=self._metadata)

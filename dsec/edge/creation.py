@@ -79,6 +79,8 @@ class Creation:
     def __init__(self, registry: Registry, leases: Leases) -> None:
         self._registry = registry
         self._leases = leases
+        substrate = registry.substrate
+        self._layered = substrate if isinstance(substrate, Layered) else None  # asked once: a Protocol answers slowly
         self._under_way: dict[str, tuple[Wish, asyncio.Task[list[SandboxView]]]] = {}
         self._is_closed = False
 
@@ -96,14 +98,14 @@ class Creation:
 
         NotFoundError, InvalidArgumentError (together with what the images say it is too much).
         """
-        substrate = self._registry.substrate
-        if not isinstance(substrate, Layered):
+        if self._layered is None:
             return spec
-        made = await substrate.composed(spec.layers)
+        made = await self._layered.composed(spec.layers)
         defaults = spec.defaults.over(made.defaults)
         named = structs.replace(spec, base=spec.base or made.base, layers=made.layers, defaults=defaults)
-        check_size("the sandbox, with what its images say,", named, CREATE_BYTES_MAX)
-        check_spec(named)
+        if named != spec:
+            check_size("the sandbox, with what its images say,", named, CREATE_BYTES_MAX)
+            check_spec(named)
         return named
 
     async def fork(self, live: LiveSandbox, count: int, request: CreateRequest) -> list[SandboxView]:
@@ -202,8 +204,7 @@ class Creation:
                     self._registry.end(live, EndReason.CANCELLED, "who asked for it went away")
 
     def _holding(self) -> AbstractContextManager[Hold]:
-        substrate = self._registry.substrate
-        return substrate.holding() if isinstance(substrate, Layered) else contextlib.nullcontext(hold_nothing)
+        return contextlib.nullcontext(hold_nothing) if self._layered is None else self._layered.holding()
 
     async def _make(self, wish: Wish, prepare: Prepare) -> list[SandboxView]:
         registry = self._registry
