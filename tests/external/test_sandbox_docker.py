@@ -79,6 +79,23 @@ async def test_a_container_that_is_removed_behind_our_back_is_lost(substrate: Do
     await sandbox.destroy()
 
 
+async def test_a_container_that_goes_on_behind_our_back_is_resumed_all_the_same(
+    substrate: DockerSubstrate, docker_url: str
+) -> None:
+    """As after a call that Docker carried out, and whose answer never came."""
+    sandbox = await substrate.create(SandboxSpec())
+    client = docker.APIClient(base_url=docker_url, version="auto")
+    await sandbox.pause()
+    await asyncio.to_thread(client.unpause, sandbox.name)
+    assert await line(sandbox, "echo on") == "on"
+    await asyncio.to_thread(client.pause, sandbox.name)
+    with pytest.raises(ResourceExhaustedError):
+        await sandbox.pause()
+    assert await line(sandbox, "echo on") == "on"
+    client.close()
+    await sandbox.destroy()
+
+
 async def test_nobody_inside_reaches_the_edge_by_the_socket(substrate: DockerSubstrate) -> None:
     sandbox = await substrate.create(SandboxSpec())
     knock = "import socket\ns = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\ns.connect('/.dsec/edge')"

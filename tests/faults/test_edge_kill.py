@@ -154,6 +154,35 @@ async def test_a_killed_edge_leaves_no_half_made_sandbox_and_cancelled_ones_stay
             await edge.create(CreateRequest(request_id="r0"))
 
 
+async def test_one_made_ahead_that_was_handed_out_and_not_answered_for_is_none(
+    killed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSEC_EDGE_WARM_COUNT", "2")
+    first = killed(
+        """
+        from dsec.types import SandboxSpec
+        kept = (await edge.create(CreateRequest())).id
+        substrate = edge._registry.substrate
+        await substrate._warm.filled()
+        create, waited = substrate.create, [box.host_pid for box in substrate._warm.ready]
+
+        async def stand_still(*asked):
+            box = await create(*asked)
+            say(kept=kept, waited=waited, pid=box.host_pid)
+            await asyncio.Event().wait()
+
+        substrate.create = stand_still
+        await edge.create(CreateRequest(spec=SandboxSpec(hostname="late", cpu_weight=300)))
+        """
+    )
+    first.kill()
+    assert first.facts["pid"] in first.facts["waited"]
+    async with next_edge(tmp_path) as edge:
+        assert [view.id for view in edge.list()] == [first.facts["kept"]]
+        for pid in first.facts["waited"]:
+            assert not Path(f"/proc/{pid}").exists()
+
+
 async def test_a_paused_sandbox_stays_paused_and_wakes_for_the_next_request(killed: Any, tmp_path: Path) -> None:
     first = killed(
         """
