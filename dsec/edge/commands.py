@@ -138,6 +138,8 @@ def check_config(config: ImageConfig) -> None:
 
 
 def _check_defaults(defaults: Defaults) -> None:
+    if defaults == Defaults():
+        return
     try:
         encode_command(completed(Command(argv=("/",)), defaults, {}))
     except InvalidArgumentError as error:

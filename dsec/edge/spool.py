@@ -196,10 +196,14 @@ class Spool:
         self._ended_bytes -= size_bytes
         return size_bytes
 
+    @property
+    def is_there(self) -> bool:
+        """Whether there is anything to `remove`."""
+        return self._directory.exists()
+
     def remove(self) -> None:
         """Remove all of it."""
-        if self._directory.exists():
-            shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def _path(self, number: int, stream: Stream) -> str:
         return f"{self._directory}/{number}.{SUFFIXES[stream]}"

@@ -150,7 +150,7 @@ class Keeping:
     async def close(self) -> None:
         """Dispose of what was never taken, and remove the output: the sandbox is gone."""
         self._release_left(list(self._left))
-        if self._spool is not None:
+        if self._spool is not None and self._spool.is_there:
             await asyncio.to_thread(self._spool.remove)
 
 
