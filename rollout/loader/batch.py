@@ -96,7 +96,7 @@ class PackedSequence:
 class Batch:
     """The sequences of one rank in one step; some may be empty, so that all ranks have as many.
 
-    Going on to the next releases it; arrays that are kept stay readable, and keep their memory.
+    Its memory stays for as long as one of its arrays is kept.
     """
 
     def __init__(self, fd: int, rank: int) -> None:
@@ -114,7 +114,7 @@ class Batch:
         return iter(self.sequences)
 
     def release(self) -> None:
-        """Let go of the arrays."""
+        """Let go of the arrays now, for a caller whose variables live longer."""
         self.sequences = ()
 
 

@@ -58,7 +58,7 @@ class Dataset:
         return make_plan(self.metadata, layout, rules or Rules())
 
     def batches(self, plan: Plan, rank: int = 0, first_step: int = 0) -> Iterator[Batch]:
-        """The mini-batches of one rank, one in memory at a time; each is released when the next is asked for.
+        """The mini-batches of one rank, each read when it is asked for and kept for as long as its arrays are.
 
         Ranks of one node share one copy by a `Node`.  ShardError for a damaged shard.
         """
@@ -69,7 +69,7 @@ class Dataset:
             finally:
                 os.close(fd)
             yield batch
-            batch.release()
+            del batch
 
     def side_channel(self, row: int, name: str) -> Array:
         """An array of a rollout that is too big for its record, mapped.  NotFoundError, ShardError."""

@@ -279,7 +279,7 @@ class Node:
 class Attached:
     """One rank's end of a Node; iterate over it for its mini-batches, close it or use it as a context manager.
 
-    One mini-batch is held at a time and released when the next is asked for; a second loop goes on behind the first.
+    The node may let go of a mini-batch when the next is asked for; a second loop goes on behind the first.
     Iterating raises ShardError for a damaged shard, or if the node is gone.
     """
 
@@ -300,7 +300,7 @@ class Attached:
             finally:
                 os.close(fd)
             yield batch
-            batch.release()
+            del batch
 
     def close(self) -> None:
         """Let go of everything; closing twice is fine."""

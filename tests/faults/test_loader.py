@@ -335,3 +335,17 @@ def test_a_plan_of_nothing_has_no_steps_and_says_why(tmp_path: Path) -> None:
     assert (len(plan), plan.dropped) == (0, {Verdict.UNREWARDED: 1, Verdict.TOO_LONG: 1})
     tail = dataset.plan(seed=0, epoch=0, token_budget=100, step_units_count=2, drops_tail=True)
     assert (len(tail), tail.dropped) == (0, {Verdict.UNREWARDED: 1, Verdict.TAIL: 1})
+
+
+def test_a_rollout_of_a_million_tokens_is_one_sequence(tmp_path: Path) -> None:
+    record = made_up_record("long", turns=((1 << 19, 1 << 19),))
+    with ShardWriter.open(tmp_path) as writer:
+        writer.append([record, made_up_record("short")])
+    dataset = Dataset.open(tmp_path)
+    plan = dataset.plan(seed=0, epoch=0, token_budget=1 << 20)
+    (batch,) = dataset.batches(plan)
+    sizes = sorted(len(sequence) for sequence in batch)
+    assert sizes == [50, 1 << 20]
+    longest = max(batch, key=len)
+    assert np.array_equal(longest.token_ids, np.array(record.token_ids, "u4"))
+    assert longest.loss_mask.sum() == 1 << 19

@@ -157,6 +157,35 @@ def test_a_disk_that_refuses_is_told_and_the_writer_wants_to_be_opened_again(tmp
             writer.append(RECORDS[2:3])
 
 
+FILLER = """
+import resource, sys
+from pathlib import Path
+from rollout.errors import ResultsError
+from rollout.export.shards import ShardWriter
+from rollout.export.testing import made_up_record
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))  # of a file: the third batch does not fit any more
+try:
+    with ShardWriter.open(Path(sys.argv[1])) as writer:
+        for i in range(4):
+            writer.append([made_up_record(f"g{i}", turns=((70_000, 70_000),))])
+            print(i, flush=True)
+except ResultsError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_leaves_a_whole_prefix_and_room_lets_it_go_on(tmp_path: Path) -> None:
+    said = subprocess.run([sys.executable, "-c", FILLER, tmp_path], capture_output=True, text=True, check=True)
+    *written, error = said.stdout.splitlines()
+    assert written == ["0", "1"]
+    assert error.startswith(f"cannot write shards to {tmp_path}: ")
+    assert "File too large" in error
+    write(tmp_path, [made_up_record(f"g{i}", turns=((70_000, 70_000),)) for i in range(4)])
+    write(tmp_path / "again", [made_up_record(f"g{i}", turns=((70_000, 70_000),)) for i in range(4)])
+    assert everything(tmp_path) == everything(tmp_path / "again")
+
+
 def test_side_channels_are_read_by_others_and_come_back_as_they_were(tmp_path: Path) -> None:
     routes = [np.random.default_rng(i).integers(0, 256, (10 + i, 3, 4), np.uint8) for i in range(2)]
     hidden = np.arange(12, dtype=np.uint16).reshape(2, 6)
