@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import msgspec
+
 from rollout.context import Span
 from rollout.engine import Sampling
 from rollout.record import (
@@ -20,15 +22,49 @@ from rollout.record import (
     VersionRun,
 )
 
-_TIMING = Timing(
-    queue_s=0.0,
-    prefill_s=0.1,
-    decode_s=1.0,
-    environment_s=0.2,
-    judge_s=0.1,
-    log_s=0.01,
-    sandbox_start_s=0.01,
-    preempted_s=0.0,
+_BLANK = TrajectoryRecord(
+    rollout_id="",
+    request_id="job",
+    project="",
+    task="",
+    task_digest="d" * 64,
+    agent="model",
+    thinking="high",
+    token_ids=(),
+    spans=(),
+    logprobs=(),
+    logprobs_mode="processed",
+    policy_versions=(),
+    kv_breaks=(),
+    turns=(),
+    finish_reason=None,
+    infra_failure=None,
+    reward=RewardRecord(),
+    verifier_output=None,
+    solution_output=None,
+    group=Membership(group_id="", index=0, size=1),
+    tool_calls=(),
+    timing=Timing(
+        queue_s=0.0,
+        prefill_s=0.1,
+        decode_s=1.0,
+        environment_s=0.2,
+        judge_s=0.1,
+        log_s=0.01,
+        sandbox_start_s=0.01,
+        preempted_s=0.0,
+    ),
+    preempt_count=0,
+    tokens_sampled=0,
+    tokens_replayed=0,
+    tokens_regenerated=0,
+    commands_replayed=0,
+    commands_run_twice=0,
+    wal=LogRange(first_lsn=1, last_lsn=2, digest="0" * 64),
+    lineage=Lineage(attempt=1, resumed_from=(), judged_rollout_id=""),
+    side_channels=(),
+    encoder=Encoder(dialect="v4", tokenizer_digest="0" * 64),
+    sampling_effective=Sampling(),
 )
 
 
@@ -72,40 +108,22 @@ def made_up_record(
             )
         )
         at += sampled
-    return TrajectoryRecord(
+    failure = {"code": "ENGINE_ERROR", "fault": "peer", "message": "it went away"}
+    return msgspec.structs.replace(
+        _BLANK,
         rollout_id=rollout_id,
-        request_id="job",
-        project="",
         task=task,
-        task_digest="d" * 64,
-        agent="model",
-        thinking="high",
         token_ids=tuple(dice.randrange(1 << 17) for _ in range(at)),
         spans=tuple(spans),
         logprobs=tuple(logprobs),
-        logprobs_mode="processed",
         policy_versions=tuple(runs),
-        kv_breaks=(),
         turns=tuple(said),
         finish_reason=finish_reason,
-        infra_failure=None if finish_reason else {"code": "ENGINE_ERROR", "fault": "peer", "message": "it went away"},
+        infra_failure=None if finish_reason else failure,
         reward=RewardRecord(value=reward, components={} if reward is None else {"tests": reward}),
-        verifier_output=None,
-        solution_output=None,
         group=Membership(group_id=group_id, index=index, size=size),
         tool_calls=tuple(_call(turn, each) for turn, each in enumerate(said[:-1])),
-        timing=_TIMING,
-        preempt_count=0,
         tokens_sampled=sum(sampled for _, sampled in turns),
-        tokens_replayed=0,
-        tokens_regenerated=0,
-        commands_replayed=0,
-        commands_run_twice=0,
-        wal=LogRange(first_lsn=1, last_lsn=2, digest="0" * 64),
-        lineage=Lineage(attempt=1, resumed_from=(), judged_rollout_id=""),
-        side_channels=(),
-        encoder=Encoder(dialect="v4", tokenizer_digest="0" * 64),
-        sampling_effective=Sampling(),
     )
 
 
