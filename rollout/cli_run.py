@@ -81,7 +81,13 @@ Examples:
     help="oracle runs the task's own solution, nop does nothing: a sound task gives them 1 and 0.",
 )
 @click.option("--group-size", type=int, default=1, show_default=True, help="Rollouts of each task, 1 to 1024.")
-@click.option("--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Rollouts at once.")
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1, 1024),
+    default=16,
+    show_default=True,
+    help="Rollouts at once.",
+)
 @click.option("--edge", "edge_url", metavar="URL", help=EDGE_HELP + " A resume without it takes the run's own.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling; the same seed, the same tokens.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy; else 0.001 to 10.")
@@ -135,7 +141,9 @@ def run(
         load_tasks=lambda: load_any(tasks_dir),
         check_logged=lambda job: check_same(click.get_current_context(), directory, job),
         resume=resume,
-        config=RolloutConfig(concurrency=concurrency),
+        config=RolloutConfig(
+            concurrency=concurrency, sandboxes_count_max=max(concurrency, group_size), sandboxes_asleep_count_max=0
+        ),
         edge_url=edge_url,
     )
     outcome = _run_live(batch, as_json=as_json)

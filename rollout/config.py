@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -20,12 +22,33 @@ class WorkerConfig(BaseSettings):
     grace_s: float = Field(default=30.0, gt=0, le=3600, description="how long a stop may take before it is a crash")
 
 
+SANDBOXES_COUNT = 64
+
+
 class RolloutConfig(BaseSettings):
     """Bounds of one service process."""
 
     model_config = SettingsConfigDict(env_prefix="DSEC_", extra="ignore")
 
-    concurrency: int = Field(default=16, ge=1, le=1024, description="rollouts that run at once")
+    concurrency: int = Field(default=16, ge=1, le=1024, description="rollouts that sample at once: engine slots")
+    sandboxes_count_max: int = Field(
+        default_factory=lambda given: max(SANDBOXES_COUNT, given.get("concurrency", 0)),
+        ge=1,
+        le=4096,
+        description="sandboxes that run at once; a group needs one for each of its rollouts",
+    )
+    sandboxes_asleep_count_max: int = Field(
+        default=32, ge=0, le=4096, description="sandboxes of preempted rollouts that sleep beside those that run"
+    )
+    tokens_count_max: int = Field(default=1 << 20, ge=1, description="tokens of all contexts that run, together")
+    queued_count_max: int = Field(default=100_000, ge=1, description="rollouts that wait to run")
+    projects_count_max: int = Field(default=1000, ge=1, description="projects that have rollouts here at once")
+    project_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="JSON object of project to weight: its part of the tokens, 1 if it is not named"
+    )
+    credit_tokens_count_max: int = Field(default=65_536, ge=0, description="tokens that a project saves up by resting")
+    ageing_s: float = Field(default=300.0, gt=0, description="after so long without a turn what waits rises a priority")
+    preemptions_count_max: int = Field(default=8, ge=0, description="how often one rollout makes room for higher ones")
     jobs_count_max: int = Field(default=10_000, ge=1, description="jobs that one log may hold")
     rollouts_count_max: int = Field(default=100_000, ge=1, description="rollouts that one job may ask for")
     context_tokens_count_max: int = Field(default=2048, ge=1, description="longest context that a job may ask for")

@@ -97,32 +97,32 @@ class RunEdge(EdgeSubstrate):
 
 
 def edge_config() -> EdgeConfig:
-    """The bounds of a run's own Edge: those that somebody set, else none but the run's concurrency."""
+    """The bounds of a run's own Edge: those that somebody set, else none but those of the run."""
     config = EdgeConfig()
     return config.model_copy(update=_unset(config, EDGE_OF_A_RUN))
 
 
-def substrate_config(concurrency: int) -> SubstrateConfig:
-    """The host's bounds with a slot and the descriptors for each of `concurrency` rollouts.
+def substrate_config(sandboxes_count: int) -> SubstrateConfig:
+    """The host's bounds with a slot and the descriptors for each of so many sandboxes.
 
     RequestError names the bound that somebody set below that.
     """
     config = SubstrateConfig()
     config = config.model_copy(update=_unset(config, SPOOL_OF_A_RUN))
-    if config.sandboxes_count_max < concurrency:
+    if config.sandboxes_count_max < sandboxes_count:
         if "sandboxes_count_max" in config.model_fields_set:
             raise RequestError(
-                f"{concurrency} rollouts at once need as many sandboxes, and DSEC_EDGE_SANDBOXES_COUNT_MAX allows "
+                f"{sandboxes_count} rollouts at once need as many sandboxes, and DSEC_EDGE_SANDBOXES_COUNT_MAX allows "
                 f"{config.sandboxes_count_max}: raise it, or lower the concurrency"
             )
-        slots = min(SLOTS_COUNT_MAX, concurrency + config.creates_in_flight_max)  # one that ends still has its slot
+        slots = min(SLOTS_COUNT_MAX, sandboxes_count + config.creates_in_flight_max)  # one that ends still has its slot
         config = config.model_copy(update={"sandboxes_count_max": slots})
-    needed = _FDS_COUNT_BASE + concurrency * _FDS_COUNT_PER_SANDBOX
+    needed = _FDS_COUNT_BASE + sandboxes_count * _FDS_COUNT_PER_SANDBOX
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
             raise RequestError(
-                f"{concurrency} rollouts at once need {needed} open files, and this process may have {hard}: "
+                f"{sandboxes_count} rollouts at once need {needed} open files, and this process may have {hard}: "
                 f"raise the hard limit (ulimit -Hn {needed}), or lower the concurrency"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -51,9 +51,10 @@ class TaskAdmitted(msgspec.Struct, frozen=True, tag="task_admitted"):
 
 
 class JobSubmitted(msgspec.Struct, frozen=True, tag="job_submitted"):
-    """A job was accepted; its tasks were admitted before."""
+    """A job was accepted; its tasks were admitted before.  From `at_s` of the wall clock its deadline counts."""
 
     job: Job
+    at_s: float = 0.0
 
 
 class JobCancelled(msgspec.Struct, frozen=True, tag="job_cancelled"):

@@ -72,7 +72,8 @@ class Ledger:
         self.acknowledged: set[str] = set()
         self.tokens_regenerated: Counter[str] = Counter()
         self.worked_s = 0.0
-        self._job_of_group: dict[str, Job] = {}
+        self.submitted_s: dict[str, float] = {}
+        self._group_of: dict[str, tuple[Job, Group]] = {}
         self._logged_until: dict[str, int] = {}
         self._sampled: dict[str, hashlib._Hash] = {}
 
@@ -98,6 +99,7 @@ class Ledger:
                 self.acknowledged.update(event.rollout_ids)
             case JobSubmitted():
                 self._submit(event.job)
+                self.submitted_s[event.job.request_id] = event.at_s
             case JobCancelled():
                 self.cancelled.add(event.request_id)
             case JobWorked():
@@ -134,8 +136,14 @@ class Ledger:
     def members(self, request_id: str) -> Iterator[tuple[str, Group, int]]:
         """Every rollout that a job asks for: its id, group and index, opened or not."""
         for group in self.jobs[request_id].groups:
-            for index in range(group.size):
-                yield f"{group.group_id}.{index}", group, index
+            for index, rollout_id in enumerate(group.members):
+                yield rollout_id, group, index
+
+    def member(self, rollout_id: str) -> tuple[Job, Group, int]:
+        """Whose member a rollout is, opened or not.  KeyError if no job asked for it (a judge's)."""
+        group_id, _, index = rollout_id.rpartition(".")
+        job, group = self._group_of[group_id]
+        return job, group, int(index)
 
     def judges(self, rollout_id: str) -> list[str]:
         """The judges of a rollout that have not ended."""
@@ -143,9 +151,14 @@ class Ledger:
         ids = judge_ids(rollout_id, reward) if isinstance(reward, JudgeReward) else ()
         return [judge_id for judge_id in ids if judge_id in self.rollouts and not self.is_done(judge_id)]
 
+    def asks_for(self, rollout_id: str) -> bool:
+        """Whether a job asked for the rollout."""
+        known = self._group_of.get(rollout_id.rpartition(".")[0])
+        return known is not None and rollout_id in known[1].members
+
     def holds_group(self, group_id: str) -> bool:
         """True if a job of this log has the group."""
-        return group_id in self._job_of_group
+        return group_id in self._group_of
 
     def is_done(self, rollout_id: str) -> bool:
         """True once the rollout has ended (an infrastructure failure is not an end)."""
@@ -161,7 +174,7 @@ class Ledger:
         for group in job.groups:
             if group.task_digest not in self.tasks and group.task_digest not in self.conversations:
                 raise JournalError(f"job {job.request_id}: its task {group.task} is not in the log")
-            self._job_of_group[group.group_id] = job
+            self._group_of[group.group_id] = job, group
         self.jobs[job.request_id] = job
 
     def _open(self, event: RolloutOpened) -> None:
@@ -173,7 +186,7 @@ class Ledger:
         if event.judged_rollout_id:
             job = judge_job(self._state(event.judged_rollout_id).job, event.judged_rollout_id)
         else:
-            job = self._job_of_group[event.group_id]
+            job, _ = self._group_of[event.group_id]
         self.rollouts[event.rollout_id] = start(job, event)
 
     def _state(self, rollout_id: str) -> State:

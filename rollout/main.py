@@ -43,7 +43,8 @@ def make_substrate(directory: Path, config: RolloutConfig, edge_url: str, number
     many.  InvalidArgumentError for a url that cannot be.
     """
     if not edge_url:
-        return RunEdge(directory / (f"{EDGE}.{number}" if number else EDGE), substrate_config(config.concurrency))
+        sandboxes_count = config.sandboxes_count_max + config.sandboxes_asleep_count_max
+        return RunEdge(directory / (f"{EDGE}.{number}" if number else EDGE), substrate_config(sandboxes_count))
     from dsec.client.leased import LeasedSubstrate  # gRPC, which a run with an Edge of its own does not need
 
     parse_address(edge_url)

@@ -102,6 +102,11 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     task_digest: str
     size: int
 
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Their ids."""
+        return tuple(f"{self.group_id}.{index}" for index in range(self.size))
+
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What a caller asked for, complete: enough to run it to its end after any crash.

@@ -8,9 +8,10 @@ See: docs/architecture.md, "Runner".
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
 
 import msgspec
@@ -19,15 +20,17 @@ import wal
 from dsec.errors import DsecError, OutcomeUnknownError, SandboxLostError
 from rollout import machine
 from rollout.bench.tasks import Task, setup_commands
+from rollout.dispatch import Order, Slot
 from rollout.effects import ApplySolution, Effect, Finish, Force, Judge, Prepare, RunTool, Sample
 from rollout.engine import Engine
-from rollout.errors import MachineError, RolloutError, TaskError
+from rollout.errors import MachineError, PreemptedError, RolloutError, TaskError
 from rollout.events import (
     AgentStopped,
     FinishReason,
     InfraFailed,
     Judged,
     KvBroke,
+    Preempted,
     RolloutEvent,
     RolloutFinished,
     SandboxPrepared,
@@ -38,11 +41,12 @@ from rollout.events import (
 )
 from rollout.journal import Journal
 from rollout.judging import call_judge, model_judge
+from rollout.kv_files import KvFiles
 from rollout.ledger import Ledger
 from rollout.request import CallableReward, JudgeReward
 from rollout.rewards.tests import RUN, ending, reward_from, solution_commands, verify_commands
 from rollout.sandboxes import PhasedSandbox, Sandboxes
-from rollout.state import State
+from rollout.state import Phase, State
 from rollout.tools import Place, use_tool
 from wal.tokens import TokensAppended
 
@@ -51,6 +55,8 @@ SANDBOX_LOSSES_MAX = 3
 
 Events = AsyncGenerator[RolloutEvent, None]
 Watch = Callable[[RolloutEvent], None]
+SlotOf = Callable[[str, str, int], AbstractAsyncContextManager[Slot]]
+"""An engine slot for a turn: of a rollout, in whose name, for how many tokens at most."""
 
 
 @dataclass(slots=True)
@@ -60,6 +66,7 @@ class Rollout:
     id: str
     task: Task | None
     agent_timeout_s: float
+    order: Order = field(default_factory=Order)
     spent: Spent = field(default_factory=Spent)
     began: float = field(default_factory=time.monotonic)
 
@@ -84,32 +91,69 @@ class Rollout:
 class Runner:
     """Performs what rollouts want, one effect at a time for each rollout."""
 
-    def __init__(self, journal: Journal, ledger: Ledger, engine: Engine, sandboxes: Sandboxes, watch: Watch) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        ledger: Ledger,
+        engine: Engine,
+        sandboxes: Sandboxes,
+        kv_files: KvFiles,
+        slot: SlotOf,
+        watch: Watch,
+    ) -> None:
         """Everything is open already and closed by the owner; `watch` sees each event once it is durable."""
         self.journal = journal
         self.ledger = ledger
         self.engine = engine
         self.sandboxes = sandboxes
+        self.kv_files = kv_files
+        self.slot = slot
         self.watch = watch
 
     async def run(self, rollout: Rollout) -> None:
-        """Drive a rollout to its end, or to an InfraFailed event.  wal.WalError if the log fails."""
-        losses = 0
+        """Drive a rollout to its end, to an InfraFailed event, or (as ordered) to a Preempted one.
+
+        wal.WalError if the log fails.
+        """
         try:
-            while (effect := machine.effect(self.state(rollout), self.ledger.tokenizer)) is not None:
-                try:
-                    async with aclosing(self.perform(effect, rollout)) as events:
-                        async for event in events:
-                            await self.record(rollout, event)
-                except (RolloutError, DsecError, wal.RecordInvalidError, wal.RecordTooLargeError) as error:
-                    await self.sandboxes.drop(rollout.id)
-                    losses += 1
-                    if not isinstance(error, SandboxLostError | OutcomeUnknownError) or losses > SANDBOX_LOSSES_MAX:
-                        await self.record(rollout, InfraFailed(rollout.id, error.code, error.fault, str(error)))
-                        return
+            try:
+                await self.go_on(rollout)
+            except asyncio.CancelledError:
+                if not rollout.order.cause:
+                    raise
+                if (task := asyncio.current_task()) is not None:
+                    task.uncancel()
+            state = self.state(rollout)
+            if rollout.order.cause and state.phase is not Phase.DONE and state.failure is None:
+                await self.set_down(rollout)
         finally:
-            await self.sandboxes.drop(rollout.id)
-            await self.engine.release(rollout.id)
+            if not rollout.order.has_stopped:
+                await self.sandboxes.drop(rollout.id)
+                await self.engine.release(rollout.id)
+
+    async def go_on(self, rollout: Rollout) -> None:
+        """Do what the rollout wants, one thing after the other, until it wants nothing more, or is told to stop."""
+        losses = 0
+        while (effect := machine.effect(self.state(rollout), self.ledger.tokenizer)) and not rollout.order.cause:
+            try:
+                async with aclosing(self.perform(effect, rollout)) as events:
+                    async for event in events:
+                        await self.record(rollout, event)
+            except PreemptedError:
+                continue  # a turn was cut at a token boundary; the rest of it is what the rollout wants next
+            except (RolloutError, DsecError, wal.RecordInvalidError, wal.RecordTooLargeError) as error:
+                await self.sandboxes.drop(rollout.id)
+                losses += 1
+                if not isinstance(error, SandboxLostError | OutcomeUnknownError) or losses > SANDBOX_LOSSES_MAX:
+                    await self.record(rollout, InfraFailed(rollout.id, error.code, error.fault, str(error)))
+                    return
+
+    async def set_down(self, rollout: Rollout) -> None:
+        """Leave a rollout so that it can be taken up again here, and (with its log) anywhere."""
+        await self.kv_files.save(rollout.id)
+        await self.sandboxes.pause(rollout.id)
+        await self.record(rollout, Preempted(rollout.id, rollout.order.cause, time.time(), rollout.spent))
+        rollout.order.has_stopped = True
 
     def instruction(self, rollout: Rollout) -> str:
         """What the rollout was asked, for those who judge it."""
@@ -197,19 +241,23 @@ class Runner:
     async def sample(self, rollout: Rollout, effect: Sample) -> Events:
         """Tokens until the turn ends; the engine runs ahead while a chunk becomes durable."""
         start = len(effect.request.token_ids)
-        began, is_first = time.monotonic(), True
-        async with aclosing(self.engine.sample(effect.request)) as chunks:
-            async for chunk in chunks:
-                waited = time.monotonic() - began
-                rollout.spend(**{"prefill_s" if is_first else "decode_s": waited})
-                is_first = False
-                if chunk.kv:
-                    yield KvBroke(rollout.id, start, chunk.kv)
-                yield TokensAppended(rollout.id, start, chunk.token_ids, chunk.logprobs, chunk.policy_version)
-                if rollout.is_out_of_time:
-                    return
-                start += len(chunk.token_ids)
-                began = time.monotonic()
+        host = self.state(rollout).opened.judged_rollout_id or rollout.id
+        async with self.slot(rollout.id, host, effect.request.tokens_count_max) as slot:
+            rollout.spend(queue_s=slot.waited_s)
+            began, is_first = time.monotonic(), True
+            async with aclosing(self.engine.sample(effect.request)) as chunks:
+                async for chunk in chunks:
+                    waited = time.monotonic() - began
+                    rollout.spend(**{"prefill_s" if is_first else "decode_s": waited})
+                    is_first = False
+                    slot.tokens_count += len(chunk.token_ids)
+                    if chunk.kv:
+                        yield KvBroke(rollout.id, start, chunk.kv)
+                    yield TokensAppended(rollout.id, start, chunk.token_ids, chunk.logprobs, chunk.policy_version)
+                    if rollout.is_out_of_time:
+                        return
+                    start += len(chunk.token_ids)
+                    began = time.monotonic()
 
     async def force(self, rollout: Rollout, effect: Force) -> Events:
         """Tokens of the service's own, at a budget."""

@@ -131,6 +131,29 @@ class Sandboxes:
             self._held[rollout_id] = held
         return self._held[rollout_id]
 
+    async def pause(self, rollout_id: str) -> None:
+        """Put the rollout's sandbox to sleep, with what runs in it; one that cannot is given up, and built anew."""
+        if (held := self._held.get(rollout_id)) is not None:
+            try:
+                await held.durable.sandbox.pause()
+            except DsecError as error:
+                _log.warning("%s: its sandbox cannot sleep, and goes: %s", rollout_id, error)
+                await self.drop(rollout_id)
+
+    async def wake(self, rollout_id: str) -> None:
+        """Let the rollout's sandbox, and what runs in it, go on; one that cannot is given up, and built anew."""
+        held, survivor = self._held.get(rollout_id), self._survivors.get(rollout_id)
+        if (sandbox := held.durable.sandbox if held else survivor) is not None:
+            try:
+                await sandbox.resume()
+            except DsecError as error:
+                _log.warning("%s: its sandbox does not wake, and goes: %s", rollout_id, error)
+                await self.drop(rollout_id)
+
+    async def close(self) -> None:
+        """Drop every sandbox that is still held."""
+        await asyncio.gather(*map(self.drop, {*self._held, *self._survivors}))
+
     def leave(self) -> None:
         """From now on sandboxes that are dropped live on, with what runs in them: another process takes them up."""
         self._are_left = True

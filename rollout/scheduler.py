@@ -118,19 +118,21 @@ class Scheduler:
         tokens, sandboxes = claim.shape
         return tokens <= self.capacity.tokens and sandboxes <= self.capacity.sandboxes
 
+    def fitting(self, claim: Claim) -> list[Claim]:
+        """The claim, or if it does not fit whole (any more) one for each rollout.  RequestError: not even those fit."""
+        if self.may_fit(claim):
+            return [claim]
+        singles = [replace(claim, members=(member,)) for member in claim.members]
+        self._check_fit(singles[0])
+        return singles
+
     def check(self, claims: Iterable[Claim]) -> None:
         """Whether these may be queued.  RequestError: one can never start; ResourceExhaustedError: not now."""
         count, projects = 0, set(self._rollouts_of)
         for claim in claims:
             count += len(claim.members)
             projects.add(claim.project)
-            if not self.may_fit(claim):
-                (tokens, sandboxes), has = claim.shape, self.capacity
-                raise RequestError(
-                    f"a group starts whole: the {len(claim.members)} rollouts of {claim.members[0]!r} need {sandboxes} "
-                    f"sandboxes and {tokens} context tokens at once, and this service has {has.sandboxes} and "
-                    f"{has.tokens}: ask for less, or raise DSEC_SANDBOXES_COUNT_MAX or DSEC_TOKENS_COUNT_MAX"
-                )
+            self._check_fit(claim)
         if self.queued_count + count > self.capacity.queued:
             raise ResourceExhaustedError(
                 f"{self.queued_count} rollouts are queued, {count} more would exceed {self.capacity.queued}: "
@@ -139,6 +141,15 @@ class Scheduler:
         if len(projects) > self.capacity.projects:
             raise ResourceExhaustedError(
                 f"{self.capacity.projects} projects have rollouts here: submit again when one of them is through"
+            )
+
+    def _check_fit(self, claim: Claim) -> None:
+        if not self.may_fit(claim):
+            (tokens, sandboxes), has = claim.shape, self.capacity
+            raise RequestError(
+                f"a group starts whole: {len(claim.members)} rollouts of {claim.members[0].rpartition('.')[0]!r} need "
+                f"{sandboxes} sandboxes and {tokens} tokens of context at once, and this service has {has.sandboxes} "
+                f"and {has.tokens}: ask for less, or raise DSEC_SANDBOXES_COUNT_MAX or DSEC_TOKENS_COUNT_MAX"
             )
 
     def enqueue(self, claim: Claim, now: float) -> None:
@@ -163,6 +174,14 @@ class Scheduler:
             del self._aside[member]
         self._put(queued, now)
         return queued.claim.members
+
+    def join(self, rollout_id: str, host_id: str) -> None:
+        """A rollout within one that runs, whose claim counts for both (a judge): it may want slots until its `end`."""
+        host = self._rows[host_id]
+        self._last_number += 1
+        claim = replace(host.claim, members=(rollout_id,), tokens=0, sandboxes=0)
+        self._rows[rollout_id] = _Row(claim, self._last_number, host.level)
+        self._rollouts_of[claim.project] += 1
 
     def want_slot(self, rollout_id: str, turn_tokens: int, now: float) -> None:
         """A rollout that runs wants to sample up to so many (1 or more) tokens."""
@@ -301,7 +320,7 @@ class Scheduler:
         tokens, sandboxes = queued.claim.shape
         coming = [row for row in self._rows.values() if row.is_stopping]
         asleep = self.capacity.asleep - self.asleep_count
-        left = [row for row in self._rows.values() if row.runs and not row.is_stopping]
+        left = [row for row in self._rows.values() if row.runs and any(row.claim.shape) and not row.is_stopping]
         victims: list[_Row] = []
         while not self._fits((tokens, sandboxes), (*coming, *victims), asleep):
             victim = self._victim(left, lambda row: row.level, queued.claim.priority)

@@ -14,22 +14,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
-from functools import partial
 from pathlib import Path
 from typing import Self
 
 import wal
-from dsec.errors import UnreachableError
+from dsec.errors import StateError, UnreachableError
 from dsec.sandbox import Substrate
-from rollout import context
-from rollout.bench.tasks import Task, check_networks
+from rollout.admission import capacity_of, check_new, check_same, claims_of, rules_of
+from rollout.bench.tasks import Task
+from rollout.claims import Claim
 from rollout.config import RolloutConfig
+from rollout.dispatch import Callbacks, Dispatcher, Order
+from rollout.endings import Endings
 from rollout.engine import Engine
-from rollout.errors import ConflictError, JournalError, NotFoundError, RequestError
+from rollout.errors import NotFoundError, RequestError
 from rollout.events import (
     ConversationAdmitted,
     Event,
@@ -39,24 +41,21 @@ from rollout.events import (
     JobSubmitted,
     JobWorked,
     RolloutFinished,
-    RolloutOpened,
-    RolloutResumed,
     TaskAdmitted,
     rollout_of,
 )
-from rollout.jobs import check_conversations
 from rollout.journal import Journal
+from rollout.kv_files import KvFiles
 from rollout.ledger import Ledger
-from rollout.request import Conversation, Group, Job
-from rollout.rewards.callables import check_allowed
-from rollout.runner import Rollout, Runner
+from rollout.members import Members
+from rollout.request import Conversation, Job
+from rollout.runner import Runner
 from rollout.sandboxes import Sandboxes
+from rollout.scheduler import Scheduler
 from rollout.watchers import Watch, Watchers
 from toolcall_dsl import Tokenizer
 
 _log = logging.getLogger(__name__)
-_CANCELS_IN_FLIGHT_MAX = 256
-"""Rollouts of a cancelled job whose last events are written together."""
 
 
 class RolloutService:
@@ -84,10 +83,11 @@ class RolloutService:
         self.config = config
         self.ledger = Ledger(tokenizer)
         self.watchers = Watchers(config.watch_events_count_max)
-        self._slots = asyncio.Semaphore(config.concurrency)
-        self._running: dict[str, asyncio.Task[None]] = {}
-        self._running_of_job: Counter[str] = Counter()
-        self._cancelling: set[str] = set()
+        self._scheduler = Scheduler(capacity_of(config), rules_of(config))
+        self._live: dict[str, set[str]] = defaultdict(set)
+        """Rollouts that run or wait to, by job."""
+        self._at_rest: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._finishing: Counter[str] = Counter()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._resources = AsyncExitStack()
         self._is_started = False
@@ -117,26 +117,43 @@ class RolloutService:
             self.ledger = await asyncio.to_thread(Ledger.read, self.directory / "wal", self.tokenizer)
             self.sandboxes = Sandboxes(self.substrate, self.ledger, self.journal.append_record, self.config.networks)
             self.journal.on_fenced = self.sandboxes.leave  # they are its successor's
-            self.runner = Runner(self.journal, self.ledger, self.engine, self.sandboxes, self._publish)
+            self.kv_files = KvFiles(self.directory / "kv", self.engine)
+            self.members = Members(self.ledger, self.engine, self.sandboxes, self.kv_files, self._record)
+            self.endings = Endings(self.ledger, self._finish, self._fail)
+            callbacks = Callbacks(run=self._run, interrupt=self.engine.preempt, rests=self._rest, failed=self._fail)
+            self.dispatcher = Dispatcher(self._scheduler, callbacks)
+            self.runner = Runner(
+                self.journal,
+                self.ledger,
+                self.engine,
+                self.sandboxes,
+                self.kv_files,
+                self.dispatcher.slot,
+                self._publish,
+            )
             self._resources = stack.pop_all()
         return self
 
     async def start(self) -> None:
         """Start engine and substrate, then take up every unfinished rollout of the log.
 
-        Raises EngineError, dsec.errors.HostUnfitError.
+        Raises EngineError, dsec.errors.HostUnfitError, RequestError (a rollout is too large for what this service has).
         """
         self._resources.push_async_callback(self.engine.close)
         await self.engine.open()
         self._resources.push_async_callback(self._leave_substrate)
         await self.substrate.open()
-        await self.sandboxes.adopt(self._open_rollouts())
+        open_rollouts = self._open_rollouts()
+        await self.sandboxes.adopt(open_rollouts)
+        await asyncio.to_thread(self.kv_files.keep, open_rollouts)
         self._resources.push_async_callback(self._stop_rollouts)
         self._is_started = True
-        for request_id in list(self.ledger.jobs):
-            if request_id in self.ledger.cancelled:
-                await self._finish_cancelled(request_id)
-            self._start(request_id)
+        for job in list(self.ledger.jobs.values()):
+            if job.request_id in self.ledger.cancelled:
+                await self._finish(job.request_id, self._members_of(job.request_id), FinishReason.CANCELLED)
+            else:
+                self._enqueue(job)
+        self.dispatcher.open()
 
     def _open_rollouts(self) -> list[str]:
         return [
@@ -164,7 +181,8 @@ class RolloutService:
     async def submit(self, job: Job, tasks: Iterable[Task | Conversation]) -> None:
         """Make a job durable and start it (or have `start` do so); a job that the log holds is left as it is.
 
-        Raises ConflictError if the same request id asked for something else, RequestError if a bound is exceeded.
+        Raises ConflictError if the same request id asked for something else, RequestError if a bound is exceeded,
+        ResourceExhaustedError if too much waits already.
         """
         await wal.settled(self._submit(job, tasks))  # a caller that goes away attaches again
 
@@ -174,84 +192,102 @@ class RolloutService:
 
     async def _admit(self, job: Job, tasks: Iterable[Task | Conversation]) -> None:
         if (known := self.ledger.jobs.get(job.request_id)) is not None:
-            if known != job:
-                differing = [name for name in Job.__struct_fields__ if getattr(job, name) != getattr(known, name)]
-                raise ConflictError(
-                    f"request {job.request_id!r} was submitted before with other contents: {', '.join(differing)}"
-                )
+            check_same(job, known)
             return
-        if len(self.ledger.jobs) >= self.config.jobs_count_max:
-            raise RequestError(f"the log holds {self.config.jobs_count_max} jobs: start a service on a new directory")
-        if sum(group.size for group in job.groups) > self.config.rollouts_count_max:
-            raise RequestError(f"a job may ask for at most {self.config.rollouts_count_max} rollouts")
-        if job.limits.context_tokens_count_max > self.config.context_tokens_count_max:
-            raise RequestError(
-                f"context_tokens_count_max is {job.limits.context_tokens_count_max}, "
-                f"this service allows {self.config.context_tokens_count_max}"
-            )
-        if taken := [group.group_id for group in job.groups if self.ledger.holds_group(group.group_id)]:
-            raise RequestError(f"group ids in use by another job: {', '.join(taken[:5])}")
         tasks = list(tasks)
-        await asyncio.to_thread(check_conversations, job, tasks, self.tokenizer)
-        check_allowed(job, self.config.reward_callables)
-        check_networks((task for task in tasks if isinstance(task, Task)), self.config.networks)
+        await asyncio.to_thread(check_new, job, tasks, self.ledger, self.config)
+        environments = self.ledger.tasks.keys() | {task.digest for task in tasks if isinstance(task, Task)}
+        self._scheduler.check(claims_of(job, environments, lambda _member: True))
         known_prompts = self.ledger.tasks.keys() | self.ledger.conversations.keys()
         new = {task.digest: task for task in tasks if task.digest not in known_prompts}
         await asyncio.gather(*(self._record(_admitted(task)) for task in new.values()))
-        await self._record(JobSubmitted(job))
-        self._start(job.request_id)
+        await self._record(JobSubmitted(job, time.time()))
+        if self._is_started:
+            self._enqueue(job)
 
     async def cancel(self, request_id: str) -> int:
         """End a job: running rollouts stop, unfinished ones finish as CANCELLED; returns how many did."""
+        return await self._finish(request_id, self._members_of(request_id), FinishReason.CANCELLED)
+
+    async def _finish(self, request_id: str, rollout_ids: list[str], reason: FinishReason) -> int:
+        """End rollouts, all of a job if it is cancelled; a caller that goes away does not leave it half done."""
+        return await wal.settled(self._finish_whole(request_id, rollout_ids, reason))
+
+    async def _finish_whole(self, request_id: str, rollout_ids: list[str], reason: FinishReason) -> int:
+        async with self._admission:  # two ends at once must not both find a rollout open
+            self._finishing[request_id] += 1
+            try:
+                if reason is FinishReason.CANCELLED and request_id not in self.ledger.cancelled:
+                    await self._record(JobCancelled(request_id))
+                await self.dispatcher.stop(rollout_ids)
+                return await self.members.finish(rollout_ids, reason)
+            finally:
+                self._finishing[request_id] -= 1
+                self._close_if_over(request_id)
+
+    async def preempt(
+        self, rollout_ids: Iterable[str] | None = None, *, request_id: str = "", cause: str = "asked"
+    ) -> list[str]:
+        """Stop these rollouts, those of a job, or all, until `resume`; the stops are durable. Returns whom it stopped.
+
+        What samples stops at a token boundary, what waits for a tool at once; sandboxes sleep.  NotFoundError.
+        """
+        wanted = self._wanted(rollout_ids, request_id)
+        return await wal.settled(self.dispatcher.preempt(wanted, cause))
+
+    def resume(self, rollout_ids: Iterable[str] | None = None, *, request_id: str = "") -> list[str]:
+        """Let rollouts that were preempted, or that the service failed, wait for their turn; whom this set going.
+
+        NotFoundError; StateError: the job was cancelled.
+        """
+        wanted = self._wanted(rollout_ids, request_id)
+        if request_id in self.ledger.cancelled:
+            raise StateError(f"job {request_id!r} was cancelled: submit it anew")
+        failed = {
+            rollout_id
+            for rollout_id in wanted
+            if not self.dispatcher.knows(rollout_id) and not self.ledger.is_done(rollout_id)
+        }
+        for job in {self.ledger.member(rollout_id)[0].request_id: None for rollout_id in failed}:
+            self._queue(claims_of(self.ledger.jobs[job], self.ledger.tasks, failed.__contains__))
+        resumed = [*failed, *self.dispatcher.resume(wanted)]
+        for rollout_id in resumed:
+            self._wake(rollout_id)
+        return resumed
+
+    def _wanted(self, rollout_ids: Iterable[str] | None, request_id: str) -> list[str]:
+        """Members of jobs that were not cancelled.  NotFoundError."""
+        if rollout_ids is None and not request_id:
+            jobs = self.ledger.jobs.keys() - self.ledger.cancelled
+            return [member for job in jobs for member in self._members_of(job)]
+        if rollout_ids is None:
+            return self._members_of(request_id)
+        wanted = list(rollout_ids)
+        for rollout_id in wanted:
+            if not self.ledger.asks_for(rollout_id):
+                raise NotFoundError(f"no rollout {rollout_id!r} in {self.directory}")
+        return wanted
+
+    def _members_of(self, request_id: str) -> list[str]:
         if request_id not in self.ledger.jobs:
             raise NotFoundError(f"no job {request_id!r} in {self.directory}")
-        return await wal.settled(self._cancel(request_id))  # a caller that goes away does not leave it half done
-
-    async def _cancel(self, request_id: str) -> int:
-        async with self._admission:  # two cancels at once must not both find a rollout open
-            self._cancelling.add(request_id)
-            try:
-                if request_id not in self.ledger.cancelled:
-                    await self._record(JobCancelled(request_id))
-                members = [rollout_id for rollout_id, _, _ in self.ledger.members(request_id)]
-                await _stop([task for member in members if (task := self._running.get(member)) is not None])
-                return await self._finish_cancelled(request_id)
-            finally:
-                self._cancelling.discard(request_id)
-
-    async def _finish_cancelled(self, request_id: str) -> int:
-        """End what a cancelled job left open or never began, then its watchers; how many rollouts that were."""
-        unfinished = [m for m in self.ledger.members(request_id) if not self.ledger.is_done(m[0])]
-        for start in range(0, len(unfinished), _CANCELS_IN_FLIGHT_MAX):
-            batch = unfinished[start : start + _CANCELS_IN_FLIGHT_MAX]
-            await asyncio.gather(*(self._finish_member(request_id, *member) for member in batch))
-        self.watchers.close(request_id)
-        return len(unfinished)
-
-    async def _finish_member(self, request_id: str, rollout_id: str, group: Group, index: int) -> None:
-        """A member that waited for its turn is opened first: a group is whole in the log, also when cancelled."""
-        if rollout_id not in self.ledger.rollouts:
-            await self._open(request_id, rollout_id, group, index)
-        await self.sandboxes.drop(rollout_id)
-        for ended in (*self.ledger.judges(rollout_id), rollout_id):
-            await self._record(RolloutFinished(ended, FinishReason.CANCELLED))
+        return [rollout_id for rollout_id, _, _ in self.ledger.members(request_id)]
 
     def is_ended(self, request_id: str) -> bool:
         """Whether every rollout of the job has ended: nothing is left to start for it."""
         return all(self.ledger.is_done(rollout_id) for rollout_id, _, _ in self.ledger.members(request_id))
 
     async def wait(self, request_id: str) -> None:
-        """Return when no rollout of the job runs any more (ended, or stopped by an infrastructure failure).
+        """Return when no rollout of the job runs or waits to (ended, preempted, or failed by the infrastructure).
 
         Raises what stopped the service (a poisoned log, a bug); rollouts then stand in the log.
         """
-        tasks = [t for m, _, _ in self.ledger.members(request_id) if (t := self._running.get(m)) is not None]
-        if tasks:
-            everything = asyncio.create_task(asyncio.wait(tasks))
+        if self._live[request_id]:
+            resting = asyncio.ensure_future(self._at_rest[request_id].wait())
             try:
-                await asyncio.wait({everything, self._failed}, return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
+                await asyncio.wait({resting, self._failed}, return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
             finally:
-                everything.cancel()
+                resting.cancel()
         if self._failed.done():
             self._failed.result()
 
@@ -270,52 +306,46 @@ class RolloutService:
         """
         if request_id not in self.ledger.jobs:
             raise NotFoundError(f"no job {request_id!r} in {self.directory}")
-        is_ending = request_id in self._cancelling
-        return self.watchers.watch(request_id, is_live=is_ending or self._running_of_job[request_id] > 0)
+        is_live = bool(self._finishing[request_id] or self._live[request_id])
+        return self.watchers.watch(request_id, is_live=is_live)
 
     @property
     def running_count(self) -> int:
         """Rollouts that are queued or running."""
-        return len(self._running)
+        return sum(map(len, self._live.values()))
 
-    def _start(self, request_id: str) -> None:
-        if not self._is_started or request_id in self.ledger.cancelled:
-            return
-        for rollout_id, group, index in self.ledger.members(request_id):
-            if not self.ledger.is_done(rollout_id):
-                task = asyncio.create_task(self._run(request_id, rollout_id, group, index), name=rollout_id)
-                self._running[rollout_id] = task
-                self._running_of_job[request_id] += 1
-                task.add_done_callback(partial(self._ended, request_id))
+    def _enqueue(self, job: Job) -> None:
+        """Have what is left of a job run; a group that no longer fits whole (it did) goes on one by one."""
+        claims = claims_of(job, self.ledger.tasks, lambda member: not self.ledger.is_done(member))
+        self._queue(part for claim in claims for part in self._scheduler.fitting(claim))
+        self.endings.watch(job)
 
-    async def _run(self, request_id: str, rollout_id: str, group: Group, index: int) -> None:
-        async with self._slots:
-            state = self.ledger.rollouts.get(rollout_id)
-            if state is None:
-                await self._open(request_id, rollout_id, group, index)
-            elif state.opened.engine.weights_digest != self.engine.info.weights_digest:
-                raise JournalError(f"{rollout_id} was begun with other weights; resume it with the same checkpoint")
-            else:
-                await self._record(RolloutResumed(rollout_id, state.attempt + 1, state.tokens_count, self.engine.info))
-            await self.runner.run(self._rollout(request_id, rollout_id, group))
+    def _queue(self, claims: Iterable[Claim]) -> None:
+        queued = list(claims)
+        for claim in queued:
+            for member in claim.members:
+                self._wake(member)
+        self.dispatcher.enqueue(queued)
 
-    def _rollout(self, request_id: str, rollout_id: str, group: Group) -> Rollout:
-        task = self.ledger.tasks.get(group.task_digest)
-        bounds = [self.ledger.jobs[request_id].limits.wall_clock_s, task.agent_timeout_s if task else 0.0]
-        return Rollout(rollout_id, task, min((bound for bound in bounds if bound > 0), default=math.inf))
+    async def _run(self, rollout_id: str, order: Order) -> None:
+        await self.runner.run(await self.members.take_up(rollout_id, order))
 
-    async def _open(self, request_id: str, rollout_id: str, group: Group, index: int) -> None:
-        task, job = self.ledger.tasks.get(group.task_digest), self.ledger.jobs[request_id]
-        if task is not None:
-            prompt = context.prompt(task.instruction, self.tokenizer, job.thinking)
-        else:
-            conversation = self.ledger.conversations[group.task_digest]
-            prompt = context.conversation_prompt(conversation, self.tokenizer, job.thinking)
-        digest, engine = self.tokenizer.digest, self.engine.info
-        opened = RolloutOpened(
-            rollout_id, request_id, group.group_id, index, prompt, digest, engine, has_environment=task is not None
-        )
-        await self._record(opened)
+    def _wake(self, rollout_id: str) -> None:
+        request_id = self.ledger.member(rollout_id)[0].request_id
+        self._live[request_id].add(rollout_id)
+        self._at_rest[request_id].clear()
+
+    def _rest(self, rollout_id: str) -> None:
+        request_id = self.ledger.member(rollout_id)[0].request_id
+        self._live[request_id].discard(rollout_id)
+        self._close_if_over(request_id)
+
+    def _close_if_over(self, request_id: str) -> None:
+        if not self._live[request_id]:
+            self._at_rest[request_id].set()
+            if not self._finishing[request_id]:
+                self.watchers.close(request_id)
+                self.endings.rest(self.ledger.jobs[request_id])
 
     async def _record(self, event: Event) -> None:
         await wal.settled(self._append(event))
@@ -340,26 +370,16 @@ class RolloutService:
             rollout_id = rollout_of(event)
             request_id, lsn = self.ledger.rollouts[rollout_id].opened.request_id, self.ledger.lsns[rollout_id][1]
             self.watchers.publish(request_id, event, lsn)
-
-    def _ended(self, request_id: str, task: asyncio.Task[None]) -> None:
-        self._running.pop(task.get_name(), None)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._fail(error)
-        self._running_of_job[request_id] -= 1
-        if self._running_of_job[request_id] == 0 and request_id not in self.ledger.cancelled:
-            self.watchers.close(request_id)
+            if isinstance(event, RolloutFinished):
+                self.endings.note(event)
 
     async def _stop_rollouts(self) -> None:
-        await _stop(list(self._running.values()))
+        await self.endings.close()
+        await self.dispatcher.close()
+        await self.sandboxes.close()
         if self._failed.done():
             self._failed.exception()
 
 
 def _admitted(task: Task | Conversation) -> TaskAdmitted | ConversationAdmitted:
     return TaskAdmitted(task) if isinstance(task, Task) else ConversationAdmitted(task)
-
-
-async def _stop(tasks: list[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -80,7 +80,7 @@ class Setting:
 async def serving(directory: Path, **config: Any) -> AsyncIterator[Setting]:
     world = World()
     engine = ScriptedEngine(TOKENIZER, lambda _session, _turn: Reply(reasoning="Hm.", content="Done."))
-    config = {"concurrency": 2, "log_sync": "os", **config}
+    config = {"sandboxes_count_max": 2, "log_sync": "os", **config}
     service = RolloutService(directory, engine, HeldSubstrate(world), TOKENIZER, RolloutConfig(**config))
     async with service:
         await service.start()
@@ -96,10 +96,12 @@ async def serving(directory: Path, **config: Any) -> AsyncIterator[Setting]:
 
 @pytest.fixture
 def request_(make_task: Callable[..., Path], tmp_path: Path) -> pb.SubmitRequest:
-    """Five rollouts of a small task; two run at once."""
+    """A rollout of each of five small tasks; two run at once."""
     folder = make_task(tmp_path / "task")
     files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    return pb.SubmitRequest(request_id="job", tasks=[pb.TaskFolder(name="task", files=files)], group_size=5)
+    return pb.SubmitRequest(
+        request_id="job", tasks=[pb.TaskFolder(name=f"task{number}", files=files) for number in range(5)]
+    )
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -123,7 +125,7 @@ def ends(updates: list[pb.Update]) -> dict[str, str]:
     return {update.rollout_id: update.finished.finish_reason for update in updates if update.HasField("finished")}
 
 
-ALL_CANCELLED = {f"job/task.{index}": "CANCELLED" for index in range(5)}
+ALL_CANCELLED = {f"job/task{number}.0": "CANCELLED" for number in range(5)}
 
 
 async def test_a_cancel_whose_client_goes_away_is_carried_out_to_its_end(
@@ -144,7 +146,7 @@ async def test_a_cancel_whose_client_goes_away_is_carried_out_to_its_end(
         assert reply.cancelled_count == 0
 
 
-async def test_members_of_a_cancelled_group_that_never_began_are_reported_too(
+async def test_members_of_a_cancelled_job_that_never_began_are_reported_too(
     request_: pb.SubmitRequest, tmp_path: Path
 ) -> None:
     async with serving(tmp_path / "run") as setting:
@@ -159,13 +161,15 @@ async def test_members_of_a_cancelled_group_that_never_began_are_reported_too(
         (last,) = [
             part
             async for part in setting.rollouts.Get(
-                pb.GetRequest(rollout_id="job/task.4", return_mask=[pb.FIELD_TOKENS])
+                pb.GetRequest(rollout_id="job/task4.0", return_mask=[pb.FIELD_TOKENS])
             )
         ]
         assert (last.finish_reason, last.reward.HasField("value"), last.tokens_sampled) == ("CANCELLED", False, 0)
         assert len(last.token_ids) > 0
-    (row,) = summarise(Ledger.read(tmp_path / "run/wal", TOKENIZER)).per_task
-    assert (row.rollouts, row.finished, row.finish_reasons, row.reward_mean) == (5, 5, {"CANCELLED": 5}, None)
+    rows = summarise(Ledger.read(tmp_path / "run/wal", TOKENIZER)).per_task
+    assert [(row.rollouts, row.finished, row.finish_reasons, row.reward_mean) for row in rows] == [
+        (1, 1, {"CANCELLED": 1}, None)
+    ] * 5
 
 
 async def test_a_cancel_that_a_crash_cut_short_is_finished_by_the_next_start(
@@ -224,7 +228,7 @@ async def test_what_nobody_foresaw_is_internal_without_its_text_and_in_the_serve
         setting.service.ledger = None  # type: ignore[assignment]  # a bug
         calls: dict[str, Callable[[], Any]] = {
             "Submit": lambda: setting.rollouts.Submit(request_).read(),
-            "Get": lambda: setting.rollouts.Get(pb.GetRequest(rollout_id="job/task.0")).read(),
+            "Get": lambda: setting.rollouts.Get(pb.GetRequest(rollout_id="job/task0.0")).read(),
             "Cancel": lambda: setting.rollouts.Cancel(pb.CancelRequest(request_id="job")),
         }
         with caplog.at_level(logging.ERROR), pytest.raises(grpc.RpcError) as caught:
