@@ -38,10 +38,16 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 """The format's names; the bits of a BF16 are a u16 to numpy."""
 HEADER_BYTES_MAX = 16 << 20
-ROUTES, HIDDEN = "routes", "hidden"
-TOPK_IDS, TOPK_LOGPROBS = "topk_ids", "topk_logprobs"
-MASK_OFFSETS, MASK_IDS = "mask_offsets", "mask_ids"
-"""The sampling mask as CSR: token i was drawn from `mask_ids[mask_offsets[i]:mask_offsets[i + 1]]`."""
+LAYOUTS = {
+    "routes": ({"U8", "U16"}, 3),
+    "routes_valid": ({"U8"}, 1),
+    "hidden": ({"BF16"}, 2),
+    "topk_ids": ({"U32"}, 2),
+    "topk_logprobs": ({"F32"}, 2),
+    "mask_offsets": ({"U64"}, 1),
+    "mask_ids": ({"U32"}, 1),
+}
+"""Names that mean the same everywhere: dtypes and axes; any other name may be used freely."""
 
 
 class Channel(NamedTuple):
@@ -69,6 +75,7 @@ def write_channels(path: Path, offered: Mapping[str, Mapping[str, Channel]]) -> 
             _check(rollout_id, name, channel, parts.get(name))
             start = sum(len(part.array) for _, part, _ in parts.get(name, ()))
             parts.setdefault(name, []).append((rollout_id, channel, start))
+        _check_mask(rollout_id, channels)
     header, offset = {}, 0
     # The format wants tensors without holes, in the order of their offsets; wide elements first keeps them aligned.
     order = sorted(parts, key=lambda name: (-DTYPES[parts[name][0][1].dtype].itemsize, name))
@@ -138,8 +145,25 @@ def _check(rollout_id: str, name: str, channel: Channel, others: list[tuple[str,
         raise RequestError(f"{where}: {channel.dtype!r} is none of {', '.join(DTYPES)}")
     if channel.array.dtype != dtype or not channel.array.ndim:
         raise RequestError(f"{where}: {channel.dtype} takes rows of {dtype}, not {channel.array.dtype}")
+    dtypes, axes = LAYOUTS.get(name, ({channel.dtype}, channel.array.ndim))
+    if channel.dtype not in dtypes or channel.array.ndim != axes:
+        wanted = f"{' or '.join(sorted(dtypes))} with {axes} axes"
+        raise RequestError(f"{where}: it is {wanted}, not {channel.dtype} with {channel.array.ndim}")
+    if channel.layer_ids and channel.array.shape[1:2] != (len(channel.layer_ids),):
+        raise RequestError(f"{where}: {len(channel.layer_ids)} layer ids for rows of {channel.array.shape[1:]}")
     if others and (others[0][1].array.shape[1:], others[0][1].dtype) != (channel.array.shape[1:], channel.dtype):
         raise RequestError(f"{where} differs in its layout from that of {others[0][0]}, which is written beside it")
+
+
+def _check_mask(rollout_id: str, channels: Mapping[str, Channel]) -> None:
+    """A sampling mask as CSR: token i was drawn from `mask_ids[mask_offsets[i]:mask_offsets[i + 1]]`."""
+    if "mask_offsets" not in channels and "mask_ids" not in channels:
+        return
+    offsets, ids = (channels[name].array if name in channels else None for name in ("mask_offsets", "mask_ids"))
+    if offsets is None or ids is None or not len(offsets) or offsets[0] != 0 or offsets[-1] != len(ids):
+        raise RequestError(f"sampling mask of {rollout_id}: offsets from 0 to the number of ids belong to its ids")
+    if (offsets[1:] < offsets[:-1]).any():
+        raise RequestError(f"sampling mask of {rollout_id}: its offsets decrease")
 
 
 def _bytes(array: Array) -> memoryview:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -194,7 +195,7 @@ def test_side_channels_are_read_by_others_and_come_back_as_they_were(tmp_path: P
             "routes": Channel(routes[i], "U8", (3, 4, 5)),
             "hidden": Channel(hidden + i, "BF16"),
             "mask_offsets": Channel(np.array([0, 2, 2 + i], np.uint64), "U64"),
-            "mask_ids": Channel(np.arange(2 + i, dtype=np.uint32)[i:], "U32"),
+            "mask_ids": Channel(np.arange(2 + i, dtype=np.uint32), "U32"),
         }
         for i in range(2)
     }
@@ -216,12 +217,40 @@ def test_side_channels_are_read_by_others_and_come_back_as_they_were(tmp_path: P
     assert row_of(RECORDS[0]).side_channels == ()
 
 
-def test_a_side_channel_that_is_not_what_it_says_is_refused_and_damage_is_found(tmp_path: Path) -> None:
-    name = RECORDS[0].rollout_id
-    with ShardWriter.open(tmp_path) as writer, pytest.raises(RequestError, match=r"'routes' of g0.0: U8 takes"):
-        writer.append(RECORDS[:1], {name: {"routes": Channel(np.zeros((2, 2), np.float32), "U8")}})
+ONES = np.ones((2, 2, 2), np.uint8)
+OFFSETS, IDS = Channel(np.array([0, 2], np.uint64), "U64"), Channel(np.array([4, 5], np.uint32), "U32")
+
+
+@pytest.mark.parametrize(
+    ("channels", "error"),
+    [
+        ({"routes": Channel(np.zeros((2, 2, 2), np.float32), "U8")}, "'routes' of g0.0: U8 takes rows of uint8"),
+        ({"routes": Channel(ONES[0], "U8")}, "'routes' of g0.0: it is U16 or U8 with 3 axes, not U8 with 2"),
+        ({"routes": Channel(ONES, "U8", (1, 2, 3))}, "3 layer ids for rows of "),
+        ({"mine": Channel(ONES, "INT4")}, "'INT4' is none of U8, U16"),
+        ({"mask_ids": IDS}, "offsets from 0 to the number of ids"),
+        ({"mask_ids": IDS, "mask_offsets": Channel(np.array([0, 3], np.uint64), "U64")}, "offsets from 0"),
+        ({"mask_ids": IDS, "mask_offsets": Channel(np.array([0, 2, 1, 2], np.uint64), "U64")}, "its offsets decrease"),
+    ],
+)
+def test_a_side_channel_that_is_not_what_it_says_is_refused(
+    tmp_path: Path, channels: dict[str, Channel], error: str
+) -> None:
     with ShardWriter.open(tmp_path) as writer:
-        writer.append(RECORDS[:1], {name: {"routes": Channel(np.ones((2, 2), np.uint8), "U8")}})
+        with pytest.raises(RequestError, match=error):
+            writer.append(RECORDS[:1], {RECORDS[0].rollout_id: channels})
+        assert writer.append(RECORDS[:1], {RECORDS[0].rollout_id: {"mask_ids": IDS, "mask_offsets": OFFSETS}}) == 1
+
+
+def test_rows_of_different_widths_do_not_fit_into_one_tensor(tmp_path: Path) -> None:
+    channels = {RECORDS[i].rollout_id: {"hidden": Channel(np.ones((2, 3 + i), np.uint16), "BF16")} for i in range(2)}
+    with ShardWriter.open(tmp_path) as writer, pytest.raises(RequestError, match="differs in its layout from that of"):
+        writer.append(RECORDS[:2], channels)
+
+
+def test_a_damaged_side_channel_is_told_by_file_and_name(tmp_path: Path) -> None:
+    with ShardWriter.open(tmp_path) as writer:
+        writer.append(RECORDS[:1], {RECORDS[0].rollout_id: {"routes": Channel(ONES, "U8")}})
     (channel,) = next(iter(Manifest(tmp_path))).rows[0].side_channels
     path = tmp_path / channel.uri
     data = path.read_bytes()
@@ -229,6 +258,9 @@ def test_a_side_channel_that_is_not_what_it_says_is_refused_and_damage_is_found(
         path.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
         with pytest.raises(ShardError, match=r"000000.safetensors, 'routes' cannot be read"):
             read_channel(tmp_path, channel)
-    path.write_bytes(data[:5])
-    with pytest.raises(ShardError, match="cannot be read"):
-        read_channel(tmp_path, channel)
+    for damaged in (b"", data[:5], data[:-1]):
+        path.write_bytes(damaged)
+        with pytest.raises(ShardError, match="cannot be read"):
+            read_channel(tmp_path, channel)
+    with pytest.raises(ShardError, match="no name of a file of this directory"):
+        read_channel(tmp_path, msgspec.structs.replace(channel, uri="../secret"))
