@@ -21,6 +21,7 @@ if [ "${1:-}" = dev ]; then # for the tests: the file list, sanitizers, process 
     command -v pgrep >/dev/null || missing+=(procps)
     command -v fsck.erofs >/dev/null || missing+=(erofs-utils) # layers: an opinion of its own, and compression
     command -v zstd >/dev/null || missing+=(zstd)
+    compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql) # an index that workers share
     for library in libasan:libasan8 libubsan:libubsan1; do
         "${CC:-gcc}" -print-file-name="${library%%:*}.so" 2>/dev/null | grep -q / || missing+=("${library##*:}")
     done

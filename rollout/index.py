@@ -20,6 +20,7 @@ See: docs/architecture.md, "Workers"; docs/adr/0016-many-workers.md.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -151,8 +152,9 @@ class Index:
         await self._call(self._create)
 
     async def close(self) -> None:
-        """Let go of the connections."""
-        await self._call(lambda connection: self._engine.dispose())
+        """Let go of the connections, unless the database keeps that waiting."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(_in_thread(self._engine.dispose), CALL_S)
 
     async def join(self, owner: str, worker_id: str, address: str, ttl_s: float) -> None:
         """Begin a lease, and inherit the partitions of earlier processes of this worker, who must be dead."""

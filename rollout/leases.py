@@ -5,8 +5,9 @@ costs nothing, for only one can win it (`rollout.index`).
 
 Rules:
 1. What the index gives a worker it opens, and what the index does not give it, it lets go of.
-2. A partition that nobody alive owns is claimed by whoever has less than its share; shares add up to all of them.
-3. Who has more than its share gives one back at a time, the one with the least to do.
+2. A partition that nobody alive owns is claimed by whoever has less than its share; shares add up to all of them,
+   and differ by one at most.
+3. Who has more than its share gives one back at a time, the one with the least to do, when all others have an owner.
 4. A worker without a partition makes one if there are fewer partitions than workers; else rule 3 will give it one.
 
 See: docs/adr/0016-many-workers.md.
@@ -14,6 +15,7 @@ See: docs/adr/0016-many-workers.md.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import msgspec
@@ -42,10 +44,14 @@ def plan(owner: str, snapshot: Snapshot, held: Mapping[str, tuple[int, int]]) ->
     to_open = tuple(each for name, each in mine.items() if name not in held)
     if owner not in living:  # what is ours is so until somebody claims it, and nothing new becomes ours
         return Plan(to_open, lose)
-    share = -(-len(snapshot.partitions) // len(living))
+    floor, rest = divmod(len(snapshot.partitions), len(living))
+    counts = Counter(each.owner for each in snapshot.partitions)
+    are_some_short = any(counts[each] < floor for each in living)
+    share = floor + (rest > 0 and not are_some_short)  # who is short goes first
     free = [each for each in snapshot.partitions if each.owner not in living]
     claim = free[0] if free and len(mine) < share else None
-    excess = [name for name in held if name not in lose] if len(mine) > share else []
+    has_excess = len(mine) > share and not free
+    excess = [name for name in held if name not in lose] if has_excess else []
     release = min(excess, key=lambda name: (held[name][1], name), default=None)
     creates = not mine and len(snapshot.partitions) < len(living)
     return Plan(to_open, lose, claim, release, creates and claim is None)

@@ -1,0 +1,174 @@
+"""A PostgreSQL of the tests' own, and worker processes over one root with a client that asks any of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from rollout.pb.v1 import rollout_pb2 as pb
+from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
+
+LEASE_TTL_S = 2
+GO_ELSEWHERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED)
+AGAIN_S = 0.05
+
+
+class Postgres:
+    """A server on a unix socket, run by an unprivileged user; killed and started as a test wants."""
+
+    def __init__(self) -> None:
+        self.home = Path(tempfile.mkdtemp(prefix="dsec-postgres-"))
+        self.user = "postgres" if os.geteuid() == 0 else None
+        if self.user is not None:
+            shutil.chown(self.home, self.user)
+        self.bin = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+        self._run("initdb", "--pgdata", self.home / "data", "--username", "dsec", "--auth", "trust", "--no-sync")
+        self.process: subprocess.Popen[str] | None = None
+        self.start()
+
+    def _run(self, program: str, *arguments: object) -> None:
+        command = [str(self.bin / program), *map(str, arguments)]
+        subprocess.run(command, user=self.user, cwd=self.home, check=True, capture_output=True)
+
+    def start(self) -> None:
+        """What a killed one leaves running for a moment is waited for."""
+        while self.process is None:
+            command = [self.bin / "postgres", "-D", self.home / "data", "-k", self.home, "-c", "listen_addresses="]
+            process = subprocess.Popen(
+                list(map(str, command)), user=self.user, cwd=self.home, text=True, stderr=subprocess.PIPE
+            )
+            assert process.stderr is not None
+            for line in process.stderr:
+                if "ready to accept connections" in line:
+                    self.process = process
+                    break
+            else:
+                process.communicate()
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.communicate()
+        self.process = None
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.communicate()
+        shutil.rmtree(self.home)
+
+    def create(self, name: str) -> str:
+        """A database, and its URL."""
+        self._run("createdb", "--host", self.home, "--username", "dsec", name)
+        return f"postgresql://dsec@/{name}?host={self.home}"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    server = Postgres()
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def index_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A fresh index in each kind of database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'index.db'}"
+    url: str = request.getfixturevalue("postgres").create(f"index_{time.monotonic_ns()}")
+    return url
+
+
+class WorkerProcess:
+    """A `dsec serve --root` process and a stub for it."""
+
+    def __init__(self, dsec: Any, root: Path, url: str, worker_id: str, *options: object, **env: str) -> None:
+        self.dsec, self.worker_id = dsec, worker_id
+        where = ("--root", root, "--worker-id", worker_id, "--listen", "127.0.0.1:0", *options)
+        env = {"DSEC_WORKER_LEASE_TTL_S": str(LEASE_TTL_S), "DSEC_EDGE_KEEP_S": "20", **env}
+        index = ("--index", url) if url else ()
+        self.process: subprocess.Popen[str] = dsec.start("serve", *where, *index, env=env)
+        assert self.process.stdout is not None
+        said = self.process.stdout.readline()
+        assert said.startswith("dsec: serving "), self.process.communicate()
+        self.address = said.split()[2].rstrip(",")
+        self.channel = grpc.insecure_channel(self.address)
+        self.stub = RolloutServiceStub(self.channel)  # type: ignore[no-untyped-call]
+
+    def kill(self) -> None:
+        """kill -9 of the worker alone: its sandboxes live on."""
+        self.process.kill()
+        self.process.communicate()
+
+    def stop(self) -> str:
+        """SIGTERM; what it said."""
+        self.process.terminate()
+        _, err = self.process.communicate(timeout=60)
+        assert self.process.returncode == 0, err
+        return str(err)
+
+
+class Root:
+    """A root, its workers, and what a trainer does with them."""
+
+    def __init__(self, dsec: Any, directory: Path, url: str) -> None:
+        self.dsec, self.directory, self.url = dsec, directory, url
+        self.workers: list[WorkerProcess] = []
+        self.options: tuple[object, ...] = ()
+
+    def start(self, worker_id: str, **env: str) -> WorkerProcess:
+        self.workers.append(WorkerProcess(self.dsec, self.directory, self.url, worker_id, *self.options, **env))
+        return self.workers[-1]
+
+    def finish(self, request: pb.SubmitRequest, *workers: WorkerProcess) -> set[str]:
+        """Ask the workers in turn until one has followed the job to its end; the rollouts that finished."""
+        number = 0
+        while True:
+            with contextlib.suppress(grpc.RpcError):
+                try:
+                    updates = list(workers[number % len(workers)].stub.Submit(request, timeout=120))
+                except grpc.RpcError as error:
+                    assert error.code() in GO_ELSEWHERE, error
+                    raise
+                return {update.rollout_id for update in updates if update.HasField("finished")}
+            number += 1
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                workers[0].process.wait(AGAIN_S)
+
+    def look(self) -> Any:
+        index = ("--index", self.url) if self.url else ()
+        return self.dsec.done("workers", self.directory, "--json", *index).json()
+
+    def until(self, condition: Callable[[Any], bool]) -> Any:
+        """What `dsec workers` says, once that is so."""
+        while not condition(seen := self.look()):
+            pass
+        return seen
+
+    def show(self) -> dict[str, dict[str, Any]]:
+        """Trajectories of all logs."""
+        shown = [self.dsec.show(log.parent) for log in sorted(self.directory.glob("*/wal"))]
+        assert sum(map(len, shown)) == len({rollout_id for each in shown for rollout_id in each})
+        return {rollout_id: record for each in shown for rollout_id, record in each.items()}
+
+
+@pytest.fixture
+def root(dsec: Any, tmp_path: Path, index_url: str) -> Iterator[Root]:
+    """Workers that are still there at the end are stopped one by one; the last leaves nothing."""
+    root = Root(dsec, tmp_path / "root", index_url)
+    yield root
+    for worker in root.workers:
+        if worker.process.returncode is None:
+            worker.stop()
+        worker.channel.close()
