@@ -1,12 +1,12 @@
 """How long a rollout stands still when its process is killed, and what is then done again, against starting anew.
 
-A log is written whose only rollout has sampled up to a given length, in mid-turn.  Then, again and again: a process
-is started on it, goes on, and is stopped as soon as one *new* token is durable: by SIGKILL (`killed`: the KV cache is
-computed again from the logged tokens) or by a preemption (`preempted`: the cache is saved and restored).  `restarted` is
-what a service does that has no log of tokens (or only of turns, or only in memory): it draws the lost tokens of the turn
-again.  Times are of one machine's clock, from the start of the process: loading Python and this package, folding the
-log, loading the checkpoint, and from there to the first new token, prefill included.  The temperature is so high that
-the model hardly ever ends its turn.
+A log is written whose only rollout has sampled up to a given length, in mid-turn.  Then, again and again: a
+process is started on it, goes on, and is stopped as soon as one *new* token is durable: by SIGKILL (`killed`: the KV
+cache is computed again from the logged tokens) or by a preemption (`preempted`: the cache is saved and restored).
+`restarted` is what a service does that has no log of tokens (or only of turns, or only in memory): it draws the lost
+tokens of the turn again.  Times are of one machine's clock, from the start of the process: loading Python and this
+package, folding the log, loading the checkpoint, and from there to the first new token, prefill included.  The
+temperature is so high that the model hardly ever ends its turn.
 """
 
 from __future__ import annotations
