@@ -14,7 +14,7 @@ Invariants:
 3. An answer that does not come in time is an UnreachableError, and whether the statement took effect is not known:
    callers look at `snapshot` before they act on what they wanted.
 
-See: docs/architecture.md, "Workers"; docs/adr/0016-many-workers.md.
+See: docs/architecture.md, "Workers"; docs/adr/0019-many-workers.md.
 """
 
 from __future__ import annotations
@@ -257,11 +257,12 @@ class Index:
         if not self._is_sqlite:  # two that create at once would both find nothing
             connection.execute(sql.select(sql.func.pg_advisory_xact_lock(_CREATION_LOCK)))
         _tables.create_all(connection)
-        connection.execute(self._insert(_version, {"version": VERSION}))
-        versions = list(connection.execute(sql.select(_version.c.version)).scalars())
-        if versions != [VERSION]:
+        version = connection.execute(sql.select(_version.c.version)).scalar()
+        if version is None:
+            connection.execute(_version.insert().values(version=VERSION))
+        elif version != VERSION:
             raise RequestError(
-                f"the index {self.url} is of version {max(versions)}, this program's is {VERSION}: name another one "
+                f"the index {self.url} is of version {version}, this program's is {VERSION}: name another one "
                 "with --index, and fill it with `dsec index rebuild`"
             )
 

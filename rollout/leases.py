@@ -10,7 +10,7 @@ Rules:
 3. Who has more than its share gives one back at a time, the one with the least to do, when all others have an owner.
 4. A worker without a partition makes one if there are fewer partitions than workers; else rule 3 will give it one.
 
-See: docs/adr/0016-many-workers.md.
+See: docs/adr/0019-many-workers.md.
 """
 
 from __future__ import annotations

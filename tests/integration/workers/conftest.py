@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -133,18 +134,17 @@ class Root:
 
     def finish(self, request: pb.SubmitRequest, *workers: WorkerProcess) -> set[str]:
         """Ask the workers in turn until one has followed the job to its end; the rollouts that finished."""
-        number = 0
-        while True:
-            with contextlib.suppress(grpc.RpcError):
-                try:
-                    updates = list(workers[number % len(workers)].stub.Submit(request, timeout=120))
-                except grpc.RpcError as error:
-                    assert error.code() in GO_ELSEWHERE, error
+        for worker in itertools.cycle(workers):
+            try:
+                updates = list(worker.stub.Submit(request, timeout=120))
+            except grpc.RpcError as error:
+                if error.code() not in GO_ELSEWHERE:
                     raise
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    worker.process.wait(AGAIN_S)
+            else:
                 return {update.rollout_id for update in updates if update.HasField("finished")}
-            number += 1
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                workers[0].process.wait(AGAIN_S)
+        raise AssertionError
 
     def look(self) -> Any:
         index = ("--index", self.url) if self.url else ()

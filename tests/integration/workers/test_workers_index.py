@@ -120,7 +120,7 @@ async def test_an_epoch_never_goes_down(opened: Open) -> None:
 async def test_an_index_of_another_version_is_refused(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     await opened()
     monkeypatch.setattr("rollout.index.VERSION", 2)
-    with pytest.raises(RequestError, match="is of version 2, this program's is 2|is of version 1, this program's is 2"):
+    with pytest.raises(RequestError, match="is of version 1, this program's is 2"):
         await opened()
 
 
