@@ -34,6 +34,10 @@ class KvFiles:
             _log.warning("%s: its state is not saved, and will be computed again: %s", rollout_id, error)
         await self._engine.release(rollout_id)
 
+    def holds(self, rollout_id: str) -> bool:
+        """Whether something was saved."""
+        return self._path(rollout_id).exists()
+
     async def restore(self, rollout_id: str) -> bool:
         """Give the engine what was saved, once; whether it took any of it."""
         path = self._path(rollout_id)

@@ -26,6 +26,7 @@ from rollout.bench.tasks import Task, check_networks
 from rollout.events import NetworkSwitched
 from rollout.ledger import Ledger
 from rollout.network import Networks, TaskPhase, phase_of
+from rollout.recovery import Pending, Run, decide_run
 
 _log = logging.getLogger(__name__)
 Tell = Callable[[NetworkSwitched], Awaitable[None]]
@@ -48,13 +49,23 @@ class PhasedSandbox:
 
         StateError if it had begun on a sandbox that was lost, and could reach the outside.
         """
-        trajectory = self.durable.trajectory
-        entry = trajectory.entries.get(key)
-        if entry is None or entry.state != "finished":
-            if entry is not None and entry.state != "refused" and entry.incarnation != trajectory.incarnation:
-                self._require_repeatable(key)
+        run = decide_run(self._pending(key))
+        if run is Run.REFUSE:
+            self._require_repeatable(key)
+        if run is not Run.ANSWER:
             await self.enter(phase_of(key))
         return await self.durable.exec(key, command)
+
+    def _pending(self, key: str) -> Pending:
+        trajectory = self.durable.trajectory
+        entry = trajectory.entries.get(key)
+        if entry is None or entry.state == "refused":
+            return Pending.NEW
+        if entry.state == "finished":
+            return Pending.FINISHED
+        if entry.incarnation != trajectory.incarnation:
+            return Pending.LOST if self._networks.may_repeat(key) else Pending.LOST_OUTSIDE
+        return Pending.UNKNOWN if entry.state == "unknown" else Pending.RUNNING
 
     async def enter(self, phase: TaskPhase) -> None:
         """Give the sandbox the network of a phase: said in the log first, then done."""
