@@ -79,7 +79,7 @@ def measure_plan(directory: Path, count: int) -> dict[str, Any]:
         sizes = lengths(count, 6_000, dice)
         for start in range(0, count, GROUP):
             rows = tuple(row(start // GROUP, index, sizes[start + index], dice) for index in range(GROUP))
-            log.append(KIND, encode(Appended(shard=start // 4096, offset=start, size=1, crc=0, rows=rows)))
+            log.append(KIND, encode(Appended(shard=str(start // 4096), offset=start, size=1, crc=0, rows=rows)))
     gc.collect()
     before, began = private_kib(), time.process_time()
     dataset = Dataset.open(directory)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from rollout.errors import RequestError
+from rollout.export import exporter
 from rollout.ledger import Ledger
 from rollout.main import load_tokenizer
 
@@ -22,8 +23,6 @@ def export(directory: Path, out: Path | None) -> None:
 
     It may be called again at any time, also while the run goes on: it adds what has ended since.
     """
-    from rollout.export import exporter  # loads pyarrow
-
     if not (directory / "wal").is_dir():
         raise RequestError(f"{directory} holds no run: give the directory of a dsec run or dsec serve")
     target = out or directory / exporter.SHARDS

@@ -15,19 +15,22 @@ from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import msgspec
 
 import wal
 from rollout.errors import ResultsError
 from rollout.events import Event, RolloutFinished
-from rollout.export.shards import BATCH_ROWS_MAX, ShardWriter
 from rollout.ledger import Ledger
 from rollout.record import TrajectoryRecord, trajectory_record
 
+if TYPE_CHECKING:
+    from rollout.export.shards import ShardWriter
+
 SHARDS = "shards"
 """Of a run directory."""
+_ROWS_AT_ONCE = 16
 _log = logging.getLogger(__name__)
 
 
@@ -48,6 +51,8 @@ def ended(ledger: Ledger, written: Iterable[str]) -> list[str]:
 
 def export(ledger: Ledger, directory: Path) -> int:
     """Write what a ledger holds to shards; how many rollouts were not there yet.  The errors of ShardWriter."""
+    from rollout.export.shards import ShardWriter  # loads pyarrow, which nobody needs before
+
     with ShardWriter.open(directory) as writer:
         ids = ended(ledger, writer.rollout_ids)
         return writer.append(ended_record(ledger, each) for each in ids)
@@ -56,9 +61,9 @@ def export(ledger: Ledger, directory: Path) -> int:
 class Exporter:
     """Writes rollouts of a running service as they end; an async context manager, which writes the rest at its end."""
 
-    def __init__(self, directory: Path, ledger: Ledger) -> None:
-        """`ledger` is the service's own; records are made of it in its event loop, and written by a thread."""
-        self._directory, self._ledger = directory, ledger
+    def __init__(self, directory: Path, ledger: Ledger, epoch: int | None = None) -> None:
+        """`ledger` and `epoch` are the service's; records are made in its event loop, and written by a thread."""
+        self._directory, self._ledger, self._epoch = directory, ledger, epoch
         self._waiting: deque[str] = deque()
         self._wake = asyncio.Event()
         self._is_closing = False
@@ -68,7 +73,7 @@ class Exporter:
 
         wal.LockedError while another exporter has it, ShardError, ResultsError.
         """
-        self._writer = await asyncio.to_thread(ShardWriter.open, self._directory)
+        self._writer = await asyncio.to_thread(self._open)
         self._waiting.extend(ended(self._ledger, self._writer.rollout_ids))
         self._wake.set()
         self._work = asyncio.create_task(self._write(), name="exporter")
@@ -78,6 +83,11 @@ class Exporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await wal.settled(self._close())
+
+    def _open(self) -> ShardWriter:
+        from rollout.export.shards import ShardWriter  # loads pyarrow
+
+        return ShardWriter.open(self._directory, epoch=self._epoch)
 
     def observe(self, event: Event) -> None:
         """What the service calls with each event that is durable and folded."""
@@ -96,7 +106,7 @@ class Exporter:
                 await self._wake.wait()
                 self._wake.clear()
                 while self._waiting:
-                    ids = [self._waiting.popleft() for _ in range(min(len(self._waiting), BATCH_ROWS_MAX))]
+                    ids = [self._waiting.popleft() for _ in range(min(len(self._waiting), _ROWS_AT_ONCE))]
                     records = [ended_record(self._ledger, each) for each in ids]
                     await asyncio.to_thread(self._writer.append, records)
         except (ResultsError, wal.WalError) as error:

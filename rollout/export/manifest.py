@@ -65,9 +65,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Appended(msgspec.Struct, frozen=True, kw_only=True):
-    """One record batch: bytes `offset` to `offset + size` of shard number `shard`, and its rows in order."""
+    """One record batch: bytes `offset` to `offset + size` of the shard of that name, and its rows in order."""
 
-    shard: int
+    shard: str
     offset: int
     size: int
     crc: int
@@ -108,6 +108,6 @@ class Manifest:
             raise ShardError(f"the manifest of {self.directory} cannot be read: {error}") from error
 
 
-def shard_path(directory: Path, shard: int) -> Path:
+def shard_path(directory: Path, shard: str) -> Path:
     """Where a shard lies: an Arrow IPC stream."""
-    return directory / f"{shard:08d}.arrows"
+    return directory / f"{shard}.arrows"

@@ -8,7 +8,9 @@ Invariants:
 1. Data, then manifest: a batch is durable in its shard before the manifest names it.  A crash leaves
    a whole prefix, and the next writer cuts off what the manifest does not name.
 2. A rollout that the manifest names is never written again.
-3. A shard ends with the batch that reaches a bound; no batch holds more than BATCH_ROWS_MAX rows, nor,
+3. A shard has one writer: its name begins with the writer's epoch, so whoever was fenced off writes to
+   files that nobody names.
+4. A shard ends with the batch that reaches a bound; no batch holds more than BATCH_ROWS_MAX rows, nor,
    with more than one, more than BATCH_TOKENS_MAX tokens.
 
 See: docs/formats/shards.md.
@@ -19,7 +21,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -47,24 +48,32 @@ class ShardWriter:
     def __init__(self, directory: Path, log: wal.Log, manifest: Manifest, rows_max: int, bytes_max: int) -> None:
         self.directory = directory
         self._log, self._rows_max, self._bytes_max = log, rows_max, bytes_max
-        self._shard = self._size = self._rows = 0
+        self._shard, self._rows = _name(log.epoch, 0), 0
+        self._ends: dict[str, int] = {}
+        """Bytes of each shard that are named, in the order of the shards."""
+        self._uris: set[str] = set()
         self.rollout_ids: set[str] = set()
         """Everything that is written."""
         for batch in manifest:
-            self._rows = len(batch.rows) + (self._rows if batch.shard == self._shard else 0)
-            self._shard, self._size = batch.shard, batch.offset + batch.size
+            self._rows = len(batch.rows) + (self._rows if batch.shard in self._ends else 0)
+            self._shard = batch.shard
+            self._ends[batch.shard] = batch.offset + batch.size
             self.rollout_ids.update(row.rollout_id for row in batch.rows)
+            self._uris.update(channel.uri for row in batch.rows for channel in row.side_channels)
         self._failure: Exception | None = None
 
     @classmethod
-    def open(cls, directory: Path, *, rows_max: int = 4096, bytes_max: int = 256 << 20) -> Self:
+    def open(
+        cls, directory: Path, *, epoch: int | None = None, rows_max: int = 4096, bytes_max: int = 64 << 20
+    ) -> Self:
         """Go on with a directory, or begin it; what a crash left behind is settled when this returns.
 
-        wal.LockedError while another writer has it, ShardError if shards are missing or shorter than the manifest
+        With an `epoch` it is taken from any writer of a lower one, as a log is.  wal.LockedError while another writer
+        has it, wal.FencedError for an epoch that is over, ShardError if shards are missing or shorter than the manifest
         says, ResultsError if the disk refuses.
         """
         try:
-            log = wal.Log.open(directory / MANIFEST)
+            log = wal.Log.open(directory / MANIFEST, epoch=epoch)
         except wal.StorageError as error:
             raise ResultsError(f"cannot write shards to {directory}: {error}") from error
         try:
@@ -87,7 +96,7 @@ class ShardWriter:
         count = 0
         try:
             with _told(self.directory):
-                for batch in _batches(record for record in records if record.rollout_id not in self.rollout_ids):
+                for batch in _batches(records, set(self.rollout_ids)):
                     self._append(batch, channels or {})
                     count += len(batch)
         except (ResultsError, wal.WalError) as error:
@@ -100,7 +109,7 @@ class ShardWriter:
         try:
             if self._failure is None and self._rows:
                 with _told(self.directory):
-                    write_parquet(shard_path(self.directory, self._shard), self._size)
+                    self._write_parquet(self._shard)
         finally:
             self._rows = 0
             self._log.close()
@@ -114,43 +123,53 @@ class ShardWriter:
         self.close()
 
     def _append(self, records: list[TrajectoryRecord], channels: Mapping[str, Channels]) -> None:
-        if self._rows >= self._rows_max or self._size >= self._bytes_max:
-            write_parquet(shard_path(self.directory, self._shard), self._size)
-            self._shard, self._size, self._rows = self._shard + 1, 0, 0
+        if self._rows >= self._rows_max or self._ends.get(self._shard, 0) >= self._bytes_max:
+            self._write_parquet(self._shard)
+            self._begin()
         offered = {r.rollout_id: channels[r.rollout_id] for r in records if channels.get(r.rollout_id)}
         if offered:
-            name = f"{self._shard:08d}-{self._size:012d}.safetensors"
-            written = write_channels(self.directory / name, offered)
+            written = write_channels(self.directory / f"{self._shard}-{self._rows:06d}.safetensors", offered)
             records = [msgspec.structs.replace(r, side_channels=written.get(r.rollout_id, ())) for r in records]
-        head = b"" if self._size else arrow.stream_head()
+        end = self._ends.get(self._shard, 0)
+        head = b"" if end else arrow.stream_head()
         data = arrow.stream_batch(records)
-        _write(shard_path(self.directory, self._shard), self._size, head + data)
-        rows, offset = tuple(map(row_of, records)), self._size + len(head)
+        _write(shard_path(self.directory, self._shard), end, head + data)
+        rows, offset = tuple(map(row_of, records)), end + len(head)
         batch = Appended(shard=self._shard, offset=offset, size=len(data), crc=crc32(data), rows=rows)
         self._log.append(KIND, encode(batch))
         self._log.sync()
-        self._size, self._rows = offset + len(data), self._rows + len(rows)
+        self._ends[self._shard] = offset + len(data)
+        self._rows += len(rows)
         self.rollout_ids.update(row.rollout_id for row in rows)
+
+    def _begin(self) -> None:
+        """Another shard, of this writer's epoch."""
+        self._shard, self._rows = _name(self._log.epoch, int(self._shard.partition("-")[2]) + 1), 0
+
+    def _write_parquet(self, shard: str) -> None:
+        write_parquet(shard_path(self.directory, shard), self._ends[shard])
 
     def _settle(self) -> None:
         """Cut off and remove what the manifest does not name; make the Parquet files that are missing."""
-        for scratch in self.directory.glob(".*.part"):
-            scratch.unlink()
-        for path in chain(self.directory.glob("[0-9]*.arrows"), self.directory.glob("[0-9]*.safetensors")):
-            named, _, offset = path.stem.partition("-")
-            if (int(named), int(offset or 0)) > (self._shard, self._size - 1):
+        for path in self.directory.glob("*-*.*"):
+            if path.stem not in self._ends and path.name not in self._uris:
                 path.unlink()
-        for shard in range(self._shard + 1 if self._size else 0):
+        for shard, size in self._ends.items():
             path = shard_path(self.directory, shard)
             if not path.exists():
                 raise ShardError(f"{path} is missing: delete {self.directory}, it will be written again from the log")
-            if shard < self._shard and not path.with_suffix(".parquet").exists():
-                write_parquet(path, path.stat().st_size)
-        if self._size:
-            path = shard_path(self.directory, self._shard)
-            _cut(path, self._size)
-            if not has_schema(path, arrow.schema()):
-                self._rows = self._rows_max  # written by another version: the next batch begins a shard
+            _cut(path, size)
+            if shard != self._shard and not path.with_suffix(".parquet").exists():
+                self._write_parquet(shard)
+        is_ours = self._shard.startswith(f"{self._log.epoch:08x}-")
+        if self._rows and not (is_ours and has_schema(shard_path(self.directory, self._shard), arrow.schema())):
+            self._write_parquet(self._shard)
+            self._begin()  # that one is another writer's, or of another version
+
+
+def _name(epoch: int, number: int) -> str:
+    """Of a shard."""
+    return f"{epoch:08x}-{number:08d}"
 
 
 def row_of(record: TrajectoryRecord) -> Row:
@@ -177,10 +196,14 @@ def row_of(record: TrajectoryRecord) -> Row:
     )
 
 
-def _batches(records: Iterable[TrajectoryRecord]) -> Iterator[list[TrajectoryRecord]]:
+def _batches(records: Iterable[TrajectoryRecord], seen: set[str]) -> Iterator[list[TrajectoryRecord]]:
+    """What was not seen, each once."""
     batch: list[TrajectoryRecord] = []
     tokens_count = 0
     for record in records:
+        if record.rollout_id in seen:
+            continue
+        seen.add(record.rollout_id)
         tokens_count += len(record.token_ids)
         if batch and (len(batch) == BATCH_ROWS_MAX or tokens_count > BATCH_TOKENS_MAX):
             yield batch

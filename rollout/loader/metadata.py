@@ -26,7 +26,7 @@ class Place(NamedTuple):
     """A record batch: bytes `offset` to `offset + size` of a shard, and where the shard's first batch begins."""
 
     directory: Path
-    shard: int
+    shard: str
     offset: int
     size: int
     crc: int
@@ -100,7 +100,7 @@ class Metadata:
 
     def _rows(self, manifest: Manifest, end: int | None) -> Iterator[tuple[Any, ...]]:
         """Take rows over until there are `end`; what goes into the columns."""
-        heads: dict[int, int] = {}
+        heads: dict[str, int] = {}
         for batch in manifest:
             head_bytes = heads.setdefault(batch.shard, batch.offset)
             place = Place(manifest.directory, batch.shard, batch.offset, batch.size, batch.crc, head_bytes)

@@ -245,7 +245,7 @@ def test_who_asks_for_what_cannot_be_is_told(shards: Path, name: str) -> None:
 
 @pytest.mark.parametrize("by", ["node", "alone"])
 def test_a_damaged_batch_is_told_by_file_and_row(shards: Path, name: str, by: str) -> None:
-    path = shard_path(shards, 1)
+    path = shard_path(shards, "00000000-00000001")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -253,10 +253,10 @@ def test_a_damaged_batch_is_told_by_file_and_row(shards: Path, name: str, by: st
     plan = dataset.plan(seed=0, epoch=0, token_budget=100, step_units_count=100)
     with Node(dataset, plan, [0], name), attach(name, 0) as attached:
         batches = dataset.batches(plan) if by == "alone" else attached
-        with pytest.raises(ShardError, match=r"00000001.arrows at byte \d+: its \d+ bytes are not those"):
+        with pytest.raises(ShardError, match=r"00000000-00000001.arrows at byte \d+: its \d+ bytes are not those"):
             list(batches)
     path.unlink()
-    with pytest.raises(ShardError, match=r"cannot read .*00000001.arrows at byte"):
+    with pytest.raises(ShardError, match=r"cannot read .*00000000-00000001.arrows at byte"):
         list(dataset.batches(plan))
 
 
@@ -265,13 +265,13 @@ def lying(directory: Path, **lies: Any) -> Dataset:
     with ShardWriter.open(directory / "honest") as writer:
         writer.append(RECORDS[:2])
     (batch,) = Manifest(directory / "honest")
-    data = bytearray(shard_path(directory / "honest", 0).read_bytes())
+    data = bytearray(shard_path(directory / "honest", "00000000-00000000").read_bytes())
     data[batch.offset :] = lies.pop("message", data[batch.offset :])
     rows = tuple(msgspec.structs.replace(row, **lies) for row in batch.rows)
     with wal.Log.open(directory / "manifest") as log:
         sizes = {"offset": batch.offset, "size": len(data) - batch.offset, "crc": crc32(bytes(data[batch.offset :]))}
-        log.append(KIND, encode(Appended(shard=0, rows=rows, **sizes)))
-    shard_path(directory, 0).write_bytes(data)
+        log.append(KIND, encode(Appended(shard="00000000-00000000", rows=rows, **sizes)))
+    shard_path(directory, "00000000-00000000").write_bytes(data)
     return Dataset.open(directory)
 
 
@@ -288,7 +288,7 @@ def lying(directory: Path, **lies: Any) -> Dataset:
 def test_a_lie_with_a_good_checksum_is_told_by_file_and_row(tmp_path: Path, lies: Any, error: str) -> None:
     dataset = lying(tmp_path, **lies)
     plan = dataset.plan(seed=0, epoch=0, token_budget=100)
-    with pytest.raises(ShardError, match=rf"00000000.arrows at byte \d+.*{error}"):
+    with pytest.raises(ShardError, match=rf"00000000-00000000.arrows at byte \d+.*{error}"):
         list(dataset.batches(plan))
 
 

@@ -56,6 +56,23 @@ def write(directory: Path, records: list[TrajectoryRecord], rows_max: int = 5) -
             writer.append([record])
 
 
+def test_who_takes_the_directory_over_goes_on_and_whoever_was_fenced_off_harms_nothing(tmp_path: Path) -> None:
+    with ShardWriter.open(tmp_path, epoch=1) as fenced:
+        fenced.append(RECORDS[:3])
+        with ShardWriter.open(tmp_path, epoch=2) as writer:
+            assert len(writer.rollout_ids) == 3
+            writer.append(RECORDS[3:5])
+            with pytest.raises(wal.FencedError):
+                fenced.append(RECORDS[3:6])
+            writer.append(RECORDS[5:7])
+    with pytest.raises(wal.FencedError):
+        ShardWriter.open(tmp_path, epoch=1)
+    write(tmp_path, RECORDS)
+    assert len(everything(tmp_path)) == len(RECORDS)
+    names = sorted(path.stem for path in tmp_path.glob("*.arrows"))
+    assert [name.partition("-")[0] for name in names] == ["00000001", *["00000002"] * (len(names) - 1)]
+
+
 def test_shards_are_bounded_and_have_their_parquet_beside_them(tmp_path: Path) -> None:
     write(tmp_path, RECORDS)
     assert [stream(path).num_rows for path in sorted(tmp_path.glob("*.arrows"))] == [5, 5, 5, 5, 4]
@@ -63,7 +80,7 @@ def test_shards_are_bounded_and_have_their_parquet_beside_them(tmp_path: Path) -
         assert parquet.read_table(path.with_suffix(".parquet")).equals(stream(path))
     with ShardWriter.open(tmp_path / "b", bytes_max=1) as writer:
         assert writer.append(RECORDS[:3]) == 3
-        assert writer.append(RECORDS[:6]) == 3
+        assert writer.append([*RECORDS[:6], RECORDS[5]]) == 3
     assert [stream(path).num_rows for path in sorted((tmp_path / "b").glob("*.arrows"))] == [3, 3]
 
 
@@ -104,10 +121,11 @@ def test_a_killed_writer_leaves_a_whole_prefix_and_the_next_one_goes_on(tmp_path
 @pytest.mark.parametrize("rest", [b"", b"\0", b"half a batch that the manifest does not name"])
 def test_what_the_manifest_does_not_name_is_gone_after_the_next_open(tmp_path: Path, rest: bytes) -> None:
     write(tmp_path, RECORDS[:7])
-    for name in ("00000001.arrows", "00000002.arrows", "00000001-000000999999.safetensors", ".00000001.parquet.part"):
-        with (tmp_path / name).open("ab") as file:
+    leftovers = ("0-1.arrows", "0-2.arrows", "0-1-000099.safetensors", ".0-1.parquet.part")
+    for name in leftovers:
+        with (tmp_path / name.replace("0-", "00000000-0000000", 1)).open("ab") as file:
             file.write(rest)
-    (tmp_path / "00000000.parquet").unlink()
+    (tmp_path / "00000000-00000000.parquet").unlink()
     write(tmp_path, RECORDS)
     write(tmp_path / "again", RECORDS)
     assert everything(tmp_path) == everything(tmp_path / "again")
@@ -123,18 +141,18 @@ def test_made_again_from_the_log_it_is_the_same(tmp_path: Path) -> None:
     with ShardWriter.open(tmp_path / "a") as writer:
         writer.append(RECORDS[3:])
     write(tmp_path / "b", RECORDS, rows_max=100)
-    assert stream(tmp_path / "a/00000000.arrows").equals(stream(tmp_path / "b/00000000.arrows"))
+    assert stream(tmp_path / "a/00000000-00000000.arrows").equals(stream(tmp_path / "b/00000000-00000000.arrows"))
 
 
 def test_a_shard_that_is_missing_or_short_is_told_with_the_way_out(tmp_path: Path) -> None:
     write(tmp_path / "a", RECORDS[:4])
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    path = shard_path(tmp_path / "a", 0)
+    path = shard_path(tmp_path / "a", "00000000-00000000")
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ShardError, match=r"00000000.arrows has \d+ bytes, the manifest names \d+: delete"):
+    with pytest.raises(ShardError, match=r"00000000-00000000.arrows has \d+ bytes, the manifest names \d+: delete"):
         ShardWriter.open(tmp_path / "a")
-    shard_path(tmp_path / "b", 0).unlink()
-    with pytest.raises(ShardError, match=r"00000000.arrows is missing: delete"):
+    shard_path(tmp_path / "b", "00000000-00000000").unlink()
+    with pytest.raises(ShardError, match=r"00000000-00000000.arrows is missing: delete"):
         ShardWriter.open(tmp_path / "b")
 
 
@@ -150,8 +168,8 @@ def test_a_manifest_that_is_none_or_damaged_is_told(tmp_path: Path) -> None:
 def test_a_disk_that_refuses_is_told_and_the_writer_wants_to_be_opened_again(tmp_path: Path) -> None:
     write(tmp_path, RECORDS[:2])
     with ShardWriter.open(tmp_path) as writer:
-        shard_path(tmp_path, 0).unlink()
-        shard_path(tmp_path, 0).mkdir()
+        shard_path(tmp_path, "00000000-00000000").unlink()
+        shard_path(tmp_path, "00000000-00000000").mkdir()
         with pytest.raises(ResultsError, match="cannot write shards"):
             writer.append(RECORDS[2:3])
         with pytest.raises(ResultsError, match="open it again"):
@@ -202,7 +220,7 @@ def test_side_channels_are_read_by_others_and_come_back_as_they_were(tmp_path: P
     with ShardWriter.open(tmp_path) as writer:
         writer.append(RECORDS[:2], channels)
     rows = next(iter(Manifest(tmp_path))).rows
-    written = stream(tmp_path / "00000000.arrows").to_pylist()
+    written = stream(tmp_path / "00000000-00000000.arrows").to_pylist()
     for row, record in zip(rows, written, strict=True):
         assert [c["sha256"] for c in record["side_channels"]] == [c.sha256 for c in row.side_channels]
         for channel in row.side_channels:

@@ -108,11 +108,11 @@ async def test_what_a_crash_kept_from_the_shards_is_written_by_the_next_start(tm
 async def test_a_disk_that_refuses_stops_the_shards_and_not_the_service(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await serve(tmp_path / "run", 1, obstacle="shards/00000000.arrows")
+    await serve(tmp_path / "run", 1, obstacle="shards/00000000-00000000.arrows")
     ledger = Ledger.read(tmp_path / "run/wal", TOKENIZER)
     assert "cannot write shards" in caplog.text
     assert "written by the next start" in caplog.text
-    (tmp_path / "run/shards/00000000.arrows").rmdir()
+    (tmp_path / "run/shards/00000000-00000000.arrows").rmdir()
     assert export(ledger, tmp_path / "run/shards") == 2
     assert ended_record(ledger, min(ledger.rollouts)).group.missing_reasons == {}
 
