@@ -251,7 +251,7 @@ class Runner:
                     rollout.spend(**{"prefill_s" if is_first else "decode_s": waited})
                     is_first = False
                     slot.tokens_count += len(chunk.token_ids)
-                    if chunk.kv:
+                    if chunk.kv and chunk.kv != "restored":  # that, the resume has said
                         yield KvBroke(rollout.id, start, chunk.kv)
                     yield TokensAppended(rollout.id, start, chunk.token_ids, chunk.logprobs, chunk.policy_version)
                     if rollout.is_out_of_time:

@@ -65,7 +65,7 @@ class _Row:
     level: int
     runs: bool = True
     turn_tokens: int = 0
-    """What it may sample in the turn for which it waits or has a slot; 0: neither."""
+    """What it is expected to sample in the turn for which it waits or has a slot."""
     slot_level: int = 0
     is_yielding: bool = False
     is_stopping: bool = False
@@ -186,7 +186,7 @@ class Scheduler:
     def want_slot(self, rollout_id: str, turn_tokens: int, now: float) -> None:
         """A rollout that runs wants to sample up to so many (1 or more) tokens."""
         row = self._rows[rollout_id]
-        row.turn_tokens = turn_tokens
+        row.turn_tokens = self._shares.expected(row.claim.project, turn_tokens)
         self._shares.enter(row.claim.project)
         self._turns.put(row.claim.of, (), row.number, row, now)
 

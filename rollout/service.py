@@ -216,6 +216,7 @@ class RolloutService:
     async def _finish_whole(self, request_id: str, rollout_ids: list[str], reason: FinishReason) -> int:
         async with self._admission:  # two ends at once must not both find a rollout open
             self._finishing[request_id] += 1
+            self._at_rest[request_id].clear()
             try:
                 if reason is FinishReason.CANCELLED and request_id not in self.ledger.cancelled:
                     await self._record(JobCancelled(request_id))
@@ -282,7 +283,7 @@ class RolloutService:
 
         Raises what stopped the service (a poisoned log, a bug); rollouts then stand in the log.
         """
-        if self._live[request_id]:
+        if self._is_live(request_id):
             resting = asyncio.ensure_future(self._at_rest[request_id].wait())
             try:
                 await asyncio.wait({resting, self._failed}, return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
@@ -306,8 +307,7 @@ class RolloutService:
         """
         if request_id not in self.ledger.jobs:
             raise NotFoundError(f"no job {request_id!r} in {self.directory}")
-        is_live = bool(self._finishing[request_id] or self._live[request_id])
-        return self.watchers.watch(request_id, is_live=is_live)
+        return self.watchers.watch(request_id, is_live=self._is_live(request_id))
 
     @property
     def running_count(self) -> int:
@@ -328,7 +328,9 @@ class RolloutService:
         self.dispatcher.enqueue(queued)
 
     async def _run(self, rollout_id: str, order: Order) -> None:
-        await self.runner.run(await self.members.take_up(rollout_id, order))
+        rollout = await self.members.take_up(rollout_id, order)
+        if rollout is not None:
+            await self.runner.run(rollout)
 
     def _wake(self, rollout_id: str) -> None:
         request_id = self.ledger.member(rollout_id)[0].request_id
@@ -341,11 +343,13 @@ class RolloutService:
         self._close_if_over(request_id)
 
     def _close_if_over(self, request_id: str) -> None:
-        if not self._live[request_id]:
+        if not self._is_live(request_id):
             self._at_rest[request_id].set()
-            if not self._finishing[request_id]:
-                self.watchers.close(request_id)
-                self.endings.rest(self.ledger.jobs[request_id])
+            self.watchers.close(request_id)
+            self.endings.rest(self.ledger.jobs[request_id])
+
+    def _is_live(self, request_id: str) -> bool:
+        return bool(self._live[request_id] or self._finishing[request_id])
 
     async def _record(self, event: Event) -> None:
         await wal.settled(self._append(event))

@@ -17,6 +17,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+_NEWEST = 1 / 8
+"""The weight of the newest turn in what is expected of the next."""
+
 
 class Shares:
     """Projects that compete, or did a short while ago."""
@@ -27,6 +30,7 @@ class Shares:
         self._credit_tokens = credit_tokens
         self._projects_count_max = projects_count_max
         self._virtual: dict[str, float] = {}
+        self._turn: dict[str, float] = {}
         self._competing: Counter[str] = Counter()
         self._floor = 0.0
 
@@ -40,11 +44,18 @@ class Shares:
     def leave(self, project: str, tokens: int) -> None:
         """It does no longer, and has sampled so many tokens."""
         self._virtual[project] += tokens / self.weight(project)
+        if tokens:
+            mean = self._turn.get(project, tokens)
+            self._turn[project] = mean + (tokens - mean) * _NEWEST
         self._rise()
         self._competing[project] -= 1
         if not self._competing[project]:
             del self._competing[project]
             self._forget()
+
+    def expected(self, project: str, tokens_max: int) -> int:
+        """How many tokens its next turn will likely have, by those before it."""
+        return min(tokens_max, round(self._turn.get(project, tokens_max)))
 
     def weight(self, project: str) -> float:
         """Its part, beside the others'."""
@@ -67,4 +78,6 @@ class Shares:
         """The longest served debt is kept longest: a project without one is as good as new."""
         resting = self._virtual.keys() - self._competing.keys()
         if len(resting) > self._projects_count_max:
-            del self._virtual[min(resting, key=lambda project: (self._virtual[project], project))]
+            forgotten = min(resting, key=lambda project: (self._virtual[project], project))
+            del self._virtual[forgotten]
+            self._turn.pop(forgotten, None)
