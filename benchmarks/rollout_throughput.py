@@ -1,0 +1,186 @@
+"""What the service costs beside the engine: many rollouts at once, against the same requests made to the engine alone.
+
+The rollouts are conversations (one turn, no environment), so that sampling is the work and everything else is overhead:
+scheduling, the log (synced), the machine, the record.  Both sides draw the very same tokens, in turns of this script.
+Processor time is counted for the event loop's thread, where the service lives, beside that of the whole process.
+`--sync` names the policy of the log; bytes are what the log grew by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from dsec.testing import FakeSubstrate
+from rollout import context
+from rollout.config import RolloutConfig
+from rollout.engine import SampleRequest, Sampling
+from rollout.engines.embedded.engine import EmbeddedEngine
+from rollout.events import Event, RolloutFinished, RolloutOpened
+from rollout.jobs import make_conversation, make_job
+from rollout.machine import stream_key
+from rollout.main import load_tokenizer
+from rollout.request import Job, Limits, NoReward
+from rollout.service import RolloutService
+from toolcall_dsl import V4
+
+EXAMPLE = "example: python benchmarks/rollout_throughput.py --at-once 1 16 64 256 512 --repeats 3"
+PROMPT = make_conversation("story", messages_json='[{"role": "user", "content": "Tell me a story."}]')
+SAMPLING = Sampling(temperature=10.0, seed=1)
+TOKENIZER = load_tokenizer()
+TOKENS = 96
+
+
+class Clock:
+    """Seconds since it was made: of the wall, of the event loop's thread, of the whole process."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic(), time.thread_time(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        """All three."""
+        now = time.monotonic(), time.thread_time(), time.process_time()
+        return {name: now[n] - self.began[n] for n, name in enumerate(("wall_s", "loop_s", "process_s"))}
+
+
+async def of_the_service(at_once: int, sync: str) -> dict[str, Any]:
+    """`at_once` rollouts through the service."""
+    began: dict[str, float] = {}
+    took: list[float] = []
+
+    def observe(event: Event) -> None:
+        if isinstance(event, RolloutOpened):
+            began[event.rollout_id] = time.monotonic()
+        elif isinstance(event, RolloutFinished):
+            took.append(time.monotonic() - began[event.rollout_id])
+
+    limits = Limits(turns_count_max=1, turn_tokens_count_max=TOKENS)
+    job = make_job(
+        Job(request_id="r", sampling=SAMPLING, limits=limits, reward=NoReward()), [PROMPT], group_size=at_once
+    )
+    config = RolloutConfig(concurrency=at_once, log_sync=sync)
+    with tempfile.TemporaryDirectory() as folder:
+        engine, substrate = EmbeddedEngine(), FakeSubstrate()
+        async with RolloutService(Path(folder), engine, substrate, TOKENIZER, config, observe=observe) as service:
+            await service.start()
+            clock = Clock()
+            await service.submit(job, [PROMPT])
+            await service.wait("r")
+            figures: dict[str, Any] = clock.read()
+            tokens = sum(state.sampled_count for state in service.ledger.rollouts.values())
+        size = sum(file.stat().st_size for file in Path(folder, "wal").glob("*.wal"))
+    figures |= {"tokens": tokens, "rollout_s": sorted(took), "log_bytes": size}
+    return figures
+
+
+async def of_the_engine(at_once: int, _sync: str) -> dict[str, Any]:
+    """The same requests, made to the engine."""
+    prompt = tuple(t for s in context.conversation_prompt(PROMPT, TOKENIZER, "high") for t in s.token_ids)
+    engine, took = EmbeddedEngine(), []
+
+    async def one(name: str) -> int:
+        began, count = time.monotonic(), 0
+        request = SampleRequest(
+            session=name,
+            token_ids=prompt,
+            sampling=SAMPLING,
+            stream_key=stream_key(name),
+            tokens_count_max=TOKENS,
+            stop_ids=frozenset({TOKENIZER.control(V4.eos)}),
+        )
+        async for chunk in engine.sample(request):
+            count += len(chunk.token_ids)
+        await engine.release(name)
+        took.append(time.monotonic() - began)
+        return count
+
+    await engine.open()
+    clock = Clock()
+    counts = await asyncio.gather(*(one(f"story.{n}") for n in range(at_once)))
+    figures: dict[str, Any] = clock.read()
+    await engine.close()
+    return {**figures, "tokens": sum(counts), "rollout_s": sorted(took), "log_bytes": 0}
+
+
+def row_of(at_once: int, service: list[dict[str, Any]], engine: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the repeats, and the service beside the engine."""
+
+    def middle(runs: list[dict[str, Any]], figure: str) -> float:
+        return float(statistics.median(run[figure] for run in runs))
+
+    def per_token(runs: list[dict[str, Any]], figure: str) -> float:
+        return float(statistics.median(run[figure] / run["tokens"] for run in runs))
+
+    ratios = [s["tokens"] / s["wall_s"] / (e["tokens"] / e["wall_s"]) for s, e in zip(service, engine, strict=True)]
+    overhead = per_token(service, "process_s") / per_token(engine, "process_s") - 1
+    last = [run["rollout_s"][min(len(run["rollout_s"]) - 1, int(0.99 * len(run["rollout_s"])))] for run in service]
+    return {
+        "at_once": at_once,
+        "tokens": middle(service, "tokens"),
+        "rollouts_per_s": statistics.median(at_once / run["wall_s"] for run in service),
+        "tokens_per_s": statistics.median(run["tokens"] / run["wall_s"] for run in service),
+        "engine_tokens_per_s": statistics.median(run["tokens"] / run["wall_s"] for run in engine),
+        "ratio": statistics.median(ratios),
+        "p99_s": statistics.median(last),
+        "cpu_us_per_token": 1e6 * per_token(service, "process_s"),
+        "engine_cpu_us_per_token": 1e6 * per_token(engine, "process_s"),
+        "cpu_overhead": overhead,
+        "loop_cpu_us_per_token": 1e6 * per_token(service, "loop_s"),
+        "log_bytes_per_token": statistics.median(run["log_bytes"] / run["tokens"] for run in service),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=EXAMPLE)
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 16, 64, 256, 512])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sync", default="always", help="when the log is synced: always, interval(MS), os")
+    parser.add_argument("--quick", action="store_true", help="1 and 64 at once, one repeat")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if options.quick:
+        options.at_once, options.repeats = [1, 64], 1
+    rows = []
+    with Progress(console=Console(stderr=True), disable=options.json) as progress:
+        bar = progress.add_task("rounds", total=len(options.at_once) * options.repeats)
+        for at_once in options.at_once:
+            runs: dict[str, list[dict[str, Any]]] = {"service": [], "engine": []}
+            for _ in range(options.repeats):
+                runs["service"].append(asyncio.run(of_the_service(at_once, options.sync)))
+                runs["engine"].append(asyncio.run(of_the_engine(at_once, options.sync)))
+                progress.advance(bar)
+            rows.append(row_of(at_once, runs["service"], runs["engine"]))
+    if options.json:
+        print(json.dumps({"sync": options.sync, "rows": rows}))
+        return
+    names = {
+        "at_once": "at once",
+        "rollouts_per_s": "rollouts/s",
+        "p99_s": "p99, s",
+        "tokens_per_s": "tokens/s",
+        "engine_tokens_per_s": "engine alone",
+        "ratio": "ratio",
+        "cpu_us_per_token": "CPU us/token",
+        "cpu_overhead": "over engine",
+        "loop_cpu_us_per_token": "loop us/token",
+        "log_bytes_per_token": "log B/token",
+    }
+    table = Table(*names.values(), title=f"log synced: {options.sync}")
+    for row in rows:
+        table.add_row(*(f"{row[name]:.2f}" if name != "at_once" else str(row[name]) for name in names))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
