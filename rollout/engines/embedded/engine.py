@@ -98,7 +98,7 @@ class EmbeddedEngine:
         )
         return Versions(model, self._limits, self._policy_version)
 
-    async def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
+    def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
         """Stream the continuation; closing the iterator early stops it between two turns.
 
         RequestError for a request that can never run; EngineError when the engine is closed, its
@@ -109,9 +109,7 @@ class EmbeddedEngine:
         if len(self._sessions) >= self._limits.sessions_max and request.session not in self._sessions:
             raise EngineError(f"{len(self._sessions)} sessions are open; release those that have ended")
         self._sessions.add(request.session)
-        async with aclosing(self._stream(Job(request))) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        return self._stream(Job(request))
 
     async def score(self, token_ids: Sequence[int], *, top_logprobs_count: int = 0) -> Scored:
         """See Engine."""
