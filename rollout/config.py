@@ -64,6 +64,9 @@ class RolloutConfig(BaseSettings):
     reward_callables: frozenset[str] = Field(
         default=frozenset(), description="JSON list of module:function that jobs may name as their reward"
     )
+    exports_shards: bool = Field(
+        default=False, description="whether each rollout is written to DIR/shards when it ends, for trainers"
+    )
     log_sync: str = Field(
         default="always",
         description="when the log is synced: always, interval(MS), or os (survives a kill, not a power cut)",

@@ -44,6 +44,7 @@ from rollout.events import (
     TaskAdmitted,
     rollout_of,
 )
+from rollout.export.exporter import SHARDS, Exporter
 from rollout.journal import Journal
 from rollout.kv_files import KvFiles
 from rollout.ledger import Ledger
@@ -95,6 +96,7 @@ class RolloutService:
         self._epoch = epoch
         self._observe = observe
         self._is_handed_over = False
+        self._exporter: Exporter | None = None
 
     async def __aenter__(self) -> Self:
         """Lock and repair the log, fold it: jobs can be submitted, nothing runs before `start`.
@@ -137,8 +139,12 @@ class RolloutService:
     async def start(self) -> None:
         """Start engine and substrate, then take up every unfinished rollout of the log.
 
-        Raises EngineError, dsec.errors.HostUnfitError, RequestError (a rollout is too large for what this service has).
+        Raises EngineError, dsec.errors.HostUnfitError, RequestError (a rollout is too large for what this service has),
+        ResultsError and ShardError (shards that cannot be written or gone on with).
         """
+        if self.config.exports_shards:
+            exporter = Exporter(self.directory / SHARDS, self.ledger, self._epoch)
+            self._exporter = await self._resources.enter_async_context(exporter)
         self._resources.push_async_callback(self.engine.close)
         await self.engine.open()
         self._resources.push_async_callback(self._leave_substrate)
@@ -376,6 +382,8 @@ class RolloutService:
             self.watchers.publish(request_id, event, lsn)
             if isinstance(event, RolloutFinished):
                 self.endings.note(event)
+                if self._exporter is not None:
+                    self._exporter.observe(event)
 
     async def _stop_rollouts(self) -> None:
         await self.endings.close()

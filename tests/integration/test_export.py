@@ -15,7 +15,7 @@ from dsec.types import ExecResult, Output
 from rollout.bench.tasks import Task, task_from_files
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
-from rollout.export.exporter import Exporter, ended_record, export
+from rollout.export.exporter import ended_record, export
 from rollout.export.manifest import Manifest
 from rollout.jobs import make_job
 from rollout.ledger import Ledger
@@ -49,29 +49,15 @@ def world(_sandbox: object, command: Any) -> ExecResult:
 async def serve(directory: Path, group_size: int, *, exports: bool = True, obstacle: str = "") -> None:
     """Run a job of two groups to its end; with or without an exporter beside it, or one with something in its way."""
     engine = ScriptedEngine(TOKENIZER, script, chunk_tokens_count=5)
-    exporters: list[Exporter] = []
-    service = RolloutService(
-        directory,
-        engine,
-        FakeSubstrate(world),
-        TOKENIZER,
-        RolloutConfig(concurrency=3, log_sync="os"),
-        observe=lambda event: [each.observe(event) for each in exporters],
-    )
-    async with service:
+    config = RolloutConfig(concurrency=3, log_sync="os", exports_shards=exports)
+    async with RolloutService(directory, engine, FakeSubstrate(world), TOKENIZER, config) as service:
+        await service.start()
+        if obstacle:
+            (directory / obstacle).mkdir()
         wanted = tasks()
         asked = Job(request_id="run", sampling=Sampling(seed=1))
         await service.submit(make_job(asked, wanted, group_size=group_size), wanted)
-        if not exports:
-            await service.start()
-            await service.wait("run")
-            return
-        async with Exporter(directory / "shards", service.ledger) as exporter:
-            exporters.append(exporter)
-            if obstacle:
-                (directory / obstacle).mkdir()
-            await service.start()
-            await service.wait("run")
+        await service.wait("run")
 
 
 def table(directory: Path) -> pa.Table:
@@ -97,9 +83,9 @@ async def test_rollouts_are_written_as_they_end_and_again_from_the_log_they_are_
 
 async def test_what_a_crash_kept_from_the_shards_is_written_by_the_next_start(tmp_path: Path) -> None:
     await serve(tmp_path / "run", 2, exports=False)
+    assert not (tmp_path / "run/shards").exists()
+    await serve(tmp_path / "run", 2)
     ledger = Ledger.read(tmp_path / "run/wal", TOKENIZER)
-    async with Exporter(tmp_path / "run/shards", ledger):
-        pass
     assert table(tmp_path / "run/shards")["rollout_id"].to_pylist() == sorted(ledger.rollouts)
     dataset = Dataset.open(tmp_path / "run/shards")
     assert dataset.metadata.reward.tolist() == [1.0] * 4
