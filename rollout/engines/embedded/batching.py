@@ -166,7 +166,7 @@ class Batch:
                 job.weights = entry.weights if entry.weights[-1:] == self._weights else (*entry.weights, *self._weights)
             if job.drawn_count == 0:
                 job.cached_count = job.state.position
-            job.kv = self._kv(job)
+            job.kv = self._kv(job, entry)
             budget -= job.pending_count - 1
 
     def _origin(self, job: Job) -> KeptState | None:
@@ -188,12 +188,13 @@ class Batch:
             for other in self._running
         )
 
-    def _kv(self, job: Job) -> KvBreak:
-        """What is to be said of a state that was just made."""
+    def _kv(self, job: Job, entry: KeptState | None) -> KvBreak:
+        """What is to be said of a state that was just made from an entry."""
         session = job.session
         if session.drew_with not in ("", self.model.weights_digest):
             return "kept" if len(job.weights) > 1 else "rebuilt"
-        return "restored" if session.is_restored and job.cached_count else ""
+        is_own = entry is not None and entry is self.retained.own(job.request.session)
+        return "restored" if session.is_restored and is_own else ""
 
     def _prefill(self) -> None:
         budget = self.limits.prefill_tokens_max

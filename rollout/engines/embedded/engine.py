@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+import wal
 from rollout.engine import (
     EngineInfo,
     PauseMode,
@@ -162,7 +163,13 @@ class EmbeddedEngine:
         self._open_thread().post(Versions.resume)
 
     async def update(self, checkpoint: Path, policy_version: int) -> EngineInfo:
-        """Load the weights beside those that draw, then change between two turns; see Engine."""
+        """Load the weights beside those that draw, then change between two turns; see Engine.
+
+        A caller that is cancelled meanwhile does not stop the change.
+        """
+        return await wal.settled(self._update(checkpoint, policy_version))
+
+    async def _update(self, checkpoint: Path, policy_version: int) -> EngineInfo:
         async with self._updating:
             thread, info = self._open_thread(), self.info
             is_repeated = policy_version == info.policy_version and checkpoint == self._folder

@@ -1,0 +1,105 @@
+"""Whatever happens to a request of the embedded engine between two tokens, the tokens are the same."""
+
+import asyncio
+import contextlib
+import json
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from rollout.engine import PauseMode, SampleRequest, Sampling, Scored
+from rollout.engines.embedded.batching import Limits
+from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
+from rollout.engines.embedded.engine import EmbeddedEngine
+from rollout.errors import EngineError, PreemptedError
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/embedded_prompts.json").read_text())
+PROMPTS = [(*GOLDEN[i % 2]["token_ids"][:120], 17 + i) for i in range(6)]
+COUNT = 60
+
+
+def request(number: int, token_ids: tuple[int, ...]) -> SampleRequest:
+    return SampleRequest(
+        session=str(number),
+        token_ids=token_ids,
+        sampling=Sampling(temperature=1.5, top_p=0.95, seed=3),
+        stream_key=number,
+        tokens_count_max=len(PROMPTS[number]) + COUNT - len(token_ids),
+        stop_ids=frozenset(),
+        on_update=("keep", "cut", "pin")[number % 3],
+    )
+
+
+class Storm:
+    """Sessions that go on until they have all their tokens, and one who disturbs them."""
+
+    def __init__(self, engine: EmbeddedEngine, folder: Path, source: random.Random) -> None:
+        self.engine = engine
+        self.folder = folder
+        self.source = source
+        self.tokens = list(PROMPTS)
+        self.scores: list[Scored] = []
+
+    async def live(self, number: int) -> None:
+        """One session: it takes what comes and goes on after each interruption, sometimes in a new session."""
+        while len(self.tokens[number]) < len(PROMPTS[number]) + COUNT:
+            path = self.folder / str(number)
+            with contextlib.suppress(PreemptedError):
+                async for chunk in self.engine.sample(request(number, self.tokens[number])):
+                    self.tokens[number] += chunk.token_ids
+            if self.source.random() < 0.5:
+                await self.engine.save(str(number), path)
+                await self.engine.release(str(number))
+                await self.engine.restore(str(number), path)
+
+    async def disturb(self) -> None:
+        """One thing after the other, for as long as it is let."""
+        while True:
+            await asyncio.sleep(0)
+            match self.source.randrange(6):
+                case 0 | 1:
+                    await self.engine.preempt(str(self.source.randrange(len(PROMPTS))))
+                case 2:
+                    modes: tuple[PauseMode, ...] = ("keep", "abort")
+                    await self.engine.pause(self.source.choice(modes))
+                    await self.engine.resume()
+                case 3:
+                    with contextlib.suppress(EngineError):  # too many are pinned
+                        await self.engine.update(DEFAULT_CHECKPOINT, self.engine.info.policy_version + 1)
+                case 4:
+                    with contextlib.suppress(PreemptedError):
+                        self.scores.append(await self.engine.score(PROMPTS[0]))
+                case _:
+                    number = self.source.randrange(len(PROMPTS))
+                    await self.engine.release(str(number))
+
+
+@pytest.fixture
+async def expected() -> AsyncIterator[tuple[list[tuple[int, ...]], Scored]]:
+    engine = EmbeddedEngine()
+    await engine.open()
+    whole = []
+    for number, prompt in enumerate(PROMPTS):
+        chunks = [chunk async for chunk in engine.sample(request(number, prompt))]
+        whole.append(prompt + tuple(token for chunk in chunks for token in chunk.token_ids))
+    yield whole, await engine.score(PROMPTS[0])
+    await engine.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_tokens_do_not_depend_on_what_happens_between_them(
+    tmp_path: Path, expected: tuple[list[tuple[int, ...]], Scored], seed: int
+) -> None:
+    engine = EmbeddedEngine(limits=Limits(running_max=4, state_bytes_max=1_000_000, prefill_tokens_max=16))
+    await engine.open()
+    storm = Storm(engine, tmp_path, random.Random(seed))
+    disturber = asyncio.create_task(storm.disturb())
+    await asyncio.gather(*(storm.live(number) for number in range(len(PROMPTS))))
+    disturber.cancel()
+    await asyncio.wait([disturber])
+    await engine.close()
+    assert disturber.cancelled()
+    assert storm.tokens == expected[0]
+    assert {score.logprobs for score in storm.scores} <= {expected[1].logprobs}
