@@ -33,6 +33,8 @@ class Order:
     cause: str = ""
     is_aside: bool = False
     """It shall not go on before somebody says so."""
+    is_under_way: bool = False
+    """Set by who runs it: it may be cancelled where it waits.  Else it looks at the cause before it goes on."""
     has_stopped: bool = False
     """Set by who runs it: it was preempted, and did not end."""
 
@@ -220,7 +222,7 @@ class Dispatcher:
         if rollout_id in self._sampling:
             self._interrupt(rollout_id)
             running.timer = asyncio.get_running_loop().call_later(GRACE_S, running.task.cancel)
-        else:
+        elif running.order.is_under_way:
             running.task.cancel()
 
     def _interrupt(self, rollout_id: str) -> None:

@@ -117,12 +117,15 @@ class Runner:
         """
         try:
             try:
+                rollout.order.is_under_way = True
                 await self.go_on(rollout)
             except asyncio.CancelledError:
                 if not rollout.order.cause:
                     raise
                 if (task := asyncio.current_task()) is not None:
                     task.uncancel()
+            finally:
+                rollout.order.is_under_way = False
             state = self.state(rollout)
             if rollout.order.cause and state.phase is not Phase.DONE and state.failure is None:
                 await self.set_down(rollout)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import wal
 from dsec.errors import ResourceExhaustedError, StateError
 from dsec.testing import FakeHost, FakeSandbox, FakeSubstrate
 from dsec.types import Command, ExecResult, Output
@@ -275,6 +276,63 @@ async def test_a_preempted_rollouts_command_runs_on_once_and_its_sandbox_sleeps(
         assert sorted(here.ended()) == ["job/one.0", "job/one.1"]
         assert here.tools_count == 2
         assert {here.record(i).commands_run_twice for i in here.ended()} == {0}
+
+
+async def test_a_rollout_that_was_only_just_started_can_be_preempted(world: Callable[..., World]) -> None:
+    here = world()
+    async with here.serving() as service:
+        await here.submit("job", "one", group_size=3)
+        assert len(await service.preempt()) == 3
+        assert here.ended() == []
+        assert len(service.resume()) == 3
+        await service.wait("job")
+        assert {here.record(i).tokens_regenerated for i in here.ended()} == {0}
+        assert len(here.ended()) == 3
+
+
+async def test_from_every_prefix_of_a_log_with_a_preemption_the_rollout_ends_the_same(
+    world: Callable[..., World], tmp_path: Path
+) -> None:
+    """Killed before, in the middle of, and after a preemption, in a turn and in a tool call."""
+    here = world(look_once)
+    async with here.serving() as service:
+        await here.submit("job", "one")
+        for stands in (lambda: here.sampled("job/one.0") == 2, lambda: here.tools_count == 1):
+            await here.until(stands)
+            await service.preempt()
+            service.resume()
+        here.tool_may_end.set()
+        await service.wait("job")
+        whole = here.record("job/one.0")
+    records = list(wal.read(here.directory / "wal"))
+    assert whole.preempt_count == 2
+    for count in range(1, len(records)):
+        again = World(tmp_path / f"prefix{count}", {}, look_once)
+        again.tool_may_end.set()
+        log = wal.Log.open(again.directory / "wal")
+        for record in records[:count]:
+            log.append(record.kind, record.payload)
+        log.close()
+        async with again.serving() as service:
+            if "job" in service.ledger.jobs:
+                await service.wait("job")
+                resumed = again.record("job/one.0")
+                assert (resumed.token_ids, resumed.reward.value) == (whole.token_ids, 1.0), f"after {count} records"
+                assert (resumed.tokens_regenerated, resumed.commands_run_twice) == (0, 0), f"after {count} records"
+
+
+async def test_a_cancel_in_the_middle_of_a_preemption_ends_the_rollouts(world: Callable[..., World]) -> None:
+    here = world(look_once)
+    async with here.serving() as service:
+        await here.submit("job", "one", group_size=4)
+        await here.until(lambda: here.tools_count >= 2)
+        preemption = asyncio.create_task(service.preempt())
+        await asyncio.sleep(0)
+        assert await service.cancel("job") == 4
+        await preemption
+        await service.wait("job")
+        assert {here.record(f"job/one.{index}").finish_reason for index in range(4)} == {"CANCELLED"}
+        assert (here.host.sandboxes, service.dispatcher.count) == ({}, 0)
 
 
 async def test_what_waits_can_be_held_back_and_let_go(world: Callable[..., World]) -> None:
