@@ -173,10 +173,9 @@ class RolloutService:
         await self._resources.aclose()
 
     def hand_over(self) -> None:
-        """Have the end leave sandboxes, and what runs in them, to the next owner of the log; watches end now."""
+        """Have the end leave sandboxes, and what runs in them, to the next owner of the log."""
         self._is_handed_over = True
         self.sandboxes.leave()
-        self._send_away()
 
     def _send_away(self) -> None:
         self.watchers.break_off(UnreachableError(f"{self.directory} is being left by this process: ask again"))
@@ -386,6 +385,7 @@ class RolloutService:
                     self._exporter.observe(event)
 
     async def _stop_rollouts(self) -> None:
+        self._send_away()
         await self.endings.close()
         await self.dispatcher.close()
         await self.sandboxes.close()

@@ -227,10 +227,9 @@ class Worker:
         self.snapshot = await self._index.snapshot()
         held = {each.name: (each.epoch, each.service.running_count) for each in self.owned.values()}
         todo = plan(self.owner, self.snapshot.without(self._refused), held)
-        owners = {each.name: each.owner for each in self.snapshot.partitions}
-        for name in todo.lose:  # whoever has it already could not take over our own Edge's sandboxes
+        for name in todo.lose:
             if (lost := self.owned.get(name)) is not None:
-                await self._close(lost, hands_over=self._parts.has_served_edge or owners.get(name) is None)
+                await self._close(lost, hands_over=True)
         for partition in todo.open:
             await self._open(partition)
         if (given := self.owned.get(todo.release or "")) is not None:
@@ -314,7 +313,7 @@ class Worker:
         error = failure.exception()
         if isinstance(getattr(error, "cause", error), wal.FencedError):
             _log.warning("worker %s lost partition %s: %s", self.worker_id, owned.name, error)
-            await self._close(owned, hands_over=self._parts.has_served_edge)
+            await self._close(owned, hands_over=True)
         elif error is not None:
             self._fail(error)
 
@@ -322,8 +321,9 @@ class Worker:
         """Let go of a partition in this process; the index is not told."""
         if self.owned.pop(owned.name, None) is None:
             return
-        if hands_over:
-            owned.service.hand_over()
+        is_taken = newest_epoch(self.root / owned.name / "wal") > owned.epoch
+        if hands_over and (self._parts.has_served_edge or not is_taken):
+            owned.service.hand_over()  # else whoever took it found our own Edge in use: what is in that is nobody's
         if owned.watching is not None and owned.watching is not asyncio.current_task():
             owned.watching.cancel()
         try:
