@@ -49,6 +49,9 @@ class RolloutConfig(BaseSettings):
     credit_tokens_count_max: int = Field(default=65_536, ge=0, description="tokens that a project saves up by resting")
     ageing_s: float = Field(default=300.0, gt=0, description="after so long without a turn what waits rises a priority")
     preemptions_count_max: int = Field(default=8, ge=0, description="how often one rollout makes room for higher ones")
+    engine_silence_s: float = Field(
+        default=600.0, gt=0, description="an engine that is not paused and says nothing for so long has failed"
+    )
     jobs_count_max: int = Field(default=10_000, ge=1, description="jobs that one log may hold")
     rollouts_count_max: int = Field(default=100_000, ge=1, description="rollouts that one job may ask for")
     context_tokens_count_max: int = Field(default=2048, ge=1, description="longest context that a job may ask for")

@@ -23,6 +23,7 @@ from rollout.bench.tasks import Task, setup_commands
 from rollout.dispatch import Order, Slot
 from rollout.effects import ApplySolution, Effect, Finish, Force, Judge, Prepare, RunTool, Sample
 from rollout.engine import Engine
+from rollout.engine_guard import guarded
 from rollout.errors import MachineError, PreemptedError, RolloutError, TaskError
 from rollout.events import (
     AgentStopped,
@@ -100,6 +101,7 @@ class Runner:
         kv_files: KvFiles,
         slot: SlotOf,
         watch: Watch,
+        engine_silence_s: float,
     ) -> None:
         """Everything is open already and closed by the owner; `watch` sees each event once it is durable."""
         self.journal = journal
@@ -109,6 +111,7 @@ class Runner:
         self.kv_files = kv_files
         self.slot = slot
         self.watch = watch
+        self.engine_silence_s = engine_silence_s
 
     async def run(self, rollout: Rollout) -> None:
         """Drive a rollout to its end, to an InfraFailed event, or (as ordered) to a Preempted one.
@@ -248,7 +251,7 @@ class Runner:
         async with self.slot(rollout.id, host, effect.request.tokens_count_max) as slot:
             rollout.spend(queue_s=slot.waited_s)
             began, is_first = time.monotonic(), True
-            async with aclosing(self.engine.sample(effect.request)) as chunks:
+            async with aclosing(guarded(self.engine, effect.request, self.engine_silence_s)) as chunks:
                 async for chunk in chunks:
                     waited = time.monotonic() - began
                     rollout.spend(**{"prefill_s" if is_first else "decode_s": waited})

@@ -132,6 +132,7 @@ class RolloutService:
                 self.kv_files,
                 self.dispatcher.slot,
                 self._publish,
+                self.config.engine_silence_s,
             )
             self._resources = stack.pop_all()
         return self

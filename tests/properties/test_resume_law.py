@@ -1,10 +1,10 @@
 """The law of the service: from any prefix of its log a run ends the same, and nothing logged is done again."""
 
 import contextlib
-import math
 import shutil
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -14,7 +14,7 @@ from dsec.types import Command, ExecResult, Output, SandboxId, SandboxSpec
 from rollout import journal
 from rollout.bench.tasks import Task, task_from_files
 from rollout.config import RolloutConfig
-from rollout.engine import Sampled, SampleRequest, Sampling
+from rollout.engine import Sampling
 from rollout.errors import EngineError
 from rollout.events import InfraFailed
 from rollout.jobs import make_job
@@ -25,7 +25,7 @@ from rollout.request import Job
 from rollout.service import RolloutService
 from rollout.state import Phase
 from rollout.summary import summarise
-from rollout.testing import Reply, ScriptedEngine
+from rollout.testing import EngineFault, MisbehavingEngine, Reply, ScriptedEngine
 from wal.tokens import TokensAppended
 
 ASKED = Job(request_id="run", sampling=Sampling(seed=1))
@@ -63,11 +63,15 @@ def script(_session: str, turn: int) -> Reply:
 
 
 async def run(
-    directory: Path, engine: ScriptedEngine | None = None, group_size: int = 2, answers: Script = world
+    directory: Path,
+    engine: ScriptedEngine | None = None,
+    group_size: int = 2,
+    answers: Script = world,
+    config: RolloutConfig = CONFIG,
 ) -> tuple[Ledger, int]:
     """Run or resume to the end; the ledger and how many tokens the engine drew in this process."""
     engine = engine or ScriptedEngine(TOKENIZER, script, chunk_tokens_count=5)
-    async with RolloutService(directory, engine, FakeSubstrate(answers), TOKENIZER, CONFIG) as service:
+    async with RolloutService(directory, engine, FakeSubstrate(answers), TOKENIZER, config) as service:
         if not service.ledger.jobs:
             wanted = tasks()
             await service.submit(make_job(ASKED, wanted, group_size=group_size), wanted)
@@ -256,17 +260,19 @@ async def test_a_verdict_or_a_set_up_that_failed_is_tried_again_by_a_resume(tmp_
         assert (drawn == 0) == (name == "verdict")
 
 
-class NotANumberEngine(ScriptedEngine):
-    """Draws tokens whose log-probability is not a number for one rollout, as a broken kernel would."""
-
-    async def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
-        async for chunk in super().sample(request):
-            broken = Sampled(token_ids=chunk.token_ids, logprobs=(math.nan,) * len(chunk.token_ids))
-            yield broken if request.session == "one.0" else chunk
-
-
-async def test_what_one_rollout_cannot_log_is_its_own_failure_and_not_the_services(tmp_path: Path) -> None:
-    ended, _ = await run(tmp_path, NotANumberEngine(TOKENIZER, script))
+@pytest.mark.parametrize("fault", get_args(EngineFault))
+async def test_what_an_engine_cannot_have_meant_is_never_logged_and_a_resume_finishes_the_rollout(
+    tmp_path: Path, fault: EngineFault
+) -> None:
+    whole, _ = await run(tmp_path / "whole")
+    engine = MisbehavingEngine(TOKENIZER, script, fault, chunks_count=7, session="one.0")
+    config = CONFIG.model_copy(update={"engine_silence_s": 0.2 if fault == "hang" else 600.0})
+    ended, _ = await run(tmp_path / "failed", engine, config=config)
     failed = {i: state.failure.code for i, state in ended.rollouts.items() if state.failure}
-    assert failed == {"one.0": "WAL_RECORD_INVALID"}
+    assert failed == {"one.0": "ENGINE_ERROR"}
     assert summarise(ended).solved == 3
+    good = token_ids(ended)["one.0"]
+    assert 0 < len(good) < len(token_ids(whole)["one.0"])
+    mended, _ = await run(tmp_path / "failed")
+    assert token_ids(mended) == token_ids(whole)
+    assert summarise(mended).infra_failures == 0
