@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from dsec.types import ExecResult, Output
 from rollout.bench.tasks import Task, task_from_files
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
+from rollout.errors import ShardError
 from rollout.export.exporter import ended_record, export
 from rollout.export.manifest import Manifest
 from rollout.jobs import make_job
@@ -115,3 +118,27 @@ def test_the_command_adds_what_has_ended_and_the_example_packs_it(dsec: Any, tmp
     refused = dsec("export", tmp_path)
     assert (refused.code, refused.out) == (2, "")
     assert "holds no run: give the directory of a dsec run" in refused.err
+
+
+def test_shards_of_a_run_that_was_killed_are_those_of_its_log(dsec: Any, tmp_path: Path) -> None:
+    asked = ("run", "--resume", "--temperature", 1, "--out", tmp_path / "run")
+    env = {"DSEC_EXPORTS_SHARDS": "1"}
+    for wanted in (5, 25):
+        running = dsec.start(*asked, env=env)
+        while written(tmp_path / "run/shards") < wanted:
+            with suppress(subprocess.TimeoutExpired):
+                running.wait(0.05)
+                raise AssertionError(running.communicate())
+        dsec.kill(running)
+    dsec.done(*asked, env=env)
+    before = table(tmp_path / "run/shards")
+    assert before.num_rows == 64
+    assert dsec.done("export", tmp_path / "run", "--out", tmp_path / "again").out.startswith("64 rollouts written")
+    assert table(tmp_path / "again").equals(before)
+
+
+def written(directory: Path) -> int:
+    """Rollouts that the manifest names so far."""
+    with suppress(ShardError):
+        return sum(len(batch.rows) for batch in Manifest(directory))
+    return 0
