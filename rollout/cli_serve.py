@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -23,6 +24,8 @@ from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.errors import RequestError
 from rollout.forward import Router
 from rollout.grpc_server import REQUEST_BYTES_MAX, handlers_of, start_server
+from rollout.http_server import listen as listen_http
+from rollout.http_server import start_http_server
 from rollout.index import Index, Snapshot, sqlite_url
 from rollout.main import load_tokenizer, make_substrate
 from rollout.partitions import find_logs
@@ -41,8 +44,8 @@ _index_option = click.option("--index", "url", metavar="URL", envvar="DSEC_INDEX
 
 
 @click.command(
-    short_help="Serve rollouts over gRPC.",
-    epilog="\b\nExamples:\n  dsec serve --out runs/server --listen 127.0.0.1:7710\n"
+    short_help="Serve rollouts over gRPC and HTTP.",
+    epilog="\b\nExamples:\n  dsec serve --out runs/server --listen 127.0.0.1:7710 --http 127.0.0.1:7780\n"
     "  dsec serve --root /srv/rollouts --worker-id a --listen 127.0.0.1:7711",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="One run directory, alone.  [default: runs/server]")
@@ -50,6 +53,8 @@ _index_option = click.option("--index", "url", metavar="URL", envvar="DSEC_INDEX
 @_index_option
 @click.option("--worker-id", default="", help="Name of this worker among those of --root.  [default: HOST-PORT]")
 @click.option("--listen", default="127.0.0.1:7710", show_default=True, help="HOST:PORT; port 0 takes a free one.")
+@click.option("--http", metavar="HOST:PORT", default="", help="Speak OpenAI's and vLLM's HTTP dialects there, too.")
+@click.option("--http-token-file", type=click.Path(path_type=Path), help="Its first line is what --http callers give.")
 @click.option("--advertise", default="", help="HOST:PORT where other workers reach this one.  [default: as --listen]")
 @click.option("--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Rollouts at once.")
 @click.option("--grace-s", type=float, help="How long a stop may take.  [default: 30]")
@@ -60,6 +65,8 @@ def serve(
     url: str,
     worker_id: str,
     listen: str,
+    http: str,
+    http_token_file: Path | None,
     advertise: str,
     concurrency: int,
     grace_s: float | None,
@@ -71,8 +78,11 @@ def serve(
     directory of logs: each runs what was submitted to it, passes on calls about what another one runs, and takes over
     the logs of one that died or was stopped.  A signal stops rollouts at a token boundary.
 
-    The port has no authentication: listen on a loopback or private address only.
+    The gRPC port has no authentication, that of --http has none without a token, and neither hides what passes:
+    listen on a loopback or private address only.
     """
+    if http_token_file is not None and not http:
+        raise RequestError("--http-token-file is for --http: give that, too")
     if root is not None and out is not None:
         raise RequestError("--out serves one run directory alone, --root shares a directory of them: give one of them")
     if root is None and (url or worker_id):
@@ -92,30 +102,60 @@ def serve(
         name = worker_id or (f"{socket.gethostname()}-{address.rpartition(':')[2]}" if root else _ALONE_ID)
         return Worker(directory, index, parts, config, name, is_alone=root is None)
 
-    if not asyncio.run(_serve(directory, listen, advertise, make, root is None)):
+    doors = Doors(listen, advertise, http, _token(http_token_file))
+    if not asyncio.run(_serve(directory, doors, make, root is None)):
         click.echo(f"dsec: not stopped in order within {config.grace_s:g} s; the logs have what was done", err=True)
         os._exit(_NOT_IN_ORDER)
 
 
-async def _serve(directory: Path, listen: str, advertise: str, make: Callable[[str], Worker], is_alone: bool) -> bool:
+@dataclass(frozen=True)
+class Doors:
+    """Where a worker is reached."""
+
+    listen: str
+    advertise: str
+    http: str
+    http_token: str
+
+
+def _token(file: Path | None) -> str:
+    """RequestError rather than an open port."""
+    if file is None:
+        return ""
+    try:
+        token = file.read_text().partition("\n")[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot read the token file {file}: {error}") from error
+    if not token:
+        raise RequestError(f"the token file {file} has no token in its first line")
+    return token
+
+
+async def _serve(directory: Path, doors: Doors, make: Callable[[str], Worker], is_alone: bool) -> bool:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     router = Router(handlers_of, REQUEST_BYTES_MAX)
-    server = await start_server(None, listen, [router])
-    where = f"{listen.rpartition(':')[0]}:{server.port}"
-    worker = make(advertise or where)
+    listening = listen_http(doors.http) if doors.http else None
+    server = await start_server(None, doors.listen, [router])
+    where = f"{doors.listen.rpartition(':')[0]}:{server.port}"
+    worker = make(doors.advertise or where)
     try:
-        await worker.open(advertise or where)
+        await worker.open(doors.advertise or where)
     except BaseException:
         await server.stop()
         raise
     router.worker = worker
+    http = start_http_server(worker.locate, listening, doors.http_token) if listening is not None else None
     await server.serve()
+    if http is not None:
+        where += f" and http://{doors.http.rpartition(':')[0]}:{http.port}"
     what = f"log {directory}/wal" if is_alone else f"worker {worker.worker_id} of {directory}"
     click.echo(f"dsec: serving {where}, {what}, {worker.running_count} rollouts taken up")
     stopped, broken = asyncio.create_task(stop.wait()), asyncio.create_task(worker.failed())
     await asyncio.wait([stopped, broken], return_when=asyncio.FIRST_COMPLETED)
+    if http is not None:
+        await http.stop()
     await server.stop()
     is_in_order = await worker.close()
     await router.close()

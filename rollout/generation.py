@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import pairwise
 
-from rollout.engine import Sampling
+from rollout.engine import Sampling, check_tokens
 from rollout.errors import EngineError, RequestError
 from rollout.events import InfraFailed, RolloutFinished
 from rollout.jobs import make_job
@@ -77,9 +78,13 @@ def context_bound(service: RolloutService) -> int:
 async def generate(service: RolloutService, ask: Ask) -> AsyncGenerator[Drawn | Ended, None]:
     """Submit, or attach to what was submitted under the id; ends when every member has.
 
-    RequestError (also for an id that asked for something else), EngineError if the service failed one of them.
+    What the service failed before under this id, it tries again.  RequestError (also for an id that asked for
+    something else), EngineError if the service failed one of them.
     """
     bound = context_bound(service)
+    for prompt in ask.prompts:
+        if prompt.token_ids:
+            check_tokens(prompt.token_ids, service.engine.info)
     job = make_job(
         Job(
             request_id=ask.request_id,
@@ -101,7 +106,8 @@ async def generate(service: RolloutService, ask: Ask) -> AsyncGenerator[Drawn | 
     await service.submit(job, ask.prompts)
     is_over = False
     try:
-        async with aclosing(_follow(service, job)) as pieces:
+        again = service.resume(_failed(service, job))
+        async with aclosing(_follow(service, job, frozenset(again))) as pieces:
             async for piece in pieces:
                 yield piece
         is_over = True
@@ -110,12 +116,20 @@ async def generate(service: RolloutService, ask: Ask) -> AsyncGenerator[Drawn | 
             await service.cancel(job.request_id)
 
 
-async def _follow(service: RolloutService, job: Job) -> AsyncGenerator[Drawn | Ended, None]:
+def _failed(service: RolloutService, job: Job) -> list[str]:
+    states = [service.ledger.rollouts.get(rollout_id) for rollout_id, _, _ in service.ledger.members(job.request_id)]
+    return [each.opened.rollout_id for each in states if each and each.failure and not each.finished]
+
+
+async def _follow(service: RolloutService, job: Job, again: frozenset[str]) -> AsyncGenerator[Drawn | Ended, None]:
+    """`again`: members that are tried again, whatever is logged of how they failed."""
     indices = {rollout_id: number for number, (rollout_id, _, _) in enumerate(service.ledger.members(job.request_id))}
     left = set(indices)
     async with aclosing(service.watch(job.request_id)) as events:
         known = {i: service.ledger.rollouts[i] for i in indices if i in service.ledger.rollouts}
         for rollout_id, state in known.items():
+            if state.failure is not None and state.finished is None and rollout_id not in again:
+                _fail(state.failure)
             for piece in _so_far(indices[rollout_id], state):
                 yield piece
             left -= {rollout_id} if state.finished else set()
@@ -130,18 +144,15 @@ async def _follow(service: RolloutService, job: Job) -> AsyncGenerator[Drawn | E
                 case InfraFailed():
                     _fail(event)
     if left:
-        raise EngineError(f"{job.request_id}: the service stopped while it ran; ask again under the same id")
+        raise EngineError(f"{job.request_id}: it was preempted, or the service stops; ask again under the same id")
 
 
 def _so_far(index: int, state: State) -> list[Drawn | Ended]:
     """What was durable before its caller came."""
-    if state.failure is not None and state.finished is None:
-        _fail(state.failure)
     ids, logprobs = drawn_ids(state), state.logprobs + state.current_logprobs
-    edges = [(at - prompt_length(state), version) for at, version in state.versions]
-    ends = [at for at, _ in edges[1:]] + [len(ids)]
+    edges = [(at - prompt_length(state), version) for at, version in state.versions] + [(len(ids), 0)]
     pieces: list[Drawn | Ended] = [
-        Drawn(index, ids[at:end], logprobs[at:end], version) for (at, version), end in zip(edges, ends, strict=True)
+        Drawn(index, ids[at:end], logprobs[at:end], version) for (at, version), (end, _) in pairwise(edges)
     ]
     return [*pieces, Ended(index, state)] if state.finished else pieces
 

@@ -1,8 +1,8 @@
-"""HTTP in front of the rollout service: the dialects of OpenAI and vLLM on one port; translation only.
+"""HTTP in front of rollout services: the dialects of OpenAI and vLLM on one port; translation only.
 
 Every answer comes out of the log: what is streamed is durable first, and a request under an id of its caller's can
-be sent again after any break, of the connection, of the client or of this server.  The port has no authentication of
-its own unless a token is set.
+be sent again after any break, of the connection, of the client or of this server.  Among several workers each
+answers for its own requests; one that another has is answered with that worker's name.
 
 See: docs/operating.md, "HTTP dialects"; `rollout/dialects/` for what each field means.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import secrets
+import logging
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -21,18 +21,23 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dsec.errors import DsecError
 from rollout.dialects import chat, completions, vllm
 from rollout.dialects.options import StreamOptions
 from rollout.errors import NotFoundError, RequestError, RolloutError
 from rollout.generation import Ask, Drawn, Ended, context_bound, generate
+from rollout.http_guard import Guard, error_body, error_headers
 from rollout.service import RolloutService
 from rollout.state import State
 from toolcall_dsl import DslError
 from wal import WalError
 
-BODY_BYTES_MAX = 32 << 20
+CONNECTIONS_MAX = 1024
+HEAD_S = 10.0
+"""For the head of a request to arrive in."""
 STATUS: dict[str, int] = {
     "BAD_REQUEST": 400,
     "BAD_MESSAGES": 400,
@@ -47,6 +52,7 @@ STATUS: dict[str, int] = {
 """Of our error codes; any other is a 500."""
 CLIENT_GONE = 499
 """Nobody reads it; nginx's word for it."""
+_log = logging.getLogger(__name__)
 Piece = Drawn | Ended
 T = TypeVar("T")
 
@@ -71,52 +77,67 @@ class Writer(Protocol):
         ...
 
 
-def make_app(service: RolloutService, token: str = "") -> FastAPI:
-    """The application over a started service; with `token`, every call but /health needs it as a bearer."""
+Find = Callable[..., Awaitable[RolloutService | str]]
+"""`find(request_id, creates=...)`: who has a request or takes a new one, or the address of the worker that has it."""
+
+
+def make_app(find: Find, token: str = "") -> Guard:
+    """The application over services that are open; `find` is `Worker.locate`."""
     app = FastAPI(title="dsec", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.service = service
     _add_errors(app)
-    _add_guard(app, token)
-    _add_generation(app, service)
-    _add_engine(app, service)
-    return app
+    _add_generation(app, find)
+    _add_engine(app, find)
+    return Guard(app, token)
 
 
-def _add_generation(app: FastAPI, service: RolloutService) -> None:
-    model = service.engine.info.name
+async def _find(find: Find, request_id: str | None, *, creates: bool = True) -> RolloutService:
+    """The service for a request; one without a name is for whoever is asked."""
+    where = await find(request_id or "", creates=creates and bool(request_id))
+    if isinstance(where, str):
+        raise HTTPException(421, f"request {str(request_id)[:128]!r} is with the worker at {where}: ask that one")
+    return where
 
+
+def _add_generation(app: FastAPI, find: Find) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(body: chat.ChatRequest, request: Request) -> Response:
-        _check_model(body.model, model)
+        service = await _find(find, body.request_id)
+        model = _checked_model(body.model, service)
         ask = chat.ask_of(body, context_bound(service))
         writer = chat.Writer(body, ask, model, service.tokenizer)
         return await _answer(service, ask, writer, request, stream=body.stream, options=body.stream_options)
 
     @app.post("/v1/completions")
     async def text_completions(body: completions.CompletionRequest, request: Request) -> Response:
-        _check_model(body.model, model)
+        service = await _find(find, body.request_id)
+        model = _checked_model(body.model, service)
         ask = completions.ask_of(body, service.tokenizer, context_bound(service))
         writer = completions.Writer(body, ask, model, service.tokenizer)
         return await _answer(service, ask, writer, request, stream=body.stream, options=body.stream_options)
 
     @app.post("/inference/v1/generate")
     async def tokens(body: vllm.GenerateRequest, request: Request) -> Response:
-        _check_model(body.model, model)
+        service = await _find(find, body.request_id)
+        _checked_model(body.model, service)
         ask = vllm.ask_of(body, context_bound(service))
         writer = vllm.Writer(body, ask)
         return await _answer(service, ask, writer, request, stream=body.stream, options=body.stream_options)
 
     @app.post("/inference/v1/abort_requests")
     async def abort(body: vllm.AbortRequest) -> Response:
-        known = [name for name in body.request_ids if name in service.ledger.jobs]
-        for name in known:
-            await service.cancel(name)
-        return JSONResponse({"aborted": known})
+        aborted = []
+        for name in body.request_ids:
+            service = await _find(find, name, creates=False)
+            if name in service.ledger.jobs:
+                await service.cancel(name)
+                aborted.append(name)
+        return JSONResponse({"aborted": aborted})
 
 
-def _add_engine(app: FastAPI, service: RolloutService) -> None:
+def _add_engine(app: FastAPI, find: Find) -> None:
     @app.get("/v1/models")
     async def models() -> Response:
+        service = await _find(find, None)
         info = service.engine.info
         card = {
             "id": info.name,
@@ -136,24 +157,26 @@ def _add_engine(app: FastAPI, service: RolloutService) -> None:
     async def pause(mode: str = "abort", clear_cache: bool = False) -> Response:
         match mode:
             case "keep" | "wait" | "abort":
-                await service.engine.pause(mode)
+                await (await _find(find, None)).engine.pause(mode)
             case _:
                 raise RequestError(f"mode is {mode[:20]!r}, must be keep, wait or abort")
         return JSONResponse({"status": "paused", "cleared_cache": False, "clear_cache_asked": clear_cache})
 
     @app.post("/resume")
     async def resume() -> Response:
-        await service.engine.resume()
+        await (await _find(find, None)).engine.resume()
         return JSONResponse({"status": "resumed"})
 
     @app.get("/is_paused")
     async def is_paused() -> Response:
-        return JSONResponse({"is_paused": service.engine.is_paused})
+        return JSONResponse({"is_paused": (await _find(find, None)).engine.is_paused})
 
 
-def _check_model(asked: str | None, served: str) -> None:
-    if asked not in (None, "", served):
+def _checked_model(asked: str | None, service: RolloutService) -> str:
+    served = service.engine.info.name
+    if asked and asked != served:
         raise NotFoundError(f"no model {asked[:80]!r} here: this service has {served!r}")
+    return served
 
 
 async def _answer(
@@ -219,7 +242,7 @@ async def _events(
             if counts:
                 yield _event(writer.counts([states[index] for index in sorted(states)]))
         except (RolloutError, DsecError, WalError, DslError) as error:
-            yield _event({"error": _error(error)})
+            yield _event(_told(error)[0])
     yield b"data: [DONE]\n\n"
 
 
@@ -227,55 +250,68 @@ def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
 
 
-def _error(error: RolloutError | DsecError | WalError | DslError) -> dict[str, Any]:
+def _told(error: RolloutError | DsecError | WalError | DslError) -> tuple[dict[str, Any], int]:
     status = STATUS.get(error.code, 500)
-    kind = "invalid_request_error" if 400 <= status < 500 else "server_error"
-    return {"message": str(error), "type": kind, "param": None, "code": error.code}
+    return error_body(str(error), error.code, status), status
 
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         lines = [f"{'.'.join(map(str, each['loc'][1:])) or 'body'}: {each['msg']}" for each in error.errors()[:5]]
-        said = {"message": "; ".join(lines), "type": "invalid_request_error", "param": None, "code": "BAD_REQUEST"}
-        return JSONResponse({"error": said}, status_code=400)
+        return _error_response(error_body("; ".join(lines), "BAD_REQUEST", 400), 400)
+
+    async def refused(_: Request, error: Exception) -> Response:
+        if not isinstance(error, HTTPException):
+            raise error
+        return _error_response(error_body(str(error.detail), "REFUSED", error.status_code), error.status_code)
+
+    async def broken(_: Request, error: Exception) -> Response:
+        _log.error("a request failed", exc_info=error)
+        return _error_response(error_body("internal error; the server's log has it", "INTERNAL", 500), 500)
 
     async def ours(_: Request, error: Exception) -> Response:
         if not isinstance(error, RolloutError | DsecError | WalError | DslError):
             raise error
-        return JSONResponse({"error": _error(error)}, status_code=STATUS.get(error.code, 500))
+        return _error_response(*_told(error))
 
     for root in (RolloutError, DsecError, WalError, DslError):
         app.add_exception_handler(root, ours)
+    app.add_exception_handler(HTTPException, refused)
+    app.add_exception_handler(Exception, broken)
 
 
-def _add_guard(app: FastAPI, token: str) -> None:
-    """Who may call, and how much they may send; a page in somebody's browser may not call at all."""
-
-    @app.middleware("http")
-    async def guard(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        if (why := _refusal(request, token)) is not None:
-            status, message = why
-            said = {"message": message, "type": "invalid_request_error", "param": None, "code": "REFUSED"}
-            return JSONResponse({"error": said}, status_code=status)
-        return await call(request)
+def _error_response(body: dict[str, Any], status: int) -> Response:
+    return JSONResponse(body, status_code=status, headers=error_headers(status))
 
 
-def _refusal(request: Request, token: str) -> tuple[int, str] | None:
-    if request.url.path == "/health":
-        return None
-    if token and not secrets.compare_digest(
-        request.headers.get("authorization", "").encode(), f"Bearer {token}".encode()
-    ):
-        return 401, "give the service's token: Authorization: Bearer TOKEN"
-    if not token and "origin" in request.headers:
-        return 403, "a page of another origin may not call this service"
-    length = request.headers.get("content-length", "0")
-    if request.method == "POST" and "transfer-encoding" in request.headers:
-        return 411, "send a Content-Length"
-    if not length.isdigit() or int(length) > BODY_BYTES_MAX:
-        return 413, f"a body has at most {BODY_BYTES_MAX} bytes"
-    return None
+class _Connection(H11Protocol):
+    """Closes if the head of a request does not arrive in time."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as its base does
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_waiting()
+
+    def _wait_for_head(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEAD_S, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class _Server(uvicorn.Server):
@@ -301,16 +337,28 @@ class HttpServer:
         self._listening.close()
 
 
-def start_http_server(service: RolloutService, address: str, token: str = "") -> HttpServer:
-    """Serve a started service at `HOST:PORT` (port 0: any).  RequestError if it cannot be bound."""
+def listen(address: str) -> socket.socket:
+    """A socket at `HOST:PORT` (port 0: any).  RequestError if it cannot be bound."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) >= 1 << 16:
+    if not host or not port.isdecimal() or int(port) >= 1 << 16:
         raise RequestError(f"cannot listen on {address!r}: give HOST:PORT, with a port from 0 (any) to 65535")
     try:
-        listening = socket.create_server((host.strip("[]"), int(port)))
+        family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+        return socket.create_server((host.strip("[]"), int(port)), family=family)
     except OSError as error:
         raise RequestError(f"cannot listen on {address}: {error.strerror or error}; choose another") from error
+
+
+def start_http_server(find: Find, listening: socket.socket, token: str = "") -> HttpServer:
+    """Serve open services on a socket of `listen`, which closes with the server."""
     config = uvicorn.Config(
-        make_app(service, token), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
+        make_app(find, token),
+        http=_Connection,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        limit_concurrency=CONNECTIONS_MAX,
+        timeout_graceful_shutdown=1,
     )
     return HttpServer(_Server(config), listening)

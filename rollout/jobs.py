@@ -102,6 +102,7 @@ def check_conversations(job: Job, prompts: Iterable[Task | Conversation], tokeni
         if isinstance(prompt, Task):
             continue
         try:
+            check_length(prompt.messages_json, tokenizer, 2 * job.limits.context_tokens_count_max)  # escapes, at worst
             segments = context.conversation_prompt(prompt, tokenizer, job.thinking)
         except DslError as error:
             raise RequestError(f"conversation {prompt.name}: {error}") from error
@@ -110,6 +111,12 @@ def check_conversations(job: Job, prompts: Iterable[Task | Conversation], tokeni
             raise RequestError(
                 f"conversation {prompt.name}: {count} tokens leave no room in {job.limits.context_tokens_count_max}"
             )
+
+
+def check_length(text: str, tokenizer: Tokenizer, tokens_count_max: int) -> None:
+    """RequestError for a text that is too long whatever its tokens are: encoding it would take long."""
+    if len(text) > tokens_count_max * tokenizer.token_bytes_max:
+        raise RequestError(f"a prompt of {len(text)} characters leaves no room in {tokens_count_max} tokens")
 
 
 def check_sampling(sampling: Sampling) -> None:

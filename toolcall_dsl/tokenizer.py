@@ -94,6 +94,8 @@ class Tokenizer:
         self.unit_map = UnitMap(added)
         self._units = {i: _byte_level_units(token, source) for token, i in vocabulary.items() if token not in added}
         self._units.update({i: self.unit_map.find(token) for token, i in added.items()})
+        self.token_bytes_max = max(map(len, self._units.values()), default=1)
+        """Of plain text that one token can stand for."""
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:

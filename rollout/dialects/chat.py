@@ -7,7 +7,7 @@ what is sampled is read by the incremental parser, so a stream carries reasoning
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -35,7 +35,10 @@ from toolcall_dsl import (
     Tokenizer,
     TurnEvent,
     TurnFailed,
+    parse,
 )
+
+_ASKING = ("user", "developer", "tool")
 
 
 class ChatRequest(Options):
@@ -71,7 +74,10 @@ def ask_of(body: ChatRequest, context_tokens_max: int) -> Ask:
     if body.tool_choice not in (None, "auto", "none"):
         raise RequestError("tool_choice: this model is not forced to call; say auto or none")
     name, is_named = request_name(body.request_id, "chatcmpl")
-    messages = msgspec.json.encode(_messages(body)).decode()
+    try:
+        messages = msgspec.json.encode(_messages(body)).decode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"messages: {error.object[error.start : error.end]!r} is half a character") from error
     return Ask(
         request_id=name,
         prompts=(make_conversation("chat", messages_json=messages),),
@@ -85,28 +91,37 @@ def ask_of(body: ChatRequest, context_tokens_max: int) -> Ask:
 
 
 def _messages(body: ChatRequest) -> list[dict[str, Any]]:
-    """OpenAI's messages as the encoder takes them: parts joined, tools declared by the first system message."""
-    said = [{**message, "content": _text(message.get("content"), at)} for at, message in enumerate(body.messages)]
+    """OpenAI's messages as the encoder takes them: tools are declared by the first system message."""
+    _check(body.messages)
+    said = list(body.messages)
     if body.tools and body.tool_choice != "none":
-        if not said or said[0].get("role") != "system":
+        if said[0].get("role") != "system":
             said.insert(0, {"role": "system", "content": ""})
         said[0] = {**said[0], "tools": body.tools}
     return said
 
 
-def _text(content: object, at: int) -> object:
-    """Text parts become one text; a message without content (a call alone) has an empty one."""
-    if content is None:
-        return ""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise RequestError(f"messages[{at}].content: a part of type {kind!r} cannot be read: this model reads text")
-        texts.append(str(part.get("text", "")))
-    return "".join(texts)
+def _check(messages: Sequence[dict[str, Any]]) -> None:
+    """Somebody asks, in text, and every call has one result: else the model would read them wrongly.  RequestError."""
+    last = messages[-1].get("role") if messages else "nobody"
+    if last not in _ASKING:
+        raise RequestError(f"messages: the last is of {str(last)[:80]!r}, must be of {', '.join(_ASKING)}")
+    waiting: list[object] = []
+    for at, message in enumerate(messages):
+        content = message.get("content")
+        kinds = [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+        if unread := [kind for kind in kinds if kind != "text"]:
+            raise RequestError(f"messages[{at}].content: a part of type {str(unread[0])[:80]!r} cannot be read")
+        if message.get("role") == "tool":
+            if message.get("tool_call_id") not in waiting:
+                raise RequestError(f"messages[{at}].tool_call_id: no call before it has this id and no result yet")
+            waiting.remove(message.get("tool_call_id"))
+        elif waiting:
+            raise RequestError(
+                f"messages[{at}]: before it, a tool message must answer the call {str(waiting[0])[:80]!r}"
+            )
+        calls = message.get("tool_calls") if message.get("role") == "assistant" else None
+        waiting += [call.get("id") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
 
 
 class Writer:
@@ -135,7 +150,7 @@ class Writer:
         parser = self._parser(index)
         parser.finish()
         chunk = self._chunk(index, self._delta(index, _events(parser)), (), ())
-        chunk["choices"][0]["finish_reason"] = finish_of(state)
+        chunk["choices"][0]["finish_reason"] = finish_of(state, has_calls=True)
         return chunk
 
     def counts(self, states: list[State]) -> dict[str, Any]:
@@ -148,7 +163,9 @@ class Writer:
         return self._parsers.setdefault(index, fresh)
 
     def _choice(self, index: int, state: State) -> dict[str, Any]:
-        parsed, ids = state.turns[0].parsed, drawn_ids(state)
+        ids = drawn_ids(state)
+        thinking, policy = self._ask.thinking != "none", self._ask.parse_policy
+        parsed = state.turns[0].parsed if state.turns else parse(ids, self._tokenizer, thinking=thinking, policy=policy)
         message: dict[str, Any] = {"role": "assistant", "content": parsed.content or None, "refusal": None}
         if parsed.reasoning:
             message["reasoning_content"] = parsed.reasoning
@@ -157,7 +174,8 @@ class Writer:
                 _call(self._call_id(index, n), call.name, msgspec.json.encode(call.arguments).decode())
                 for n, call in enumerate(parsed.calls)
             ]
-        made: dict[str, Any] = {"index": index, "message": message, "finish_reason": finish_of(state), "logprobs": None}
+        made: dict[str, Any] = {"index": index, "message": message, "logprobs": None}
+        made["finish_reason"] = finish_of(state, has_calls=True)
         if parsed.error is not None:
             made["parse_error"] = parsed.error.message
         return self._with_tokens(made, ids, state.logprobs, list(state.token_ids[: prompt_length(state)]))

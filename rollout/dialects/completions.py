@@ -18,7 +18,7 @@ from rollout.dialects.options import (
 )
 from rollout.errors import RequestError
 from rollout.generation import Ask, drawn_ids, prompt_length
-from rollout.jobs import make_conversation
+from rollout.jobs import check_length, make_conversation
 from rollout.state import State
 from toolcall_dsl import V4, Tokenizer
 
@@ -30,7 +30,7 @@ class CompletionRequest(Options):
     """The body; `prompt` is a text, token ids, or a list of either."""
 
     model: str | None = None
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | list[Any]
     max_tokens: int | None = Field(default=TOKENS_DEFAULT, ge=1)
     temperature: float | None = 1.0
     top_p: float | None = 1.0
@@ -50,9 +50,12 @@ def ask_of(body: CompletionRequest, tokenizer: Tokenizer, context_tokens_max: in
     body.refuse()
     if (body.logprobs or 0) > 1:
         raise RequestError("logprobs: only the drawn token's is given: say 0 or 1")
-    prompts = _prompts(body)
+    prompts = _prompts(body.prompt)
     if not 1 <= len(prompts) <= PROMPTS_MAX:
         raise RequestError(f"prompt: give 1 to {PROMPTS_MAX} prompts")
+    for text in prompts:
+        if isinstance(text, str):
+            check_length(text, tokenizer, context_tokens_max)
     bos = tokenizer.control(V4.bos)
     ids = [[bos, *tokenizer.encode_plain(each)] if isinstance(each, str) else each for each in prompts]
     name, is_named = request_name(body.request_id, "cmpl")
@@ -82,7 +85,7 @@ class Writer:
         choices = []
         for index, state in enumerate(states):
             made = self._choice(index, drawn_ids(state), state.logprobs, self._text(drawn_ids(state)))
-            made["finish_reason"] = _finish(state)
+            made["finish_reason"] = finish_of(state)
             if self._body.return_token_ids:
                 made["prompt_token_ids"] = list(state.token_ids[: prompt_length(state)])
             choices.append(made)
@@ -96,7 +99,7 @@ class Writer:
     def end(self, index: int, state: State) -> dict[str, Any]:
         """The last piece of a choice."""
         text = self._texts.setdefault(index, TextStream(self._tokenizer)).feed((), is_last=True)
-        return {**self._head, "choices": [{**self._choice(index, (), (), text), "finish_reason": _finish(state)}]}
+        return {**self._head, "choices": [{**self._choice(index, (), (), text), "finish_reason": finish_of(state)}]}
 
     def counts(self, states: list[State]) -> dict[str, Any]:
         """The chunk after the last, if it was asked for."""
@@ -120,15 +123,16 @@ class Writer:
         return made
 
 
-def _prompts(body: CompletionRequest) -> list[str] | list[list[int]]:
-    prompt = body.prompt
+def _prompts(prompt: str | list[Any]) -> list[str] | list[list[int]]:
+    """Checked by hand: a validator would complain of every one of a million."""
     if isinstance(prompt, str):
         return [prompt]
-    if prompt and isinstance(prompt[0], int):
-        return [[int(str(token)) for token in prompt]]
-    return prompt  # type: ignore[return-value]  # pydantic checked that they are of one kind
+    if prompt and _are_ids(prompt):
+        return [prompt]
+    if not all(isinstance(each, str) for each in prompt) and not all(map(_are_ids, prompt)):
+        raise RequestError("prompt: give a text, token ids, or a list of one of them")
+    return prompt
 
 
-def _finish(state: State) -> str:
-    finish = finish_of(state)
-    return "stop" if finish == "tool_calls" else finish
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)

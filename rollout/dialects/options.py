@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, FailFast
 
 from rollout.engine import Sampling
 from rollout.errors import RequestError
+from rollout.events import FinishReason
 from rollout.generation import prompt_length
 from rollout.jobs import check_sampling
 from rollout.request import Thinking
@@ -49,8 +50,11 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "kv_transfer_params": (None,),
 }
 """Field -> the values that ask for nothing."""
+TokenIds = Annotated[list[int], FailFast()]
+"""Said wrongly a million times, it is complained of once."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
-FINISHES: dict[TurnFinish, Literal["stop", "length", "tool_calls"]] = {
+Finish = Literal["stop", "length", "tool_calls", "abort"]
+FINISHES: dict[TurnFinish, Finish] = {
     TurnFinish.STOP: "stop",
     TurnFinish.PARSE_FAILED: "stop",
     TurnFinish.TOOL_CALLS: "tool_calls",
@@ -111,12 +115,12 @@ def thinking_of(effort: str | None, template: dict[str, Any] | None) -> Thinking
     return "high"
 
 
-def finish_of(state: State) -> Literal["stop", "length", "tool_calls"]:
-    """Why a generation that ended did; RequestError if somebody ended it."""
-    if not state.turns or state.finished is None or state.finished.reason.value not in TurnFinish.__members__:
-        reason = state.finished.reason.value if state.finished else "nobody knows"
-        raise RequestError(f"{state.opened.rollout_id} was ended before it was done: {reason}")
-    return FINISHES[state.turns[0].finish]
+def finish_of(state: State, *, has_calls: bool = False) -> Finish:
+    """Why a generation ended, with vLLM's word for one that somebody gave up; `has_calls`: the dialect has them."""
+    if state.finished is None or state.finished.reason is FinishReason.CANCELLED or not state.turns:
+        return "abort"
+    finish = FINISHES[state.turns[0].finish]
+    return "stop" if finish == "tool_calls" and not has_calls else finish
 
 
 def usage(states: list[State]) -> dict[str, int]:

@@ -9,7 +9,15 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from rollout.dialects.options import Options, StreamOptions, finish_of, request_name, sampling_of, usage
+from rollout.dialects.options import (
+    Options,
+    StreamOptions,
+    TokenIds,
+    finish_of,
+    request_name,
+    sampling_of,
+    usage,
+)
 from rollout.errors import RequestError
 from rollout.generation import Ask, drawn_ids, prompt_length
 from rollout.jobs import make_conversation
@@ -35,7 +43,7 @@ class GenerateRequest(Options):
     """The body of `/inference/v1/generate`."""
 
     request_id: str | None = None
-    token_ids: list[int]
+    token_ids: TokenIds
     sampling_params: SamplingParams
     model: str | None = None
     stream: bool | None = False
@@ -100,8 +108,8 @@ class Writer:
 
     def _end(self, index: int, token_ids: tuple[int, ...], logprobs: tuple[float, ...], state: State) -> dict[str, Any]:
         """A choice with why it ended, and which versions of the weights drew which of its tokens."""
-        made, finish, base = self._choice(index, token_ids, logprobs), finish_of(state), prompt_length(state)
-        made["finish_reason"] = "stop" if finish == "tool_calls" else finish
+        made, base = self._choice(index, token_ids, logprobs), prompt_length(state)
+        made["finish_reason"] = finish_of(state)
         made["weight_versions"] = [
             {"start": run.start - base, "length": run.length, "version": run.version}
             for run in version_runs(state, state.spans, {version: "" for _, version in state.versions})

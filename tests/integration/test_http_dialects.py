@@ -16,7 +16,8 @@ from dsec.testing import FakeSubstrate
 from rollout import journal
 from rollout.config import RolloutConfig
 from rollout.events import Event, RolloutFinished, RolloutOpened
-from rollout.http_server import BODY_BYTES_MAX, start_http_server
+from rollout.http_guard import BODY_BYTES_MAX
+from rollout.http_server import listen, start_http_server
 from rollout.main import load_tokenizer
 from rollout.service import RolloutService
 from rollout.testing import Reply, ScriptedEngine, reply_ids
@@ -54,7 +55,11 @@ async def serving(
 
     async with RolloutService(directory, engine, FakeSubstrate(), TOKENIZER, config, observe=observe) as service:
         await service.start()
-        server = start_http_server(service, "127.0.0.1:0", token)
+
+        async def find(_request_id: str, *, creates: bool) -> RolloutService:
+            return service
+
+        server = start_http_server(find, listen("127.0.0.1:0"), token)
         try:
             async with Client(base_url=f"http://127.0.0.1:{server.port}", timeout=30) as client:
                 yield client, service
@@ -174,13 +179,25 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("/v1/chat/completions", {**CHAT, "tool_choice": "required"}, 400, "tool_choice"),
     ("/v1/chat/completions", {**CHAT, "model": "gpt-9"}, 404, "this service has 'scripted'"),
     ("/v1/chat/completions", {**CHAT, "messages": [{"role": "wizard", "content": "x"}]}, 400, "wizard"),
-    ("/v1/chat/completions", {**CHAT, "messages": []}, 400, ""),
+    ("/v1/chat/completions", {**CHAT, "messages": []}, 400, "the last is of 'nobody', must be of user"),
+    (
+        "/v1/chat/completions",
+        {**CHAT, "messages": [{"role": "assistant", "content": "x"}]},
+        400,
+        "the last is of 'assistant'",
+    ),
+    ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": "\ud800"}]}, 400, "half a character"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 200_000}]}, 400, "200"),
     ("/v1/chat/completions", {**CHAT, "temperature": -1}, 400, "temperature is -1"),
     ("/v1/chat/completions", {**CHAT, "n": 5000}, 400, "group_size is 5000"),
     ("/v1/chat/completions", {**CHAT, "request_id": "a/b"}, 400, "request_id"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "image_url"),
     ("/v1/completions", {"prompt": []}, 400, "prompt"),
     ("/v1/completions", {"prompt": [-1]}, 400, "32 bits"),
+    ("/v1/completions", {"prompt": [1 << 31]}, 400, "ids must be 0 to"),
+    ("/v1/completions", {"prompt": [0.5] * 100_000}, 400, "prompt"),
+    ("/v1/completions", {"prompt": "x" * 1_000_000}, 400, "1000000 characters leaves no room"),
+    ("/v1/nothing", {}, 404, "Not Found"),
     ("/v1/completions", {"prompt": "x", "echo": True}, 400, "echo"),
     ("/v1/completions", {"prompt": "x " * 5000}, 400, "leave no room"),
     ("/inference/v1/generate", {"token_ids": [0]}, 400, "sampling_params"),
@@ -193,7 +210,8 @@ async def test_what_cannot_be_honoured_is_refused_by_name_before_anything_is_sam
     async with serving(tmp_path) as (client, service):
         for path, body, status, said in REFUSED:
             for stream in ({}, {"stream": True}):
-                response = await client.post(path, json={**body, **stream})
+                content = json.dumps({**body, **stream})  # with halves of characters
+                response = await client.post(path, content=content, headers={"content-type": "application/json"})
                 assert (response.status_code, said in response.json()["error"]["message"]) == (status, True), (
                     body,
                     response.text,
@@ -259,4 +277,5 @@ async def test_requests_are_given_up_by_their_names(tmp_path: Path) -> None:
         await seen[RolloutOpened].wait()
         gone = await client.post("/inference/v1/abort_requests", json={"request_ids": ["mine", "unknown"]})
         assert gone.json() == {"aborted": ["mine"]}
-        assert "ended before it was done: CANCELLED" in (await asking).json()["error"]["message"]
+        (choice,) = (await asking).json()["choices"]
+        assert (choice["finish_reason"], choice["token_ids"]) == ("abort", [])
