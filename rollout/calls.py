@@ -15,7 +15,7 @@ from contextlib import aclosing
 import msgspec
 
 from rollout.asked import job_of, sampling_of
-from rollout.errors import NotFoundError
+from rollout.errors import NotFoundError, RequestError
 from rollout.follow import follow, replay
 from rollout.listing import Filter, list_rollouts
 from rollout.messages import fill, parts, plain
@@ -81,6 +81,17 @@ class Calls:
         """End a job."""
         return pb.CancelResponse(cancelled_count=await self._service.cancel(request.request_id))
 
+    async def preempt(self, request: pb.PreemptRequest) -> pb.PreemptResponse:
+        """Stop rollouts where they are."""
+        wanted, cause = _wanted(request), request.cause or "asked"
+        stopped = await self._service.preempt(wanted, request_id=request.request_id, cause=cause)
+        return pb.PreemptResponse(rollout_ids=stopped)
+
+    async def resume(self, request: pb.ResumeRequest) -> pb.ResumeResponse:
+        """Let rollouts go on."""
+        resumed = self._service.resume(_wanted(request), request_id=request.request_id)
+        return pb.ResumeResponse(rollout_ids=resumed)
+
     async def pause_engine(self, request: pb.PauseEngineRequest) -> pb.PauseEngineResponse:
         """Draw no more tokens."""
         await self._service.engine.pause(plain(request).get("mode", "keep"))
@@ -114,3 +125,11 @@ class Calls:
         response = pb.QuickInstructionResponse()
         fill(response, {"answers": answers})
         return response
+
+
+def _wanted(request: pb.PreemptRequest | pb.ResumeRequest) -> list[str] | None:
+    """The rollouts that are named; None if a job is, or everything.  RequestError if nothing is."""
+    target = request.WhichOneof("target")
+    if target is None or (target != "rollouts" and not getattr(request, target)):
+        raise RequestError("name rollouts, a request_id, or everything")
+    return list(request.rollouts.rollout_ids) if target == "rollouts" else None
