@@ -95,7 +95,11 @@ def _name(enum: Descriptor, number: int) -> str:
 
 
 def _number(enum: Descriptor, name: str) -> int:
-    return int(enum.values_by_name[_prefix(enum) + name.upper()].number)
+    value = enum.values_by_name.get(_prefix(enum) + name.upper())
+    if value is None:
+        names = [_name(enum, number) for number in enum.values_by_number if number]
+        raise RequestError(f"{enum.name}: {name!r} is none of {', '.join(names)}")
+    return int(value.number)
 
 
 def parts(message: Message, bytes_max: int = PART_BYTES_MAX) -> Iterator[Any]:

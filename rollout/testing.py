@@ -173,10 +173,11 @@ class ScriptedEngine:
             self._changed.set()
 
     def _rest(self, request: SampleRequest) -> tuple[int, ...]:
-        header = self._tokenizer.control(V4.assistant)
-        last_header = max(i for i, token in enumerate(request.token_ids) if token == header)
+        openers = dict.fromkeys(map(self._tokenizer.control, V4.tasks.values()), 1)
+        openers[self._tokenizer.control(V4.assistant)] = 2  # with the token behind it, which opens or closes thinking
+        begun = (i + openers[token] for i, token in enumerate(request.token_ids) if token in openers)
         turn = sum(token == self._eos for token in request.token_ids)
-        done = len(request.token_ids) - last_header - 2
+        done = len(request.token_ids) - max(begun, default=len(request.token_ids))
         room = min(request.tokens_count_max, self._info.context_tokens_max - len(request.token_ids))
         rest = reply_ids(self._script(request.session, turn), self._tokenizer)[done:][:room]
         stops = [index for index, token_id in enumerate(rest) if token_id in request.stop_ids]

@@ -1,91 +1,26 @@
-"""`rollout.client` against a service of doubles on a real socket: every call, its errors, and following jobs."""
+"""Following jobs with `rollout.client`: groups, suffixes, durability, and servers that come and go."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import math
 from array import array
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from dsec.errors import OutOfRangeError
-from dsec.testing import FakeSubstrate
-from rollout import client
-from rollout.client import AsyncRolloutClient, Group, Update
-from rollout.config import RolloutConfig
+from rollout.client import AsyncRolloutClient, Trajectory, Update
 from rollout.errors import NotFoundError
-from rollout.grpc_server import start_server
-from rollout.jobs import make_conversation
-from rollout.main import load_tokenizer
-from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
 from rollout.record import trajectory_record
-from rollout.request import Conversation
-from rollout.service import RolloutService
-from rollout.testing import Reply, ScriptedEngine
 
-TOKENIZER = load_tokenizer()
 PATIENCE_S = 20
-SAID = Reply(reasoning="Be kind.", content="Hello.")
 EVERYTHING: tuple[Any, ...] = ("live_tokens", "tokens", "logprobs", "text")
 
 
-def ask(name: str = "hello", text: str = "Say hello.") -> Conversation:
-    return make_conversation(name, messages_json=json.dumps([{"role": "user", "content": text}]))
-
-
-@dataclass
-class Setting:
-    service: RolloutService
-    engine: ScriptedEngine
-    address: str
-    client: AsyncRolloutClient
-    stub: Any
-
-
-@contextlib.asynccontextmanager
-async def serving(directory: Path, port: int = 0, reply: Reply = SAID, **config: Any) -> AsyncIterator[Setting]:
-    engine = ScriptedEngine(TOKENIZER, lambda _session, _turn: reply)
-    settings = RolloutConfig(**{"concurrency": 4, "log_sync": "os", **config})
-    async with RolloutService(directory, engine, FakeSubstrate(), TOKENIZER, settings) as service:
-        await service.start()
-        server = await start_server(service, f"127.0.0.1:{port}")
-        address = f"127.0.0.1:{server.port}"
-        try:
-            async with (
-                AsyncRolloutClient(address, patience_s=PATIENCE_S) as ours,
-                grpc.aio.insecure_channel(address) as c,
-            ):
-                yield Setting(service, engine, address, ours, RolloutServiceStub(c))  # type: ignore[no-untyped-call]
-        finally:
-            await server.stop()
-
-
-@pytest.fixture
-async def setting(tmp_path: Path) -> AsyncIterator[Setting]:
-    async with asyncio.timeout(3 * PATIENCE_S), serving(tmp_path / "run") as setting:
-        yield setting
-
-
-async def job(setting: Setting, request_id: str = "job", **asked: Any) -> list[Update]:
-    """All updates of a job of two groups of three."""
-    prompts = [ask("one", "1?"), ask("two", "2?")]
-    asked = {"group_size": 3, "request_id": request_id, "fields": EVERYTHING, **asked}
-    return [update async for update in setting.client.submit(prompts, **asked)]
-
-
-async def groups_of(setting: Setting, prompts: list[Any], **asked: Any) -> list[Group]:
-    return [group async for group in setting.client.rollouts(prompts, **asked)]
-
-
-async def test_groups_come_whole_with_the_records_that_the_service_has(setting: Setting) -> None:
-    groups = await groups_of(setting, [ask("one"), ask("two")], group_size=3, request_id="job")
+async def test_groups_come_whole_with_the_records_that_the_service_has(setting: Any) -> None:
+    groups = await setting.groups("one", "two", group_size=3)
     assert sorted(group.group_id for group in groups) == ["job/one", "job/two"]
     for group in groups:
         assert [member.rollout_id for member in group.trajectories] == [f"{group.group_id}.{n}" for n in range(3)]
@@ -98,7 +33,7 @@ async def test_groups_come_whole_with_the_records_that_the_service_has(setting: 
             check_arrays(trajectory)
 
 
-def check_arrays(trajectory: client.Trajectory) -> None:
+def check_arrays(trajectory: Trajectory) -> None:
     record, ids = trajectory.record, trajectory.token_ids
     assert (ids.typecode, trajectory.logprobs.typecode, trajectory.loss_mask.typecode) == ("I", "f", "B")
     assert ids == array("I", record.token_ids)
@@ -106,8 +41,8 @@ def check_arrays(trajectory: client.Trajectory) -> None:
     assert sum(trajectory.loss_mask) == record.tokens_sampled > 0
 
 
-async def test_attach_from_every_event_gives_exactly_the_suffix(setting: Setting) -> None:
-    updates = await job(setting)
+async def test_attach_from_every_event_gives_exactly_the_suffix(setting: Any) -> None:
+    updates = await setting.job()
     numbers = [update.event for update in updates]
     assert numbers == sorted(set(numbers))
     assert {update.what for update in updates} == {"opened", "tokens", "finished"}
@@ -122,7 +57,7 @@ async def test_attach_from_every_event_gives_exactly_the_suffix(setting: Setting
         _ = [update async for update in setting.client.attach("job", numbers[-1] + 1000)]
 
 
-async def test_who_attaches_while_it_runs_sees_what_who_was_there_sees(setting: Setting) -> None:
+async def test_who_attaches_while_it_runs_sees_what_who_was_there_sees(setting: Any) -> None:
     """Attached at every moment of a job's life; each sees all of it, once and in order."""
     seen: list[list[Update]] = []
     listeners: list[asyncio.Task[list[Update]]] = []
@@ -131,7 +66,7 @@ async def test_who_attaches_while_it_runs_sees_what_who_was_there_sees(setting: 
     async def listen() -> list[Update]:
         return [update async for update in setting.client.attach("job", 0, EVERYTHING)]
 
-    prompts = [ask("one"), ask("two")]
+    prompts = [setting.ask("one"), setting.ask("two")]
     async for update in setting.client.submit(prompts, group_size=2, request_id="job", fields=EVERYTHING):
         first.append(update)
         if len(first) % 3 == 0:
@@ -141,9 +76,7 @@ async def test_who_attaches_while_it_runs_sees_what_who_was_there_sees(setting: 
     assert all(updates == first for updates in seen)
 
 
-async def test_tokens_are_streamed_only_once_they_are_durable(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_tokens_are_streamed_only_once_they_are_durable(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     may_sync = asyncio.Event()
     append, held = setting.service.journal._commit.append, asyncio.Event()
 
@@ -158,7 +91,7 @@ async def test_tokens_are_streamed_only_once_they_are_durable(
     streamed: list[Update] = []
 
     async def listen() -> None:
-        async for update in setting.client.submit([ask()], request_id="job", fields=EVERYTHING):
+        async for update in setting.client.submit([setting.ask()], request_id="job", fields=EVERYTHING):
             streamed.append(update)  # noqa: PERF401 - looked at while it goes on
 
     listener = asyncio.create_task(listen())
@@ -174,11 +107,10 @@ async def test_tokens_are_streamed_only_once_they_are_durable(
     assert streamed[1].what == "tokens"
 
 
-async def test_a_group_says_why_members_are_missing_and_each_group_is_told_once(setting: Setting) -> None:
+async def test_a_group_says_why_members_are_missing_and_each_group_is_told_once(setting: Any) -> None:
     await setting.client.pause_engine("keep")
-    asking = asyncio.create_task(groups_of(setting, [ask("one"), ask("two")], group_size=2, request_id="job"))
-    while len(setting.service.ledger.rollouts) < 4:  # noqa: ASYNC110 - no event says so
-        await asyncio.sleep(0)
+    asking = asyncio.create_task(setting.groups("one", "two", group_size=2))
+    await setting.until(lambda: len(setting.service.ledger.rollouts) == 4)
     assert await setting.client.cancel("job") == 4
     groups = await asking
     assert {group.group_id: dict(group.missing_reasons) for group in groups} == {
@@ -189,19 +121,19 @@ async def test_a_group_says_why_members_are_missing_and_each_group_is_told_once(
         await setting.client.cancel("nothing")
 
 
-async def test_a_server_that_comes_and_goes_is_not_noticed(tmp_path: Path) -> None:
+async def test_a_server_that_comes_and_goes_is_not_noticed(serving: Any, tmp_path: Path) -> None:
     """Restarted at each third update under a running loop: nothing lost, nothing twice."""
     updates: list[Update] = []
     port, restarts = 0, 0
     client_: AsyncRolloutClient | None = None
     stream: Any = None
-    prompts = [ask("one"), ask("two")]
     async with asyncio.timeout(3 * PATIENCE_S):
         while True:
             async with serving(tmp_path / "run", port) as setting:
                 port = int(setting.address.rsplit(":", 1)[1])
                 if client_ is None:
                     client_ = AsyncRolloutClient(setting.address, patience_s=PATIENCE_S)
+                    prompts = [setting.ask("one"), setting.ask("two")]
                     stream = client_.submit(prompts, group_size=2, request_id="job", fields=EVERYTHING)
                 seen = len(updates)
                 async for update in stream:
