@@ -134,6 +134,18 @@ async def a_preempted_session_is_saved_up_to_its_last_token_and_goes_on_elsewher
 
 
 @check()
+async def a_preemption_happens_even_if_nobody_waits_for_it(subject: Subject) -> None:
+    async with opened(subject) as engine:
+        running = Taker(engine, ask(subject.prompts[0], COUNT))
+        await running.has_begun.wait()
+        asking = asyncio.ensure_future(engine.preempt("s"))
+        await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait([asking, running.task])
+        require(isinstance(running.task.exception(), PreemptedError))
+
+
+@check()
 async def a_paused_request_can_be_preempted(subject: Subject) -> None:
     async with opened(subject) as engine:
         running = Taker(engine, ask(subject.prompts[0], COUNT))
@@ -168,6 +180,7 @@ CHECKS: tuple[Check, ...] = (
     a_pause_that_aborts_hands_over_what_was_drawn_and_then_says_so,
     a_preempted_session_ends_alone,
     a_preempted_session_is_saved_up_to_its_last_token_and_goes_on_elsewhere,
+    a_preemption_happens_even_if_nobody_waits_for_it,
     a_paused_request_can_be_preempted,
     an_engine_closes_while_it_is_paused_and_opens_to_run,
 )

@@ -79,9 +79,8 @@ class SteppingThread:
         return await done
 
     async def tell(self, command: Callable[[Versions], list[Outcome]]) -> None:
-        """Outcomes that are not a turn's go the same way, and in the same order."""
-        outcomes = await self.call(command)
-        self._told(outcomes)
+        """Outcomes that are not a turn's go the same way, in the same order, and whether or not anybody awaits this."""
+        await self.call(lambda versions: self._call_loop(self._told, command(versions)))
 
     async def stood_still(self) -> None:
         """Return once nothing is being drawn, or nobody wants that any more."""
