@@ -21,7 +21,7 @@ from rollout.main import load_tokenizer
 from rollout.record import TrajectoryRecord, trajectory_record
 from rollout.request import Job, NoReward
 from rollout.service import RolloutService
-from rollout.testing import Reply, ScriptedEngine
+from rollout.testing import EngineFault, MisbehavingEngine, Reply
 from wal.tokens import TokensAppended
 
 TOKENIZER = load_tokenizer()
@@ -46,6 +46,7 @@ class World:
     directory: Path
     config: dict[str, Any]
     script: Callable[[str, int], Reply] = lambda _session, _turn: DONE
+    fault: EngineFault | None = None
     host: FakeHost = field(default_factory=FakeHost)
     events: list[Event] = field(default_factory=list)
     tool_may_end: asyncio.Event = field(default_factory=asyncio.Event)
@@ -63,7 +64,7 @@ class World:
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[RolloutService]:
-        self.engine = ScriptedEngine(TOKENIZER, self.script)
+        self.engine = MisbehavingEngine(TOKENIZER, self.script, self.fault)
         config = RolloutConfig(**{"log_sync": "os", **self.config})
         substrate = FakeSubstrate(self.answer, self.host)
         async with (

@@ -10,6 +10,7 @@ import pytest
 
 import wal
 from dsec.errors import StateError
+from rollout import dispatch
 from rollout.client import AsyncRolloutClient
 from rollout.errors import NotFoundError
 from rollout.events import Preempted, RolloutResumed
@@ -241,3 +242,32 @@ async def test_a_client_preempts_and_resumes_by_rollout_by_job_and_all(world: An
         await server.stop()
         assert [e.cause for e in here.events if isinstance(e, Preempted)] == ["lunch"] * 5
     assert here.tools_count == 3
+
+
+async def test_a_hanging_engine_does_not_keep_a_rollout_from_being_preempted(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "GRACE_S", 0.01)
+    here = world(concurrency=1)
+    here.fault = "hang"
+    async with here.serving() as service:
+        await here.submit("job", "one")
+        await here.until(lambda: here.sampled("job/one.0") == 1)
+        assert await service.preempt() == ["job/one.0"]
+        here.engine.fault = None
+        assert service.resume() == ["job/one.0"]
+        await service.wait("job")
+        assert here.record("job/one.0").finish_reason == "STOP"
+
+
+async def test_what_the_service_failed_goes_on_when_it_is_resumed(world: Any) -> None:
+    here = world()
+    here.fault = "early end"
+    async with here.serving() as service:
+        await here.submit("job", "one", group_size=2)
+        await service.wait("job")
+        assert {standing(service.ledger, f"job/one.{index}") for index in range(2)} == {"failed"}
+        here.engine.fault = None
+        assert sorted(service.resume(request_id="job")) == ["job/one.0", "job/one.1"]
+        await service.wait("job")
+        assert {here.record(i).finish_reason for i in here.ended()} == {"STOP"}
