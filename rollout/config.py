@@ -40,7 +40,7 @@ class RolloutConfig(BaseSettings):
     sandboxes_asleep_count_max: int = Field(
         default=32, ge=0, le=4096, description="sandboxes of preempted rollouts that sleep beside those that run"
     )
-    tokens_count_max: int = Field(default=1 << 20, ge=1, description="tokens of all contexts that run, together")
+    tokens_count_max: int = Field(default=1 << 22, ge=1, description="tokens of all contexts that run, together")
     queued_count_max: int = Field(default=100_000, ge=1, description="rollouts that wait to run")
     projects_count_max: int = Field(default=1000, ge=1, description="projects that have rollouts here at once")
     project_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
