@@ -28,9 +28,9 @@ from rollout.http_server import listen as listen_http
 from rollout.http_server import start_http_server
 from rollout.index import Index, Snapshot, sqlite_url
 from rollout.main import load_tokenizer, make_substrate
-from rollout.partitions import find_logs
+from rollout.partitions import Parts, copy_log, find_logs
 from rollout.screen import make_console
-from rollout.worker import Parts, Worker, copy_log
+from rollout.worker import Worker
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NOT_IN_ORDER = 3

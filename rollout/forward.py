@@ -2,15 +2,18 @@
 
 It sits in front of every method of the protocol and knows none of them: a request that names a request, or a rollout,
 whose id begins with its request's, goes by that name; one that names none is this worker's own. What goes to another
-worker passes through as bytes, with its deadline and its metadata, and goes no further than one step.
+worker passes through as bytes, with its deadline and its metadata, and goes no further than one step. A request that
+names rollouts of several logs is cut in parts, whose answers are merged; a list goes through the logs one by one.
 
 See: rollout/worker.py for who has what; proto/rollout/pb/v1/rollout.proto.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
 
 import grpc
@@ -22,14 +25,17 @@ from dsec.errors import UnreachableError
 from dsec.wire import status_of
 from rollout.pb.v1.rollout_pb2 import DESCRIPTOR
 from rollout.service import RolloutService
-from rollout.worker import Worker
+from rollout.worker import Place, Worker
 
 RETRY_MS = "500"
-FORWARDED = "dsec-forwarded"
+FORWARDED = "dsec-partition"
+"""Metadata of what another worker passed on: for which of this one's partitions."""
 _PUSHBACK = "grpc-retry-pushback-ms"
 """gRPC's own word for: try again after so long."""
 _CREATES = frozenset({"Submit"})
 """Methods whose request id may be new."""
+_EVERYWHERE = frozenset({"Preempt", "Resume", "UpdatePolicy"})
+"""Methods that, if they name nothing, are about every log of this worker."""
 _OWN_METADATA = ("grpc-", ":", "user-agent", "te", "content-type")
 _SERVICE = DESCRIPTOR.services_by_name["RolloutService"]
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -40,7 +46,7 @@ class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class 
 
     def __init__(self, handlers_of: Callable[[RolloutService], Any], request_bytes_max: int) -> None:
         self.worker: Worker | None = None
-        self._methods = {f"/{_SERVICE.full_name}/{method.name}": method for method in _SERVICE.methods}
+        self._methods = {_path(method): method for method in _SERVICE.methods}
         self._handlers_of = handlers_of
         self._options = [
             ("grpc.max_send_message_length", request_bytes_max),
@@ -56,65 +62,123 @@ class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class 
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
         """The handler of a method, with the routing in front."""
-        details, method = handler_call_details, self._methods.get(handler_call_details.method)
+        method = self._methods.get(handler_call_details.method)
         if method is None:
-            return await continuation(details)
+            return await continuation(handler_call_details)
 
         async def answer(data: bytes, context: Context) -> bytes:
-            where = await self._locate(method, data, context)
-            if isinstance(where, str):
-                return await self._ask(where, details.method, data, context)
-            handler = self._handler(where, details)
-            reply: bytes = handler.response_serializer(await handler.unary_unary(data, context))
-            return reply
+            if method.name == "List" and (reply := await self._list(method, data, context)) is not None:
+                return reply
+            parts = await self._located(self._split(method, data, context), context)
+            return b"".join(
+                [await self._ask(place, method, part, context) for place, part in parts]
+            )  # that merges them
 
         async def stream(data: bytes, context: Context) -> AsyncIterator[bytes]:
-            where = await self._locate(method, data, context)
-            if isinstance(where, str):
-                async for passed in self._follow(where, details.method, data, context):
-                    yield passed
-                return
-            handler = self._handler(where, details)
-            async for reply in handler.unary_stream(data, context):
-                yield handler.response_serializer(reply)
+            ((place, _),) = await self._located(self._split(method, data, context), context)
+            async with aclosing(self._follow(place, method, data, context)) as replies:
+                async for reply in replies:
+                    yield reply
 
         if method.server_streaming:
             return grpc.unary_stream_rpc_method_handler(stream)
         return grpc.unary_unary_rpc_method_handler(answer)
 
-    async def _ask(self, where: str, path: str, data: bytes, context: Context) -> bytes:
+    async def _split(self, method: MethodDescriptor, data: bytes, context: Context) -> list[tuple[Place, bytes]]:
+        """Who is asked what: one place, unless the request names rollouts of several, or is about all that is here."""
+        worker = self._opened()
+        if (partition := dict(context.invocation_metadata() or ()).get(FORWARDED)) is not None:
+            place = await worker.find(str(partition))
+            if place.service is None:
+                raise UnreachableError("the partition of this request changes hands: ask again")
+            return [(place, data)]
+        if worker.is_alone:
+            return [(await worker.place_of(""), data)]
+        asked = Asked(method, data)
+        if not asked.request_ids and method.name in _EVERYWHERE:
+            return [(Place(each.name, each.service), data) for each in worker.owned.values()]
+        creates = method.name in _CREATES
+        names = sorted(asked.request_ids) or [""]
+        places = {name: await worker.place_of(name, creates=creates) for name in names}
+        grouped = {place.partition: place for place in places.values()}
+        if len(grouped) == 1 or method.server_streaming:
+            return [(places[asked.first], data)]
+        names_at = {each: {n for n, place in places.items() if place.partition == each} for each in grouped}
+        return [(place, asked.about(names_at[each])) for each, place in grouped.items()]
+
+    async def _list(self, method: MethodDescriptor, data: bytes, context: Context) -> bytes | None:
+        """A page of all logs of the root, one after another; None if the request is about one of them."""
+        worker, asked = self._opened(), Asked(method, data)
+        if worker.is_alone or asked.request_ids or FORWARDED in dict(context.invocation_metadata() or ()):
+            return None
+        names = await worker.partitions()
+        name, separator, token = asked.message.page_token.partition("|")
+        if asked.message.page_token and (name not in names or not separator):
+            return None  # that is no token of ours, and a service will say so
+        name = name or names[0]
+        asked.message.page_token = token
+
+        async def find() -> list[tuple[Place, bytes]]:
+            return [(await worker.find(name), asked.message.SerializeToString())]
+
+        ((place, part),) = await self._located(find(), context)
+        reply: Any = GetMessageClass(method.output_type).FromString(await self._ask(place, method, part, context))
+        later = [each for each in names if each > name]
+        if reply.next_page_token:
+            reply.next_page_token = f"{name}|{reply.next_page_token}"
+        elif later:
+            reply.next_page_token = f"{later[0]}|"
+        serialized: bytes = reply.SerializeToString()
+        return serialized
+
+    def _opened(self) -> Worker:
+        if self.worker is None:
+            raise UnreachableError("this worker is starting: ask again")
+        return self.worker
+
+    async def _located(
+        self, finding: Awaitable[list[tuple[Place, bytes]]], context: Context
+    ) -> list[tuple[Place, bytes]]:
         try:
-            reply: bytes = await self._channel(where).unary_unary(path, None, None)(data, **_passed_on(context))
+            return await finding
+        except UnreachableError as error:
+            await context.abort(*status_of(error), trailing_metadata=((_PUSHBACK, RETRY_MS),))
+            raise
+
+    async def _ask(self, place: Place, method: MethodDescriptor, data: bytes, context: Context) -> bytes:
+        if place.service is not None:
+            handler = self._handler(place.service, method)
+            reply: bytes = handler.response_serializer(await handler.unary_unary(data, context))
+            return reply
+        try:
+            call = self._channel(place.address).unary_unary(_path(method), None, None)
+            reply = await call(data, **_passed_on(place, context))
         except grpc.aio.AioRpcError as error:
-            await _pass_back(error, where, context)
+            await _pass_back(error, place, context)
         return reply
 
-    async def _follow(self, where: str, path: str, data: bytes, context: Context) -> AsyncIterator[bytes]:
-        call = self._channel(where).unary_stream(path, None, None)(data, **_passed_on(context))
+    async def _follow(
+        self, place: Place, method: MethodDescriptor, data: bytes, context: Context
+    ) -> AsyncGenerator[bytes, None]:
+        if place.service is not None:
+            handler = self._handler(place.service, method)
+            async with aclosing(handler.unary_stream(data, context)) as replies:
+                async for reply in replies:
+                    yield handler.response_serializer(reply)
+            return
+        call = self._channel(place.address).unary_stream(_path(method), None, None)(data, **_passed_on(place, context))
         try:
-            async for reply in call:
-                yield reply
+            async for passed in call:
+                yield passed
         except grpc.aio.AioRpcError as error:
-            await _pass_back(error, where, context)
+            await _pass_back(error, place, context)
         finally:
             call.cancel()
 
-    async def _locate(self, method: MethodDescriptor, data: bytes, context: Context) -> RolloutService | str:
-        try:
-            if self.worker is None:
-                raise UnreachableError("this worker is starting: ask again")
-            named = "" if self.worker.is_alone else request_of(method, data)
-            where = await self.worker.locate(named, creates=method.name in _CREATES)
-            if isinstance(where, str) and FORWARDED in dict(context.invocation_metadata() or ()):
-                raise UnreachableError("the partition of this request changes hands: ask again")
-        except UnreachableError as error:
-            await context.abort(*status_of(error), trailing_metadata=((_PUSHBACK, RETRY_MS),))
-        return where
-
-    def _handler(self, service: RolloutService, details: Any) -> Any:
+    def _handler(self, service: RolloutService, method: MethodDescriptor) -> Any:
         if service not in self._handlers:
             self._handlers[service] = self._handlers_of(service)
-        return self._handlers[service].service(details)
+        return self._handlers[service].service(_Details(_path(method)))
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
@@ -122,31 +186,57 @@ class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class 
         return self._channels[address]
 
 
-def request_of(method: MethodDescriptor, data: bytes) -> str:
-    """The request id that a message is about; "" if it is about none, or cannot be read (a service will say so)."""
-    try:
-        request: Any = GetMessageClass(method.input_type).FromString(data)
-    except DecodeError:
-        return ""
-    fields = method.input_type.fields_by_name
-    rollout_ids: list[str] = [request.rollout_id] if "rollout_id" in fields else []
-    for holder in (request, getattr(request, "rollouts", None)):
-        rollout_ids += getattr(holder, "rollout_ids", ())
-    if rollout_ids and rollout_ids[0]:  # before its own request id: what is asked about a rollout belongs to its log
-        return rollout_ids[0].partition("/")[0]
-    return request.request_id if "request_id" in fields else ""
+class _Details(NamedTuple):
+    """What a generic handler is asked by."""
+
+    method: str
+    invocation_metadata: tuple[()] = ()
 
 
-async def _pass_back(error: grpc.aio.AioRpcError, where: str, context: Context) -> NoReturn:
+class Asked:
+    """What a request is about.  One that cannot be read is about nothing: a service will say what is wrong with it."""
+
+    def __init__(self, method: MethodDescriptor, data: bytes) -> None:
+        self.message: Any = GetMessageClass(method.input_type)()
+        with contextlib.suppress(DecodeError):
+            self.message.ParseFromString(data)
+        message = self.message
+        holder = getattr(message, "rollouts", message)
+        one = getattr(
+            message, "rollout_id", ""
+        )  # before its own request id: what is asked about a rollout is in its log
+        named = [
+            *getattr(holder, "rollout_ids", ()),
+            one or getattr(message, "request_id", "") or getattr(message, "group_id", ""),
+        ]
+        named = [each.partition("/")[0] for each in named if each]
+        self.request_ids = set(named)
+        self.first = named[0] if named else ""
+
+    def about(self, request_ids: set[str]) -> bytes:
+        """The request without the rollouts of other jobs."""
+        part = type(self.message)()
+        part.CopyFrom(self.message)
+        rollout_ids = getattr(part, "rollouts", part).rollout_ids
+        rollout_ids[:] = [each for each in rollout_ids if each.partition("/")[0] in request_ids]
+        serialized: bytes = part.SerializeToString()
+        return serialized
+
+
+async def _pass_back(error: grpc.aio.AioRpcError, place: Place, context: Context) -> NoReturn:
     code, details = error.code(), error.details() or ""
     trailing: tuple[Any, ...] = tuple(error.trailing_metadata() or ())
     if code is grpc.StatusCode.UNAVAILABLE and not trailing:
-        trailing, details = ((_PUSHBACK, RETRY_MS),), f"UNREACHABLE: the worker at {where}: {details}"
+        trailing, details = ((_PUSHBACK, RETRY_MS),), f"UNREACHABLE: the worker at {place.address}: {details}"
     await context.abort(code, details, trailing_metadata=trailing)
     raise AssertionError(details)
 
 
-def _passed_on(context: Context) -> dict[str, Any]:
-    """Of a call, for the next worker: the time that is left, and the caller's own metadata."""
+def _passed_on(place: Place, context: Context) -> dict[str, Any]:
+    """Of a call, for the next worker: the time that is left, the caller's own metadata, and what it is wanted for."""
     metadata = [(key, value) for key, value in context.invocation_metadata() or () if not key.startswith(_OWN_METADATA)]
-    return {"timeout": context.time_remaining(), "metadata": (*metadata, (FORWARDED, "1"))}
+    return {"timeout": context.time_remaining(), "metadata": (*metadata, (FORWARDED, place.partition))}
+
+
+def _path(method: MethodDescriptor) -> str:
+    return f"/{_SERVICE.full_name}/{method.name}"

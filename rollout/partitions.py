@@ -1,23 +1,33 @@
-"""Logs of a root as the index lists them: which there are, what a row says of a rollout, and a worker's own name.
+"""Partitions of a root: which there are, what the index says of their rollouts, and what their services are made of.
 
 See: rollout/index.py.
 """
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
 
+import wal
+from dsec.sandbox import Substrate
+from rollout.config import RolloutConfig
+from rollout.engine import Engine
 from rollout.errors import RequestError
-from rollout.index import RolloutRow
+from rollout.events import Event
+from rollout.index import Index, RolloutRow
 from rollout.ledger import Ledger
+from rollout.service import RolloutService
 from toolcall_dsl import Tokenizer
 from wal import format as wal_format
 
 WORKERS = "workers"
+PUBLISHED_COUNT_MAX = 1000
+"""Rows that are told to the index at once."""
 
 
 def find_logs(root: Path) -> Iterator[tuple[str, Path]]:
@@ -38,6 +48,16 @@ def rows_of_log(name: str, log: Path, tokenizer: Tokenizer) -> tuple[list[str], 
     """What a log says: its jobs, and how its rollouts stand.  wal.CorruptError, JournalError."""
     ledger = Ledger.read(log, tokenizer)
     return list(ledger.jobs), [row_of(ledger, name, rollout_id) for rollout_id in ledger.rollouts]
+
+
+async def copy_log(index: Index, name: str, log: Path, tokenizer: Tokenizer) -> int:
+    """Make a log known to the index: its jobs, how its rollouts stand (the answer: how many), and its epoch."""
+    request_ids, rows = await asyncio.to_thread(rows_of_log, name, log, tokenizer)
+    for start in range(0, max(len(request_ids), len(rows)), PUBLISHED_COUNT_MAX):
+        span = slice(start, start + PUBLISHED_COUNT_MAX)
+        await index.publish(name, request_ids[span], rows[span])
+    await index.add_partition(name, newest_epoch(log))
+    return len(rows)
 
 
 def row_of(ledger: Ledger, partition: str, rollout_id: str) -> RolloutRow:
@@ -61,8 +81,10 @@ def row_of(ledger: Ledger, partition: str, rollout_id: str) -> RolloutRow:
     )
 
 
-def hold_name(root: Path, worker_id: str) -> IO[str]:
-    """Hold a worker id on this root until the file is closed or this process ends.  RequestError, OSError.
+def hold_name(root: Path, worker_id: str, *, is_alone: bool) -> IO[str]:
+    """Hold a worker id on this root until the file is closed or this process ends.
+
+    RequestError, for one that `is_alone` there wal.LockedError, or OSError.
 
     Whoever gets it knows that an earlier process of that name is dead.
     """
@@ -74,6 +96,8 @@ def hold_name(root: Path, worker_id: str) -> IO[str]:
         file.seek(0)
         holder = file.read(20).strip()
         file.close()
+        if is_alone:
+            raise wal.LockedError(root / "wal", holder) from error
         raise RequestError(
             f"worker {worker_id!r} of {root} is process {holder} already: stop that, or give another --worker-id"
         ) from error
@@ -81,3 +105,40 @@ def hold_name(root: Path, worker_id: str) -> IO[str]:
     file.write(f"{os.getpid()}\n")
     file.flush()
     return file
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a worker's services are made of; `substrate` makes that of a partition's directory and epoch.
+
+    With `has_served_edge` sandboxes are an Edge's that other workers reach, too.
+    """
+
+    engine: Engine
+    tokenizer: Tokenizer
+    config: RolloutConfig
+    substrate: Callable[[Path, int], Substrate]
+    has_served_edge: bool
+
+    def service(
+        self, directory: Path, substrate: Substrate, epoch: int, observe: Callable[[Event], None]
+    ) -> RolloutService:
+        """A service over a partition, not open yet."""
+        engine = cast("Engine", Borrowed(self.engine))
+        return RolloutService(directory, engine, substrate, self.tokenizer, self.config, epoch=epoch, observe=observe)
+
+
+class Borrowed:
+    """An engine that is open already, and stays so when its borrower closes it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def open(self) -> None:
+        """It is."""
+
+    async def close(self) -> None:
+        """Others use it."""

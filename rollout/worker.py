@@ -18,65 +18,30 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import NamedTuple
 
 import wal
 from dsec.errors import StateError, UnreachableError
 from dsec.sandbox import Substrate
 from rollout import events
-from rollout.config import RolloutConfig, WorkerConfig
-from rollout.engine import Engine
+from rollout.config import WorkerConfig
 from rollout.errors import JournalError, MachineError, RequestError
 from rollout.events import Event
 from rollout.index import Index, Partition, RolloutRow, Snapshot
 from rollout.jobs import REQUEST_ID
 from rollout.leases import Lease, plan
-from rollout.partitions import find_logs, hold_name, newest_epoch, row_of, rows_of_log
+from rollout.partitions import PUBLISHED_COUNT_MAX, Parts, copy_log, find_logs, hold_name, newest_epoch, row_of
 from rollout.service import RolloutService
-from toolcall_dsl import Tokenizer
 
 ALONE = "."
 """The partition of a directory that is served alone: the directory itself."""
 _LOOK_S_MAX = 1.0
-_PUBLISHED_COUNT_MAX = 1000
 _MARGIN = 0.1
 """Of a lease, before whose end rollouts stop."""
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a worker's services are made of; `substrate` makes that of a partition's directory and epoch.
-
-    With `has_served_edge` sandboxes are an Edge's that other workers reach, too.
-    """
-
-    engine: Engine
-    tokenizer: Tokenizer
-    config: RolloutConfig
-    substrate: Callable[[Path, int], Substrate]
-    has_served_edge: bool
-
-
-class Borrowed:
-    """An engine that is open already, and stays so when its borrower closes it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    async def open(self) -> None:
-        """It is."""
-
-    async def close(self) -> None:
-        """Others use it."""
 
 
 class Owned:
@@ -86,6 +51,14 @@ class Owned:
         self.name, self.epoch = partition.name, partition.epoch
         self.service = service
         self.watching: asyncio.Task[None] | None = None
+
+
+class Place(NamedTuple):
+    """Where a partition is: with a service of this process, or at another worker's address."""
+
+    partition: str
+    service: RolloutService | None = None
+    address: str = ""
 
 
 class Worker:
@@ -119,7 +92,7 @@ class Worker:
         self._address = address
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            self._resources.callback(hold_name(self.root, self.worker_id).close)
+            self._resources.callback(hold_name(self.root, self.worker_id, is_alone=self.is_alone).close)
         except OSError as error:
             raise RequestError(f"cannot use {self.root}: {error.strerror}; choose another, or mend that") from error
         try:
@@ -176,29 +149,40 @@ class Worker:
         return sum(each.service.running_count for each in self.owned.values())
 
     async def locate(self, request_id: str, *, creates: bool) -> RolloutService | str:
-        """The service that has a job, or the address of the worker that has it; `creates`: it may be a new one.
+        """As `place_of`; the service, or the address."""
+        place = await self.place_of(request_id, creates=creates)
+        return place.service or place.address
 
-        UnreachableError if nobody has it now.  What no log has is for this worker to refuse.
+    async def place_of(self, request_id: str, *, creates: bool = False) -> Place:
+        """Who has a job; `creates`: it may be a new one.  UnreachableError if nobody has it now.
+
+        What no log has is for this worker to refuse.
         """
         for each in self.owned.values():
             if request_id in each.service.ledger.jobs:
-                return each.service
+                return Place(each.name, each.service)
         home = self._home()
         if self.is_alone or not REQUEST_ID.fullmatch(request_id):
-            return home.service
+            return Place(home.name, home.service)
         name = await self._index.partition_of(request_id)
         if name is None and creates:
             name = await self._index.place(request_id, home.name)
-        if name is None:
-            return home.service
-        if name in self.owned:
-            return self.owned[name].service
+        return await self.find(name or home.name)
+
+    async def find(self, partition: str) -> Place:
+        """Who owns a partition.  UnreachableError if nobody does now."""
+        if partition in self.owned:
+            return Place(partition, self.owned[partition].service)
         snapshot = await self._index.snapshot()
-        owner = next((each.owner for each in snapshot.partitions if each.name == name), None)
+        owner = next((each.owner for each in snapshot.partitions if each.name == partition), None)
         worker = snapshot.living().get(owner or "")
         if worker is None or worker.owner == self.owner:
-            raise UnreachableError(f"request {request_id!r} is in partition {name}, which nobody owns now: ask again")
-        return worker.address
+            raise UnreachableError(f"nobody owns partition {partition} now, where this request belongs: ask again")
+        return Place(partition, address=worker.address)
+
+    async def partitions(self) -> list[str]:
+        """The names of all partitions of the root, in order."""
+        return [ALONE] if self.is_alone else [each.name for each in (await self._index.snapshot()).partitions]
 
     def _home(self) -> Owned:
         """Where new jobs go, and calls about nothing in particular."""
@@ -238,7 +222,7 @@ class Worker:
         if todo.creates:
             await self._index.add_partition(ALONE if self.is_alone else f"p-{uuid.uuid4().hex[:12]}", 0)
         has_claimed = todo.claim is not None and await self._index.claim(self.owner, todo.claim)
-        await self._publish(_PUBLISHED_COUNT_MAX)
+        await self._publish(PUBLISHED_COUNT_MAX)
         return has_claimed or todo.creates
 
     async def _renew(self) -> None:
@@ -291,11 +275,7 @@ class Worker:
         def observe(event: Event) -> None:
             self._observe(partition.name, service, event)
 
-        parts = self._parts
-        engine = cast("Engine", Borrowed(parts.engine))
-        service = RolloutService(
-            directory, engine, substrate, parts.tokenizer, parts.config, epoch=partition.epoch, observe=observe
-        )
+        service = self._parts.service(directory, substrate, partition.epoch, observe)
         await service.__aenter__()
         try:
             await service.start()
@@ -361,7 +341,7 @@ class Worker:
     async def _publish(self, count_max: int) -> None:
         """Tell the index what changed; what it did not take stays to be told."""
         for name, request_ids in list(self._new_jobs.items()):
-            told = list(islice(request_ids, _PUBLISHED_COUNT_MAX))
+            told = list(islice(request_ids, PUBLISHED_COUNT_MAX))
             await self._index.publish(name, told, ())
             request_ids.difference_update(told)
             if not request_ids:
@@ -379,16 +359,6 @@ class Worker:
         for name, log in () if self.is_alone else find_logs(self.root):
             if name not in known:
                 await copy_log(self._index, name, log, self._parts.tokenizer)
-
-
-async def copy_log(index: Index, name: str, log: Path, tokenizer: Tokenizer) -> int:
-    """Make a log known to the index: its jobs, how its rollouts stand (the answer: how many), and its epoch."""
-    request_ids, rows = await asyncio.to_thread(rows_of_log, name, log, tokenizer)
-    for start in range(0, max(len(request_ids), len(rows)), _PUBLISHED_COUNT_MAX):
-        span = slice(start, start + _PUBLISHED_COUNT_MAX)
-        await index.publish(name, request_ids[span], rows[span])
-    await index.add_partition(name, newest_epoch(log))
-    return len(rows)
 
 
 def _now() -> float:

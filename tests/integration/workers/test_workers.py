@@ -203,6 +203,37 @@ def test_a_call_to_any_worker_reaches_who_has_the_job(root: Any, request_: pb.Su
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+def test_rollouts_of_several_workers_are_listed_stopped_and_resumed_at_any_of_them(
+    root: Any, request_: pb.SubmitRequest
+) -> None:
+    workers = [root.start("a"), root.start("b")]
+    request_.limits.turns_count_max = 1000
+    jobs = {}
+    for worker, request_id in zip(workers, ("one", "two"), strict=True):
+        request_.request_id = request_id
+        jobs[request_id] = pb.SubmitRequest.FromString(request_.SerializeToString())
+        begun(worker, jobs[request_id])
+    ids = sorted(f"{job}/{task.name}.{index}" for job in jobs for task in request_.tasks for index in range(2))
+    for worker in workers:
+        token, listed = "", []
+        while not listed or token:
+            page = worker.stub.List(pb.ListRequest(page_size=4, page_token=token), timeout=60)
+            listed += [each.rollout_id for each in page.rollouts]
+            token = page.next_page_token
+        assert sorted(listed) == ids
+    long = [f"{job}/unclear.{index}" for job in jobs for index in range(2)]
+    target = {"rollouts": pb.RolloutIds(rollout_ids=long)}
+    stopped = workers[0].stub.Preempt(pb.PreemptRequest(**target), timeout=60)
+    assert sorted(stopped.rollout_ids) == long
+    resumed = workers[1].stub.Resume(pb.ResumeRequest(**target), timeout=60)
+    assert sorted(resumed.rollout_ids) == long
+    with pytest.raises(grpc.RpcError) as caught:
+        workers[0].stub.List(pb.ListRequest(page_token="nobody|1"), timeout=60)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    for worker, job in zip(reversed(workers), jobs, strict=True):
+        worker.stub.Cancel(pb.CancelRequest(request_id=job), timeout=60)
+
+
 def test_a_worker_id_is_one_process(root: Any) -> None:
     root.start("a")
     index = ("--index", root.url)
