@@ -34,7 +34,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     `running_max` requests step together (each holds about 1 MB), `queue_max` more may wait.
     `prefill_tokens_max` tokens a turn (at most 128) go to prompts; `rounds_max` tokens a request
-    are drawn in one call when nobody waits.  `state_bytes_max` bounds what is kept between
+    are drawn in one call unless a prompt or a scoring waits.  `state_bytes_max` bounds what is kept between
     requests; 0 keeps nothing.  `versions_max` versions of the weights are in memory at once, and
     `sessions_max` sessions are remembered until they are released.
     """
@@ -42,7 +42,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     running_max: int = 32
     queue_max: int = 1024
     prefill_tokens_max: int = 64
-    rounds_max: int = 4
+    rounds_max: int = 8
     state_bytes_max: int = 256 << 20
     versions_max: int = 4
     sessions_max: int = 1 << 16
@@ -228,7 +228,7 @@ class Batch:
         jobs = [job for job in self._running if job.state is not None and job.pending_count == 1]
         if not jobs:
             return []
-        busy = self._waiting or self._scorings or len(jobs) < len(self._running)
+        busy = self._scorings or len(jobs) < len(self._running)  # those that wait for a place get one when a job ends
         rounds_max = min(1 if busy else self.limits.rounds_max, *(self._left(job) for job in jobs))
         streams = [
             Stream(
