@@ -16,7 +16,7 @@ See: docs/architecture.md, "Engine".
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -122,6 +122,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     policy_version: int = 0
 
 
+Announce = Callable[[EngineInfo], Awaitable[object]]
+"""What is to be done between a change of weights being certain and its first token."""
+
+
 class Engine(Protocol):
     """One running engine.  RequestError: the call can never work; EngineError: it may, later."""
 
@@ -170,11 +174,13 @@ class Engine(Protocol):
         """Go on after `pause`; a no-op without one."""
         ...
 
-    async def update(self, checkpoint: Path, policy_version: int) -> EngineInfo:
+    async def update(self, checkpoint: Path, policy_version: int, announce: Announce | None = None) -> EngineInfo:
         """Change the weights between two tokens; returns the new `info`.
 
         `policy_version` must grow; repeating the last update is a no-op.  Sessions of "keep" and
         "cut" go on with the new weights, those of "pin" with theirs until they are released.
+        `announce` is awaited with the new info when the weights are ready and before they draw: what
+        must be durable first is appended there, and what it raises stops the change.
         EngineError, and nothing changed: the checkpoint is broken or of another shape, or sessions
         still pin as many versions as the engine can hold.
         """

@@ -21,6 +21,7 @@ import msgspec
 
 from rollout import context
 from rollout.engine import (
+    Announce,
     EngineInfo,
     KvBreak,
     OnUpdate,
@@ -232,7 +233,7 @@ class ScriptedEngine:
         self._paused = None
         self._changed.set()
 
-    async def update(self, checkpoint: Path, policy_version: int) -> EngineInfo:
+    async def update(self, checkpoint: Path, policy_version: int, announce: Announce | None = None) -> EngineInfo:
         """See Engine."""
         self._check()
         try:
@@ -248,8 +249,10 @@ class ScriptedEngine:
             raise EngineError(
                 f"{len(pinned)} sessions pin all the {self._versions_max} versions that fit; release some"
             )
-        for session in pinned:
-            session.is_held = True
+        if announce is not None:
+            await announce(new)
+        for session in self._sessions.values():
+            session.is_held = session.on_update == "pin" and session.info is not None
         self._info = new
         return new
 

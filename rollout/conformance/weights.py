@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from contextlib import aclosing
 
@@ -19,7 +20,7 @@ from rollout.conformance.check import (
     opened,
     refusal_of,
 )
-from rollout.engine import Engine, OnUpdate, Sampled
+from rollout.engine import Engine, EngineInfo, OnUpdate, Sampled
 from rollout.errors import EngineError, RequestError
 
 COUNT = 60
@@ -142,6 +143,26 @@ async def a_checkpoint_that_cannot_be_used_changes_nothing(subject: Subject) -> 
 
 
 @check()
+async def new_weights_are_announced_before_they_draw_and_what_that_raises_stops_them(subject: Subject) -> None:
+    async with opened(subject) as engine:
+        before, said = engine.info, []
+        running = asyncio.ensure_future(chunks_of(engine, ask(subject.prompts[0], COUNT)))
+
+        async def announce(info: EngineInfo) -> None:
+            said.append((info, engine.info))
+            await chunks_of(engine, ask(subject.prompts[1], 2, session="meanwhile"))
+            if len(said) == 1:
+                raise EngineError("the log is full")
+
+        error = await refusal_of(engine.update(subject.checkpoint(1), 1, announce))
+        require(str(error) == "the log is full" and engine.info == before, error)
+        require({chunk.policy_version for chunk in await running} == {0})
+        after = await engine.update(subject.checkpoint(1), 1, announce)
+        require(said == [(after, before), (after, before)] and engine.info == after, said)
+        require(await engine.update(subject.checkpoint(1), 1, announce) == after and len(said) == 2)
+
+
+@check()
 async def versions_grow_and_the_last_update_may_be_repeated(subject: Subject) -> None:
     async with opened(subject) as engine:
         info = await engine.update(subject.checkpoint(1), 2)
@@ -189,6 +210,7 @@ CHECKS: tuple[Check, ...] = (
     between_two_requests_of_a_session_weights_change_in_the_same_ways,
     a_state_of_other_weights_serves_its_own_session_and_no_other,
     a_checkpoint_that_cannot_be_used_changes_nothing,
+    new_weights_are_announced_before_they_draw_and_what_that_raises_stops_them,
     versions_grow_and_the_last_update_may_be_repeated,
     the_same_weights_under_another_number_break_nothing,
     sessions_pin_only_as_many_versions_as_there_is_room_for,

@@ -16,6 +16,7 @@ import msgspec
 
 import wal
 from rollout.engine import (
+    Announce,
     EngineInfo,
     PauseMode,
     Sampled,
@@ -162,14 +163,14 @@ class EmbeddedEngine:
         self._is_paused = False
         self._open_thread().post(Versions.resume)
 
-    async def update(self, checkpoint: Path, policy_version: int) -> EngineInfo:
+    async def update(self, checkpoint: Path, policy_version: int, announce: Announce | None = None) -> EngineInfo:
         """Load the weights beside those that draw, then change between two turns; see Engine.
 
         A caller that is cancelled meanwhile does not stop the change.
         """
-        return await wal.settled(self._update(checkpoint, policy_version))
+        return await wal.settled(self._update(checkpoint, policy_version, announce))
 
-    async def _update(self, checkpoint: Path, policy_version: int) -> EngineInfo:
+    async def _update(self, checkpoint: Path, policy_version: int, announce: Announce | None) -> EngineInfo:
         async with self._updating:
             thread, info = self._open_thread(), self.info
             is_repeated = policy_version == info.policy_version and checkpoint == self._folder
@@ -178,16 +179,18 @@ class EmbeddedEngine:
             check_version(info, policy_version)
             await thread.call(Versions.check_room)
             model = await asyncio.to_thread(self._load_alike, checkpoint)
+            changed = msgspec.structs.replace(info, weights_digest=model.weights_digest, policy_version=policy_version)
             try:
+                await thread.call(Versions.check_room)
+                if announce is not None:
+                    await announce(changed)
                 await thread.call(lambda versions: versions.update(model, policy_version))
-            except EngineError:
-                model.close()
-                raise
+                self._info = changed
+            finally:
+                if self._info is not changed:
+                    model.close()
             self._folder, self._policy_version = checkpoint, policy_version
-            self._info = msgspec.structs.replace(
-                info, weights_digest=model.weights_digest, policy_version=policy_version
-            )
-            return self._info
+            return changed
 
     def _load_alike(self, folder: Path) -> Model:
         """A model whose tokens and states mean the same as those of the model that draws."""

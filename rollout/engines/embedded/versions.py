@@ -5,7 +5,8 @@ that pin theirs, which go on in the old one until the last of these sessions is 
 synchronous code, driven by the thread of `stepping.py`.
 
 Invariants:
-1. At most `versions_max` models are open; the one that nobody needs is closed with the turn that shows it.
+1. At most `versions_max` models are open, and one more while the newest begins; the one that nobody
+   needs is closed with the turn that shows it.
 2. While `stands` holds, no turn draws a token.
 """
 
@@ -108,8 +109,7 @@ class Versions:
         self._close_unneeded()
 
     def update(self, model: Model, policy_version: int) -> None:
-        """Draw with these weights from the next turn on.  EngineError, and nothing changed."""
-        self.check_room()
+        """Draw with these weights from the next turn on; the caller has checked that there is room."""
         old = self.newest
         self.newest = Batch(model, self.limits, self.retained, policy_version)
         self._pins[old] = self._pinned()
