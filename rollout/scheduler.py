@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import TypeVar
 
 from dsec.errors import ResourceExhaustedError
@@ -68,7 +69,6 @@ class _Row:
     """What it is expected to sample in the turn for which it waits or has a slot."""
     slot_level: int = 0
     is_yielding: bool = False
-    is_stopping: bool = False
     is_asleep: bool = False
     preemptions_count: int = 0
 
@@ -87,6 +87,7 @@ class Scheduler:
         self._aside: dict[str, _Queued] = {}
         self._rows: dict[str, _Row] = {}
         self._samplers: dict[str, _Row] = {}
+        self._stopping: dict[str, _Row] = {}
         self._rollouts_of: Counter[str] = Counter()
         self._running_tokens_of: Counter[str] = Counter()
         self._turn_tokens_of: Counter[str] = Counter()
@@ -202,7 +203,7 @@ class Scheduler:
 
     def stopping(self, rollout_id: str) -> None:
         """The caller is preempting it for a reason of its own: nobody else needs to."""
-        self._rows[rollout_id].is_stopping = True
+        self._stopping[rollout_id] = self._rows[rollout_id]
 
     def preempted(self, rollout_id: str, now: float, *, is_aside: bool = False) -> None:
         """It stopped, with no slot: it is queued again in its old place, or set aside.
@@ -210,7 +211,8 @@ class Scheduler:
         Its sandbox sleeps, and counts as asleep if there is room for that, else as one that runs.
         """
         row = self._rows[rollout_id]
-        row.runs = row.is_stopping = False
+        row.runs = False
+        self._stopping.pop(rollout_id, None)
         self._hold(row, -1)
         self._is_changed = True
         queued = _Queued(row.claim, row.number)
@@ -228,6 +230,7 @@ class Scheduler:
     def end(self, rollout_id: str) -> None:
         """A rollout that was started, and has no slot, ended: whatever it held is free."""
         row = self._rows.pop(rollout_id)
+        self._stopping.pop(rollout_id, None)
         if row.runs:
             self._hold(row, -1)
         elif (queued := self._queued.get(rollout_id)) is not None:
@@ -260,7 +263,7 @@ class Scheduler:
 
     def _grant(self, now: float) -> Iterator[Decision]:
         while self.slots_held < self.capacity.slots and self._turns.classes:
-            of = self._ordered(self._turns, self._turn_tokens_of, now)[0]
+            of = min(self._turns.classes, key=self._place(self._turns, self._turn_tokens_of, now))
             row = self._turns.heads(of)[0]
             row.slot_level = self._risen(self._turns, of, now)
             self._turns.take(of, (), row.number)
@@ -272,17 +275,18 @@ class Scheduler:
 
     def _yield(self, now: float) -> Iterator[Decision]:
         """As many slots come free as there are waiting rollouts above somebody who samples."""
-        stay = [row for row in self._samplers.values() if not (row.is_yielding or row.is_stopping)]
+        if not self._turns.classes:
+            return
+        stay = [row for name, row in self._samplers.items() if not (row.is_yielding or name in self._stopping)]
         coming = self.slots_held - len(stay)
-        for of in self._ordered(self._turns, self._turn_tokens_of, now):
-            for _ in range(self._turns.count(of)):
-                if coming:
-                    coming -= 1
-                    continue
-                victim = self._victim(stay, lambda row: row.slot_level, of[1])
-                if victim is None:
-                    break
-                stay.remove(victim)
+        highest = max(priority for _, priority in self._turns.classes)
+        removable = self._removable((row for row in stay if row.slot_level < highest), lambda row: row.slot_level)
+        for of in self._ordered(self._turns, self._turn_tokens_of, now) if removable else ():
+            waiting_count = self._turns.count(of)
+            waiting_count, coming = max(0, waiting_count - coming), max(0, coming - waiting_count)
+            while waiting_count and removable and removable[0].slot_level < of[1]:
+                victim = removable.pop(0)
+                waiting_count -= 1
                 victim.is_yielding = True
                 victim.preemptions_count += 1
                 yield Yield(victim.claim.members[0])
@@ -290,12 +294,15 @@ class Scheduler:
     def _start(self, now: float) -> Iterator[Decision]:
         while self._is_changed:
             self._is_changed = is_blocked = False
+            candidates: list[_Row] | None = None
             for of in self._ordered(self._queue, self._running_tokens_of, now):
                 oldest, *others = self._queue.heads(of)
                 ready = [queued for queued in (oldest, *others) if self._fits(queued.claim.shape)]
                 if oldest not in ready and not is_blocked:
                     oldest.passed_s = now if oldest.passed_s is None else oldest.passed_s
-                    yield from self._make_room(oldest)
+                    if candidates is None:
+                        candidates = self._removable(self._stoppable(), lambda row: row.level)
+                    yield from self._make_room(oldest, candidates)
                     is_blocked = oldest.made_room or now - oldest.passed_s > self._rules.ageing_s
                 if fits := next((queued for queued in ready if queued.holds_sandbox or not is_blocked), None):
                     yield self._begin(fits, now)
@@ -315,37 +322,47 @@ class Scheduler:
             self._hold(row, 1)
         return Start(claim.members)
 
-    def _make_room(self, queued: _Queued) -> Iterator[Decision]:
-        """Preempt what is below it, if that is enough for it to fit."""
-        tokens, sandboxes = queued.claim.shape
-        coming = [row for row in self._rows.values() if row.is_stopping]
+    def _make_room(self, queued: _Queued, candidates: list[_Row]) -> Iterator[Decision]:
+        """Preempt what is below it, if that, and what is stopping already, is enough for it to fit."""
+        tokens = self.tokens_held + queued.claim.shape[0] - self.capacity.tokens
+        sandboxes = self.sandboxes_held + queued.claim.shape[1] - self.capacity.sandboxes
         asleep = self.capacity.asleep - self.asleep_count
-        left = [row for row in self._rows.values() if row.runs and any(row.claim.shape) and not row.is_stopping]
+        below = takewhile(lambda row: row.level < queued.claim.priority, candidates)
         victims: list[_Row] = []
-        while not self._fits((tokens, sandboxes), (*coming, *victims), asleep):
-            victim = self._victim(left, lambda row: row.level, queued.claim.priority)
-            if victim is None:
-                return
-            left.remove(victim)
-            victims.append(victim)
-        for victim in victims:
-            victim.is_stopping = True
-            victim.preemptions_count += 1
-            yield Preempt(victim.claim.members[0])
-        queued.made_room = True
-
-    def _victim(self, rows: list[_Row], level: Callable[[_Row], int], priority: int) -> _Row | None:
-        """Of those below the priority: the lowest, of the project that had most, the youngest."""
-        below = [r for r in rows if level(r) < priority and r.preemptions_count < self._rules.preemptions_count_max]
-        return min(below, key=lambda r: (level(r), -self._shares.time_of(r.claim.project), -r.number), default=None)
-
-    def _fits(self, shape: tuple[int, int], coming: Iterable[_Row] = (), asleep: int = 0) -> bool:
-        tokens, sandboxes = self.tokens_held + shape[0], self.sandboxes_held + shape[1]
-        for row in coming:
+        for row in (*self._stopping.values(), *below):
+            if tokens <= 0 and sandboxes <= 0:
+                break
             tokens -= row.claim.tokens
             if row.claim.sandboxes and asleep:
                 asleep -= 1
                 sandboxes -= 1
+            victims.append(row)
+        if tokens > 0 or sandboxes > 0:
+            return
+        for victim in victims:
+            (rollout_id,) = victim.claim.members
+            if rollout_id not in self._stopping:
+                self._stopping[rollout_id] = victim
+                victim.preemptions_count += 1
+                yield Preempt(rollout_id)
+        queued.made_room = True
+
+    def _stoppable(self) -> Iterator[_Row]:
+        """Who holds something that somebody of a higher priority may want."""
+        highest = max(priority for _, priority in self._queue.classes)
+        for rollout_id, row in self._rows.items():
+            if row.level < highest and row.runs and rollout_id not in self._stopping and any(row.claim.shape):
+                yield row
+
+    def _removable(self, rows: Iterable[_Row], level: Callable[[_Row], int]) -> list[_Row]:
+        """Who makes room first: the lowest, of the project that had most, the youngest."""
+        return sorted(
+            (row for row in rows if row.preemptions_count < self._rules.preemptions_count_max),
+            key=lambda row: (level(row), -self._shares.time_of(row.claim.project), -row.number),
+        )
+
+    def _fits(self, shape: tuple[int, int]) -> bool:
+        tokens, sandboxes = self.tokens_held + shape[0], self.sandboxes_held + shape[1]
         return tokens <= self.capacity.tokens and sandboxes <= self.capacity.sandboxes
 
     def _hold(self, row: _Row, sign: int) -> None:
@@ -365,11 +382,10 @@ class Scheduler:
 
     def _ordered(self, lines: Lines[T], under_way: Counter[str], now: float) -> list[Class]:
         """Classes in which something waits, first who is first."""
+        return sorted(lines.classes, key=self._place(lines, under_way, now))
 
-        def place(of: Class) -> tuple[int, float, int]:
-            return -lines.level(of, now), self._shares.time_of(of[0], under_way[of[0]]), lines.oldest(of)
-
-        return sorted(lines.classes, key=place)
+    def _place(self, lines: Lines[T], under_way: Counter[str], now: float) -> Callable[[Class], tuple[float, ...]]:
+        return lambda of: (-lines.level(of, now), self._shares.time_of(of[0], under_way[of[0]]), lines.oldest(of))
 
     def _risen(self, lines: Lines[T], of: Class, now: float) -> int:
         """The highest priority that it overtakes by its age; its own if none."""
