@@ -47,6 +47,7 @@ STATUS: dict[str, int] = {
     "ALREADY_EXISTS": 409,
     "RESOURCE_EXHAUSTED": 429,
     "ENGINE_ERROR": 503,
+    "PREEMPTED": 503,
     "UNREACHABLE": 503,
 }
 """Of our error codes; any other is a 500."""
