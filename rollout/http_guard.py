@@ -27,9 +27,9 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 class Guard:
     """The application behind it sees requests with a whole body, of callers that may call."""
 
-    def __init__(self, app: App, token: str = "", body_s: float = BODY_S) -> None:
+    def __init__(self, app: App, token: str = "") -> None:
         """With `token` every call but /health needs it as a bearer; without one, no page in a browser may call."""
-        self._app, self._token, self._body_s = app, token, body_s
+        self._app, self._token = app, token
         self._bytes = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -45,10 +45,10 @@ class Guard:
                 await _refuse(send, 429, "the bodies of running requests fill their room: ask again")
                 return
             try:
-                async with asyncio.timeout(self._body_s):
+                async with asyncio.timeout(BODY_S):
                     body = await _body(receive)
             except TimeoutError:
-                await _refuse(send, 408, f"the body did not arrive within {self._body_s:g} s")
+                await _refuse(send, 408, f"the body did not arrive within {BODY_S:g} s")
                 return
             if body is not None:
                 await self._app(scope, _after(body, receive), send)

@@ -167,8 +167,7 @@ class Writer:
         thinking, policy = self._ask.thinking != "none", self._ask.parse_policy
         parsed = state.turns[0].parsed if state.turns else parse(ids, self._tokenizer, thinking=thinking, policy=policy)
         message: dict[str, Any] = {"role": "assistant", "content": parsed.content or None, "refusal": None}
-        if parsed.reasoning:
-            message["reasoning_content"] = parsed.reasoning
+        message["reasoning_content"] = parsed.reasoning or None
         if parsed.calls:
             message["tool_calls"] = [
                 _call(self._call_id(index, n), call.name, msgspec.json.encode(call.arguments).decode())

@@ -2,24 +2,16 @@
 
 import asyncio
 import json
-from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 
 import wal
-from dsec.testing import FakeSubstrate
 from rollout import journal
-from rollout.config import RolloutConfig
-from rollout.events import Event, RolloutFinished, RolloutOpened
+from rollout.events import RolloutFinished, RolloutOpened
 from rollout.http_guard import BODY_BYTES_MAX
-from rollout.http_server import listen, start_http_server
 from rollout.main import load_tokenizer
-from rollout.service import RolloutService
 from rollout.testing import Reply, ScriptedEngine, reply_ids
 from wal.tokens import TokensAppended
 
@@ -35,48 +27,14 @@ TOOLS = [
 ]
 MESSAGES = [{"role": "user", "content": "What is here?"}]
 CHAT: dict[str, Any] = {"messages": MESSAGES, "tools": TOOLS, "return_token_ids": True, "logprobs": True}
-Client = httpx2.AsyncClient
-Seen = defaultdict[type, asyncio.Event]
-"""Set once an event of the type is durable."""
 
 
-@asynccontextmanager
-async def serving(
-    directory: Path,
-    script: Callable[[str, int], Reply] = lambda _session, _turn: LS,
-    token: str = "",
-    seen: Seen | None = None,
-) -> AsyncIterator[tuple[Client, RolloutService]]:
-    engine, config = ScriptedEngine(TOKENIZER, script, chunk_tokens_count=3), RolloutConfig(log_sync="os")
-
-    def observe(event: Event) -> None:
-        if seen is not None:
-            seen[type(event)].set()
-
-    async with RolloutService(directory, engine, FakeSubstrate(), TOKENIZER, config, observe=observe) as service:
-        await service.start()
-
-        async def find(_request_id: str, *, creates: bool) -> RolloutService:
-            return service
-
-        server = start_http_server(find, listen("127.0.0.1:0"), token)
-        try:
-            async with Client(base_url=f"http://127.0.0.1:{server.port}", timeout=30) as client:
-                yield client, service
-        finally:
-            await server.stop()
+def model(reply: Reply = LS) -> ScriptedEngine:
+    return ScriptedEngine(TOKENIZER, lambda _session, _turn: reply, chunk_tokens_count=3)
 
 
-async def events(client: Client, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    response = await client.post(path, json={**body, "stream": True})
-    assert response.status_code == 200, response.text
-    *lines, done = [line for line in response.text.split("\n\n") if line]
-    assert done == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines]
-
-
-async def test_a_chat_answers_with_reasoning_text_and_calls_and_every_token_of_it(tmp_path: Path) -> None:
-    async with serving(tmp_path) as (client, service):
+async def test_a_chat_answers_with_reasoning_text_and_calls_and_every_token_of_it(serving: Any) -> None:
+    async with serving(model()) as (client, service):
         said = (await client.post("/v1/chat/completions", json=CHAT)).json()
         (choice,) = said["choices"]
         message = choice["message"]
@@ -90,8 +48,8 @@ async def test_a_chat_answers_with_reasoning_text_and_calls_and_every_token_of_i
         assert choice["prompt_token_ids"] + choice["token_ids"] == list(state.token_ids)
 
 
-async def test_a_stream_says_the_same_as_the_whole_a_piece_at_a_time(tmp_path: Path) -> None:
-    async with serving(tmp_path) as (client, _):
+async def test_a_stream_says_the_same_as_the_whole_a_piece_at_a_time(serving: Any, events: Any) -> None:
+    async with serving(model()) as (client, _):
         whole = (await client.post("/v1/chat/completions", json=CHAT)).json()
         chunks = await events(client, "/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}})
     assert chunks[-1]["usage"] == whole["usage"]
@@ -114,15 +72,15 @@ async def test_a_stream_says_the_same_as_the_whole_a_piece_at_a_time(tmp_path: P
 
 
 async def test_what_is_answered_is_durable_and_the_same_id_gives_the_same_tokens_after_a_restart(
-    tmp_path: Path,
+    serving: Any, events: Any, tmp_path: Path
 ) -> None:
     body = {"token_ids": [0, 5, 6], "sampling_params": {"max_tokens": 7, "logprobs": 1}, "request_id": "mine"}
     prompt = {**body, "token_ids": list(_header())}
-    async with serving(tmp_path) as (client, _):
+    async with serving(model()) as (client, _):
         first = (await client.post("/inference/v1/generate", json=prompt)).json()
-        logged = [value for _, value in journal.replay(tmp_path / "wal") if isinstance(value, TokensAppended)]
+        logged = [value for _, value in journal.replay(tmp_path / "served/wal") if isinstance(value, TokensAppended)]
         assert [token for event in logged for token in event.token_ids] == first["choices"][0]["token_ids"]
-    async with serving(tmp_path) as (client, service):
+    async with serving(model()) as (client, service):
         again = (await client.post("/inference/v1/generate", json=prompt)).json()
         streamed = await events(client, "/inference/v1/generate", prompt)
         assert service.engine.drawn_count == 0  # type: ignore[attr-defined]  # the double counts
@@ -140,8 +98,8 @@ def _header() -> tuple[int, ...]:
     return (0, TOKENIZER.control("<｜User｜>"), 5, TOKENIZER.control("<｜Assistant｜>"), TOKENIZER.control("<think>"))
 
 
-async def test_completions_take_texts_and_ids_and_give_both_back(tmp_path: Path) -> None:
-    async with serving(tmp_path) as (client, _):
+async def test_completions_take_texts_and_ids_and_give_both_back(serving: Any, events: Any) -> None:
+    async with serving(model()) as (client, _):
         ids = list(_header())
         body = {"prompt": [ids, ids], "n": 2, "max_tokens": 4, "return_token_ids": True, "logprobs": 1}
         said = (await client.post("/v1/completions", json=body)).json()
@@ -162,11 +120,9 @@ async def test_completions_take_texts_and_ids_and_give_both_back(tmp_path: Path)
         assert "é" in text
 
 
-async def test_a_call_that_was_cut_off_is_said_to_be_and_is_none(tmp_path: Path) -> None:
-    async with serving(tmp_path, lambda _s, _t: Reply(reasoning="x", calls=[("bash", {"command": "y " * 100})])) as (
-        client,
-        _,
-    ):
+async def test_a_call_that_was_cut_off_is_said_to_be_and_is_none(serving: Any) -> None:
+    long = Reply(reasoning="x", calls=[("bash", {"command": "y " * 100})])
+    async with serving(model(long)) as (client, _):
         body = {**CHAT, "max_tokens": 60}
         (choice,) = (await client.post("/v1/chat/completions", json=body)).json()["choices"]
     assert (choice["finish_reason"], "tool_calls" in choice["message"]) == ("length", False)
@@ -206,8 +162,8 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
 ]
 
 
-async def test_what_cannot_be_honoured_is_refused_by_name_before_anything_is_sampled(tmp_path: Path) -> None:
-    async with serving(tmp_path) as (client, service):
+async def test_what_cannot_be_honoured_is_refused_by_name_before_anything_is_sampled(serving: Any) -> None:
+    async with serving(model()) as (client, service):
         for path, body, status, said in REFUSED:
             for stream in ({}, {"stream": True}):
                 content = json.dumps({**body, **stream})  # with halves of characters
@@ -224,13 +180,13 @@ async def test_what_cannot_be_honoured_is_refused_by_name_before_anything_is_sam
         assert service.ledger.rollouts == {}
 
 
-async def test_who_may_call_and_how_much_they_may_send(tmp_path: Path) -> None:
-    async with serving(tmp_path / "open") as (client, _):
+async def test_who_may_call_and_how_much_they_may_send(serving: Any) -> None:
+    async with serving(model()) as (client, _):
         page = await client.post("/v1/chat/completions", json=CHAT, headers={"origin": "http://evil.example"})
         assert page.status_code == 403
         large = await client.post("/pause", content=bytes(BODY_BYTES_MAX + 1))
         assert large.status_code == 413
-    async with serving(tmp_path / "shut", token="secret") as (client, _):
+    async with serving(model(), token="secret") as (client, _):
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer s\xe9cret".encode("latin-1")}):
             assert (await client.get("/v1/models", headers=headers)).status_code == 401  # type: ignore[arg-type]
         right = await client.get("/v1/models", headers={"authorization": "Bearer secret"})
@@ -239,9 +195,11 @@ async def test_who_may_call_and_how_much_they_may_send(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_goes_away_ends_what_it_did_not_name(tmp_path: Path, *, stream: bool) -> None:
-    long, seen = Reply(reasoning="thinking " * 400), Seen(asyncio.Event)
-    async with serving(tmp_path, lambda _s, _t: long, seen=seen) as (client, service):
+async def test_a_client_that_goes_away_ends_what_it_did_not_name(
+    serving: Any, seen: Any, tmp_path: Path, *, stream: bool
+) -> None:
+    long = Reply(reasoning="thinking " * 400)
+    async with serving(model(long)) as (client, service):
         await service.engine.pause("keep")
         asking = asyncio.create_task(client.post("/v1/chat/completions", json={**CHAT, "stream": stream}))
         await seen[RolloutOpened].wait()
@@ -251,13 +209,12 @@ async def test_a_client_that_goes_away_ends_what_it_did_not_name(tmp_path: Path,
         await seen[RolloutFinished].wait()
         assert service.is_ended(request_id)
         await service.engine.resume()
-    values = [value for _, value in journal.replay(tmp_path / "wal")]
+    values = [value for _, value in journal.replay(tmp_path / "served/wal")]
     assert [value.reason for value in values if isinstance(value, RolloutFinished)] == ["CANCELLED"]
 
 
-async def test_a_paused_engine_goes_on_where_it_stood(tmp_path: Path) -> None:
-    seen = Seen(asyncio.Event)
-    async with serving(tmp_path, seen=seen) as (client, _):
+async def test_a_paused_engine_goes_on_where_it_stood(serving: Any, seen: Any, tmp_path: Path) -> None:
+    async with serving(model()) as (client, _):
         assert (await client.post("/pause?mode=keep")).status_code == 200
         assert (await client.get("/is_paused")).json() == {"is_paused": True}
         asking = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT))
@@ -265,12 +222,11 @@ async def test_a_paused_engine_goes_on_where_it_stood(tmp_path: Path) -> None:
         await client.post("/resume")
         (choice,) = (await asking).json()["choices"]
     assert choice["token_ids"] == list(reply_ids(LS, TOKENIZER))
-    assert wal.read(tmp_path / "wal") is not None
+    assert wal.read(tmp_path / "served/wal") is not None
 
 
-async def test_requests_are_given_up_by_their_names(tmp_path: Path) -> None:
-    seen = Seen(asyncio.Event)
-    async with serving(tmp_path, seen=seen) as (client, service):
+async def test_requests_are_given_up_by_their_names(serving: Any, seen: Any) -> None:
+    async with serving(model()) as (client, service):
         await service.engine.pause("keep")
         body = {"token_ids": list(_header()), "sampling_params": {"max_tokens": 9}, "request_id": "mine"}
         asking = asyncio.create_task(client.post("/inference/v1/generate", json=body))
