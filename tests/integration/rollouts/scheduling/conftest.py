@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class World:
     config: dict[str, Any]
     script: Callable[[str, int], Reply] = lambda _session, _turn: DONE
     fault: EngineFault | None = None
+    make_engine: Callable[[], Any] | None = None
     host: FakeHost = field(default_factory=FakeHost)
     events: list[Event] = field(default_factory=list)
     tool_may_end: asyncio.Event = field(default_factory=asyncio.Event)
@@ -64,7 +66,8 @@ class World:
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[RolloutService]:
-        self.engine = MisbehavingEngine(TOKENIZER, self.script, self.fault)
+        make_double = partial(MisbehavingEngine, TOKENIZER, self.script, self.fault)
+        self.engine = (self.make_engine or make_double)()
         config = RolloutConfig(**{"log_sync": "os", **self.config})
         substrate = FakeSubstrate(self.answer, self.host)
         async with (
@@ -104,6 +107,9 @@ class World:
 
     def ended(self) -> list[str]:
         return [event.rollout_id for event in self.events if isinstance(event, RolloutFinished)]
+
+    def chunks_count(self) -> int:
+        return sum(isinstance(event, TokensAppended) for event in self.events)
 
     def sampled(self, rollout_id: str) -> int:
         return sum(len(e.token_ids) for e in self.events if isinstance(e, TokensAppended) and e.request == rollout_id)

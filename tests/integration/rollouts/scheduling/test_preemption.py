@@ -12,6 +12,8 @@ import wal
 from dsec.errors import StateError
 from rollout import dispatch
 from rollout.client import AsyncRolloutClient
+from rollout.engine import Sampling
+from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.errors import NotFoundError
 from rollout.events import Preempted, RolloutResumed
 from rollout.grpc_server import start_server
@@ -271,3 +273,29 @@ async def test_what_the_service_failed_goes_on_when_it_is_resumed(world: Any) ->
         assert sorted(service.resume(request_id="job")) == ["job/one.0", "job/one.1"]
         await service.wait("job")
         assert {here.record(i).finish_reason for i in here.ended()} == {"STOP"}
+
+
+async def test_the_embedded_engine_goes_on_bit_for_bit_after_preemptions(world: Any) -> None:
+    """With its state saved and restored, and with states that were lost."""
+    here = world()
+    here.make_engine = EmbeddedEngine
+    asked = {"sampling": Sampling(temperature=1.0, seed=3)}
+    async with here.serving() as service:
+        await here.ask("job", 24, **asked)
+        await service.wait("job")
+    other = type(here)(here.directory.with_name("cut"), {}, here.script, make_engine=EmbeddedEngine)
+    async with other.serving() as service:
+        await other.ask("job", 24, **asked)
+        for turn in range(6):
+            chunks_count = other.chunks_count()
+            await other.until(lambda n=chunks_count: other.chunks_count() > n or len(other.ended()) == 24)
+            await service.preempt()
+            for path in other.directory.glob("kv/*") if turn % 2 else ():
+                path.unlink()
+            service.resume()
+        await service.wait("job")
+        for number in range(24):
+            cut, whole = other.record(f"job/{number}.0"), here.record(f"job/{number}.0")
+            assert (cut.token_ids, cut.logprobs) == (whole.token_ids, whole.logprobs)
+            assert cut.tokens_regenerated == 0
+        assert sum(other.record(f"job/{number}.0").preempt_count for number in range(24)) > 0
