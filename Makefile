@@ -10,7 +10,7 @@ COVERED := tests/unit/wal tests/unit/toolcall_dsl tests/golden tests/faults/test
 PIP := .venv/bin/pip install --disable-pip-version-check
 logged = $(1) > build/setup.log 2>&1 || { tail -n 30 build/setup.log; exit 1; }
 
-.PHONY: run test test-external coverage covered check bench protos lock setup setup-dev native clean
+.PHONY: run test test-external coverage covered check bench protos baseline lock setup setup-dev native clean
 
 run: setup ## set up, then run the main job on the bundled tasks; run again to finish or to see the result
 	.venv/bin/dsec run --resume --out "$(RUN_DIR)"
@@ -30,11 +30,13 @@ coverage: setup-dev ## wal/ and toolcall_dsl/ have no line and no branch that th
 covered: ## say which tests `make coverage` runs
 	@echo $(COVERED)
 
-check: setup-dev ## lint, types, import contracts, house rules
+check: setup-dev ## lint, types, import contracts, gRPC contracts, house rules
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	.venv/bin/buf lint proto
+	.venv/bin/buf breaking proto --against proto/baseline.binpb
 	$(PY) -m pytest -q tests/tidy
 
 bench: setup-dev ## every benchmark, quickly; docs in benchmarks/RESULTS.md
@@ -42,6 +44,9 @@ bench: setup-dev ## every benchmark, quickly; docs in benchmarks/RESULTS.md
 
 protos: setup-dev ## generate dsec/pb and rollout/pb from proto/
 	$(PY) -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. $$(find proto -name '*.proto')
+
+baseline: setup-dev ## agree on the rollout service's gRPC contract as it is: what breaks it fails from now on
+	.venv/bin/buf build proto --path proto/rollout --exclude-source-info -o proto/baseline.binpb
 
 lock: setup-dev ## pin the newest versions that pyproject.toml allows
 	.venv/bin/pip-compile -q --upgrade --strip-extras --generate-hashes --allow-unsafe --extra build \

@@ -11,7 +11,6 @@ import msgspec
 
 from rollout.bench.tasks import Task, check_packages, task_from_files
 from rollout.engine import Sampling
-from rollout.errors import RequestError
 from rollout.jobs import load_bundled, make_conversation, make_job
 from rollout.messages import plain
 from rollout.pb.v1 import rollout_pb2 as pb
@@ -60,12 +59,3 @@ def reward_of(asked: pb.Reward) -> Reward:
 def sampling_of(asked: pb.Sampling) -> Sampling:
     """How tokens are drawn; what is unset, by default."""
     return msgspec.convert(plain(asked), Sampling)
-
-
-def one_of(request: Any, oneof: str) -> str:
-    """Which member of a oneof is set.  RequestError if none is."""
-    which = request.WhichOneof(oneof)
-    if which is None:
-        names = [field.name for field in request.DESCRIPTOR.oneofs_by_name[oneof].fields]
-        raise RequestError(f"{oneof}: give one of {', '.join(names)}")
-    return str(which)

@@ -24,7 +24,7 @@ from rollout.bench.tasks import Task, check_packages, load_task
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
 from rollout.errors import RequestError, ResultsError
-from rollout.events import JobSubmitted, RolloutFinished
+from rollout.events import JobSubmitted, JobWorked, RolloutFinished
 from rollout.jobs import load_bundled, make_job
 from rollout.main import holds_edge, make_service
 from rollout.record import TrajectoryRecord, trajectory_record
@@ -119,7 +119,7 @@ async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None])
             await waiting
         draw(service, time.monotonic() - began)
         if has_worked:
-            await service.note_work(REQUEST_ID, time.monotonic() - began)
+            await service.note(JobWorked(REQUEST_ID, time.monotonic() - began))
         summary = summarise(service.ledger)
     write_results(batch.directory, service, summary)
     return Outcome(summary, has_worked, stopped.result() if stopped.done() else None)

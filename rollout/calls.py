@@ -20,8 +20,10 @@ from rollout.follow import follow, replay
 from rollout.listing import Filter, list_rollouts
 from rollout.messages import fill, parts, plain
 from rollout.pb.v1 import rollout_pb2 as pb
+from rollout.policy import Policy
 from rollout.quick import ask
 from rollout.record import trajectory_record
+from rollout.retention import LogRetention
 from rollout.service import RolloutService
 from rollout.updates import Mask, trajectory_parts, updates_of
 
@@ -32,6 +34,8 @@ class Calls:
     def __init__(self, service: RolloutService) -> None:
         """The service is open already."""
         self._service = service
+        self._policy = Policy(service)
+        self._retention = LogRetention(service)
 
     async def submit(self, request: pb.SubmitRequest) -> AsyncIterator[pb.Update]:
         """Start a job, or find it, and follow it."""
@@ -101,6 +105,17 @@ class Calls:
         """Draw tokens again."""
         await self._service.engine.resume()
         return pb.ResumeEngineResponse()
+
+    async def update_policy(self, request: pb.UpdatePolicyRequest) -> pb.UpdatePolicyResponse:
+        """Draw with other weights."""
+        engine, stale = await self._policy.update(request.checkpoint, request.policy_version)
+        response = pb.UpdatePolicyResponse(stale_rollout_ids=stale)
+        fill(response.engine, engine)
+        return response
+
+    async def ack(self, request: pb.AckRequest) -> pb.AckResponse:
+        """These records are no longer needed."""
+        return pb.AckResponse(acknowledged_count=await self._retention.acknowledge(request.rollout_ids))
 
     async def score_tokens(self, request: pb.ScoreTokensRequest) -> AsyncIterator[pb.ScoreTokensResponse]:
         """Logprobs of given tokens."""

@@ -46,7 +46,8 @@ async def follow(service: RolloutService, request_id: str, from_event: int = 0) 
             state = rollouts.get(rollout_id)
             return state is not None and state.opened.request_id == request_id
 
-        first = [service.ledger.lsns[member][0] for member in rollouts if is_member(member)]
+        members = [rollout_id for rollout_id, _, _ in service.ledger.members(request_id)]
+        first = [service.ledger.lsns[member][0] for member in members if member in rollouts]
         if first:
             async for numbered in _read(service, max(from_event, min(first)), until, is_member):
                 yield numbered

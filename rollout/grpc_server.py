@@ -42,7 +42,7 @@ def handlers_of(service: RolloutService) -> Any:
     calls = Calls(service)
     return grpc.method_handlers_generic_handler(
         SERVICE.full_name,
-        {m.name: _handler(m, calls) for m in SERVICE.methods if hasattr(calls, _snake(m.name))},
+        {method.name: _handler(method, calls) for method in SERVICE.methods},
     )
 
 

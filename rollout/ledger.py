@@ -16,7 +16,7 @@ import hashlib
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dsec.trajectory import (
@@ -37,6 +37,7 @@ from rollout.events import (
     ConversationAdmitted,
     Event,
     JobCancelled,
+    JobEvent,
     JobSubmitted,
     JobWorked,
     PolicyUpdated,
@@ -51,6 +52,7 @@ from rollout.request import Conversation, Group, Job, JudgeReward
 from rollout.rewards.judge import judge_ids, judge_job
 from rollout.state import Phase, State, start
 from toolcall_dsl import Tokenizer
+from wal.floor import FIRST_LSN
 from wal.tokens import TokensAppended
 
 
@@ -69,34 +71,50 @@ class Ledger:
         self.lsns: dict[str, tuple[int, int]] = {}
         self.policy: PolicyUpdated | None = None
         self.weights: dict[int, str] = {}
+        self.policy_lsn = 0
+        self.prompt_lsns: dict[str, int] = {}
+        """Of the newest record of each prompt."""
         self.acknowledged: set[str] = set()
+        """Of jobs that are not acknowledged whole: those are forgotten."""
+        self.is_cut = False
+        """The log's beginning was let go of: of what had ended in it, records may be left."""
         self.tokens_regenerated: Counter[str] = Counter()
         self.worked_s = 0.0
         self.submitted_s: dict[str, float] = {}
         self._group_of: dict[str, tuple[Job, Group]] = {}
         self._logged_until: dict[str, int] = {}
         self._sampled: dict[str, hashlib._Hash] = {}
+        self._unacknowledged: dict[str, int] = {}
+        self._named: Counter[str] = Counter()
+        self._unnamed: set[str] = set()
 
     @classmethod
     def read(cls, directory: Path, tokenizer: Tokenizer) -> Ledger:
         """Fold a log.  wal.CorruptError, JournalError (another tokenizer, unknown records), MachineError."""
         ledger = cls(tokenizer)
-        for record, value in journal.replay(directory):
+        for number, (record, value) in enumerate(journal.replay(directory)):
+            ledger.is_cut |= number == 0 and record.lsn > FIRST_LSN
             ledger.apply(value, record.lsn)
+        for job in ledger.jobs.values():
+            ledger._check_prompts(job)
         return ledger
 
     def apply(self, event: Event | TrajectoryRecord, lsn: int) -> None:
         """Fold one durable event in."""
+        if self.is_cut and self._is_left_over(event):
+            return
         match event:
             case TaskAdmitted():
                 self.tasks.setdefault(event.task.digest, event.task)
+                self._admit(event.task.digest, lsn)
             case ConversationAdmitted():
                 self.conversations.setdefault(event.conversation.digest, event.conversation)
+                self._admit(event.conversation.digest, lsn)
             case PolicyUpdated():
-                self.policy = event
+                self.policy, self.policy_lsn = event, lsn
                 self._learn(event.engine)
             case RolloutsAcknowledged():
-                self.acknowledged.update(event.rollout_ids)
+                self._acknowledge(event.rollout_ids)
             case JobSubmitted():
                 self._submit(event.job)
                 self.submitted_s[event.job.request_id] = event.at_s
@@ -171,11 +189,76 @@ class Ledger:
         self.lsns[rollout_id] = min(first, lsn), max(last, lsn)
 
     def _submit(self, job: Job) -> None:
+        if not self.is_cut:  # else a prompt may have been logged again, further on
+            self._check_prompts(job)
+        for group in job.groups:
+            self._group_of[group.group_id] = job, group
+            self._named[group.task_digest] += 1
+        self.jobs[job.request_id] = job
+        self._unacknowledged[job.request_id] = sum(group.size for group in job.groups)
+        for digest in self._unnamed:
+            self._drop_prompt(digest)  # its job was never submitted
+        self._unnamed.clear()
+
+    def _check_prompts(self, job: Job) -> None:
         for group in job.groups:
             if group.task_digest not in self.tasks and group.task_digest not in self.conversations:
                 raise JournalError(f"job {job.request_id}: its task {group.task} is not in the log")
-            self._group_of[group.group_id] = job, group
-        self.jobs[job.request_id] = job
+
+    def _admit(self, digest: str, lsn: int) -> None:
+        self.prompt_lsns[digest] = lsn
+        if not self._named[digest]:
+            self._unnamed.add(digest)
+
+    def _drop_prompt(self, digest: str) -> None:
+        if not self._named[digest]:
+            del self._named[digest], self.prompt_lsns[digest]
+            self.tasks.pop(digest, None)
+            self.conversations.pop(digest, None)
+
+    def _acknowledge(self, rollout_ids: Iterable[str]) -> None:
+        """A job of which all rollouts are acknowledged is forgotten, with what only it needed."""
+        for rollout_id in rollout_ids:
+            if rollout_id in self.acknowledged or not self.asks_for(rollout_id):
+                continue
+            self.acknowledged.add(rollout_id)
+            job, _, _ = self.member(rollout_id)
+            self._unacknowledged[job.request_id] -= 1
+            if not self._unacknowledged[job.request_id]:
+                self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        for group in job.groups:
+            for member in group.members:
+                judges = judge_ids(member, job.reward) if isinstance(job.reward, JudgeReward) else ()
+                for rollout_id in (member, *judges):
+                    self._forget_rollout(rollout_id)
+                self.acknowledged.discard(member)
+            del self._group_of[group.group_id]
+            self._named[group.task_digest] -= 1
+            self._drop_prompt(group.task_digest)
+        del self.jobs[job.request_id], self.submitted_s[job.request_id], self._unacknowledged[job.request_id]
+        self.cancelled.discard(job.request_id)
+
+    def _forget_rollout(self, rollout_id: str) -> None:
+        self.rollouts.pop(rollout_id, None)
+        self.trajectories.pop(rollout_id, None)
+        self.lsns.pop(rollout_id, None)
+        self._logged_until.pop(rollout_id, None)
+        self._sampled.pop(rollout_id, None)
+        self.tokens_regenerated.pop(rollout_id, None)
+
+    def _is_left_over(self, event: Event | TrajectoryRecord) -> bool:
+        """Whether a record belongs to a job whose beginning was dropped, which had been acknowledged whole."""
+        if isinstance(event, JobCancelled):
+            return event.request_id not in self.jobs
+        if isinstance(event, JobEvent):
+            return False
+        if isinstance(event, RolloutOpened) and not event.judged_rollout_id:
+            return event.group_id not in self._group_of
+        if isinstance(event, RolloutOpened):
+            return event.judged_rollout_id not in self.rollouts
+        return (event.session if isinstance(event, TrajectoryRecord) else rollout_of(event)) not in self.rollouts
 
     def _open(self, event: RolloutOpened) -> None:
         if event.tokenizer_digest != self.tokenizer.digest:

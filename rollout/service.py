@@ -39,7 +39,6 @@ from rollout.events import (
     JobCancelled,
     JobEvent,
     JobSubmitted,
-    JobWorked,
     RolloutFinished,
     TaskAdmitted,
     rollout_of,
@@ -49,6 +48,7 @@ from rollout.journal import Journal
 from rollout.kv_files import KvFiles
 from rollout.ledger import Ledger
 from rollout.members import Members
+from rollout.policy import load_policy
 from rollout.request import Conversation, Job
 from rollout.runner import Runner
 from rollout.sandboxes import Sandboxes
@@ -96,7 +96,7 @@ class RolloutService:
         self._epoch = epoch
         self._observe = observe
         self._is_handed_over = False
-        self._exporter: Exporter | None = None
+        self.exporter: Exporter | None = None
 
     async def __aenter__(self) -> Self:
         """Lock and repair the log, fold it: jobs can be submitted, nothing runs before `start`.
@@ -121,7 +121,7 @@ class RolloutService:
             self.journal.on_fenced = self.sandboxes.leave  # they are its successor's
             self.kv_files = KvFiles(self.directory / "kv", self.engine)
             self.members = Members(self.ledger, self.engine, self.sandboxes, self.kv_files, self._record)
-            self.endings = Endings(self.ledger, self._finish, self._fail)
+            self.endings = Endings(self.ledger, self.finish, self._fail)
             callbacks = Callbacks(run=self._run, interrupt=self.engine.preempt, rests=self._rest, failed=self._fail)
             self.dispatcher = Dispatcher(self._scheduler, callbacks)
             self.runner = Runner(
@@ -145,9 +145,10 @@ class RolloutService:
         """
         if self.config.exports_shards:
             exporter = Exporter(self.directory / SHARDS, self.ledger, self._epoch)
-            self._exporter = await self._resources.enter_async_context(exporter)
+            self.exporter = await self._resources.enter_async_context(exporter)
         self._resources.push_async_callback(self.engine.close)
         await self.engine.open()
+        await load_policy(self.engine, self.ledger)
         self._resources.push_async_callback(self._leave_substrate)
         await self.substrate.open()
         open_rollouts = self._open_rollouts()
@@ -157,7 +158,7 @@ class RolloutService:
         self._is_started = True
         for job in list(self.ledger.jobs.values()):
             if job.request_id in self.ledger.cancelled:
-                await self._finish(job.request_id, self._members_of(job.request_id), FinishReason.CANCELLED)
+                await self.finish(job.request_id, self._members_of(job.request_id), FinishReason.CANCELLED)
             else:
                 self._enqueue(job)
         self.dispatcher.open()
@@ -213,9 +214,9 @@ class RolloutService:
 
     async def cancel(self, request_id: str) -> int:
         """End a job: running rollouts stop, unfinished ones finish as CANCELLED; returns how many did."""
-        return await self._finish(request_id, self._members_of(request_id), FinishReason.CANCELLED)
+        return await self.finish(request_id, self._members_of(request_id), FinishReason.CANCELLED)
 
-    async def _finish(self, request_id: str, rollout_ids: list[str], reason: FinishReason) -> int:
+    async def finish(self, request_id: str, rollout_ids: list[str], reason: FinishReason) -> int:
         """End rollouts, all of a job if it is cancelled; a caller that goes away does not leave it half done."""
         return await wal.settled(self._finish_whole(request_id, rollout_ids, reason))
 
@@ -298,9 +299,9 @@ class RolloutService:
         if self._failed.done():
             self._failed.result()
 
-    async def note_work(self, request_id: str, wall_s: float) -> None:
-        """Log how long this process worked on a job, before it stops."""
-        await self._record(JobWorked(request_id, wall_s))
+    async def note(self, event: JobEvent) -> None:
+        """Log what happened to jobs, or to the engine."""
+        await self._record(event)
 
     async def failed(self) -> None:
         """Wait until something stops the whole service (a poisoned log, a bug), and raise it."""
@@ -382,8 +383,8 @@ class RolloutService:
             self.watchers.publish(request_id, event, lsn)
             if isinstance(event, RolloutFinished):
                 self.endings.note(event)
-                if self._exporter is not None:
-                    self._exporter.observe(event)
+                if self.exporter is not None:
+                    self.exporter.observe(event)
 
     async def _stop_rollouts(self) -> None:
         self._send_away()

@@ -48,6 +48,8 @@ def updates_of(lsn: int, event: RolloutEvent, ledger: Ledger, mask: Mask) -> Ite
     if isinstance(event, TokensAppended | events.TokensForced) and pb.FIELD_LIVE_TOKENS not in mask:
         return
     rollout_id = rollout_of(event)
+    if rollout_id not in ledger.rollouts:
+        return  # its job was acknowledged meanwhile, and forgotten
     update = pb.Update(event=lsn, rollout_id=rollout_id)
     if isinstance(event, events.RolloutFinished | events.InfraFailed):
         _add_group(update, ledger)

@@ -66,6 +66,7 @@ class Exporter:
         self._directory, self._ledger, self._epoch = directory, ledger, epoch
         self._waiting: deque[str] = deque()
         self._wake = asyncio.Event()
+        self._has_taken_all = asyncio.Event()
         self._is_closing = False
 
     async def __aenter__(self) -> Self:
@@ -75,6 +76,8 @@ class Exporter:
         """
         self._writer = await asyncio.to_thread(self._open)
         self._waiting.extend(ended(self._ledger, self._writer.rollout_ids))
+        if not self._waiting:
+            self._has_taken_all.set()
         self._wake.set()
         self._work = asyncio.create_task(self._write(), name="exporter")
         return self
@@ -91,9 +94,14 @@ class Exporter:
 
     def observe(self, event: Event) -> None:
         """What the service calls with each event that is durable and folded."""
-        if isinstance(event, RolloutFinished):
+        if isinstance(event, RolloutFinished) and not self._work.done():
             self._waiting.append(event.rollout_id)
+            self._has_taken_all.clear()
             self._wake.set()
+
+    async def taken_all(self) -> None:
+        """Return once nothing that has ended is still looked up in the ledger, which may forget it then."""
+        await self._has_taken_all.wait()
 
     async def _close(self) -> None:
         self._is_closing = True
@@ -108,8 +116,11 @@ class Exporter:
                 while self._waiting:
                     ids = [self._waiting.popleft() for _ in range(min(len(self._waiting), _ROWS_AT_ONCE))]
                     records = [ended_record(self._ledger, each) for each in ids]
+                    if not self._waiting:
+                        self._has_taken_all.set()
                     await asyncio.to_thread(self._writer.append, records)
         except (ResultsError, wal.WalError) as error:
             _log.warning("%s; rollouts that end from now on are written by the next start", error)
         finally:
+            self._has_taken_all.set()
             await asyncio.to_thread(self._writer.close)

@@ -11,6 +11,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "grpo_group.py",
         "log_tokens.py",
         "pack_for_training.py",
         "run_in_process.py",
@@ -72,6 +73,23 @@ def test_the_group_example_prints_rewards_of_a_bundled_task_and_of_a_folder(
     finally:
         server.terminate()
         server.communicate(timeout=30)
+
+
+def test_fifteen_lines_drive_a_grpo_group_and_again_after_a_crash_the_same(dsec: Any, tmp_path: Path) -> None:
+    server = dsec.start("serve", "--out", tmp_path / "server", "--listen", "127.0.0.1:0")
+    try:
+        address = server.stdout.readline().split()[2].rstrip(",")
+        ran = dsec.done(EXAMPLES / "grpo_group.py", address, "copy-1-000", "sort-1-000", command=sys.executable)
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+    lines = ran.out.splitlines()
+    assert len(lines) == 18
+    assert [line.split()[0] for line in lines if "mean" in line and line.endswith("whole")] != []
+    advantages = [float(line.split()[1]) for line in lines if line.endswith("tokens")]
+    assert abs(sum(advantages)) < 0.1
+    code = (EXAMPLES / "grpo_group.py").read_text().rpartition('"""')[2]
+    assert len([line for line in code.splitlines() if line]) <= 15
 
 
 def test_the_group_example_fits_on_a_screen() -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from dsec.errors import DsecError
 from dsec.wire import STATUS
 from rollout.bench.tasks import BUNDLED
+from rollout.client import Group, RolloutClient
+from rollout.engine import Sampling
 from rollout.errors import RolloutError
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
+from rollout.request import Limits
 from toolcall_dsl import DslError
 from wal import WalError
 
@@ -33,9 +37,9 @@ LIFE = ("opened", "sandbox_prepared", "tokens", "tool_answered", "judged", "fini
 class Server:
     """A `dsec serve` process over `directory`, and a channel to it."""
 
-    def __init__(self, dsec: Any, directory: Path, **options: Any) -> None:
+    def __init__(self, dsec: Any, directory: Path, listen: str = "127.0.0.1:0", **options: Any) -> None:
         self.dsec = dsec
-        command = ("serve", "--out", directory, "--listen", "127.0.0.1:0")
+        command = ("serve", "--out", directory, "--listen", listen)
         self.process: subprocess.Popen[str] = dsec.start(*command, **options)
         assert self.process.stdout is not None
         said = self.process.stdout.readline()
@@ -271,6 +275,38 @@ def test_after_a_kill_a_restarted_server_finishes_with_equal_tokens(serve: Any, 
     assert tokens_of(fresh.submit(group(tasks, "killed"))) == ids
     assert tokens_of(fresh.submit(group(tasks, "calm"))) == wanted
     fresh.stop()
+
+
+def test_a_clients_loop_notices_nothing_of_servers_that_are_killed(serve: Any, tasks: Path) -> None:
+    server = serve()
+    address, job = server.address, group(tasks, "killed")
+    prompts = [tasks / task.name for task in job.tasks]
+    asked = {"group_size": 2, "sampling": Sampling(temperature=1.0, seed=3), "limits": Limits(turns_count_max=6)}
+
+    def program() -> list[Group]:
+        with RolloutClient(address) as client:
+            return list(client.rollouts(prompts, request_id="killed", **asked))
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(program)
+        assert next(server.rollouts.Submit(job, timeout=60)).HasField("opened")  # the same job: whoever comes first
+        for _ in range(3):
+            known = server.rollouts.List(pb.ListRequest(request_id="killed")).rollouts
+            now = pb.AttachRequest(request_id="killed", from_event=max(each.last_event for each in known) + 1)
+            now.return_mask.append(pb.FIELD_LIVE_TOKENS)
+            tokens = (update for update in server.rollouts.Attach(now, timeout=60) if update.HasField("tokens"))
+            assert len(list(islice(tokens, 8))) == 8
+            server.kill()
+            server = serve(listen=address)
+        groups = running.result(timeout=120)
+    updates = server.submit(job)
+    assert sorted(each.group_id for each in groups) == ["killed/copy-5-000", "killed/unclear"]
+    members = {member.rollout_id: member for each in groups for member in each.trajectories}
+    assert {name: list(member.token_ids) for name, member in members.items()} == tokens_of(updates)
+    assert all(member.record.tokens_regenerated == member.record.commands_run_twice == 0 for member in members.values())
+    numbers = [update.event for update in updates if update.is_last]
+    assert numbers == sorted(set(numbers))
+    assert all(each.is_whole for each in groups)
 
 
 def test_a_client_that_goes_away_leaves_the_job_running(serve: Any, tasks: Path) -> None:

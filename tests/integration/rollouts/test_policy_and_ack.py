@@ -1,0 +1,164 @@
+"""Weights that change under running rollouts, and acknowledgements that let the log go; over restarts."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import wal
+from dsec.errors import StateError
+from rollout.client import RolloutClient
+from rollout.errors import EngineError, NotFoundError, RequestError
+from rollout.ledger import Ledger
+from rollout.request import Limits, PolicyRule
+from rollout.testing import Reply
+
+LONG = Reply(content="word " * 200)
+LIMITS = Limits(turn_tokens_count_max=1000)
+
+
+def checkpoint(directory: Path, name: str) -> str:
+    folder = directory / name
+    folder.mkdir()
+    (folder / "weights").write_text(name)
+    return str(folder)
+
+
+async def begun(setting: Any, **asked: Any) -> asyncio.Task[Any]:
+    """A group of two that has drawn some tokens and stands, for its engine is paused."""
+    asking = asyncio.create_task(setting.groups("one", group_size=2, limits=LIMITS, **asked))
+    states = setting.service.ledger.rollouts
+    await setting.until(lambda: len(states) == 2 and all(state.sampled_count > 3 for state in states.values()))
+    await setting.client.pause_engine()
+    return asking
+
+
+@pytest.mark.parametrize(("on_update", "cause"), [("keep", "kept"), ("cut", "rebuilt"), ("pin", None)])
+async def test_new_weights_under_a_rollout_are_recorded(
+    serving: Any, tmp_path: Path, on_update: Any, cause: str | None
+) -> None:
+    async with asyncio.timeout(60), serving(tmp_path / "run", reply=LONG) as setting:
+        asking = await begun(setting, policy=PolicyRule(on_update=on_update))
+        new = checkpoint(tmp_path, "new")
+        info = await setting.client.update_policy(new, 5)
+        assert (info.policy_version, info) == (5, setting.engine.info)
+        assert await setting.client.update_policy(new, 5) == info  # again changes nothing
+        await setting.client.resume_engine()
+        ((group,)) = await asking
+        for trajectory in group.trajectories:
+            record = trajectory.record
+            assert [each.version for each in record.policy_versions] == ([0] if on_update == "pin" else [0, 5])
+            assert [each.cause for each in record.kv_breaks] == ([cause] if cause else [])
+        with pytest.raises(RequestError, match="policy_version is 4: it must grow"):
+            await setting.client.update_policy(checkpoint(tmp_path, "old"), 4)
+        with pytest.raises(RequestError, match="checkpoint: empty"):
+            await setting.client.update_policy("", 6)
+        async with asyncio.timeout(10):
+            with RolloutClientWithoutPatience(setting.address) as impatient, pytest.raises(EngineError):
+                await asyncio.to_thread(impatient.update_policy, str(tmp_path / "nothing"), 6)
+        assert setting.engine.info == info
+
+
+def RolloutClientWithoutPatience(address: str) -> RolloutClient:
+    return RolloutClient(address, patience_s=0)
+
+
+async def test_what_falls_too_far_behind_ends_as_stale_and_the_rest_goes_on(serving: Any, tmp_path: Path) -> None:
+    async with asyncio.timeout(60), serving(tmp_path / "run", reply=LONG) as setting:
+        asking = await begun(setting, policy=PolicyRule(max_lag=1))
+        await setting.client.update_policy(checkpoint(tmp_path, "one"), 1)
+        assert not asking.done()
+        await setting.client.update_policy(checkpoint(tmp_path, "two"), 2)
+        (group,) = await asking
+        assert group.missing_reasons == {0: "STALE", 1: "STALE"}
+        assert all(trajectory.record.tokens_sampled > 3 for trajectory in group.trajectories)
+
+
+async def test_a_restart_draws_with_the_weights_that_the_log_names(serving: Any, tmp_path: Path) -> None:
+    async with asyncio.timeout(60):
+        async with serving(tmp_path / "run", reply=LONG) as setting:
+            asking = await begun(setting)
+            info = await setting.client.update_policy(checkpoint(tmp_path, "new"), 3)
+            asking.cancel()
+        async with serving(tmp_path / "run", reply=LONG) as setting:
+            assert setting.engine.info == info
+            (group,) = await setting.groups("one", group_size=2, limits=LIMITS)
+            for trajectory in group.trajectories:
+                assert [each.version for each in trajectory.record.policy_versions] == [0, 3]
+
+
+async def test_an_acknowledged_job_is_forgotten_here_and_after_a_restart(serving: Any, tmp_path: Path) -> None:
+    async with asyncio.timeout(60):
+        async with serving(tmp_path / "run") as setting:
+            await setting.job("done")
+            await setting.job("kept")
+            ids = [each.rollout_id async for each in setting.client.list(request_id="done")]
+            assert await setting.client.ack(ids[:4]) == 4
+            assert await setting.client.ack([*ids[:4], "unknown"]) == 0
+            left = [each.rollout_id async for each in setting.client.list(request_id="done", unacknowledged_only=True)]
+            assert left == ids[4:]
+            assert (await setting.client.get(ids[0])).rollout_id == ids[0]
+            assert await setting.client.ack(ids) == 2
+            assert await setting.client.ack(ids) == 0
+            for call in (setting.client.get(ids[0]), setting.client.cancel("done")):
+                with pytest.raises(NotFoundError):
+                    await call
+            assert [each.request_id async for each in setting.client.list()] == ["kept"] * 6
+        async with serving(tmp_path / "run") as setting:
+            assert setting.service.ledger.jobs.keys() == {"kept"}
+            assert len(setting.service.ledger.rollouts) == 6
+            # The prompts went with the job, and are logged anew for one that names them.
+            await setting.job("later")
+            assert setting.service.ledger.jobs.keys() == {"kept", "later"}
+
+
+async def test_what_has_not_ended_cannot_be_acknowledged(serving: Any, tmp_path: Path) -> None:
+    async with asyncio.timeout(60), serving(tmp_path / "run", reply=LONG) as setting:
+        asking = await begun(setting)
+        with pytest.raises(StateError, match=r"not ended yet: job/one.0, job/one.1 \(2 in all\)"):
+            await setting.client.ack(["job/one.0", "job/one.1"])
+        await setting.client.resume_engine()
+        (group,) = await asking
+        assert await setting.client.ack(each.rollout_id for each in group.trajectories) == 2
+
+
+async def test_the_log_stays_small_while_jobs_come_are_acknowledged_and_go(
+    serving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each job overlaps the next one and asks the same prompts; at the end, and at each restart, all is there."""
+    open_log = wal.Log.open
+    monkeypatch.setattr(wal.Log, "open", lambda where, **given: open_log(where, **given, segment_bytes_max=20_000))
+    log = tmp_path / "run/wal"
+    async with asyncio.timeout(120):
+        for start in range(0, 40, 10):
+            async with serving(tmp_path / "run") as setting:
+                if not start:
+                    await setting.client.update_policy(checkpoint(tmp_path, "new"), 1)
+                for number in range(start, start + 10):
+                    await setting.job(f"job-{number}")
+                    if number:
+                        ids = [each.rollout_id async for each in setting.client.list(request_id=f"job-{number - 1}")]
+                        assert await setting.client.ack(ids) == 6
+                        await setting.until(retention_of(setting).is_idle)
+                held = setting.service.ledger
+                assert held.jobs.keys() == {f"job-{start + 9}"}
+            again = Ledger.read(log, held.tokenizer)
+            assert (again.jobs, again.rollouts, again.lsns) == (held.jobs, held.rollouts, held.lsns)
+            assert (again.conversations, again.policy) == (held.conversations, held.policy)
+            assert again.is_cut
+    assert len(list(log.glob("*.wal"))) <= 6
+
+
+def retention_of(setting: Any) -> Any:
+    """Looked up where the server keeps it: nothing tells a client when the log is let go of."""
+    import gc
+
+    from rollout.retention import LogRetention
+
+    (found,) = [
+        each for each in gc.get_objects() if isinstance(each, LogRetention) and each._service is setting.service
+    ]
+    return found
