@@ -56,7 +56,9 @@ _index_option = click.option("--index", "url", metavar="URL", envvar="DSEC_INDEX
 @click.option("--http", metavar="HOST:PORT", default="", help="Speak OpenAI's and vLLM's HTTP dialects there, too.")
 @click.option("--http-token-file", type=click.Path(path_type=Path), help="Its first line is what --http callers give.")
 @click.option("--advertise", default="", help="HOST:PORT where other workers reach this one.  [default: as --listen]")
-@click.option("--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Rollouts at once.")
+@click.option(
+    "--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Rollouts that sample at once."
+)
 @click.option("--grace-s", type=float, help="How long a stop may take.  [default: 30]")
 @click.option("--edge", "edge_url", metavar="URL", default="", help=EDGE_HELP)
 def serve(
