@@ -11,9 +11,10 @@ import grpc
 import pytest
 
 from dsec.errors import DsecError, InvalidArgumentError, StateError
+from dsec.wire import STATUS
 from rollout.client import RolloutClient
 from rollout.engine import Sampling
-from rollout.errors import ConflictError, NotFoundError, RequestError, TaskError
+from rollout.errors import ConflictError, NotFoundError, RequestError, RolloutError, TaskError
 from rollout.jobs import make_conversation
 from rollout.messages import MESSAGE_BYTES_MAX, merge
 from rollout.pb.v1 import rollout_pb2 as pb
@@ -27,6 +28,8 @@ from rollout.request import (
     TestsReward,
 )
 from rollout.testing import Reply
+from toolcall_dsl import DslError
+from wal import WalError
 
 EVERYTHING: tuple[Any, ...] = ("live_tokens", "tokens", "logprobs", "text")
 WHOLE = [pb.FIELD_LIVE_TOKENS, pb.FIELD_TOKENS, pb.FIELD_LOGPROBS, pb.FIELD_TEXT]
@@ -316,3 +319,9 @@ async def test_a_program_without_an_event_loop_has_the_same_calls(setting: Any) 
                 client.quick("job/one.0", ["x"])
 
     await asyncio.to_thread(program)
+
+
+def test_every_error_has_a_status() -> None:
+    leaves = [leaf for root in (RolloutError, DsecError, WalError, DslError) for leaf in root.__subclasses__()]
+    assert len(leaves) > 15
+    assert [leaf.__name__ for leaf in leaves if leaf.code not in STATUS] == []
