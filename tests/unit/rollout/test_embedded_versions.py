@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from rollout.engine import OnUpdate, SampleRequest, Sampling
+from rollout.engine import KvBreak, OnUpdate, SampleRequest, Sampling
 from rollout.engines.embedded.batching import Limits
-from rollout.engines.embedded.binding import Chunk, Model, State, Stream
+from rollout.engines.embedded.binding import Chunk, Drawn, Model, State, Stream
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT, load_checkpoint
 from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.engines.embedded.jobs import Job, Outcome, Scoring
+from rollout.engines.embedded.mailbox import Mailbox
 from rollout.engines.embedded.versions import Versions
-from rollout.errors import EngineError, RequestError
+from rollout.engines.kept_state import KeptState
+from rollout.errors import EngineError, PreemptedError, RequestError
 
 PROMPT = tuple(json.loads((Path(__file__).parents[2] / "golden/embedded_prompts.json").read_text())[0]["token_ids"])
 WARM = Sampling(temperature=1.5, top_p=0.95, seed=11)
@@ -220,4 +222,59 @@ async def test_an_engine_starts_at_the_version_that_it_is_given_and_opens_again_
     await engine.close()
     await engine.open()
     assert engine.info == updated
+    await engine.close()
+
+
+async def test_a_chunk_ends_where_the_version_or_the_kv_changes_and_comes_before_the_end() -> None:
+    mailbox, running = Mailbox(), job(9)
+
+    def put(token_id: int, version: int, kv: KvBreak = "") -> None:
+        mailbox.put(Outcome(running, [Drawn(token_id, -0.5)], None, version, kv))
+
+    put(1, 0)
+    put(2, 0)
+    put(3, 1, "kept")
+    put(4, 1)
+    put(5, 1, "rebuilt")
+    mailbox.put(Outcome(running, [], "preempted"))
+    chunks = [await mailbox.take() for _ in range(3)]
+    assert [(chunk.token_ids, chunk.policy_version, chunk.kv) for chunk in chunks] == [
+        ((1, 2), 0, ""),
+        ((3, 4), 1, "kept"),
+        ((5,), 1, "rebuilt"),
+    ]
+    for _ in range(2):
+        with pytest.raises(PreemptedError):
+            await mailbox.take()
+
+
+class BrokenVersions(Versions):
+    def keep(self, session: str) -> KeptState | None:
+        raise ArithmeticError("a bug in the fourth layer")
+
+
+class BrokenEngine(EmbeddedEngine):
+    def _load(self) -> Versions:
+        versions = super()._load()
+        return BrokenVersions(versions.newest.model, versions.limits)
+
+
+async def test_a_bug_in_one_call_is_told_to_its_caller_to_all_that_run_and_to_all_that_come(tmp_path: Path) -> None:
+    engine = BrokenEngine()
+    await engine.open()
+    stream = engine.sample(job(1500).request)
+    await anext(stream)
+    for _ in range(2):
+        with pytest.raises(EngineError, match=r"thread failed: ArithmeticError\('a bug in the fourth layer'\)"):
+            await engine.save("s", tmp_path / "s.kv")
+
+    async def take_the_rest() -> None:
+        async for _ in stream:
+            pass
+
+    with pytest.raises(EngineError, match="fourth layer"):
+        await take_the_rest()
+    for call in (engine.pause("wait"), engine.preempt("s"), engine.score(PROMPT), engine.update(tmp_path, 1)):
+        with pytest.raises(EngineError, match="fourth layer"):
+            await call
     await engine.close()
