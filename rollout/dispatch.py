@@ -237,5 +237,6 @@ class Dispatcher:
 
 
 async def _settle(tasks: list[asyncio.Task[None]]) -> None:
-    """Until all are done and their ends are told; what they raised, `failed` heard."""
-    await asyncio.gather(*tasks, return_exceptions=True)
+    """Until all are done and their ends are told; what they raised, `failed` heard.  Who waits may go away."""
+    if tasks:
+        await asyncio.wait(tasks)

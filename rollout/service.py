@@ -238,10 +238,10 @@ class RolloutService:
     ) -> list[str]:
         """Stop these rollouts, those of a job, or all, until `resume`; the stops are durable. Returns whom it stopped.
 
-        What samples stops at a token boundary, what waits for a tool at once; sandboxes sleep.  NotFoundError.
+        What samples stops at a token boundary, what waits for a tool at once; sandboxes sleep.  A caller that goes away
+        stops them all the same.  NotFoundError.
         """
-        wanted = self._wanted(rollout_ids, request_id)
-        return await wal.settled(self.dispatcher.preempt(wanted, cause))
+        return await self.dispatcher.preempt(self._wanted(rollout_ids, request_id), cause)
 
     def resume(self, rollout_ids: Iterable[str] | None = None, *, request_id: str = "") -> list[str]:
         """Let rollouts that were preempted, or that the service failed, wait for their turn; whom this set going.
