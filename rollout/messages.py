@@ -22,7 +22,6 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from dsec.errors import ResourceExhaustedError
 from rollout.errors import RequestError
 
 MESSAGE_BYTES_MAX = 4 << 20
@@ -105,7 +104,7 @@ def _number(enum: Descriptor, name: str) -> int:
 def parts(message: Message, bytes_max: int = PART_BYTES_MAX) -> Iterator[Any]:
     """The message, or messages whose merge it is.
 
-    ResourceExhaustedError if what cannot be split (a text) is too large for one.
+    RequestError if what cannot be split (a text) is too large for one.
     """
     if message.ByteSize() <= bytes_max:
         yield message
@@ -143,7 +142,7 @@ def _chunks(field: Descriptor, values: Any, bytes_max: int) -> Iterator[Any]:
 
 def _bounded(message: Message) -> Message:
     if (size := message.ByteSize()) >= MESSAGE_BYTES_MAX:
-        raise ResourceExhaustedError(f"{size} bytes of text do not fit one message: ask without FIELD_TEXT")
+        raise RequestError(f"{size} bytes of text do not fit one message: ask without FIELD_TEXT")
     return message
 
 

@@ -159,3 +159,44 @@ async def test_a_server_that_comes_and_goes_is_not_noticed(serving: Any, tmp_pat
         sampled = [token for token, own in zip(trajectory.token_ids, trajectory.loss_mask, strict=True) if own]
         assert drawn[rollout_id] == sampled
     assert sorted(update.group["group_id"] for update in updates if update.group) == ["job/one", "job/two"]
+
+
+async def test_a_group_with_a_member_that_the_service_failed_says_so_and_is_whole_after_a_restart(
+    serving: Any, tmp_path: Path
+) -> None:
+    async with asyncio.timeout(3 * PATIENCE_S):
+        async with serving(tmp_path / "run") as setting:
+            await setting.client.pause_engine()
+            asking = asyncio.create_task(setting.groups("one", group_size=2))
+            await setting.until(lambda: len(setting.service.ledger.rollouts) == 2)
+            await setting.engine.close()  # as an engine that dies
+            (group,) = await asking
+            assert group.members == (None, None)
+            assert group.missing_reasons == {0: "ENGINE_ERROR", 1: "ENGINE_ERROR"}
+            updates = [update async for update in setting.client.attach("job")]
+            assert [update.what for update in updates] == ["opened", "opened", "infra_failed", "infra_failed"]
+            assert [update.group is not None for update in updates] == [False, False, False, True]
+            assert updates[-1].fields["fault"] == "peer"
+            states = [each.state async for each in setting.client.list()]
+            assert states == ["failed", "failed"]
+        async with serving(tmp_path / "run") as setting:
+            (group,) = await setting.groups("one", group_size=2)
+            assert [member is not None and member.finish_reason for member in group.members] == ["STOP", "STOP"]
+            updates = [update async for update in setting.client.attach("job")]
+            assert [update.event for update in updates if update.group] == [updates[-1].event]
+
+
+async def test_a_loop_waits_for_rollouts_that_were_preempted(setting: Any) -> None:
+    await setting.client.pause_engine()
+    asking = asyncio.create_task(setting.groups("one", "two", group_size=2))
+    await setting.until(lambda: len(setting.service.ledger.rollouts) == 4)
+    assert len(await setting.client.preempt(request_id="job", cause="lunch")) == 4
+    await setting.client.resume_engine()
+    updates = [update async for update in setting.client.attach("job")]  # ends: nothing runs
+    assert [update.fields["cause"] for update in updates if update.what == "preempted"] == ["lunch"] * 4
+    assert {each.state async for each in setting.client.list()} == {"preempted"}
+    assert not asking.done()
+    assert len(await setting.client.resume(request_id="job")) == 4
+    groups = await asking
+    assert sorted(group.group_id for group in groups) == ["job/one", "job/two"]
+    assert {member.record.preempt_count for group in groups for member in group.trajectories} == {1}
