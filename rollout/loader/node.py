@@ -2,12 +2,14 @@
 
 Ranks ask over a socket in Linux's abstract namespace and are handed a descriptor of the block; neither
 has a name in a file system, so nothing is left behind by whoever is killed.  A rank that is killed lets
-go of what it held when the kernel closes its connection.
+go of what it held when the kernel closes its connection, and may come back at any step.
 
 Invariants:
-1. At most `window` mini-batches are in memory that the node holds; a rank holds at most so many.
-2. A mini-batch is let go when every rank that lives had it and let go of it; when room is needed, also
-   one that nobody holds (it is read again for a rank that comes late).
+1. At most `window` mini-batches are in memory that the node holds.
+2. A rank holds the one that it took last.  A mini-batch stays until every rank that is not gone is past it, so
+   it is read once, and a fast rank waits for the slowest once it is `window` steps ahead.
+3. Nobody waits for ever: for a rank that came back from behind, what is ahead of it makes room (whoever has
+   mapped that keeps it, and whoever still needs it has it read again).
 
 See: docs/formats/shards.md, "A mini-batch in memory".
 """
@@ -15,6 +17,7 @@ See: docs/formats/shards.md, "A mini-batch in memory".
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 import threading
@@ -35,11 +38,10 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 class _Ask(msgspec.Struct):
-    """A process's message: its local rank (once, first), or the steps that it wants and lets go of."""
+    """A process's message: its local rank and first step (once, first), then each step that it wants."""
 
+    step: int
     rank: int = 0
-    take: int | None = None
-    release: int | None = None
 
 
 class _Answer(msgspec.Struct):
@@ -58,12 +60,6 @@ class _Block:
         self.fd: int | None = None
         self.size = 0
         self.holders: set[int] = set()
-        self.had: set[int] = set()
-
-    def hold(self, rank: int) -> None:
-        """A rank has it from here on."""
-        self.holders.add(rank)
-        self.had.add(rank)
 
 
 class Node:
@@ -78,9 +74,10 @@ class Node:
             raise RequestError(f"a node needs ranks and a window, not {list(ranks)} and {window}")
         self.dataset, self.plan, self.ranks, self.name, self.window = dataset, plan, tuple(ranks), name, window
         self._blocks: dict[int, _Block] = {}
-        self._gone: set[int] = set()
+        self._wanted = dict.fromkeys(range(len(self.ranks)), 0)
+        """The step that each local rank needs now: none before it.  Without those that are gone."""
         self._changed = threading.Condition()
-        self._attached: set[int] = set()
+        self._attached: dict[int, socket.socket] = {}
         self._connections: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._is_closing = False
@@ -149,60 +146,52 @@ class Node:
             while message := connection.recv(_MESSAGE_BYTES_MAX):
                 ask = msgspec.msgpack.decode(message, type=_Ask)
                 if rank is None:
-                    rank = self._greet(connection, ask.rank)
+                    rank = self._greet(connection, ask)
                 else:
-                    self._answer(connection, rank, ask)
+                    self._answer(connection, rank, ask.step)
         except (OSError, msgspec.MsgspecError):
             pass  # it is killed, or no rank at all
         finally:
             self._leave(connection, rank)
 
-    def _greet(self, connection: socket.socket, rank: int) -> int | None:
-        """The rank, if it may attach."""
-        error = ""
+    def _greet(self, connection: socket.socket, ask: _Ask) -> int | None:
+        """The rank, if it may attach; it takes the place of a process that is dead."""
+        answer = _Answer(error=f"node {self.name!r} has {len(self.ranks)} local ranks, counted from 0: not {ask.rank}")
         with self._changed:
-            if not 0 <= rank < len(self.ranks):
-                error = f"node {self.name!r} has {len(self.ranks)} local ranks, counted from 0, and none is {rank}"
-            elif rank in self._attached:
-                error = f"local rank {rank} is attached to node {self.name!r} already"
-            else:
-                self._attached.add(rank)
-                self._gone.discard(rank)
-        answer = _Answer(error=error) if error else _Answer(steps=len(self.plan), rank=self.ranks[rank])
-        with suppress(OSError):  # it is gone, and the next recv says so
-            connection.send(msgspec.msgpack.encode(answer))
-        return None if error else rank
+            if (other := self._attached.get(ask.rank)) is not None and not _is_hung_up(other):
+                answer = _Answer(error=f"local rank {ask.rank} is attached to node {self.name!r} already")
+            elif 0 <= ask.rank < len(self.ranks):
+                answer = _Answer(steps=len(self.plan), rank=self.ranks[ask.rank])
+                self._attached[ask.rank] = connection
+                self._want(ask.rank, ask.step)
+        connection.send(msgspec.msgpack.encode(answer))
+        return None if answer.error else ask.rank
 
-    def _answer(self, connection: socket.socket, rank: int, ask: _Ask) -> None:
-        if ask.release is not None:
-            self._release(rank, ask.release)
-        if ask.take is None:
-            return
+    def _answer(self, connection: socket.socket, rank: int, step: int) -> None:
         try:
-            fd = self._take(rank, ask.take)
+            fd = self._take(connection, rank, step)
         except RolloutError as error:
             answer = _Answer(error=str(error), is_damage=isinstance(error, ShardError))
             connection.send(msgspec.msgpack.encode(answer))
             return
         socket.send_fds(connection, [msgspec.msgpack.encode(_Answer())], [fd])
-        self._read_ahead(ask.take + 1)
+        self._read_ahead(step + 1)
 
-    def _take(self, rank: int, step: int) -> int:
+    def _take(self, connection: socket.socket, rank: int, step: int) -> int:
         with self._changed:
             if not 0 <= step < len(self.plan):
                 raise RequestError(f"the plan has {len(self.plan)} steps, not one numbered {step}")
-            if sum(rank in block.holders for block in self._blocks.values()) >= self.window:
-                raise RequestError(f"rank {rank} holds {self.window} mini-batches: release one before the next")
+            self._want(rank, step)
             while (block := self._blocks.get(step)) is None or block.fd is None:
-                if self._is_closing:
-                    raise RequestError(f"node {self.name!r} is closing")
-                if block is None and self._has_room(evicts=True):
+                if self._is_closing or _is_hung_up(connection):
+                    raise RequestError(f"node {self.name!r} is closing, or its rank {rank} is gone")
+                if block is None and self._has_room(step):
                     block = self._blocks[step] = _Block()
-                    block.hold(rank)
+                    block.holders.add(rank)
                     break
                 self._changed.wait()
             else:
-                block.hold(rank)
+                block.holders.add(rank)
                 return block.fd
         return self._read(step, block)
 
@@ -218,57 +207,54 @@ class Node:
         with self._changed:
             block.fd, block.size = fd, size
             self.reads_count += 1
-            self._changed.notify_all()
+            self._settle()
         return fd
 
     def _read_ahead(self, step: int) -> None:
         with self._changed:
-            if step >= len(self.plan) or step in self._blocks or not self._has_room(evicts=False):
+            if step >= len(self.plan) or step in self._blocks or len(self._blocks) >= self.window:
                 return
             block = self._blocks[step] = _Block()
         with suppress(RolloutError):  # the rank that takes it is told
             self._read(step, block)
 
-    def _has_room(self, *, evicts: bool) -> bool:
-        """Whether one more fits; makes room by what nobody holds if it may."""
+    def _has_room(self, step: int) -> bool:
+        """Whether one more fits; makes room by what is ahead of it: what nobody holds, or for a rank that came back."""
         if len(self._blocks) < self.window:
             return True
-        idle = [step for step, block in self._blocks.items() if block.fd is not None and not block.holders]
-        if not evicts or not idle:
-            return False
-        self._drop(min(idle))
-        return True
+        ahead = [at for at, block in self._blocks.items() if at > step and block.fd is not None]
+        spare = [at for at in ahead if not self._blocks[at].holders]
+        if not spare and step < min(self._blocks):
+            spare = ahead  # who has mapped it keeps it
+        if spare:
+            self._drop(max(spare))
+        return bool(spare)
 
-    def _release(self, rank: int, step: int) -> None:
-        with self._changed:
-            if (block := self._blocks.get(step)) is not None:
-                block.holders.discard(rank)
-            self._settle()
+    def _want(self, rank: int, step: int | None) -> None:
+        """A rank holds nothing from here on, and needs nothing before `step` (None: it is gone)."""
+        if step is None:
+            self._wanted.pop(rank, None)
+        else:
+            self._wanted[rank] = step
+        for block in self._blocks.values():
+            block.holders.discard(rank)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Let go of what nobody needs, and tell who waits."""
+        for at, block in list(self._blocks.items()):
+            if block.fd is not None and not block.holders and all(at < wanted for wanted in self._wanted.values()):
+                self._drop(at)
+        self._changed.notify_all()
 
     def _leave(self, connection: socket.socket, rank: int | None) -> None:
         """A rank has hung up, or was killed: it holds nothing, and nobody waits for it."""
         with self._changed:
             self._connections.discard(connection)
             connection.close()
-            if rank is None:
-                return
-            self._attached.discard(rank)
-            self._gone.add(rank)
-            for block in self._blocks.values():
-                block.holders.discard(rank)
-            self._settle()
-
-    def _settle(self) -> None:
-        """Let go of what every living rank had and let go of."""
-        for step, block in list(self._blocks.items()):
-            if (
-                block.fd is not None
-                and not block.holders
-                and block.had
-                and block.had | self._gone >= set(range(len(self.ranks)))
-            ):
-                self._drop(step)
-        self._changed.notify_all()
+            if rank is not None and self._attached.get(rank) is connection:
+                del self._attached[rank]
+                self._want(rank, None)
 
     def _drop(self, step: int) -> None:
         block = self._blocks.pop(step)
@@ -287,14 +273,13 @@ class Attached:
         """Use `attach`."""
         self.name, self._step = name, first_step
         self._socket = connection
-        self._held: int | None = None
-        answer, _ = self._ask(_Ask(rank=local_rank))
+        answer, _ = self._ask(_Ask(step=first_step, rank=local_rank))
         self.rank, self.steps_count = answer.rank, answer.steps
 
     def __iter__(self) -> Iterator[Batch]:
         while self._step < self.steps_count:
-            _, fd = self._ask(_Ask(take=self._step, release=self._held))
-            self._held, self._step = self._step, self._step + 1
+            _, fd = self._ask(_Ask(step=self._step))
+            self._step += 1
             try:
                 batch = Batch(fd, self.rank)
             finally:
@@ -351,6 +336,13 @@ def _is_ours(connection: socket.socket) -> bool:
     """Whether the process at the other end is this user's."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return bool(_CREDENTIALS.unpack(credentials)[1] == os.geteuid())
+
+
+def _is_hung_up(connection: socket.socket) -> bool:
+    """Whether the process at the other end is gone."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def _address(name: str) -> str:

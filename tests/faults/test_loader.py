@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 
 import wal
-from rollout.errors import NotFoundError, RequestError, ShardError
+from rollout.errors import RequestError, ShardError
 from rollout.export.manifest import KIND, Appended, Manifest, encode, shard_path
 from rollout.export.shards import ShardWriter
-from rollout.export.side_channels import Channel
 from rollout.export.testing import made_up_record
 from rollout.loader import Dataset, Node, Verdict, attach
 from wal.format import crc32
@@ -64,8 +63,10 @@ def name(tmp_path: Path) -> str:
 def process(program: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-c", program, *map(str, arguments)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
-        yield running
-        running.kill()
+        try:
+            yield running
+        finally:
+            running.kill()
 
 
 def said(running: subprocess.Popen[str]) -> str:
@@ -96,6 +97,12 @@ def wait_until(node: Node, is_so: Callable[[], bool]) -> None:
         assert node._changed.wait_for(is_so, timeout=30)
 
 
+def lines_of(dataset: Dataset, plan: Any, rank: int) -> list[str]:
+    """What RANK says of each step."""
+    batches = dataset.batches(plan, rank)
+    return [" ".join([str(batch.step), *(str(int(s.token_ids.sum())) for s in batch)]) for batch in batches]
+
+
 def plan_of(dataset: Dataset) -> Any:
     return dataset.plan(seed=0, epoch=0, token_budget=100, world_size=2, step_units_count=2)
 
@@ -105,13 +112,7 @@ def test_ranks_share_one_copy_that_is_read_once_and_what_it_says_is_what_one_alo
 ) -> None:
     dataset = Dataset.open(shards)
     plan = plan_of(dataset)
-    alone = [
-        [
-            f"{batch.step} {' '.join(str(int(s.token_ids.sum())) for s in batch)}"
-            for batch in dataset.batches(plan, rank)
-        ]
-        for rank in range(2)
-    ]
+    alone = [lines_of(dataset, plan, rank) for rank in range(2)]
     with Node(dataset, plan, [0, 1], name) as node, process(RANK, name, 0) as a, process(RANK, name, 1) as b:
         assert [[said(a)], [said(b)]] == [lines[:1] for lines in alone]
         for step in range(1, len(plan)):
@@ -154,7 +155,7 @@ def test_a_rank_attaches_once_and_those_of_one_group_see_the_same_memory(shards:
         batch.sequences[0].advantages[:] = 1.0
         assert same.sequences[0].advantages.tolist() == [1.0] * len(batch.sequences[0])
         mine.close()
-        wait_until(node, lambda: node._attached == {1})
+        wait_until(node, lambda: node._attached.keys() == {1})
         with attach(name, 0) as again:
             assert next(iter(again)).sequences[0].advantages.tolist() == [1.0] * len(batch.sequences[0])
 
@@ -167,7 +168,7 @@ def test_a_rank_that_is_killed_lets_go_and_one_that_comes_back_goes_on(shards: P
             assert said(b).startswith("0 ")
             b.kill()
             b.wait()
-        wait_until(node, lambda: node._attached == {0})
+        wait_until(node, lambda: node._attached.keys() == {0})
         assert ask_next(a).startswith("1 ")
         assert ask_next(a).startswith("2 ")
         wait_until(node, lambda: all(block.holders <= {0} for block in node._blocks.values()))
@@ -227,7 +228,7 @@ def test_who_asks_for_what_cannot_be_is_told(shards: Path, name: str) -> None:
     dataset = Dataset.open(shards)
     plan = plan_of(dataset)
     with Node(dataset, plan, [0], name):
-        with pytest.raises(RequestError, match="has 1 local ranks, counted from 0, and none is 7"):
+        with pytest.raises(RequestError, match="has 1 local ranks, counted from 0: not 7"):
             attach(name, 7)
         with pytest.raises(RequestError, match="cannot be served here"):
             Node(dataset, plan, [0], name).__enter__()
@@ -314,16 +315,6 @@ def test_directories_of_many_workers_are_one_dataset_in_any_order(tmp_path: Path
     assert plans[0].dropped == {}
 
 
-def test_side_channels_are_found_by_row_and_name(tmp_path: Path) -> None:
-    routes = np.arange(24, dtype=np.uint16).reshape(6, 2, 2)
-    with ShardWriter.open(tmp_path) as writer:
-        writer.append(RECORDS[:2], {RECORDS[1].rollout_id: {"routes": Channel(routes, "U16", (0, 1))}})
-    dataset = Dataset.open(tmp_path)
-    assert np.array_equal(dataset.side_channel(1, "routes"), routes)
-    with pytest.raises(NotFoundError, match=r"g0.0 has no side channel 'routes'"):
-        dataset.side_channel(0, "routes")
-
-
 def test_a_plan_of_nothing_has_no_steps_and_says_why(tmp_path: Path) -> None:
     with ShardWriter.open(tmp_path):
         pass
@@ -337,15 +328,52 @@ def test_a_plan_of_nothing_has_no_steps_and_says_why(tmp_path: Path) -> None:
     assert (len(tail), tail.dropped) == (0, {Verdict.UNREWARDED: 1, Verdict.TAIL: 1})
 
 
-def test_a_rollout_of_a_million_tokens_is_one_sequence(tmp_path: Path) -> None:
-    record = made_up_record("long", turns=((1 << 19, 1 << 19),))
-    with ShardWriter.open(tmp_path) as writer:
-        writer.append([record, made_up_record("short")])
-    dataset = Dataset.open(tmp_path)
-    plan = dataset.plan(seed=0, epoch=0, token_budget=1 << 20)
-    (batch,) = dataset.batches(plan)
-    sizes = sorted(len(sequence) for sequence in batch)
-    assert sizes == [50, 1 << 20]
-    longest = max(batch, key=len)
-    assert np.array_equal(longest.token_ids, np.array(record.token_ids, "u4"))
-    assert longest.loss_mask.sum() == 1 << 19
+def test_a_rank_that_is_killed_while_it_waits_is_replaced_at_once(shards: Path, name: str) -> None:
+    dataset = Dataset.open(shards)
+    with (
+        Node(dataset, plan_of(dataset), [0, 1], name, window=1),
+        process(RANK, name, 1) as slow,
+        process(RANK, name, 0) as fast,
+    ):
+        assert said(slow).startswith("0 ")
+        first = said(fast)
+        assert fast.stdin is not None
+        fast.stdin.write("next\n")
+        fast.stdin.flush()
+        fast.kill()
+        fast.wait()
+        with process(RANK, name, 0) as again:
+            assert said(again) == first
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_ranks_that_are_killed_at_random_see_every_mini_batch_as_it_is(shards: Path, name: str, seed: int) -> None:
+    dice, dataset, ranks = random.Random(seed), Dataset.open(shards), [0, 0, 1]
+    plan = dataset.plan(seed=seed, epoch=0, token_budget=60, world_size=2, step_units_count=1)
+    expected = [
+        [
+            f"{batch.step} {' '.join(str(int(s.token_ids.sum())) for s in batch)}"
+            for batch in dataset.batches(plan, rank)
+        ]
+        for rank in range(2)
+    ]
+    with Node(dataset, plan, ranks, name) as node, ExitStack() as stack:
+        running = [stack.enter_context(process(RANK, name, i)) for i in range(3)]
+        at = [0] * 3
+        assert [said(each) for each in running] == [expected[rank][0] for rank in ranks]
+        while min(at) < len(plan) - 1:
+            i = dice.choice([i for i in range(3) if at[i] <= min(at) and at[i] < len(plan) - 1])
+            if dice.random() < 0.2:
+                running[i].kill()
+                running[i].wait()
+                running[i] = stack.enter_context(process(RANK, name, i))
+                at[i] = 0
+                assert said(running[i]) == expected[ranks[i]][0]
+            else:
+                at[i] += 1
+                assert ask_next(running[i]) == expected[ranks[i]][at[i]]
+            assert len(node.resident_steps) <= 2
+    for each in running:
+        each.kill()
+        each.wait()
+    assert memory_of(name) == []

@@ -17,11 +17,12 @@ from pyarrow import parquet
 from safetensors import safe_open
 
 import wal
-from rollout.errors import RequestError, ResultsError, ShardError
+from rollout.errors import NotFoundError, RequestError, ResultsError, ShardError
 from rollout.export.manifest import Manifest, shard_path
 from rollout.export.shards import ShardWriter, row_of
 from rollout.export.side_channels import Channel, read_channel
 from rollout.export.testing import made_up_record
+from rollout.loader import Dataset
 from rollout.record import TrajectoryRecord
 
 RECORDS = [made_up_record(f"g{i // 2}", i % 2, size=2, turns=((5, 7), (3, i))) for i in range(24)]
@@ -282,3 +283,27 @@ def test_a_damaged_side_channel_is_told_by_file_and_name(tmp_path: Path) -> None
             read_channel(tmp_path, channel)
     with pytest.raises(ShardError, match="no name of a file of this directory"):
         read_channel(tmp_path, msgspec.structs.replace(channel, uri="../secret"))
+
+
+def test_side_channels_are_found_by_row_and_name(tmp_path: Path) -> None:
+    routes = np.arange(24, dtype=np.uint16).reshape(6, 2, 2)
+    with ShardWriter.open(tmp_path) as writer:
+        writer.append(RECORDS[:2], {RECORDS[1].rollout_id: {"routes": Channel(routes, "U16", (0, 1))}})
+    dataset = Dataset.open(tmp_path)
+    assert np.array_equal(dataset.side_channel(1, "routes"), routes)
+    with pytest.raises(NotFoundError, match=r"g0.0 has no side channel 'routes'"):
+        dataset.side_channel(0, "routes")
+
+
+def test_a_rollout_of_a_million_tokens_is_one_sequence(tmp_path: Path) -> None:
+    record = made_up_record("long", turns=((1 << 19, 1 << 19),))
+    with ShardWriter.open(tmp_path) as writer:
+        writer.append([record, made_up_record("short")])
+    dataset = Dataset.open(tmp_path)
+    plan = dataset.plan(seed=0, epoch=0, token_budget=1 << 20)
+    (batch,) = dataset.batches(plan)
+    sizes = sorted(len(sequence) for sequence in batch)
+    assert sizes == [50, 1 << 20]
+    longest = max(batch, key=len)
+    assert np.array_equal(longest.token_ids, np.array(record.token_ids, "u4"))
+    assert longest.loss_mask.sum() == 1 << 19
