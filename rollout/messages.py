@@ -77,7 +77,7 @@ def _plain_list(field: Descriptor, value: Any, *, keeps_unset: bool) -> Any:
         return dict(value)
     if field.message_type:
         return [plain(each, keeps_unset=keeps_unset) for each in value]
-    return [_name(field.enum_type, each) for each in value] if field.enum_type else list(value)
+    return [_name(field.enum_type, each) for each in value if each] if field.enum_type else list(value)
 
 
 def is_map(field: Descriptor) -> bool:

@@ -42,8 +42,8 @@ class Policy:
         When it returns, all of it is durable; it is carried out to its end even if the caller goes away.
         RequestError, EngineError: nothing changed.
         """
-        if not checkpoint:
-            raise RequestError("checkpoint: empty: name a checkpoint on the server's host")
+        if not await asyncio.to_thread(_exists, checkpoint):
+            raise RequestError(f"checkpoint {checkpoint!r}: no such absolute path on the server's host")
         return await wal.settled(self._update(checkpoint, policy_version))
 
     async def _update(self, checkpoint: str, policy_version: int) -> tuple[EngineInfo, list[str]]:
@@ -56,6 +56,13 @@ class Policy:
             for request_id, rollout_ids in stale.items():
                 await service.finish(request_id, rollout_ids, FinishReason.STALE)
         return info, [rollout_id for rollout_ids in stale.values() for rollout_id in rollout_ids]
+
+
+def _exists(checkpoint: str) -> bool:
+    try:
+        return Path(checkpoint).is_absolute() and Path(checkpoint).exists()
+    except (OSError, ValueError):  # a name that can be none
+        return False
 
 
 def stale_rollouts(ledger: Ledger) -> dict[str, list[str]]:

@@ -242,7 +242,7 @@ class AsyncRolloutClient:
         for task in tasks:
             name, url = task if isinstance(task, tuple) else (task, None)
             request.instructions.add(task=name, url=url)
-        reply = await self._connection.call("QuickInstruction", request)
+        reply = await self._connection.call("QuickInstruction", request, retries_engine=True)
         return tuple(struct_of(answer, QuickAnswer) for answer in reply.answers)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from dsec.errors import DsecError, InvalidArgumentError, ResourceExhaustedError, UnreachableError
-from rollout.errors import RolloutError
+from rollout.errors import EngineError, RolloutError
 from rollout.messages import MESSAGE_BYTES_MAX
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
 
@@ -88,8 +88,8 @@ class Connection:
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._stub: Any = RolloutServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
-    async def call(self, name: str, request: Any) -> Any:
-        """A unary call, or all messages of a stream, asked again if it was lost."""
+    async def call(self, name: str, request: Any, *, retries_engine: bool = False) -> Any:
+        """A unary call, or all messages of a stream, asked again if it was lost (or if the engine failed it)."""
         retry = Retry(self.patience_s)
         while True:
             try:
@@ -98,7 +98,10 @@ class Connection:
                     return [message async for message in called]
                 return await called
             except grpc.aio.AioRpcError as error:
-                await retry.wait(self._may_retry(error))
+                ours = self._may_retry(error)
+                if isinstance(ours, EngineError) and not retries_engine:
+                    raise ours from None
+                await retry.wait(ours)
 
     async def stream(self, make: Callable[[], tuple[str, Any]], retry: Retry) -> AsyncGenerator[Any, None]:
         """The messages of a stream that `make` names the call and the request of, each time that it breaks."""

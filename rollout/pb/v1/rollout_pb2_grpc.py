@@ -210,8 +210,8 @@ class RolloutServiceServicer:
 
         Use it for each weight sync.  Idempotent: the last update again changes nothing.  When it returns, the engine has
         the weights, the log says so (a restart loads them again), and rollouts that fell behind `max_lag` have ended as
-        STALE.  INVALID_ARGUMENT: the version does not grow.  UNAVAILABLE: the checkpoint cannot be loaded, or pinned
-        versions fill the engine; nothing changed.
+        STALE.  INVALID_ARGUMENT: the version does not grow, or there is no such path.  UNAVAILABLE: the checkpoint cannot
+        be loaded, or pinned versions fill the engine.  After an error nothing has changed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

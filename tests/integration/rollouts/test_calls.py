@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import random
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.message_factory import GetMessageClass
 
 from dsec.errors import DsecError, InvalidArgumentError, StateError
 from dsec.wire import STATUS
 from rollout.client import RolloutClient
 from rollout.engine import Sampling
 from rollout.errors import ConflictError, NotFoundError, RequestError, RolloutError, TaskError
+from rollout.grpc_server import SERVICE
 from rollout.jobs import make_conversation
-from rollout.messages import MESSAGE_BYTES_MAX, merge
+from rollout.messages import MESSAGE_BYTES_MAX, is_map, merge
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.request import (
     CallableReward,
@@ -325,3 +329,64 @@ def test_every_error_has_a_status() -> None:
     leaves = [leaf for root in (RolloutError, DsecError, WalError, DslError) for leaf in root.__subclasses__()]
     assert len(leaves) > 15
     assert [leaf.__name__ for leaf in leaves if leaf.code not in STATUS] == []
+
+
+@pytest.mark.parametrize("method", [method.name for method in SERVICE.methods])
+async def test_noise_in_any_request_is_the_callers_fault_and_leaves_the_service_as_it_is(
+    setting: Any, method: str
+) -> None:
+    await setting.job()
+    dice = random.Random(method)
+    found, kind = SERVICE.methods_by_name[method], GetMessageClass(SERVICE.methods_by_name[method].input_type)
+    async with grpc.aio.insecure_channel(setting.address) as channel:
+        path = f"/{SERVICE.full_name}/{method}"
+        for _ in range(150):
+            data = _noise(dice, kind)
+            try:
+                if found.server_streaming:
+                    async for _reply in channel.unary_stream(path)(data, timeout=20):
+                        pass
+                else:
+                    await channel.unary_unary(path)(data, timeout=20)
+            except grpc.aio.AioRpcError as error:
+                known = {"INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE", "ALREADY_EXISTS", "FAILED_PRECONDITION"}
+                assert error.code().name in known, (error.code(), error.details(), data)  # noqa: PT017
+    await setting.client.resume_engine()
+    assert len(await setting.job("after")) > 0
+
+
+WORDS = ("job", "job/one.0", "job/one", "x", "", "a b", "ü", "\x00", "query", "../..", "one", "{}", "[]")
+
+
+def _noise(dice: random.Random, kind: type[Any]) -> bytes:
+    """A message with random fields, now and then with random bytes in it."""
+    message = kind()
+    _fill(dice, message, 0)
+    data = bytearray(message.SerializeToString())
+    if dice.random() < 0.3:
+        for _ in range(dice.randrange(1, 4)):
+            data[dice.randrange(len(data) + 1) : dice.randrange(len(data) + 1)] = dice.randbytes(dice.randrange(4))
+    return bytes(data)
+
+
+def _fill(dice: random.Random, message: Any, depth: int) -> None:
+    for field in message.DESCRIPTOR.fields:
+        if dice.random() < 0.5 or (field.message_type and depth > 3) or is_map(field):
+            continue
+        count = dice.randrange(3) if field.is_repeated else 1
+        for _ in range(count):
+            if field.message_type:
+                part = getattr(message, field.name)
+                part = part.add() if field.is_repeated else part
+                part.SetInParent()
+                _fill(dice, part, depth + 1)
+                continue
+            value = {
+                field.CPPTYPE_STRING: lambda: dice.choice(WORDS),
+                field.CPPTYPE_BOOL: lambda: dice.random() < 0.5,
+                field.CPPTYPE_DOUBLE: lambda: dice.choice((0.0, 1.0, -1.0, math.nan, math.inf, 0.5)),
+            }.get(field.cpp_type, lambda: dice.choice((0, 1, 2, 3, 5, 100, 0x7FFFFFFF)))()
+            if field.is_repeated:
+                getattr(message, field.name).append(value)
+            else:
+                setattr(message, field.name, value)
