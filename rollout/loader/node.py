@@ -174,10 +174,14 @@ class Node:
             answer = _Answer(error=str(error), is_damage=isinstance(error, ShardError))
             connection.send(msgspec.msgpack.encode(answer))
             return
-        socket.send_fds(connection, [msgspec.msgpack.encode(_Answer())], [fd])
+        try:
+            socket.send_fds(connection, [msgspec.msgpack.encode(_Answer())], [fd])
+        finally:
+            os.close(fd)
         self._read_ahead(step + 1)
 
     def _take(self, connection: socket.socket, rank: int, step: int) -> int:
+        """A descriptor of the caller's own: the node's may be closed, and its number used again, at any moment."""
         with self._changed:
             if not 0 <= step < len(self.plan):
                 raise RequestError(f"the plan has {len(self.plan)} steps, not one numbered {step}")
@@ -192,11 +196,11 @@ class Node:
                 self._changed.wait()
             else:
                 block.holders.add(rank)
-                return block.fd
-        return self._read(step, block)
+                return os.dup(block.fd)
+        return self._read(step, block, duplicates=True)
 
-    def _read(self, step: int, block: _Block) -> int:
-        """Fill the place that was taken for a step."""
+    def _read(self, step: int, block: _Block, *, duplicates: bool = False) -> int:
+        """Fill the place that was taken for a step; a descriptor for the caller, if it wants one."""
         try:
             fd, size = make_block(self.dataset.metadata, self.plan, step, sorted(set(self.ranks)), self.name)
         except BaseException:
@@ -207,8 +211,9 @@ class Node:
         with self._changed:
             block.fd, block.size = fd, size
             self.reads_count += 1
+            own = os.dup(fd) if duplicates else -1
             self._settle()
-        return fd
+        return own
 
     def _read_ahead(self, step: int) -> None:
         with self._changed:
