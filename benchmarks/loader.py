@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -207,16 +207,14 @@ def measure_memory(directory: Path) -> dict[str, Any]:
     plan = dataset.plan(seed=0, epoch=0, token_budget=BUDGET, step_units_count=8)
     name, figures = f"benchmark-{time.time_ns()}", {}
     with Node(dataset, plan, [0] * RANKS, name) as node:
-        figures["node"] = watch_ranks("node", name)
-        figures["block_kib"] = node.resident_bytes // len(node.resident_steps) // 1024
-        figures["window_kib"] = node.resident_bytes // 1024
-    figures["alone"] = watch_ranks("alone", str(directory))
+        figures["node"] = watch_ranks("node", name, lambda: node.resident_bytes)
+    figures["alone"] = watch_ranks("alone", str(directory), lambda: 0)
     figures["tokens"] = sum(int(dataset.metadata.tokens_count[rows].sum()) for rows in plan.sequences(0, 0))
     return figures
 
 
-def watch_ranks(way: str, where: str) -> dict[str, int]:
-    """Shared and private KiB that the first mini-batch adds to all ranks together."""
+def watch_ranks(way: str, where: str, held_bytes: Callable[[], int]) -> dict[str, int]:
+    """Shared and private KiB that the first mini-batch adds to all ranks together; what the node holds then."""
     commands = [[sys.executable, "-c", RANK, way, where, str(BUDGET), str(rank)] for rank in range(RANKS)]
     ranks = [subprocess.Popen(each, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for each in commands]
     told: list[list[list[int]]] = []
@@ -230,10 +228,12 @@ def watch_ranks(way: str, where: str) -> dict[str, int]:
     # Shared pages are counted by how many map them, so look while everybody does.
     shared = [proportional_kib(rank.pid, "Pss_Shmem:") for rank in ranks]
     private = [proportional_kib(rank.pid, "Pss_Anon:") for rank in ranks]
+    held = held_bytes()
     for rank in ranks:
         rank.kill()
         rank.communicate()
     return {
+        "held_kib": held // 1024,
         "shared_kib": sum(shared) - sum(each[0] for each in told[0]),
         "private_kib": sum(private) - sum(each[1] for each in told[0]),
     }
