@@ -1,16 +1,83 @@
-"""A Docker daemon of our own for the tests that need one: no network, all of it below one directory and one cgroup."""
+"""What tests of other people's programs need: a Docker daemon of our own, and a service that speaks HTTP beside them.
 
+The daemon has no network, and all of it is below one directory and one cgroup.
+"""
+
+import asyncio
 import shutil
 import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 
+from dsec.testing import FakeSubstrate
+from rollout.config import RolloutConfig
+from rollout.engine import Engine
+from rollout.http_server import listen, start_http_server
+from rollout.main import load_tokenizer
+from rollout.service import RolloutService
+
 STOP_S = 60
+T = TypeVar("T")
+
+
+@dataclass
+class Served:
+    """A service in a thread of its own; its ledger may be read while no call runs."""
+
+    url: str
+    service: RolloutService
+    loop: asyncio.AbstractEventLoop
+
+    def ask(self, work: Coroutine[Any, Any, T]) -> T:
+        """What a coroutine gives, in the service's thread."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(STOP_S)
+
+
+Serve = Callable[..., AbstractContextManager[Served]]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Serve:
+    """`with serve(engine, token, **bounds) as served`: for clients that block."""
+
+    @contextmanager
+    def serving(engine: Engine, token: str = "", **bounds: int) -> Iterator[Served]:
+        ready: Future[Served] = Future()
+        stopping = asyncio.Event()
+
+        async def run() -> None:
+            config = RolloutConfig(log_sync="os", **bounds)
+            async with RolloutService(tmp_path / "log", engine, FakeSubstrate(), load_tokenizer(), config) as service:
+                await service.start()
+
+                async def find(_request_id: str, *, creates: bool) -> RolloutService:
+                    return service
+
+                server = start_http_server(find, listen("127.0.0.1:0"), token)
+                ready.set_result(Served(f"http://127.0.0.1:{server.port}", service, loop))
+                await stopping.wait()
+                await server.stop()
+
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
+        thread.start()
+        try:
+            yield ready.result(STOP_S)
+        finally:
+            loop.call_soon_threadsafe(stopping.set)
+            thread.join(STOP_S)
+            loop.close()
+
+    return serving
 
 
 @pytest.fixture(scope="session")
