@@ -171,8 +171,10 @@ class Ledger:
 
     def asks_for(self, rollout_id: str) -> bool:
         """Whether a job asked for the rollout."""
-        known = self._group_of.get(rollout_id.rpartition(".")[0])
-        return known is not None and rollout_id in known[1].members
+        group_id, _, index = rollout_id.rpartition(".")
+        known = self._group_of.get(group_id)
+        is_number = index.isascii() and index.isdecimal() and str(int(index)) == index
+        return known is not None and is_number and int(index) < known[1].size
 
     def holds_group(self, group_id: str) -> bool:
         """True if a job of this log has the group."""

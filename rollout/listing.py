@@ -79,12 +79,14 @@ def _from(ledger: Ledger, token: str) -> Iterator[tuple[str, int, str, Group, in
     if token and (start_id not in ledger.jobs or not (start.isascii() and start.isdecimal())):
         raise RequestError(f"page_token {token!r}: this log gave no such token; begin again without one")
     has_begun = not token
-    for request_id in ledger.jobs:
+    for request_id, job in ledger.jobs.items():
         if not has_begun and request_id != start_id:
             continue
-        for nth, (rollout_id, group, index) in enumerate(ledger.members(request_id)):
-            if has_begun or nth >= int(start):
-                yield request_id, nth, rollout_id, group, index
+        first, nth = 0 if has_begun else int(start), 0
+        for group in job.groups:
+            for index in range(max(0, first - nth), group.size):
+                yield request_id, nth + index, f"{group.group_id}.{index}", group, index
+            nth += group.size
         has_begun = True
 
 

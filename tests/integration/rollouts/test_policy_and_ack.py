@@ -11,6 +11,7 @@ import pytest
 import wal
 from dsec.errors import StateError
 from rollout.errors import EngineError, NotFoundError, RequestError
+from rollout.export.shards import ShardWriter
 from rollout.ledger import Ledger
 from rollout.request import Limits, PolicyRule
 from rollout.testing import Reply
@@ -157,3 +158,14 @@ def retention_of(setting: Any) -> Any:
         each for each in gc.get_objects() if isinstance(each, LogRetention) and each._service is setting.service
     ]
     return found
+
+
+async def test_what_is_acknowledged_at_once_is_in_the_shards_too(serving: Any, tmp_path: Path) -> None:
+    async with asyncio.timeout(60), serving(tmp_path / "run", exports_shards=True) as setting:
+        for number in range(5):
+            groups = await setting.groups("one", "two", group_size=4, request_id=f"job-{number}")
+            ids = [member.rollout_id for group in groups for member in group.trajectories]
+            assert await setting.client.ack(ids) == 8
+        assert setting.service.ledger.rollouts == {}
+    with ShardWriter.open(tmp_path / "run/shards") as written:
+        assert len(set(written.rollout_ids)) == 40
