@@ -304,6 +304,8 @@ class Worker:
         is_taken = newest_epoch(self.root / owned.name / "wal") > owned.epoch
         if hands_over and (self._parts.has_served_edge or not is_taken):
             owned.service.hand_over()  # else whoever took it found our own Edge in use: what is in that is nobody's
+        if hands_over and not is_taken:
+            await owned.service.preempt(cause="the worker stops")  # whoever comes finds the engine's states, too
         if owned.watching is not None and owned.watching is not asyncio.current_task():
             owned.watching.cancel()
         try:
