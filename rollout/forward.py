@@ -10,9 +10,10 @@ See: rollout/worker.py for who has what; proto/rollout/pb/v1/rollout.proto.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -150,12 +151,9 @@ class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class 
             handler = self._handler(place.service, method)
             reply: bytes = handler.response_serializer(await handler.unary_unary(data, context))
             return reply
-        try:
-            call = self._channel(place.address).unary_unary(_path(method), None, None)
-            reply = await call(data, **_passed_on(place, context))
-        except grpc.aio.AioRpcError as error:
-            await _pass_back(error, place, context)
-        return reply
+        call = self._channel(place.address).unary_unary(_path(method), None, None)(data, **_passed_on(place, context))
+        async with self._while_there(place, call, context):
+            return bytes(await call)
 
     async def _follow(
         self, place: Place, method: MethodDescriptor, data: bytes, context: Context
@@ -167,12 +165,26 @@ class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class 
                     yield handler.response_serializer(reply)
             return
         call = self._channel(place.address).unary_stream(_path(method), None, None)(data, **_passed_on(place, context))
-        try:
+        async with self._while_there(place, call, context):
             async for passed in call:
                 yield passed
+
+    @asynccontextmanager
+    async def _while_there(self, place: Place, call: Any, context: Context) -> AsyncIterator[None]:
+        """A call to another worker, ended when that lost the partition: it may be frozen, and will say nothing."""
+        moved = asyncio.create_task(self._opened().until_moved(place))
+        moved.add_done_callback(lambda _: call.cancel())
+        try:
+            yield
         except grpc.aio.AioRpcError as error:
             await _pass_back(error, place, context)
+        except asyncio.CancelledError:
+            if not moved.done():
+                raise
+            why = UnreachableError(f"worker {place.address} lost partition {place.partition}: ask again")
+            await context.abort(*status_of(why), trailing_metadata=((_PUSHBACK, RETRY_MS),))
         finally:
+            moved.cancel()
             call.cancel()
 
     def _handler(self, service: RolloutService, method: MethodDescriptor) -> Any:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Self
 
 import wal
-from dsec.errors import StateError, UnreachableError
+from dsec.errors import StateError
 from dsec.sandbox import Substrate
 from rollout.admission import capacity_of, check_new, check_same, claims_of, rules_of
 from rollout.bench.tasks import Task
@@ -174,13 +174,13 @@ class RolloutService:
         """Stop running rollouts where they are (the log keeps them), free everything."""
         await self._resources.aclose()
 
-    def hand_over(self) -> None:
-        """Have the end leave sandboxes, and what runs in them, to the next owner of the log."""
+    async def hand_over(self, cause: str = "") -> None:
+        """Leave sandboxes to the log's next owner; with a `cause`, preempt every rollout first.  wal.WalError."""
         self._is_handed_over = True
         self.sandboxes.leave()
-
-    def _send_away(self) -> None:
-        self.watchers.break_off(UnreachableError(f"{self.directory} is being left by this process: ask again"))
+        self.watchers.send_away()  # a job that is preempted here has not come to rest
+        if cause:
+            await self.preempt(cause=cause)
 
     async def _leave_substrate(self) -> None:
         await (self.substrate.detach() if self._is_handed_over else self.substrate.close())
@@ -373,7 +373,7 @@ class RolloutService:
     def _fail(self, error: BaseException) -> None:
         if not self._failed.done():
             self._failed.set_exception(error)
-            self._send_away()
+            self.watchers.send_away()
 
     def _publish(self, event: Event) -> None:
         self._observe(event)
@@ -387,7 +387,7 @@ class RolloutService:
                     self.exporter.observe(event)
 
     async def _stop_rollouts(self) -> None:
-        self._send_away()
+        self.watchers.send_away()
         await self.endings.close()
         await self.dispatcher.close()
         await self.sandboxes.close()

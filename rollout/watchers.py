@@ -10,7 +10,7 @@ import asyncio
 from collections import defaultdict
 from typing import Self
 
-from dsec.errors import DsecError, ResourceExhaustedError
+from dsec.errors import DsecError, ResourceExhaustedError, UnreachableError
 from rollout.events import RolloutEvent
 
 Numbered = tuple[int, RolloutEvent]
@@ -90,8 +90,9 @@ class Watchers:
         for watch in self._watches.pop(request_id, ()):
             watch.put(None)
 
-    def break_off(self, error: DsecError) -> None:
-        """End every watch with an error: what they watch goes on elsewhere, or not now."""
+    def send_away(self) -> None:
+        """End every watch with an UnreachableError: what they watch goes on elsewhere, or not now."""
+        error = UnreachableError("the job that is followed here is being left by this process: ask again")
         for watches in self._watches.values():
             for watch in watches:
                 watch.break_off(error)

@@ -81,6 +81,7 @@ class Worker:
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._resources = AsyncExitStack()
         self._refused: set[str] = set()
+        self._looked = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self, address: str) -> None:
@@ -180,6 +181,15 @@ class Worker:
             raise UnreachableError(f"nobody owns partition {partition} now, where this request belongs: ask again")
         return Place(partition, address=worker.address)
 
+    async def until_moved(self, place: Place) -> None:
+        """Wait until the index says that a partition is no longer at that address: who was there may be frozen."""
+        while True:
+            await self._looked.wait()
+            living = self.snapshot.living()
+            owners = {each.name: living.get(each.owner or "") for each in self.snapshot.partitions}
+            if (owner := owners.get(place.partition)) is None or owner.address != place.address:
+                return
+
     async def partitions(self) -> list[str]:
         """The names of all partitions of the root, in order."""
         return [ALONE] if self.is_alone else [each.name for each in (await self._index.snapshot()).partitions]
@@ -209,6 +219,8 @@ class Worker:
         """One look at the index, and what follows from it; True if the next one should follow at once."""
         await self._renew()
         self.snapshot = await self._index.snapshot()
+        self._looked.set()
+        self._looked.clear()  # whoever waits looks once
         held = {each.name: (each.epoch, each.service.running_count) for each in self.owned.values()}
         todo = plan(self.owner, self.snapshot.without(self._refused), held)
         for name in todo.lose:
@@ -301,17 +313,19 @@ class Worker:
         """Let go of a partition in this process; the index is not told."""
         if self.owned.pop(owned.name, None) is None:
             return
-        is_taken = newest_epoch(self.root / owned.name / "wal") > owned.epoch
-        if hands_over and (self._parts.has_served_edge or not is_taken):
-            owned.service.hand_over()  # else whoever took it found our own Edge in use: what is in that is nobody's
-        if hands_over and not is_taken:
-            await owned.service.preempt(cause="the worker stops")  # whoever comes finds the engine's states, too
         if owned.watching is not None and owned.watching is not asyncio.current_task():
             owned.watching.cancel()
+        is_taken = newest_epoch(self.root / owned.name / "wal") > owned.epoch
         try:
-            await owned.service.__aexit__()
+            if hands_over and not is_taken:
+                await owned.service.hand_over(f"worker {self.worker_id} lets go of it")
+            elif hands_over and self._parts.has_served_edge:  # else it is in an Edge that its successor does not have
+                await owned.service.hand_over()
         except wal.WalError as error:
             _log.warning("partition %s: %s", owned.name, error)
+        finally:
+            with suppress(wal.WalError):  # it was said when it was met
+                await owned.service.__aexit__()
 
     async def _has_successor(self) -> bool:
         """Whether another worker lives, as far as is known."""
