@@ -6,19 +6,33 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import lru_cache
 
-from rollout import context
+from rollout import context, recovery
 from rollout.dispatch import Order
 from rollout.engine import Engine
 from rollout.errors import JournalError
-from rollout.events import Event, FinishReason, RolloutFinished, RolloutOpened, RolloutResumed
+from rollout.events import (
+    Event,
+    FinishReason,
+    InfraFailed,
+    PromptSegment,
+    RolloutFinished,
+    RolloutOpened,
+    RolloutResumed,
+)
 from rollout.kv_files import KvFiles
 from rollout.ledger import Ledger
+from rollout.recovery import UNOPENED, Action, Found, Kv, Weights
+from rollout.request import Thinking
 from rollout.runner import Rollout
 from rollout.sandboxes import Sandboxes
+from rollout.state import State
+from wal.tokens import Cause
 
 _ENDS_IN_FLIGHT_MAX = 256
 """Rollouts whose last events are written together."""
+_PROMPTS_KEPT_MAX = 32
 
 
 class Members:
@@ -38,53 +52,80 @@ class Members:
         self._sandboxes = sandboxes
         self._kv_files = kv_files
         self._record = record
+        self._prompt = lru_cache(_PROMPTS_KEPT_MAX)(self._encode)  # a group's members begin alike
 
-    async def take_up(self, rollout_id: str, order: Order) -> Rollout:
-        """Open a rollout, or go on with one that was preempted or left by an earlier process; it can be run then."""
+    async def take_up(self, rollout_id: str, order: Order) -> Rollout | None:
+        """Open a rollout, or go on with one that was preempted or left by an earlier process, so that it can be run.
+
+        None if `recovery.decide` has it end, or stand, where it is.
+        """
         state = self._ledger.rollouts.get(rollout_id)
-        if state is None:
-            await self._open(rollout_id)
-        elif state.opened.engine.weights_digest != self._engine.info.weights_digest:
-            raise JournalError(f"{rollout_id} was begun with other weights; resume it with the same checkpoint")
-        else:
-            is_restored = await self._kv_files.restore(rollout_id)
-            await self._sandboxes.wake(rollout_id)
-            stood_s = max(0.0, time.time() - state.preempted.at_s) if state.preempted else 0.0
-            await self._record(
-                RolloutResumed(
-                    rollout_id,
-                    state.attempt + 1,
-                    state.tokens_count,
-                    self._engine.info,
-                    "restored" if is_restored else "rebuilt",
-                    stood_s,
+        found = self._found(rollout_id, state)
+        plan = recovery.decide(found)
+        match plan.action:
+            case Action.OPEN:
+                await self._open(rollout_id)
+            case Action.GO_ON if state is not None:
+                await self._resume(state, plan.kv)
+            case Action.END_STALE:
+                await self.finish([rollout_id], FinishReason.STALE)
+                return None
+            case Action.REFUSE:
+                why = "was begun with weights that this log does not name: serve it with the same checkpoint"
+                await self._record(
+                    InfraFailed(rollout_id, JournalError.code, JournalError.fault, f"{rollout_id} {why}")
                 )
-            )
+                return None
+            case _:
+                return None
         job, group, _ = self._ledger.member(rollout_id)
         task = self._ledger.tasks.get(group.task_digest)
         bounds = [job.limits.wall_clock_s, task.agent_timeout_s if task else 0.0]
         return Rollout(rollout_id, task, min((bound for bound in bounds if bound > 0), default=math.inf), order)
 
+    def _found(self, rollout_id: str, state: State | None) -> Found:
+        """What the log and the engine say; the command under way is found out when it is asked for."""
+        job, _, _ = self._ledger.member(rollout_id)
+        is_cancelled = job.request_id in self._ledger.cancelled
+        if state is None:
+            return Found(UNOPENED, is_cancelled)
+        now, known = self._engine.info.weights_digest, self._ledger.weights
+        drew = known[state.versions[-1][1]] if state.versions else state.opened.engine.weights_digest
+        others = Weights.UPDATED if now in known.values() else Weights.OTHER
+        weights = Weights.SAME if now == drew else others
+        return Found(state.phase, is_cancelled, weights, job.policy.on_update, self._kv_files.holds(rollout_id))
+
+    async def _resume(self, state: State, kv: Kv) -> None:
+        rollout_id = state.opened.rollout_id
+        is_restored = kv is Kv.RESTORE and await self._kv_files.restore(rollout_id)
+        self._kv_files.drop(rollout_id)
+        await self._sandboxes.wake(rollout_id)
+        stood_s = max(0.0, time.time() - state.preempted.at_s) if state.preempted else 0.0
+        made_of: Cause = "restored" if is_restored else "rebuilt"
+        await self._record(
+            RolloutResumed(rollout_id, state.attempt + 1, state.tokens_count, self._engine.info, made_of, stood_s)
+        )
+
     async def _open(self, rollout_id: str) -> None:
         job, group, index = self._ledger.member(rollout_id)
-        task, tokenizer = self._ledger.tasks.get(group.task_digest), self._ledger.tokenizer
-        if task is not None:
-            prompt = context.prompt(task.instruction, tokenizer, job.thinking)
-        else:
-            conversation = self._ledger.conversations[group.task_digest]
-            prompt = context.conversation_prompt(conversation, tokenizer, job.thinking)
         await self._record(
             RolloutOpened(
                 rollout_id,
                 job.request_id,
                 group.group_id,
                 index,
-                prompt,
-                tokenizer.digest,
+                self._prompt(group.task_digest, job.thinking),
+                self._ledger.tokenizer.digest,
                 self._engine.info,
-                has_environment=task is not None,
+                has_environment=group.task_digest in self._ledger.tasks,
             )
         )
+
+    def _encode(self, digest: str, thinking: Thinking) -> tuple[PromptSegment, ...]:
+        task = self._ledger.tasks.get(digest)
+        if task is not None:
+            return context.prompt(task.instruction, self._ledger.tokenizer, thinking)
+        return context.conversation_prompt(self._ledger.conversations[digest], self._ledger.tokenizer, thinking)
 
     async def finish(self, rollout_ids: Sequence[str], reason: FinishReason) -> int:
         """End those that have not ended, none of which runs; returns how many that were.
