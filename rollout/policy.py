@@ -1,7 +1,7 @@
 """Which weights draw: a trainer's updates, what they end, and the same weights again after a restart.
 
-An update is made first and logged then: one that a crash kept from the log was never acknowledged, and its trainer
-makes it again.  Every chunk of tokens names the version that drew it, so nothing that is logged can be mistaken.
+Append, then act: an update is in the log before the new weights draw, so no token of the log has a version that the
+log does not know.
 
 See: docs/architecture.md, "Engine"; proto/rollout/pb/v1/rollout.proto, "UpdatePolicy".
 """
