@@ -116,7 +116,7 @@ def test_members_of_a_group_differ(dsec: Any, finished: Path) -> None:
     records = dsec.show(finished)
     first, second = (records[f"unclear.{index}"] for index in (0, 1))
     assert first["token_ids"] != second["token_ids"]
-    assert [first["group_index"], second["group_index"], first["group_size"]] == [0, 1, 2]
+    assert [first["group"]["index"], second["group"]["index"], first["group"]["size"]] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_resuming_a_finished_run_changes_nothing(dsec: Any, finished: Path, tmp_
     before, shown = digest(run / "wal"), dsec.show(run)
     summary = dsec.done("run", "--resume", "--out", run, "--json").json()
     assert (summary["finished"], summary["resumes"], summary["tokens_replayed"]) == (8, 0, 0)
-    assert summary["wall_s"] < 10
+    assert summary["wall_s"] == json.loads((finished / "summary.json").read_text())["wall_s"]  # nobody worked since
     assert digest(run / "wal") == before
     assert dsec.show(run) == shown
 
