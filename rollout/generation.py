@@ -98,6 +98,7 @@ async def generate(service: RolloutService, ask: Ask) -> AsyncGenerator[Drawn | 
             priority=ask.priority,
             parse_policy=ask.parse_policy,
             reward=NoReward(),
+            draws_by_place=True,
         ),
         ask.prompts,
         group_size=ask.count,

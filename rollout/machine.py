@@ -188,11 +188,16 @@ def _request(state: State, tokenizer: Tokenizer) -> SampleRequest:
         session=state.opened.rollout_id,
         token_ids=state.token_ids + state.current,
         sampling=state.job.sampling,
-        stream_key=stream_key(state.opened.rollout_id),
+        stream_key=stream_key(_noise_name(state)),
         tokens_count_max=min(bounds),
         stop_ids=frozenset({tokenizer.control(V4.eos)}),
         on_update=state.job.policy.on_update,
     )
+
+
+def _noise_name(state: State) -> str:
+    name = state.opened.rollout_id
+    return name.removeprefix(f"{state.job.request_id}/") if state.job.draws_by_place else name
 
 
 def _check_start(state: State, start: int) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 import wal
 from rollout import journal
+from rollout.engine import Sampled, SampleRequest
 from rollout.events import RolloutFinished, RolloutOpened
 from rollout.http_guard import BODY_BYTES_MAX
 from rollout.main import load_tokenizer
@@ -235,3 +237,22 @@ async def test_requests_are_given_up_by_their_names(serving: Any, seen: Any) -> 
         assert gone.json() == {"aborted": ["mine"]}
         (choice,) = (await asking).json()["choices"]
         assert (choice["finish_reason"], choice["token_ids"]) == ("abort", [])
+
+
+async def test_a_seed_draws_the_same_for_every_request_and_other_members_draw_otherwise(serving: Any) -> None:
+    keys: dict[str, list[tuple[int, int]]] = {}
+
+    class Listening(ScriptedEngine):
+        async def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
+            keys.setdefault(request.session.partition("/")[0], []).append((request.sampling.seed, request.stream_key))
+            async for chunk in super().sample(request):
+                yield chunk
+
+    async with serving(Listening(TOKENIZER, lambda _session, _turn: LS)) as (client, _):
+        for name, seed in (("a", 7), ("b", 7), ("c", 8), ("d", None)):
+            body = {"prompt": list(_header()), "n": 2, "seed": seed, "request_id": name}
+            assert (await client.post("/v1/completions", json=body)).status_code == 200
+    drawn = {name: tuple(sorted(each)) for name, each in keys.items()}
+    assert drawn["a"] == drawn["b"]
+    assert len(set(drawn.values())) == 3
+    assert all(len(set(each)) == 2 for each in drawn.values())
