@@ -70,7 +70,7 @@ STATUS: dict[str, grpc.StatusCode] = {
     "JOURNAL": grpc.StatusCode.DATA_LOSS,
     "MACHINE": grpc.StatusCode.INTERNAL,
     "WAL_CORRUPT": grpc.StatusCode.DATA_LOSS,
-    "WAL_FENCED": grpc.StatusCode.ABORTED,
+    "WAL_FENCED": grpc.StatusCode.UNAVAILABLE,
     "WAL_DROPPED": grpc.StatusCode.OUT_OF_RANGE,
     "WAL_STREAM": grpc.StatusCode.DATA_LOSS,
     "WAL_FULL": grpc.StatusCode.RESOURCE_EXHAUSTED,

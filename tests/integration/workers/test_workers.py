@@ -15,6 +15,9 @@ from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
 
 SAMPLED = pb.Sampling(temperature=1.0, seed=3)
+ON_SQLITE, ON_POSTGRES = (
+    pytest.mark.parametrize("index_url", [name], indirect=True) for name in ("sqlite", "postgresql")
+)
 
 
 def folder_of(path: Path) -> pb.TaskFolder:
@@ -129,6 +132,7 @@ def test_a_stopped_worker_hands_over_at_once(
     assert [worker["worker_id"] for worker in root.look()["workers"]] == ["b"]
 
 
+@ON_SQLITE
 def test_when_all_were_killed_a_new_worker_goes_on(
     root: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
 ) -> None:
@@ -141,6 +145,7 @@ def test_when_all_were_killed_a_new_worker_goes_on(
     check(root, untouched)
 
 
+@ON_SQLITE
 def test_a_killed_worker_that_comes_back_waits_for_no_lease(
     root: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
 ) -> None:
@@ -182,6 +187,7 @@ def test_one_request_at_two_workers_is_one_job(root: Any, request_: pb.SubmitReq
         assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
 
 
+@ON_SQLITE
 def test_a_call_to_any_worker_reaches_who_has_the_job(root: Any, request_: pb.SubmitRequest) -> None:
     first, second = root.start("a"), root.start("b")
     stream = begun(first, request_)
@@ -234,6 +240,7 @@ def test_rollouts_of_several_workers_are_listed_stopped_and_resumed_at_any_of_th
         worker.stub.Cancel(pb.CancelRequest(request_id=job), timeout=60)
 
 
+@ON_SQLITE
 def test_a_worker_id_is_one_process(root: Any) -> None:
     root.start("a")
     index = ("--index", root.url)
@@ -241,6 +248,7 @@ def test_a_worker_id_is_one_process(root: Any) -> None:
     assert (ran.code, "worker 'a' of" in ran.err, "--worker-id" in ran.err) == (2, True, True), ran.err
 
 
+@ON_SQLITE
 def test_the_index_is_made_again_from_the_logs(
     root: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]], tmp_path: Path
 ) -> None:
@@ -257,17 +265,10 @@ def test_the_index_is_made_again_from_the_logs(
     check(root, untouched)
 
 
-@pytest.fixture
-def over_postgres(root: Any, request: pytest.FixtureRequest) -> Any:
-    if not root.url.startswith("postgresql"):
-        root.url = request.getfixturevalue("postgres").create(f"over_{id(root)}")
-    return root
-
-
+@ON_POSTGRES
 def test_a_database_that_is_killed_in_mid_run_costs_nothing(
-    over_postgres: Any, postgres: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
+    root: Any, postgres: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
 ) -> None:
-    root = over_postgres
     first = root.start("a", DSEC_WORKER_LEASE_TTL_S="60")
     stream = begun(first, request_)
     postgres.kill()
@@ -284,10 +285,10 @@ def test_a_database_that_is_killed_in_mid_run_costs_nothing(
     assert {record["lineage"]["attempt"] for record in records.values()} == {1}
 
 
+@ON_POSTGRES
 def test_without_its_database_a_worker_stops_when_its_lease_ends_and_then_goes_on(
-    over_postgres: Any, postgres: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
+    root: Any, postgres: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
 ) -> None:
-    root = over_postgres
     request_.limits.turns_count_max = 1000  # beyond the lease
     first = root.start("a")
     stream = begun(first, request_)
