@@ -61,7 +61,7 @@ def test_one_task_that_misses_a_file_is_one_line(dsec: Any, make_task: Any, tmp_
         (("--temperature", "-1"), "temperature is -1.0, must be 0 (greedy) or 0.001 to 10"),
         (("--temperature", "nan"), "temperature is nan, must be 0 (greedy) or 0.001 to 10"),
         (("--seed", "-1"), "seed is -1, must fit 64 bits without sign"),
-        (("--turns-max", "0"), "limits must be 1 or more"),
+        (("--turns-max", "0"), "turns_count_max is 0, must be 1 or more"),
     ],
 )
 def test_a_value_out_of_bounds_is_refused(
