@@ -7,6 +7,7 @@ a higher one.  What was created under a lease ends with it, exactly that.
 Invariants:
 1. The newest epoch of an owner never goes down, and a lease that ended is never renewed.
 2. Nothing is created under a lease that is not live.
+3. A lease lapses only if the Edge was there to renew it: one that was away, or stood still, gives its owner a moment.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from dsec.edge.registry import Registry
 from dsec.errors import InvalidArgumentError, ResourceExhaustedError, StateError
 from dsec.lifecycle import EndReason
 
+LATE_S_MAX = 0.5
+"""An end that is found later than this was found by an Edge that stood still: renewals may wait in its sockets."""
 OWNER_BYTES_MAX = 256
 EPOCH_MAX = (1 << 63) - 1
 
@@ -32,7 +35,7 @@ class Leases:
         self._ledger = registry.ledger
         self._lock = asyncio.Lock()
         self._not_before: dict[str, float] = {}
-        """Owner -> when its lease may lapse at the earliest, where no Edge was there to renew it."""
+        """Owner -> when its lease may lapse at the earliest, where no Edge was there to renew it, or it stood still."""
         self.deadlines = Deadlines(registry.clock, registry.now, self._on_due)
 
     def start(self) -> None:
@@ -93,7 +96,10 @@ class Leases:
         lease = self._ledger.leases.get(owner)
         if lease is None or not lease.is_live:
             return None
-        if self._end_of(owner, lease) > self._registry.now():
+        late_s = self._registry.now() - self._end_of(owner, lease)
+        if late_s > LATE_S_MAX:
+            self._not_before[owner] = self._registry.now() + self._registry.config.lease_grace_s
+        if late_s < 0 or late_s > LATE_S_MAX:
             return self._end_of(owner, lease)
         self._registry.spawn(self._lapse(owner), f"lease of {owner} lapses")
         return None

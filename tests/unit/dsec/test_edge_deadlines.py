@@ -168,6 +168,22 @@ async def test_a_lease_that_ran_out_while_no_edge_was_there_may_be_renewed_for_a
     assert edge.list() == [kept]
 
 
+async def test_a_lease_that_ran_out_while_the_edge_stood_still_may_be_renewed_for_a_moment(hosts: Any) -> None:
+    edge = await hosts.edge(lease_grace_s=5.0)
+    await edge.grant_lease("a", 1, 10.0)
+    await edge.grant_lease("b", 1, 10.0)
+    kept, lapsed = [await edge.create(CreateRequest(owner=owner, epoch=1)) for owner in "ab"]
+    hosts.clock.advance(18)  # from one turn of the loop to the next
+    await settled(edge)
+    await edge.grant_lease("a", 1, 10.0)  # lay in the socket
+    hosts.clock.advance(4)
+    await settled(edge)
+    assert edge.list() == [kept, lapsed]
+    hosts.clock.advance(1)
+    assert await hosts.gone(edge, lapsed.id) == "lease_lapsed"
+    assert edge.list() == [kept]
+
+
 async def test_a_create_in_flight_whose_lease_lapses_leaves_nothing(hosts: Any) -> None:
     may_create, asked = asyncio.Event(), asyncio.Event()
 
