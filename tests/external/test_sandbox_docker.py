@@ -180,6 +180,29 @@ async def test_layers_make_room_but_for_those_that_are_held_or_used(docker_url: 
     await small.close()
 
 
+async def test_what_a_user_named_makes_no_room(docker_url: str) -> None:
+    small = DockerSubstrate(DockerConfig(url=docker_url, layers_count_max=1))
+    await small.open()
+    client = docker.APIClient(base_url=docker_url, version="auto")
+    sandbox = await small.create(SandboxSpec())
+    named = await sandbox.snapshot()
+    client.tag(named, "dsec-test/kept", "1")
+    container = client.create_container(named, ["true"])["Id"]
+    client.commit(container, "dsec-test/over", "1")  # its label is inherited
+    client.remove_container(container)
+    unnamed = await sandbox.snapshot()
+    for _ in range(3):
+        await sandbox.snapshot()
+    assert (await small.composed(["dsec-test/kept:1"])).layers == (named,)
+    await small.composed(["dsec-test/over:1"])
+    with small.holding() as hold, pytest.raises(NotFoundError):
+        await hold([unnamed])
+    for tag in ("dsec-test/over:1", "dsec-test/kept:1"):
+        client.remove_image(tag)
+    client.close()
+    await small.close()
+
+
 async def test_a_hole_that_docker_would_write_out_is_refused(substrate: DockerSubstrate) -> None:
     sandbox = await substrate.create(SandboxSpec())
     await line(sandbox, "truncate -s 1T /srv/hole")

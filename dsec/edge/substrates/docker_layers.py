@@ -5,8 +5,8 @@ A spec that asks for just this stack gets that image.  Any other stack becomes a
 archive names all layers by their digests, and holds those that Docker has not in that place yet.  So is an image
 that has volumes or a health check, which Docker would make and run: of that only the layers are taken.
 
-Snapshots and stacks are Docker's untagged leftovers to nobody but us: the oldest make room for new ones.  Docker
-itself keeps those that a container or another image needs, or that have a name.
+Snapshots and stacks that nobody named are ours: the oldest make room for new ones.  Docker itself keeps those that a
+container or another image needs.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from dsec.types import Composition, LayerId, SandboxSpec
 _BELOW = "dsec.below"  # label of a snapshot: what its sandbox was made from, as `_recipe` says it
 _BELOW_COUNT = "dsec.below.count"  # of a snapshot: how many of Docker's layers that is
 _STACK = "dsec.stack"  # of an image that was put together
+_OUR_NAMES = ("dsec-stack:", "dsec-stack@", "<none>")  # what has another is the user's, label or not
 _HOST = "host"
 _COPY_BYTES = 1 << 20
 
@@ -97,11 +98,13 @@ class DockerLayers:
             self._blocks = [other for other in self._blocks if other is not block]
 
     async def _make_room(self) -> None:
-        """Remove the oldest beyond the bound; those that are needed Docker refuses to."""
+        """Remove the oldest beyond the bound; those that are needed Docker refuses to, the last name it takes away."""
         ours: dict[str, int] = {}
         for label in (_BELOW, _STACK):
             for image in await self._engine.tell(self._engine.api.images, all=True, filters={"label": label}):
-                ours[image["Id"]] = image["Created"]
+                names = (*(image["RepoTags"] or ()), *(image["RepoDigests"] or ()))
+                if all(name.startswith(_OUR_NAMES) for name in names):
+                    ours[image["Id"]] = image["Created"]
         held = set[str]().union(*self._blocks)
         for image in sorted(ours, key=lambda one: ours[one])[: max(0, len(ours) - self._count_max)]:
             if image not in held:
