@@ -6,19 +6,21 @@ See: rollout/index.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
+from weakref import WeakSet
 
 import wal
 from dsec.sandbox import Substrate
 from rollout.config import RolloutConfig
-from rollout.engine import Engine
+from rollout.engine import Announce, Engine, EngineInfo
 from rollout.errors import RequestError
-from rollout.events import Event
+from rollout.events import Event, PolicyUpdated
 from rollout.index import Index, RolloutRow
 from rollout.ledger import Ledger
 from rollout.service import RolloutService
@@ -119,20 +121,30 @@ class Parts:
     config: RolloutConfig
     substrate: Callable[[Path, int], Substrate]
     has_served_edge: bool
+    borrowers: WeakSet[RolloutService] = field(default_factory=WeakSet)
+    """The services that the engine draws for."""
 
     def service(
         self, directory: Path, substrate: Substrate, epoch: int, observe: Callable[[Event], None]
     ) -> RolloutService:
         """A service over a partition, not open yet."""
-        engine = cast("Engine", Borrowed(self.engine))
-        return RolloutService(directory, engine, substrate, self.tokenizer, self.config, epoch=epoch, observe=observe)
+        engine = cast("Engine", Borrowed(self.engine, self.borrowers))
+        service = RolloutService(
+            directory, engine, substrate, self.tokenizer, self.config, epoch=epoch, observe=observe
+        )
+        self.borrowers.add(service)
+        return service
 
 
 class Borrowed:
-    """An engine that is open already, and stays so when its borrower closes it."""
+    """An engine that is open already, and stays so when its borrower closes it.
 
-    def __init__(self, engine: Engine) -> None:
+    Who changes its weights changes them for all: every log has the change before the new weights draw.
+    """
+
+    def __init__(self, engine: Engine, borrowers: WeakSet[RolloutService]) -> None:
         self._engine = engine
+        self._borrowers = borrowers
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -142,3 +154,17 @@ class Borrowed:
 
     async def close(self) -> None:
         """Others use it."""
+
+    async def update(self, checkpoint: Path, policy_version: int, announce: Announce | None = None) -> EngineInfo:
+        """See Engine."""
+
+        async def announce_to_all(info: EngineInfo) -> None:
+            if announce is not None:
+                await announce(info)
+            for service in list(self._borrowers):
+                known = service.ledger.policy
+                if service.is_started and (known is None or known.engine != info):
+                    with contextlib.suppress(wal.WalError):  # a log that was lost meanwhile: its service ends by that
+                        await service.note(PolicyUpdated(info, str(checkpoint)))
+
+        return await self._engine.update(checkpoint, policy_version, announce_to_all)

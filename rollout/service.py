@@ -91,7 +91,7 @@ class RolloutService:
         self._finishing: Counter[str] = Counter()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._resources = AsyncExitStack()
-        self._is_started = False
+        self.is_started = False
         self._admission = asyncio.Lock()
         self._epoch = epoch
         self._observe = observe
@@ -155,7 +155,7 @@ class RolloutService:
         await self.sandboxes.adopt(open_rollouts)
         await asyncio.to_thread(self.kv_files.keep, open_rollouts)
         self._resources.push_async_callback(self._stop_rollouts)
-        self._is_started = True
+        self.is_started = True
         for job in list(self.ledger.jobs.values()):
             if job.request_id in self.ledger.cancelled:
                 await self.finish(job.request_id, self._members_of(job.request_id), FinishReason.CANCELLED)
@@ -209,7 +209,7 @@ class RolloutService:
         new = {task.digest: task for task in tasks if task.digest not in known_prompts}
         await asyncio.gather(*(self._record(_admitted(task)) for task in new.values()))
         await self._record(JobSubmitted(job, time.time()))
-        if self._is_started:
+        if self.is_started:
             self._enqueue(job)
 
     async def cancel(self, request_id: str) -> int:

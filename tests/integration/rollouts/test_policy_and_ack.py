@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import pytest
 
 import wal
 from dsec.errors import StateError
+from dsec.testing import FakeSubstrate
 from rollout.errors import EngineError, NotFoundError, RequestError
 from rollout.export.shards import ShardWriter
 from rollout.ledger import Ledger
+from rollout.partitions import Parts
+from rollout.policy import Policy
 from rollout.request import Limits, PolicyRule
 from rollout.testing import Reply
 
@@ -169,3 +173,20 @@ async def test_what_is_acknowledged_at_once_is_in_the_shards_too(serving: Any, t
         assert setting.service.ledger.rollouts == {}
     with ShardWriter.open(tmp_path / "run/shards") as written:
         assert len(set(written.rollout_ids)) == 40
+
+
+async def test_services_that_share_an_engine_all_know_its_weights(setting: Any, tmp_path: Path) -> None:
+    engine, tokenizer = setting.engine, setting.service.tokenizer
+    parts = Parts(engine, tokenizer, setting.service.config, lambda _directory, _epoch: FakeSubstrate(), False)
+    async with asyncio.timeout(30), AsyncExitStack() as stack:
+        services = []
+        for name in ("a", "b"):
+            service = parts.service(tmp_path / name, FakeSubstrate(), 1, lambda _event: None)
+            services.append(await stack.enter_async_context(service))
+            await service.start()
+        info, _ = await Policy(services[0]).update(checkpoint(tmp_path, "new"), 7)
+        assert [service.ledger.policy.engine for service in services] == [info, info]
+        await stack.aclose()
+        assert engine.info == info
+    for name in ("a", "b"):
+        assert Ledger.read(tmp_path / name / "wal", tokenizer).policy.engine == info
