@@ -179,3 +179,18 @@ async def test_there_is_room_for_so_many_bytes_and_connections(
         await service.engine.resume()
         assert (await first).json()["choices"][0]["token_ids"] == IDS
         assert seen[TokensAppended].is_set()
+
+
+@pytest.mark.parametrize("mode", ["keep", "abort"])
+async def test_a_stream_that_a_pause_stops_goes_on_after_it(serving: Any, mode: str) -> None:
+    engine = model(long := Reply(reasoning="thinking " * 400), chunk_tokens_count=1)
+    asked = {**CHAT, "stream": True}
+    async with serving(engine) as (client, _), client.stream("POST", PATH, json=asked) as response:
+        lines = response.aiter_lines()
+        told = [await anext(lines)]
+        assert (await client.post(f"/pause?mode={mode}")).status_code == 200
+        assert engine.drawn_count < len(reply_ids(long, TOKENIZER))
+        assert (await client.post("/resume")).status_code == 200
+        told += [line async for line in lines]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in told if line.startswith("data: {")]
+    assert tokens_of(chunks) == list(reply_ids(long, TOKENIZER))
