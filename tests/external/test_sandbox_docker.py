@@ -203,6 +203,30 @@ async def test_what_a_user_named_makes_no_room(docker_url: str) -> None:
     await small.close()
 
 
+async def test_a_stack_is_made_where_there_is_no_room_and_is_the_newest_then(docker_url: str) -> None:
+    small = DockerSubstrate(DockerConfig(url=docker_url, layers_count_max=2))
+    await small.open()
+    sandbox = await small.create(SandboxSpec())
+    layers = []
+    for name in "ab":
+        await line(sandbox, f"echo {name} > /srv/{name}")
+        layers.append(await sandbox.snapshot())
+    spec = SandboxSpec(layers=(layers[1], layers[0]))
+    async with small.layers.image_of(spec) as stack:
+        for _ in range(3):
+            await sandbox.snapshot()
+        assert stack.startswith("dsec-stack:")
+        made = await small.create(spec)
+    assert await line(made, "cat /srv/a /srv/b") == "a\nb"
+    await made.destroy()
+    async with small.layers.image_of(SandboxSpec(layers=layers)) as other:
+        pass
+    await sandbox.snapshot()
+    assert await small.engine.find_image(stack) is None
+    assert await small.engine.find_image(other) is not None
+    await small.close()
+
+
 async def test_a_hole_that_docker_would_write_out_is_refused(substrate: DockerSubstrate) -> None:
     sandbox = await substrate.create(SandboxSpec())
     await line(sandbox, "truncate -s 1T /srv/hole")

@@ -269,7 +269,7 @@ class DockerSubstrate:
 
     async def make(self, name: str, spec: SandboxSpec, control: Path) -> None:
         """Create and start a container whose pid 1 connects to `control`."""
-        api, image = self.engine.api, await self.layers.image_of(spec)
+        api = self.engine.api
         config = api.create_host_config(
             mounts=[_bind(self.config.binary_path, "/.dsec/init"), _bind(control, "/.dsec/edge")],
             mem_limit=spec.memory_bytes, memswap_limit=spec.memory_bytes, nano_cpus=int(spec.cpu_cores * 1e9),
@@ -282,11 +282,12 @@ class DockerSubstrate:
         )  # fmt: skip
         config["MaskedPaths"] = [f"/proc/{name}" for name in _MASKED]
         try:
-            await self.engine.call(
-                api.create_container, image, ["guest", "/.dsec/edge"], name=name, entrypoint=["/.dsec/init"],
-                hostname=spec.hostname, host_config=config, user="0:0", working_dir="/", environment={},
-                labels={_OWNER: _identity(self.keeper.pid if self.keeper else os.getpid())},
-            )  # fmt: skip
+            async with self.layers.image_of(spec) as image:
+                await self.engine.call(
+                    api.create_container, image, ["guest", "/.dsec/edge"], name=name, entrypoint=["/.dsec/init"],
+                    hostname=spec.hostname, host_config=config, user="0:0", working_dir="/", environment={},
+                    labels={_OWNER: _identity(self.keeper.pid if self.keeper else os.getpid())},
+                )  # fmt: skip
             await self.engine.call(api.start, name)
         except FAILURES as error:
             raise SpawnError(f"Docker made no sandbox: {error}") from error

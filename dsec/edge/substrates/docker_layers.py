@@ -18,7 +18,8 @@ import io
 import json
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from typing import IO, Any, Literal
 
@@ -63,6 +64,7 @@ class DockerLayers:
         self._count_max = count_max
         self._blocks: list[set[str]] = []  # what each block of `holding` holds
         self._stacking = asyncio.Lock()
+        self._removing = asyncio.Lock()
 
     # -- names and holding -----------------------------------------------------------------------
 
@@ -84,32 +86,46 @@ class DockerLayers:
     @contextlib.contextmanager
     def holding(self) -> Iterator[Hold]:
         """See `dsec.sandbox.Layered`."""
+        with self._holding() as block:
+
+            async def hold(layer_ids: Sequence[LayerId]) -> None:
+                await self._hold(block, *layer_ids)
+                for layer_id in layer_ids:
+                    await self._find(layer_id)
+
+            yield hold
+
+    @contextlib.contextmanager
+    def _holding(self) -> Iterator[set[str]]:
         block: set[str] = set()
-
-        async def hold(layer_ids: Sequence[LayerId]) -> None:
-            block.update(layer_ids)
-            for layer_id in layer_ids:
-                await self._find(layer_id)
-
         self._blocks.append(block)
         try:
-            yield hold
+            yield block
         finally:
             self._blocks = [other for other in self._blocks if other is not block]
 
-    async def _make_room(self) -> None:
-        """Remove the oldest beyond the bound; those that are needed Docker refuses to, the last name it takes away."""
-        ours: dict[str, int] = {}
+    async def _hold(self, block: set[str], *references: str) -> None:
+        """Those that are there when this returns stay until the end of the block."""
+        block.update(references)
+        async with self._removing:
+            pass
+
+    async def _make_room(self, more: int = 0) -> None:
+        """Remove the oldest, so that `more` can be made within the bound.
+
+        Those that are needed Docker refuses to remove; a name it takes away with the image.
+        """
+        ours: dict[str, dict[str, Any]] = {}
         for label in (_BELOW, _STACK):
             for image in await self._engine.tell(self._engine.api.images, all=True, filters={"label": label}):
-                names = (*(image["RepoTags"] or ()), *(image["RepoDigests"] or ()))
-                if all(name.startswith(_OUR_NAMES) for name in names):
-                    ours[image["Id"]] = image["Created"]
-        held = set[str]().union(*self._blocks)
-        for image in sorted(ours, key=lambda one: ours[one])[: max(0, len(ours) - self._count_max)]:
-            if image not in held:
-                with contextlib.suppress(*FAILURES):
-                    await self._engine.call(self._engine.api.remove_image, image)
+                if all(name.startswith(_OUR_NAMES) for name in _names(image)):
+                    ours[image["Id"]] = image
+        oldest_first = sorted(ours.values(), key=lambda image: image["Created"])
+        for image in oldest_first[: max(0, len(ours) + more - self._count_max)]:
+            async with self._removing:
+                if all(block.isdisjoint((image["Id"], *_names(image))) for block in self._blocks):
+                    with contextlib.suppress(*FAILURES):
+                        await self._engine.call(self._engine.api.remove_image, image["Id"])
 
     # -- from a sandbox, and to one --------------------------------------------------------------
 
@@ -128,7 +144,7 @@ class DockerLayers:
         below = await self._find((await tell(api.inspect_container, name))["Image"])
         labels = {_BELOW: _recipe(spec.base, spec.layers), _BELOW_COUNT: str(len(below.digests))}
         made = LayerId((await tell(api.commit, name, pause=False, conf={"Labels": labels}))["Id"])
-        with self.holding():
+        with self._holding():
             for block in self._blocks:
                 block.add(made)
             await tell(self._read_back, made)
@@ -139,26 +155,34 @@ class DockerLayers:
         for _ in self._engine.api.get_image(image):
             pass
 
-    async def image_of(self, spec: SandboxSpec) -> str:
-        """The image that is this stack of layers.  NotFoundError, InvalidArgumentError, ResourceExhaustedError."""
+    @contextlib.asynccontextmanager
+    async def image_of(self, spec: SandboxSpec) -> AsyncIterator[str]:
+        """The image that is this stack of layers, there until the end of the block.
+
+        NotFoundError, InvalidArgumentError, ResourceExhaustedError.
+        """
         if not spec.layers and not spec.base:
             raise InvalidArgumentError('base "" needs a layer that is an operating system')
-        found = [await self._find(check_layer_id(layer)) for layer in spec.layers]
-        if found and found[0].below == _recipe(spec.base, spec.layers[1:]):
-            return found[0].id
-        if spec.base:
-            found.append(await self._find(self._host_image))
-        return found[0].id if len(found) == 1 and found[0].is_bare else await self._stack(found)
+        with self._holding() as block:
+            await self._hold(block, *spec.layers)
+            found = [await self._find(check_layer_id(layer)) for layer in spec.layers]
+            if found and found[0].below == _recipe(spec.base, spec.layers[1:]):
+                yield found[0].id
+                return
+            if spec.base:
+                found.append(await self._find(self._host_image))
+            yield found[0].id if len(found) == 1 and found[0].is_bare else await self._stack(found, block)
 
-    async def _stack(self, found: Sequence[_Found]) -> str:
-        """An image of these over each other, the topmost first; the lowest is taken whole."""
+    async def _stack(self, found: Sequence[_Found], block: set[str]) -> str:
+        """An image of these over each other, the topmost first, held by the block; the lowest is taken whole."""
         *above, lowest = found
         digests = [*lowest.digests, *(digest for one in reversed(above) for digest in one.own)]
         name = f"dsec-stack:{hashlib.sha256(' '.join(digests).encode()).hexdigest()[:32]}"
+        await self._hold(block, name)
         async with self._stacking:
             if await self._engine.find_image(name) is None:
+                await self._make_room(1)
                 await self._engine.tell(self._load, name, digests, found)
-                await self._make_room()
         return name
 
     def _load(self, name: str, digests: Sequence[str], found: Sequence[_Found]) -> None:
@@ -167,6 +191,7 @@ class DockerLayers:
         sources = {digest: one.id for one in found for digest in one.own}
         config = {
             **found[-1].platform,
+            "created": datetime.now(UTC).isoformat(),  # by which Docker tells which is the oldest
             "config": {"Labels": {_STACK: "1"}},
             "rootfs": {"type": "layers", "diff_ids": digests},
         }
@@ -209,6 +234,10 @@ class DockerLayers:
         platform = {"architecture": found["Architecture"], "os": found["Os"]}
         run = msgspec.convert(found["Config"], RunConfig)
         return _Found(LayerId(found["Id"]), digests, own, below, is_bare, platform, run)
+
+
+def _names(image: dict[str, Any]) -> tuple[str, ...]:
+    return (*(image["RepoTags"] or ()), *(image["RepoDigests"] or ()))
 
 
 def _recipe(base: str, layers: Sequence[LayerId]) -> str:
