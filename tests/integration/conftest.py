@@ -74,7 +74,11 @@ class Dsec:
 
     cgroup_parent: str
     path: str = COMMAND
-    sessions: set[int] = field(default_factory=set)
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def sessions(self) -> set[int]:
+        return {process.pid for process in self.started}
 
     def start(self, *arguments: object, command: str = COMMAND, **options: Any) -> subprocess.Popen[str]:
         env = {**os.environ, "DSEC_EDGE_CGROUP_PARENT": self.cgroup_parent, "COLUMNS": "200", **options.pop("env", {})}
@@ -87,7 +91,7 @@ class Dsec:
             env=env,
             **options,
         )
-        self.sessions.add(process.pid)
+        self.started.append(process)
         return process
 
     def __call__(self, *arguments: object, **options: Any) -> Ran:
@@ -111,11 +115,14 @@ class Dsec:
 
     def kill(self, process: subprocess.Popen[str]) -> None:
         """kill -9 the whole tree: the command, its spawner, and every sandbox."""
+        self._kill({process.pid})
+        process.communicate()
+
+    def _kill(self, sessions: set[int]) -> None:
         for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first: nobody tidies up after another
-            for pid in [*self.processes({process.pid}), *self.guests()]:
+            for pid in [*self.processes(sessions), *self.guests()]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
-        process.communicate()
 
     def processes(self, sessions: set[int]) -> list[int]:
         """Living processes of the given sessions, and their descendants (a spawner has its own session)."""
@@ -149,11 +156,23 @@ class Dsec:
             wait_for_an_end([*self.processes(self.sessions), *self.guests()])
         return found
 
+    def end(self) -> None:
+        """Kill what still lives, and remove its cgroups: what one test left must fail no other."""
+        self._kill(self.sessions)
+        for path in self.cgroups():
+            cgroup.remove_tree(path)
+        for process in self.started:
+            with process:  # closes its pipes, and waits for it
+                pass
+        self.started.clear()  # a number may be another's by now
+
 
 @pytest.fixture(scope="session")
-def session_dsec(cgroup_parent: str) -> Dsec:
+def session_dsec(cgroup_parent: str) -> Iterator[Dsec]:
     """For fixtures that outlive one test."""
-    return Dsec(cgroup_parent)
+    command = Dsec(cgroup_parent)
+    yield command
+    command.end()
 
 
 @pytest.fixture
@@ -161,7 +180,10 @@ def dsec(cgroup_parent: str) -> Iterator[Dsec]:
     """The command; after the test, no process and no cgroup of its runs may be there."""
     command = Dsec(cgroup_parent)
     yield command
-    assert command.left() == []
+    try:
+        assert command.left() == []
+    finally:
+        command.end()
 
 
 @pytest.fixture(scope="session")
@@ -308,8 +330,11 @@ def edge(session_dsec: Any, edge_process: Any, tmp_path_factory: pytest.TempPath
     """One Edge for the tests of a file that leave it alone."""
     edge = edge_process(session_dsec, tmp_path_factory.mktemp("edge"))
     yield edge
-    edge.stop()
-    assert session_dsec.left() == []
+    try:
+        edge.stop()
+        assert session_dsec.left() == []
+    finally:
+        session_dsec.end()
 
 
 @pytest.fixture

@@ -105,3 +105,14 @@ def test_an_edge_with_nothing_to_keep_leaves_nothing(dsec: Any, tmp_path: Path, 
     assert "dsec: nothing is left\n" in failed.err
     assert address in failed.err
     assert not is_kept(tmp_path / "state")
+
+
+def test_what_a_failed_test_would_leave_is_ended_for_the_next(dsec: Any, edge_process: Any, tmp_path: Path) -> None:
+    killed, living = (edge_process(dsec, tmp_path / name, DSEC_EDGE_KEEP_S="1") for name in ("killed", "living"))
+    for edge in (killed, living):
+        edge.done("create")
+        edge.done("pause", edge.done("create").strip())
+    killed.kill()
+    assert len(dsec.guests()) > 0
+    dsec.end()
+    assert (dsec.guests(), dsec.cgroups(), living.process.returncode) == ([], [], -9)
