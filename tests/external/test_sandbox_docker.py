@@ -159,6 +159,30 @@ async def test_an_image_has_a_name_and_says_how_commands_run_but_not_what_docker
     client.close()
 
 
+async def test_labels_that_are_not_ours_make_no_snapshot_of_an_image(
+    substrate: DockerSubstrate, docker_url: str
+) -> None:
+    client = docker.APIClient(base_url=docker_url, version="auto")
+    own = f"sha256:{'a' * 64}"
+    labels = [("host", "99"), ("host", "9" * 5000), ("host", "0"), ("host", "\u0661"), ("host", "")]
+    labels += [("host evil", "1"), (f"host {own}", "1"), (f"{own}  host", "1"), ("", "1"), (own.upper(), "1")]
+    config = [{"Labels": {"dsec.below": below, "dsec.below.count": count}} for below, count in labels]
+    config.append({"Labels": {"dsec.below": "host", "dsec.below.count": "1"}, "Healthcheck": {"Test": ["CMD", "true"]}})
+    container = client.create_container(substrate._image, ["true"])["Id"]
+    for one in config:
+        made = client.commit(container, "dsec-test/labels", "1", conf=one)["Id"]
+        composed = await substrate.composed(["dsec-test/labels:1"])
+        assert (composed.base, composed.layers) == ("", (made,)), one
+    for base in ("", "host"):
+        async with substrate.layers.image_of(SandboxSpec(base=base, layers=composed.layers)) as image:
+            found = await substrate.engine.find_image(image)
+        assert found is not None
+        assert "Healthcheck" not in found["Config"]
+    client.remove_container(container)
+    client.remove_image("dsec-test/labels:1")
+    client.close()
+
+
 async def test_layers_make_room_but_for_those_that_are_held_or_used(docker_url: str) -> None:
     small = DockerSubstrate(DockerConfig(url=docker_url, layers_count_max=1))
     await small.open()

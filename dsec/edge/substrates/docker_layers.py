@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 import tarfile
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -37,11 +38,14 @@ _BELOW_COUNT = "dsec.below.count"  # of a snapshot: how many of Docker's layers 
 _STACK = "dsec.stack"  # of an image that was put together
 _OUR_NAMES = ("dsec-stack:", "dsec-stack@", "<none>")  # what has another is the user's, label or not
 _HOST = "host"
+_COUNT = re.compile(r"[1-9][0-9]{0,3}", re.ASCII)
 _COPY_BYTES = 1 << 20
 
 
 class _Found(msgspec.Struct, frozen=True):
     """An image.  `below` is None if it is no snapshot; `own` are Docker's layers that it adds to what lies below.
+
+    A snapshot is whatever has labels as ours are, and is bare, as all of ours are: anybody's image can carry them.
 
     `is_bare`: there is nothing in its configuration that Docker would do to a sandbox.
     """
@@ -227,17 +231,24 @@ class DockerLayers:
             raise NotFoundError(f"Docker has no image {reference}")
         digests = tuple(found["RootFS"].get("Layers") or ())
         labels = found["Config"].get("Labels") or {}
-        below, counted = labels.get(_BELOW), labels.get(_BELOW_COUNT, "")
-        below_count = int(counted) if counted.isdecimal() else len(digests) - 1
-        own = digests if below is None else digests[below_count:]
         is_bare = not (found["Config"].get("Volumes") or found["Config"].get("Healthcheck"))
+        below, below_count = _below(labels, len(digests)) if is_bare else (None, 0)
         platform = {"architecture": found["Architecture"], "os": found["Os"]}
         run = msgspec.convert(found["Config"], RunConfig)
-        return _Found(LayerId(found["Id"]), digests, own, below, is_bare, platform, run)
+        return _Found(LayerId(found["Id"]), digests, digests[below_count:], below, is_bare, platform, run)
 
 
 def _names(image: dict[str, Any]) -> tuple[str, ...]:
     return (*(image["RepoTags"] or ()), *(image["RepoDigests"] or ()))
+
+
+def _below(labels: dict[str, str], digests_count: int) -> tuple[str | None, int]:
+    """What a snapshot was made from, and of how many of its digests that is; nothing of what cannot be our label."""
+    below, count = labels.get(_BELOW, ""), labels.get(_BELOW_COUNT, "")
+    *layers, lowest = below.split(" ")
+    is_recipe = (lowest == _HOST or is_layer_id(lowest)) and all(map(is_layer_id, layers))
+    is_ours = is_recipe and _COUNT.fullmatch(count) is not None and int(count) <= digests_count
+    return (below, int(count)) if is_ours else (None, 0)
 
 
 def _recipe(base: str, layers: Sequence[LayerId]) -> str:
