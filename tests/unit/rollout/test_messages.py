@@ -59,7 +59,7 @@ def test_a_tool_call_has_the_fields_of_its_struct_and_its_arguments_as_text() ->
 
 def test_every_job_field_can_be_asked_for() -> None:
     asked = {field.name for field in pb.SubmitRequest.DESCRIPTOR.fields}
-    assert {f.name for f in msgspec.structs.fields(request.Job)} - asked == {"groups", "edge_url"}
+    assert {f.name for f in msgspec.structs.fields(request.Job)} - asked == {"groups", "edge_url", "draws_by_place"}
 
 
 @pytest.mark.parametrize("tokens_count", [0, 1, 700_000, 2_000_000])
