@@ -142,7 +142,7 @@ async def test_a_cancelled_rollout_takes_its_judges_with_it(tmp_path: Path) -> N
     async with RolloutService(tmp_path, engine, FakeSubstrate(), TOKENIZER, CONFIG) as service:
         await service.submit(asked, [HELLO])
         await service.start()
-        async for event in service.watch("run"):
+        async for _, event in service.watch("run"):
             if isinstance(event, TokensAppended) and "/judge." in event.request:
                 break
         assert await service.cancel("run") == 1
