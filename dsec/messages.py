@@ -1,6 +1,7 @@
 """Values and their messages: what the gRPC server and its clients agree on, both ways.
 
-`x_message(value)` gives the protobuf message, `x_of(message)` the value; nothing is decided here.
+`x_message(value)` gives the protobuf message, `x_of(message)` the value; nothing is decided here, but what a hostile
+message may hold millions of is counted before it is made: meanwhile everybody waits.
 Where the kernel takes bytes (argv, env, cwd) the message has bytes and the value a str as `os.fsdecode` gives it.
 
 See: proto/dsec/pb/v1/edge.proto, dsec/types.py, dsec/views.py.
@@ -18,6 +19,9 @@ from dsec.errors import InvalidArgumentError
 from dsec.images import Image, ImageConfig, Layer
 from dsec.pb.v1 import edge_pb2 as pb
 from dsec.types import (
+    ARG_BYTES,
+    ARGS_BYTES_MAX,
+    RULES_COUNT_MAX,
     Command,
     Defaults,
     ExecResult,
@@ -42,6 +46,11 @@ def _set_fields(message: Any, *names: str) -> dict[str, Any]:
     return {name: getattr(message, name) for name in names if message.HasField(name)}
 
 
+def _check_count(what: str, count: int, count_max: int) -> None:
+    if count > count_max:
+        raise InvalidArgumentError(f"{count} {what}, more than {count_max}")
+
+
 def _kernel_bytes(what: str, text: str) -> bytes:
     try:
         return os.fsencode(text)
@@ -59,7 +68,8 @@ def policy_message(policy: NetworkPolicy) -> pb.NetworkPolicy:
 
 
 def policy_of(message: pb.NetworkPolicy) -> NetworkPolicy:
-    """An allowlist."""
+    """An allowlist.  InvalidArgumentError for more rules than one may have, before any is made."""
+    _check_count("network rules", len(message.rules), RULES_COUNT_MAX)
     rules = (NetworkRule(host=rule.host, cidr=rule.cidr, ports=tuple(rule.ports)) for rule in message.rules)
     return NetworkPolicy(rules=tuple(rules))
 
@@ -189,7 +199,8 @@ def command_message(command: Command) -> pb.Command:
 
 
 def command_of(message: pb.Command) -> Command:
-    """A command."""
+    """A command.  InvalidArgumentError for more strings than any can have, before any is made."""
+    _check_count("arguments and variables", len(message.argv) + len(message.env), ARGS_BYTES_MAX // ARG_BYTES)
     tty = TtySize(rows=message.tty.rows, columns=message.tty.columns) if message.HasField("tty") else None
     return Command(
         argv=tuple(map(os.fsdecode, message.argv)),

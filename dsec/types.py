@@ -19,6 +19,12 @@ LayerId = NewType("LayerId", str)
 EXEC_TIMEOUT_S = 10.0
 OUTPUT_BYTES_MAX = 1 << 20
 STDIN_BYTES_MAX = 32 << 20
+ARGS_BYTES_MAX = 2_000_000
+"""Of argv and env: a quarter of the 8 MiB stack, less what the kernel puts there."""
+ARG_BYTES = 9
+"""What each of them takes there beside its bytes: a zero byte and a pointer."""
+RULES_COUNT_MAX = 256
+"""Of a network policy."""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TOOLBOX = "/.dsec/toolbox"
 """`argv[0]` of the file operations that every substrate provides (dsec/files.py); no such file need exist."""

@@ -24,6 +24,8 @@ READ_BYTES_MAX = 4 << 20
 """Of output, in one answer."""
 JOINED_COUNT_MAX = 64
 """Of requests in one message of a shared stream."""
+SHORT_BYTES_MAX = 64 << 10
+"""Of a request of our client that shares a stream."""
 DETAILS_BYTES_MAX = 2000
 """Each may become three in the header, of which gRPC takes 8 KiB."""
 Status = grpc.StatusCode

@@ -1,7 +1,7 @@
 """A connection to an Edge: one channel for each event loop and address, calls that are repeated, typed errors.
 
-Short calls share one stream, which costs half of what a call by itself does; large ones would hold the others up and go
-by themselves, and so does every call to an Edge that has no such stream yet.
+Short calls share one stream, which costs three fifths of what a call by itself does; large ones would hold the others
+up and go by themselves, and so does every call to an Edge that has no such stream yet.
 
 What is repeated: a call whose connection broke, when its repetition is exact (the same request id, key or
 offset), for a while that grows from milliseconds; and a call that the host refused for lack of room, if the
@@ -30,12 +30,10 @@ from dsec.address import default_url, parse_address
 from dsec.client.calls import Calls
 from dsec.errors import DsecError, InvalidArgumentError, ResourceExhaustedError, StateError, UnreachableError
 from dsec.pb.v1.edge_pb2_grpc import EdgeStub
-from dsec.wire import REPLIES, REPLY_BYTES_MAX, REQUEST_BYTES_MAX, STATUSES, Status, error_of
+from dsec.wire import REPLIES, REPLY_BYTES_MAX, REQUEST_BYTES_MAX, SHORT_BYTES_MAX, STATUSES, Status, error_of
 
 CALL_TIMEOUT_S = 60.0
 """For calls that wait for no command."""
-SHORT_BYTES_MAX = 64 << 10
-"""Of a request that shares a stream."""
 _DELAY_S_MIN, _DELAY_S_MAX = 0.02, 2.0
 _TELL_S = 2.0
 """After so long without an answer, a call says that it still asks."""

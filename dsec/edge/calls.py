@@ -16,25 +16,46 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 from google.protobuf.message import DecodeError, Message
 
 from dsec.errors import InvalidArgumentError, ResourceExhaustedError
 from dsec.pb.v1 import edge_pb2 as pb
-from dsec.wire import JOINED_COUNT_MAX, CodedError, Status, status_of
+from dsec.wire import JOINED_COUNT_MAX, SHORT_BYTES_MAX, CodedError, Status, status_of
 
 CALLS_COUNT_MAX = 1024
+MESSAGE_BYTES_MAX = JOINED_COUNT_MAX * (SHORT_BYTES_MAX + 4096)
+"""Of requests; our client never sends more, and a larger one might hold millions."""
 JOINED_BYTES = 1 << 20
 """Of answers in one message; a longer answer goes alone."""
+
+
+Received = TypeVar("Received", bound=Message)
 
 
 class Method(msgspec.Struct, frozen=True):
     """A method of the service: how its request is read, and what answers it."""
 
+    name: str
     parse: Callable[[bytes], Message]
     answer: Callable[[Any, Any], Awaitable[Message]]
+    bytes_max: int
+
+    def read(self, data: bytes) -> Message:
+        """Its request.  InvalidArgumentError; what is too large is not parsed, for everybody waits meanwhile."""
+        return read_message(f"the request of {self.name}", self.parse, data, self.bytes_max)
+
+
+def read_message(what: str, parse: Callable[[bytes], Received], data: bytes, bytes_max: int) -> Received:
+    """A message that came in.  InvalidArgumentError for what is none, or too large: that is not parsed."""
+    if len(data) > bytes_max:
+        raise InvalidArgumentError(f"{what} has {len(data)} bytes, more than {bytes_max}")
+    try:
+        return parse(data)
+    except DecodeError:
+        raise InvalidArgumentError(f"{what} cannot be parsed") from None
 
 
 class RefusedCallError(Exception):
@@ -78,7 +99,7 @@ class Calls:
         self._has_room = asyncio.Event()
         self._reading: asyncio.Task[None] | None = None
 
-    async def serve(self, messages: AsyncIterator[pb.CallRequests]) -> None:
+    async def serve(self, messages: AsyncIterator[bytes]) -> None:
         """Until the client has no more and all is answered, or `stop`.  InvalidArgumentError."""
         reading = self._reading = asyncio.create_task(self._read(messages), name="read calls")
         try:
@@ -101,8 +122,9 @@ class Calls:
         if self._reading is not None:
             self._reading.cancel()
 
-    async def _read(self, messages: AsyncIterator[pb.CallRequests]) -> None:
-        async for message in messages:
+    async def _read(self, messages: AsyncIterator[bytes]) -> None:
+        async for data in messages:
+            message = read_message("a message of calls", pb.CallRequests.FromString, data, MESSAGE_BYTES_MAX)
             if len(message.requests) > JOINED_COUNT_MAX:
                 raise InvalidArgumentError(
                     f"{len(message.requests)} requests in a message, more than {JOINED_COUNT_MAX}"
@@ -178,9 +200,9 @@ class Calls:
                 Status.UNIMPLEMENTED, f"there is no method {request.method[:80]!r} for a shared stream"
             )
         try:
-            message = method.parse(request.request)
-        except DecodeError:
-            raise _refusal(InvalidArgumentError(f"the request is none of {request.method}")) from None
+            message = method.read(request.request)
+        except InvalidArgumentError as error:
+            raise _refusal(error) from None
         return await method.answer(message, _CONTEXT)
 
 

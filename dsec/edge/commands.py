@@ -18,10 +18,19 @@ from dsec.edge.native_wire import encode_exec_body
 from dsec.edge.network.rules import Allowlist
 from dsec.errors import InvalidArgumentError
 from dsec.images import ImageConfig
-from dsec.types import PATH, STDIN_BYTES_MAX, Command, Defaults, SandboxId, SandboxSpec, TtySize
+from dsec.types import (
+    ARG_BYTES,
+    ARGS_BYTES_MAX,
+    PATH,
+    STDIN_BYTES_MAX,
+    Command,
+    Defaults,
+    SandboxId,
+    SandboxSpec,
+    TtySize,
+)
 
 ARG_BYTES_MAX = 131_071  # MAX_ARG_STRLEN less its zero byte
-ARGS_BYTES_MAX = 2_000_000  # a quarter of the 8 MiB stack, less what the kernel puts there
 TIMEOUT_S_MAX = 7 * 86_400.0
 OUTPUT_BYTES_MAX_MAX = 64 << 20
 MEMORY_BYTES_MIN = 16 << 20
@@ -79,7 +88,7 @@ def encode_command(command: Command) -> bytes:
             raise InvalidArgumentError(f"{name!r} cannot be the name of an environment variable")
     argv = [_encode(f"argv[{index}]", text) for index, text in enumerate(command.argv)]
     env = [_encode(f"environment variable {name}", f"{name}={value}") for name, value in command.env.items()]
-    total = sum(len(data) + 9 for data in argv + env)
+    total = sum(len(data) + ARG_BYTES for data in argv + env)
     if total > ARGS_BYTES_MAX:
         raise InvalidArgumentError(f"argv and env need {total} bytes, more than {ARGS_BYTES_MAX}")
     size = command.tty or TtySize()

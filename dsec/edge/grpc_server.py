@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -20,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from dsec import messages
 from dsec.edge.attach import Chunk, attach
 from dsec.edge.calls import Calls, Method
+from dsec.edge.creation import CREATE_BYTES_MAX
 from dsec.edge.images.service import Images
 from dsec.edge.listen import Listen, claim_socket
 from dsec.edge.service import Edge
@@ -33,6 +35,9 @@ from wal import WalError
 STREAMS_COUNT_MAX = 4096
 CALLS_COUNT_MAX = 16384
 STOP_GRACE_S = 1.0
+SMALL_BYTES_MAX = 2 * CREATE_BYTES_MAX
+"""Of a request that carries no data: the journal's way to write the largest one is not protobuf's."""
+_BYTES_MAX = dict.fromkeys(("Exec", "Start", "WriteStdin"), REQUEST_BYTES_MAX)
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
     ("grpc.max_send_message_length", REPLY_BYTES_MAX),
@@ -47,6 +52,8 @@ _OPTIONS: list[tuple[str, Any]] = [
 ]
 _log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
+Handler = Any
+"""gRPC's record of what serves a method."""
 
 
 class EdgeServicer(pb_grpc.EdgeServicer):
@@ -55,9 +62,26 @@ class EdgeServicer(pb_grpc.EdgeServicer):
     def __init__(self, edge: Edge, images: Images | None) -> None:
         self._edge = edge
         self._images = images
-        self._methods = {name: Method(request.FromString, getattr(self, name)) for name, request in REQUESTS.items()}
+        self._methods = {
+            name: Method(name, request.FromString, getattr(self, name), _BYTES_MAX.get(name, SMALL_BYTES_MAX))
+            for name, request in REQUESTS.items()
+        }
         self._streams: set[Calls] = set()
         self._calls: set[asyncio.Task[None]] = set()
+
+    def handlers(self, generated: Mapping[str, Handler]) -> dict[str, Handler]:
+        """The generated handlers, which parse whatever comes, with readers that do not."""
+        handlers = dict(generated)
+        for name, method in self._methods.items():
+            call = partial(self._call, method)
+            handlers[name] = handlers[name]._replace(request_deserializer=None, unary_unary=call)
+        handlers["Calls"] = handlers["Calls"]._replace(request_deserializer=None)
+        return handlers
+
+    async def _call(self, method: Method, data: bytes, context: Context) -> Any:
+        async with _answering(context, method.name):
+            request = method.read(data)
+        return await method.answer(request, context)
 
     async def stop(self) -> None:
         """Take no more calls on shared streams, which end when those under way have ended."""
@@ -77,6 +101,8 @@ class EdgeServicer(pb_grpc.EdgeServicer):
 
     async def List(self, request: pb.ListRequest, context: Context) -> AsyncIterator[pb.Sandbox]:
         async with _answering(context, "List"):
+            if (size := request.ByteSize()) > SMALL_BYTES_MAX:
+                raise InvalidArgumentError(f"the request of List has {size} bytes, more than {SMALL_BYTES_MAX}")
             for view in self._edge.list(dict(request.labels)):
                 yield messages.sandbox_message(view)
 
@@ -112,8 +138,9 @@ class EdgeServicer(pb_grpc.EdgeServicer):
         return await _done(context, "Cancel", self._edge.cancel(request.request_id))
 
     async def UpdateNetwork(self, request: pb.UpdateNetworkRequest, context: Context) -> pb.Done:
-        policy = messages.policy_of(request.policy)
-        return await _done(context, "UpdateNetwork", self._edge.update_network(request.sandbox_id, policy))
+        async with _answering(context, "UpdateNetwork"):
+            await self._edge.update_network(request.sandbox_id, messages.policy_of(request.policy))
+            return pb.Done()
 
     async def Exec(self, request: pb.ExecRequest, context: Context) -> pb.ExecResult:
         async with _answering(context, "Exec"):
@@ -234,7 +261,7 @@ class EdgeServicer(pb_grpc.EdgeServicer):
         async with _answering(context, "CollectLayers"):
             return pb.CollectedLayers(layer_ids=await self._store().collect())
 
-    async def Calls(self, requests: AsyncIterator[pb.CallRequests], context: Context) -> None:
+    async def Calls(self, requests: AsyncIterator[bytes], context: Context) -> None:
         async with _answering(context, "Calls"):
             calls = Calls(self._methods, context.write, self._calls, CALLS_COUNT_MAX)
             self._streams.add(calls)
@@ -333,7 +360,13 @@ async def start_server(edge: Edge, listen: Listen, images: Images | None = None)
     name, servicer = SERVICE.full_name, EdgeServicer(edge, images)
     # With every call grpc.aio waits anew for each registered method; the generic handlers serve the same methods.
     server.add_registered_method_handlers = lambda _service, _handlers: None  # type: ignore[attr-defined]
-    pb_grpc.add_EdgeServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    generated: dict[str, Handler] = {}
+    taker = SimpleNamespace(
+        add_generic_rpc_handlers=lambda _handlers: None,
+        add_registered_method_handlers=lambda _service, handlers: generated.update(handlers),
+    )
+    pb_grpc.add_EdgeServicer_to_server(servicer, taker)  # type: ignore[no-untyped-call]
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, servicer.handlers(generated))])
     checks = health.aio.HealthServicer()  # type: ignore[attr-defined]  # stub lags behind the package
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

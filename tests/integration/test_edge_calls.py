@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 
 from dsec.client import calls, connection
 from dsec.client.connection import Connection, Patience, connect
@@ -19,6 +20,7 @@ from dsec.pb.v1 import edge_pb2 as pb
 from dsec.pb.v1.edge_pb2_grpc import EdgeStub
 
 NOW = Patience(connect_s=0.0, lost_s=0.0)
+RULES = pb.NetworkPolicy(rules=[pb.NetworkRule()] * 257)
 
 
 def stream_of(connection: Connection) -> calls.Calls:
@@ -134,6 +136,37 @@ async def test_a_hostile_stream_ends_and_nobody_elses(world: Any) -> None:
                         pass
                 assert await call.code() is status
         assert (await sandbox.commands.run(["a"])).exit_code == 7
+
+
+@pytest.mark.parametrize(
+    ("method", "message", "said"),
+    [
+        ("Create", pb.CreateRequest(labels={"a": "x" * (1 << 20)}), "the request of Create has 10485"),
+        ("UpdateNetwork", pb.UpdateNetworkRequest(policy=RULES), "257 network rules, more than 256"),
+        (
+            "Exec",
+            pb.ExecRequest(command=pb.Command(argv=[b""] * (1 << 18))),
+            "262144 arguments and variables",
+        ),
+    ],
+)
+async def test_what_holds_millions_is_refused_before_it_is_made(
+    world: Any, method: str, message: Message, said: str
+) -> None:
+    await world.start()
+    data = message.SerializeToString()
+    async with grpc.aio.insecure_channel(world.url) as channel:
+        by_itself = channel.unary_unary(f"/dsec.pb.v1.Edge/{method}")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await by_itself(data)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert said in (refused.value.details() or "")
+        stub: Any = EdgeStub(channel)  # type: ignore[no-untyped-call]
+        shared = stub.Calls()
+        await shared.write(pb.CallRequests(requests=[pb.CallRequest(id=1, method=method, request=data)]))
+        (reply,) = (await shared.read()).replies
+        assert reply.details == refused.value.details()
+        shared.cancel()
 
 
 async def test_a_stream_needs_the_token(world: Any) -> None:

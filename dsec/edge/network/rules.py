@@ -22,14 +22,13 @@ from collections.abc import Callable
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from dsec.errors import InvalidArgumentError
-from dsec.types import NetworkPolicy, NetworkRule
+from dsec.types import RULES_COUNT_MAX, NetworkPolicy, NetworkRule
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 Host = str | IPv4Address | IPv6Address
 """A name in its normal form (lower case, IDNA, no trailing dot), or an address."""
 
-RULES_COUNT_MAX = 256
 PORTS_COUNT_MAX = 256
 NAME_BYTES_MAX = 253
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")

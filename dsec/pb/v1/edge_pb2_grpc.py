@@ -443,10 +443,10 @@ class EdgeServicer:
 
     def Calls(self, request_iterator, context):
         """Calls of the methods above that take one message and give one, many on one stream: the same methods with the same
-        errors, for half of what a call by itself costs.  Each is answered when it has ended, in any order.  The end of the
-        stream abandons them; a deadline is its client's to keep, by abandoning the call.  With 1024 under way the server
-        reads on when one of them was answered; what is large, or beyond that, is better called by itself.
-        INVALID_ARGUMENT ends the stream: an id that is under way already, or more than 64 requests in a message.
+        errors, for three fifths of what a call by itself costs.  Each is answered when it has ended, in any order.  The end
+        of the stream abandons them; a deadline is its client's to keep, by abandoning the call.  With 1024 under way the
+        server reads on when one of them was answered; what is large, or beyond that, is better called by itself.
+        INVALID_ARGUMENT ends the stream: an id that is under way already, a message of more than 64 requests or 4.25 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

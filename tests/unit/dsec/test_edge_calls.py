@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from dsec.edge.calls import CALLS_COUNT_MAX, CallContext, Calls, Method
+from dsec.edge.calls import CALLS_COUNT_MAX, MESSAGE_BYTES_MAX, CallContext, Calls, Method, read_message
 from dsec.errors import InvalidArgumentError
 from dsec.pb.v1 import edge_pb2 as pb
 from dsec.wire import JOINED_COUNT_MAX, Status
@@ -26,8 +26,8 @@ class Peer:
         self.takes.set()
         self.tasks: set[asyncio.Task[None]] = set()
         methods = {
-            "Get": Method(pb.SandboxRef.FromString, self.get),
-            "Broken": Method(pb.SandboxRef.FromString, self.broken),
+            "Get": Method("Get", pb.SandboxRef.FromString, self.get, 1000),
+            "Broken": Method("Broken", pb.SandboxRef.FromString, self.broken, 1000),
         }
         self.calls = Calls(methods, self.write, self.tasks, count_max)
         self.serving = asyncio.create_task(self.calls.serve(self.read()))
@@ -45,9 +45,9 @@ class Peer:
         """As a handler whose Edge lets go of it."""
         raise asyncio.CancelledError
 
-    async def read(self) -> AsyncIterator[pb.CallRequests]:
+    async def read(self) -> AsyncIterator[bytes]:
         while (message := await self.sent.get()) is not None:
-            yield message
+            yield message.SerializeToString()
 
     async def write(self, message: pb.CallReplies) -> None:
         await self.takes.wait()
@@ -99,13 +99,15 @@ async def test_what_ends_while_a_message_is_on_its_way_goes_out_together_and_wha
 async def test_errors_have_the_status_and_the_details_that_the_method_gave() -> None:
     peer = Peer()
     peer.send(get(1, "no"), pb.CallRequest(id=2, method="Attach"), pb.CallRequest(id=3, method="Get", request=b"\xff"))
-    peer.send(pb.CallRequest(id=4, method="Broken"))
-    replies = {reply.id: reply for reply in [await peer.arrived.get() for _ in range(4)]}
+    peer.send(pb.CallRequest(id=4, method="Broken"), get(5, "x" * 1000))
+    replies = {reply.id: reply for reply in [await peer.arrived.get() for _ in range(5)]}
     said = {number: (reply.status, reply.details) for number, reply in replies.items()}
     assert said[1] == (Status.NOT_FOUND.value[0], "NOT_FOUND: no")
     assert said[2] == (Status.UNIMPLEMENTED.value[0], "there is no method 'Attach' for a shared stream")
-    assert said[3] == (Status.INVALID_ARGUMENT.value[0], "INVALID_ARGUMENT: the request is none of Get")
+    assert said[3] == (Status.INVALID_ARGUMENT.value[0], "INVALID_ARGUMENT: the request of Get cannot be parsed")
     assert said[4] == (Status.CANCELLED.value[0], "")
+    too_large = "INVALID_ARGUMENT: the request of Get has 1003 bytes, more than 1000"
+    assert said[5] == (Status.INVALID_ARGUMENT.value[0], too_large)
     peer.sent.put_nowait(None)
     await peer.serving
 
@@ -131,6 +133,7 @@ async def test_an_abandoned_call_ends_unanswered_and_its_id_is_free_again() -> N
     [
         ([get(5, "slow"), get(5, "a")], "a call with the id 5 is under way already"),
         ([get(number, "a") for number in range(JOINED_COUNT_MAX + 1)], "65 requests in a message, more than 64"),
+        ([get(1, "x" * MESSAGE_BYTES_MAX)], f"more than {MESSAGE_BYTES_MAX}"),
     ],
 )
 async def test_a_client_that_breaks_the_rules_loses_its_stream(requests: list[pb.CallRequest], said: str) -> None:
@@ -140,6 +143,19 @@ async def test_a_client_that_breaks_the_rules_loses_its_stream(requests: list[pb
     with pytest.raises(InvalidArgumentError, match=said):
         await peer.serving
     assert peer.tasks == set()
+
+
+def test_what_is_too_large_is_not_parsed() -> None:
+    parsed: list[bytes] = []
+
+    def parse(data: bytes) -> pb.CallRequests:
+        parsed.append(data)
+        return pb.CallRequests.FromString(data)
+
+    assert read_message("it", parse, bytes((10, 0)) * 2, 4).requests
+    with pytest.raises(InvalidArgumentError, match="it has 6 bytes, more than 4"):
+        read_message("it", parse, bytes((10, 0)) * 3, 4)
+    assert len(parsed) == 1
 
 
 async def test_no_more_is_read_while_the_bound_is_under_way_or_not_taken() -> None:

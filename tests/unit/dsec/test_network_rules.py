@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsec.edge.network.gateway import environment
-from dsec.edge.network.rules import GUARDED, RULES_COUNT_MAX, Allowlist, parse_host
+from dsec.edge.network.rules import GUARDED, Allowlist, parse_host
 from dsec.errors import InvalidArgumentError
-from dsec.types import NetworkPolicy, NetworkRule
+from dsec.types import RULES_COUNT_MAX, NetworkPolicy, NetworkRule
 
 PUBLIC = ip_address("1.1.1.1")
 
