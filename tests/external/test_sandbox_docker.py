@@ -5,6 +5,7 @@ import contextlib
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -202,6 +203,30 @@ async def test_layers_make_room_but_for_those_that_are_held_or_used(docker_url: 
                 await hold([gone])
     await fork.destroy()
     await small.close()
+
+
+async def test_an_image_is_saved_once_for_all_of_its_layers(substrate: DockerSubstrate, docker_url: str) -> None:
+    client = docker.APIClient(base_url=docker_url, version="auto")
+    above = substrate._image
+    for name in "abc":
+        container = client.create_container(above, ["touch", f"/srv/{name}"], network_disabled=True)["Id"]
+        client.start(container)
+        client.wait(container)
+        above = client.commit(container, "dsec-test/layers", "1", changes=["HEALTHCHECK CMD true"])["Id"]
+        client.remove_container(container)
+    lower = await substrate.create(SandboxSpec())
+    await line(lower, "touch /srv/lowest")
+    made = await substrate.composed(["dsec-test/layers:1"])
+    spec = SandboxSpec(layers=(*made.layers, await lower.snapshot()))
+    since = time.time()
+    sandbox = await substrate.create(spec)
+    assert await line(sandbox, "cd /srv; ls a b c lowest") == "a\nb\nc\nlowest"
+    saved = client.events(since=since, until=time.time(), decode=True, filters={"type": "image", "event": "save"})
+    assert [event["Actor"]["ID"] for event in saved].count(above) == 1
+    await sandbox.destroy()
+    await lower.destroy()
+    client.remove_image("dsec-test/layers:1")
+    client.close()
 
 
 async def test_what_a_user_named_makes_no_room(docker_url: str) -> None:

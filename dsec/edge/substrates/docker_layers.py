@@ -201,29 +201,33 @@ class DockerLayers:
         }
         paths = [f"{index}.tar" for index in range(len(digests))]
         manifest = [{"Config": "config.json", "RepoTags": [name], "Layers": paths}]
+        missing: dict[str, dict[str, str]] = {}  # by the image that has them: digests by path
+        for path, digest in list(zip(paths, digests, strict=True))[there:]:
+            missing.setdefault(sources[digest], {})[path] = digest
         with tempfile.TemporaryFile() as archive:
             with tarfile.open(fileobj=archive, mode="w") as out:
                 _add(out, "config.json", json.dumps(config).encode())
                 _add(out, "manifest.json", json.dumps(manifest).encode())
-                for path, digest in list(zip(paths, digests, strict=True))[there:]:
+                for image, wanted in missing.items():
                     with tempfile.TemporaryFile() as saved:
-                        self._copy_layer(sources[digest], digest, saved, out, path)
+                        self._copy_layers(image, wanted, saved, out)
             archive.seek(0)
             for _ in self._engine.api.load_image(iter(partial(archive.read, _COPY_BYTES), b"")):
                 pass
 
-    def _copy_layer(self, image: str, digest: str, saved: IO[bytes], out: tarfile.TarFile, path: str) -> None:
-        """One layer out of what `docker save` writes of an image."""
+    def _copy_layers(self, image: str, wanted: dict[str, str], saved: IO[bytes], out: tarfile.TarFile) -> None:
+        """Layers, digests by the path to give them, out of what `docker save` writes of an image: all that it has."""
         for piece in self._engine.api.get_image(image, chunk_size=_COPY_BYTES):
             saved.write(piece)
         saved.seek(0)
         with tarfile.open(fileobj=saved) as archive:
             (described,) = json.loads(_read(archive, "manifest.json"))
-            index = json.loads(_read(archive, described["Config"]))["rootfs"]["diff_ids"].index(digest)
-            member = archive.getmember(described["Layers"][index])
-            info = tarfile.TarInfo(path)
-            info.size = member.size
-            out.addfile(info, archive.extractfile(member))
+            digests = json.loads(_read(archive, described["Config"]))["rootfs"]["diff_ids"]
+            for path, digest in wanted.items():
+                member = archive.getmember(described["Layers"][digests.index(digest)])
+                info = tarfile.TarInfo(path)
+                info.size = member.size
+                out.addfile(info, archive.extractfile(member))
 
     async def _find(self, reference: str) -> _Found:
         found = await self._engine.find_image(reference)
