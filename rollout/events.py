@@ -16,7 +16,7 @@ import msgspec
 
 from dsec.types import NetworkPolicy
 from rollout.bench.tasks import Task
-from rollout.engine import EngineInfo
+from rollout.engine import EngineInfo, TopLogprobs
 from rollout.network import TaskPhase
 from rollout.request import Conversation, Job
 from wal.tokens import Cause, TokensAppended
@@ -150,6 +150,14 @@ class KvBroke(msgspec.Struct, frozen=True, tag="kv_broke"):
     cause: Cause
 
 
+class TopLogprobsFound(msgspec.Struct, frozen=True, tag="top_logprobs_found"):
+    """The likeliest tokens at `start` and behind it: of a chunk that comes next, or (after a crash) comes again."""
+
+    rollout_id: str
+    start: int
+    top_logprobs: tuple[TopLogprobs, ...]
+
+
 class TokensForced(msgspec.Struct, frozen=True, tag="tokens_forced"):
     """Tokens that the service, not the model, put into the open turn at position `start`."""
 
@@ -239,6 +247,7 @@ RolloutEvent = (
     | SandboxPrepared
     | NetworkSwitched
     | TokensAppended
+    | TopLogprobsFound
     | TokensForced
     | ToolFinished
     | SolutionApplied

@@ -14,9 +14,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from itertools import pairwise
 
-from rollout.engine import Sampling, check_tokens
+from rollout.engine import Sampling, TopLogprobs, check_tokens
 from rollout.errors import EngineError, RequestError
 from rollout.events import InfraFailed, RolloutFinished
 from rollout.jobs import make_job
@@ -37,6 +36,7 @@ class Ask:
     thinking: Thinking = "none"
     sampling: Sampling
     tokens_count_max: int
+    top_logprobs_count: int = 0
     priority: int = 0
     parse_policy: Policy = "tolerant"
     is_named: bool = False
@@ -44,12 +44,12 @@ class Ask:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Tokens of member `index` (prompts in order, each `count` times)."""
+    """Tokens of member `index` (prompts in order, each `count` times); `top_logprobs` are empty unless asked for."""
 
     index: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    policy_version: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[TopLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,12 @@ def prompt_length(state: State) -> int:
 def drawn_ids(state: State) -> tuple[int, ...]:
     """Every token that was drawn, of a rollout without an environment."""
     return (state.token_ids + state.current)[prompt_length(state) :]
+
+
+def drawn_of(index: int, state: State) -> Drawn:
+    """All that was drawn of member `index`."""
+    logprobs = state.logprobs + state.current_logprobs
+    return Drawn(index, drawn_ids(state), logprobs, state.top_logprobs[: len(logprobs)])
 
 
 def context_bound(service: RolloutService) -> int:
@@ -99,6 +105,7 @@ async def generate(service: RolloutService, ask: Ask) -> AsyncGenerator[Drawn | 
             parse_policy=ask.parse_policy,
             reward=NoReward(),
             draws_by_place=True,
+            top_logprobs_count=ask.top_logprobs_count,
         ),
         ask.prompts,
         group_size=ask.count,
@@ -131,14 +138,17 @@ async def _follow(service: RolloutService, job: Job, again: frozenset[str]) -> A
         for rollout_id, state in known.items():
             if state.failure is not None and state.finished is None and rollout_id not in again:
                 _fail(state.failure)
-            for piece in _so_far(indices[rollout_id], state):
-                yield piece
-            left -= {rollout_id} if state.finished else set()
+            yield drawn_of(indices[rollout_id], state)
+            if state.finished:
+                yield Ended(indices[rollout_id], state)
+                left.remove(rollout_id)
         async for _, event in events:
             match event:
                 case TokensAppended():
-                    drawn = event.token_ids, event.logprobs, event.policy_version
-                    yield Drawn(indices[event.request], *drawn)
+                    state = service.ledger.rollouts[event.request]
+                    at = event.start - prompt_length(state)
+                    tops = state.top_logprobs[at : at + len(event.token_ids)]
+                    yield Drawn(indices[event.request], event.token_ids, event.logprobs, tops)
                 case RolloutFinished(rollout_id=rollout_id):
                     left.discard(rollout_id)
                     yield Ended(indices[rollout_id], service.ledger.rollouts[rollout_id])
@@ -146,16 +156,6 @@ async def _follow(service: RolloutService, job: Job, again: frozenset[str]) -> A
                     _fail(event)
     if left:
         raise EngineError(f"{job.request_id}: it was preempted, or the service stops; ask again under the same id")
-
-
-def _so_far(index: int, state: State) -> list[Drawn | Ended]:
-    """What was durable before its caller came."""
-    ids, logprobs = drawn_ids(state), state.logprobs + state.current_logprobs
-    edges = [(at - prompt_length(state), version) for at, version in state.versions] + [(len(ids), 0)]
-    pieces: list[Drawn | Ended] = [
-        Drawn(index, ids[at:end], logprobs[at:end], version) for (at, version), (end, _) in pairwise(edges)
-    ]
-    return [*pieces, Ended(index, state)] if state.finished else pieces
 
 
 def _fail(failure: InfraFailed) -> None:

@@ -65,7 +65,7 @@ class Writer(Protocol):
         """The answer in one piece."""
         ...
 
-    def piece(self, index: int, token_ids: tuple[int, ...], logprobs: tuple[float, ...]) -> dict[str, Any]:
+    def piece(self, drawn: Drawn) -> dict[str, Any]:
         """Some more tokens of a choice."""
         ...
 
@@ -233,7 +233,7 @@ async def _events(
         if isinstance(piece, Ended):
             states[piece.index] = piece.state
             return writer.end(piece.index, piece.state)
-        return writer.piece(piece.index, piece.token_ids, piece.logprobs)
+        return writer.piece(piece)
 
     async with aclosing(pieces):
         try:

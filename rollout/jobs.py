@@ -13,7 +13,7 @@ import msgspec
 
 from rollout import context
 from rollout.bench.tasks import BUNDLED, Task, load_task, load_tasks
-from rollout.engine import Sampling
+from rollout.engine import Sampling, check_top_logprobs
 from rollout.errors import RequestError, TaskError
 from rollout.request import CallableReward, Conversation, Group, Job, JudgeReward, Limits
 from toolcall_dsl import DslError, Tokenizer
@@ -87,6 +87,7 @@ def make_job(asked: Job, prompts: Sequence[Task | Conversation], *, group_size: 
     if asked.agent != "model" and any(isinstance(prompt, Conversation) for prompt in prompts):
         raise RequestError(f"agent {asked.agent} works in a task's environment; a conversation has none")
     check_sampling(asked.sampling)
+    check_top_logprobs(asked.top_logprobs_count)
     _check_limits(asked.limits)
     _check_rules(asked, group_size)
     groups = tuple(

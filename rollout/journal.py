@@ -40,6 +40,7 @@ _MsgpackEvent = (
     | events.RolloutResumed
     | events.Preempted
     | events.KvBroke
+    | events.TopLogprobsFound
     | events.TokensForced
     | events.SandboxPrepared
     | events.NetworkSwitched

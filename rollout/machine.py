@@ -42,6 +42,7 @@ from rollout.events import (
     SolutionApplied,
     TokensForced,
     ToolFinished,
+    TopLogprobsFound,
 )
 from rollout.request import NoReward, TestsReward
 from rollout.state import AnsweredCall, KvBreak, Phase, State, Turn, TurnFinish
@@ -192,6 +193,7 @@ def _request(state: State, tokenizer: Tokenizer) -> SampleRequest:
         tokens_count_max=min(bounds),
         stop_ids=frozenset({tokenizer.control(V4.eos)}),
         on_update=state.job.policy.on_update,
+        top_logprobs_count=state.job.top_logprobs_count,
     )
 
 
@@ -215,6 +217,11 @@ def _append(state: State, event: TokensAppended, tokenizer: Tokenizer) -> State:
     drawn = state.current_logprobs + event.logprobs
     state = replace(state, current=state.current + event.token_ids, current_logprobs=drawn, versions=versions)
     return _close_if_full(state, tokenizer)
+
+
+def _note_top_logprobs(state: State, event: TopLogprobsFound, _: Tokenizer) -> State:
+    _check_start(state, event.start)
+    return replace(state, top_logprobs=state.top_logprobs[: state.sampled_count] + event.top_logprobs)
 
 
 def _force(state: State, event: TokensForced, tokenizer: Tokenizer) -> State:
@@ -320,6 +327,7 @@ TRANSITIONS: dict[type, tuple[frozenset[Phase], Callable[[State, Any, Tokenizer]
     NetworkSwitched: (_ALWAYS, _pass),
     SandboxPrepared: (frozenset({Phase.PREPARE}), _prepared),
     TokensAppended: (frozenset({Phase.SAMPLE}), _append),
+    TopLogprobsFound: (frozenset({Phase.SAMPLE}), _note_top_logprobs),
     TokensForced: (frozenset({Phase.SAMPLE}), _force),
     ToolFinished: (frozenset({Phase.TOOLS}), _answer),
     AgentStopped: (frozenset({Phase.SAMPLE, Phase.TOOLS}), _stop_agent),

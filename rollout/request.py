@@ -114,7 +114,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     `edge_url` is the Edge that `dsec run --edge` named, where a resume finds the sandboxes.  `project` shares the
     service with other projects; a higher `priority` goes first.  After `deadline_s` seconds from its submission (0:
     never) what has not ended is cancelled.  With `draws_by_place` the noise depends on the seed and on the rollout's id
-    behind `{request_id}/` alone: another request with the same seed draws the same.
+    behind `{request_id}/` alone: another request with the same seed draws the same.  `top_logprobs_count` has the
+    likeliest tokens at each position logged, too.
     """
 
     request_id: str
@@ -132,3 +133,4 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     reward: Reward = TestsReward()
     parse_policy: ParsePolicy = "strict"
     draws_by_place: bool = False
+    top_logprobs_count: int = 0

@@ -39,6 +39,7 @@ from rollout.events import (
     Spent,
     TokensForced,
     ToolFinished,
+    TopLogprobsFound,
 )
 from rollout.journal import Journal
 from rollout.judging import call_judge, model_judge
@@ -259,6 +260,8 @@ class Runner:
                     slot.tokens_count += len(chunk.token_ids)
                     if chunk.kv and chunk.kv != "restored":  # that, the resume has said
                         yield KvBroke(rollout.id, start, chunk.kv)
+                    if chunk.top_logprobs:
+                        yield TopLogprobsFound(rollout.id, start, chunk.top_logprobs)
                     yield TokensAppended(rollout.id, start, chunk.token_ids, chunk.logprobs, chunk.policy_version)
                     if rollout.is_out_of_time:
                         return

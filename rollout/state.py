@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from rollout.context import Span, spans_of
-from rollout.engine import EngineInfo
+from rollout.engine import EngineInfo, TopLogprobs
 from rollout.events import (
     FinishReason,
     InfraFailed,
@@ -83,7 +83,8 @@ class State:
     tokens were not sampled.  `calls` are all answered calls; `pending` the open block's calls, of which `answered`
     are answered.  `setup_try` and `judge_try` count failed attempts, whose commands a later attempt does not build
     on.  `engines` says from which position of the context on which engine drew, `versions` which version of the
-    weights.  `spent` are the times that processes told, each when it let go of the rollout.
+    weights.  `top_logprobs`, if the job asks for them, has one entry for each sampled token and may be ahead of the
+    tokens.  `spent` are the times that processes told, each when it let go of the rollout.
     """
 
     job: Job
@@ -94,6 +95,7 @@ class State:
     logprobs: tuple[float, ...] = ()
     current: tuple[int, ...] = ()
     current_logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[TopLogprobs, ...] = ()
     forced: frozenset[int] = frozenset()
     turns: tuple[Turn, ...] = ()
     calls: tuple[AnsweredCall, ...] = ()

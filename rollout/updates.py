@@ -45,6 +45,8 @@ _WHAT: dict[type, str] = {
 
 def updates_of(lsn: int, event: RolloutEvent, ledger: Ledger, mask: Mask) -> Iterator[pb.Update]:
     """The messages that tell a durable event; none if it was not asked for."""
+    if isinstance(event, events.TopLogprobsFound):
+        return  # no field of the protocol asks for them
     if isinstance(event, TokensAppended | events.TokensForced) and pb.FIELD_LIVE_TOKENS not in mask:
         return
     rollout_id = rollout_of(event)

@@ -21,9 +21,10 @@ from rollout.dialects.options import (
     sampling_of,
     thinking_of,
     usage,
+    with_tops,
 )
 from rollout.errors import RequestError
-from rollout.generation import Ask, drawn_ids, prompt_length
+from rollout.generation import Ask, Drawn, drawn_ids, drawn_of, prompt_length
 from rollout.jobs import make_conversation
 from rollout.state import State
 from toolcall_dsl import (
@@ -69,8 +70,8 @@ class ChatRequest(Options):
 def ask_of(body: ChatRequest, context_tokens_max: int) -> Ask:
     """RequestError names what cannot be done."""
     body.refuse()
-    if body.top_logprobs:
-        raise RequestError("top_logprobs: only the drawn token's logprob is given; leave it out")
+    if body.top_logprobs and not body.logprobs:
+        raise RequestError("top_logprobs: ask for logprobs, too")
     if body.tool_choice not in (None, "auto", "none"):
         raise RequestError("tool_choice: this model is not forced to call; say auto or none")
     name, is_named = request_name(body.request_id, "chatcmpl")
@@ -85,6 +86,7 @@ def ask_of(body: ChatRequest, context_tokens_max: int) -> Ask:
         thinking=thinking_of(body.reasoning_effort, body.chat_template_kwargs),
         sampling=sampling_of(name, body.temperature, body.top_p, body.top_k, body.seed),
         tokens_count_max=body.max_completion_tokens or body.max_tokens or context_tokens_max,
+        top_logprobs_count=body.top_logprobs or 0,
         priority=-body.priority,
         is_named=is_named,
     )
@@ -137,19 +139,19 @@ class Writer:
         choices = [self._choice(index, state) for index, state in enumerate(states)]
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage(states)}
 
-    def piece(self, index: int, token_ids: tuple[int, ...], logprobs: tuple[float, ...]) -> dict[str, Any]:
+    def piece(self, drawn: Drawn) -> dict[str, Any]:
         """Some more tokens of a choice: what they say, if they complete anything."""
-        is_first = index not in self._parsers
+        index, is_first = drawn.index, drawn.index not in self._parsers
         parser = self._parser(index)
-        parser.feed(token_ids)
+        parser.feed(drawn.token_ids)
         delta = self._delta(index, _events(parser))
-        return self._chunk(index, {"role": "assistant", **delta} if is_first else delta, token_ids, logprobs)
+        return self._chunk(drawn, {"role": "assistant", **delta} if is_first else delta)
 
     def end(self, index: int, state: State) -> dict[str, Any]:
         """The last piece of a choice."""
         parser = self._parser(index)
         parser.finish()
-        chunk = self._chunk(index, self._delta(index, _events(parser)), (), ())
+        chunk = self._chunk(Drawn(index), self._delta(index, _events(parser)))
         chunk["choices"][0]["finish_reason"] = finish_of(state, has_calls=True)
         return chunk
 
@@ -177,34 +179,29 @@ class Writer:
         made["finish_reason"] = finish_of(state, has_calls=True)
         if parsed.error is not None:
             made["parse_error"] = parsed.error.message
-        return self._with_tokens(made, ids, state.logprobs, list(state.token_ids[: prompt_length(state)]))
+        return self._with_tokens(made, drawn_of(index, state), list(state.token_ids[: prompt_length(state)]))
 
-    def _chunk(
-        self, index: int, delta: dict[str, Any], token_ids: tuple[int, ...], logprobs: tuple[float, ...]
-    ) -> dict[str, Any]:
-        made = {"index": index, "delta": delta, "finish_reason": None, "logprobs": None}
-        choices = [self._with_tokens(made, token_ids, logprobs, None)]
+    def _chunk(self, drawn: Drawn, delta: dict[str, Any]) -> dict[str, Any]:
+        made = {"index": drawn.index, "delta": delta, "finish_reason": None, "logprobs": None}
+        choices = [self._with_tokens(made, drawn, None)]
         return {**self._head, "object": "chat.completion.chunk", "choices": choices}
 
-    def _with_tokens(
-        self,
-        choice: dict[str, Any],
-        token_ids: tuple[int, ...],
-        logprobs: tuple[float, ...],
-        prompt: list[int] | None,
-    ) -> dict[str, Any]:
+    def _with_tokens(self, choice: dict[str, Any], drawn: Drawn, prompt: list[int] | None) -> dict[str, Any]:
         if self._body.logprobs:
-            content = [self._logprob(*pair) for pair in zip(token_ids, logprobs, strict=True)]
+            content = [
+                {**self._token(token_id, logprob), "top_logprobs": [self._token(*top) for top in tops]}
+                for token_id, logprob, tops in with_tops(drawn)
+            ]
             choice["logprobs"] = {"content": content, "refusal": None}
         if self._body.return_token_ids:
-            choice["token_ids"] = list(token_ids)
+            choice["token_ids"] = list(drawn.token_ids)
             if prompt is not None:
                 choice["prompt_token_ids"] = prompt
         return choice
 
-    def _logprob(self, token_id: int, logprob: float) -> dict[str, Any]:
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         text = self._tokenizer.decode([token_id])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     def _delta(self, index: int, events: Iterator[TurnEvent]) -> dict[str, Any]:
         """What the events add to a message."""

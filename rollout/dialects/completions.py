@@ -15,9 +15,10 @@ from rollout.dialects.options import (
     request_name,
     sampling_of,
     usage,
+    with_tops,
 )
 from rollout.errors import RequestError
-from rollout.generation import Ask, drawn_ids, prompt_length
+from rollout.generation import Ask, Drawn, drawn_ids, drawn_of, prompt_length
 from rollout.jobs import check_length, make_conversation
 from rollout.state import State
 from toolcall_dsl import V4, Tokenizer
@@ -48,8 +49,6 @@ class CompletionRequest(Options):
 def ask_of(body: CompletionRequest, tokenizer: Tokenizer, context_tokens_max: int) -> Ask:
     """RequestError names what cannot be done.  A text gets a BOS before it, as vLLM does; ids stay as they are."""
     body.refuse()
-    if (body.logprobs or 0) > 1:
-        raise RequestError("logprobs: only the drawn token's is given: say 0 or 1")
     prompts = _prompts(body.prompt)
     if not 1 <= len(prompts) <= PROMPTS_MAX:
         raise RequestError(f"prompt: give 1 to {PROMPTS_MAX} prompts")
@@ -65,6 +64,7 @@ def ask_of(body: CompletionRequest, tokenizer: Tokenizer, context_tokens_max: in
         count=body.n,
         sampling=sampling_of(name, body.temperature, body.top_p, body.top_k, body.seed),
         tokens_count_max=body.max_tokens or context_tokens_max,
+        top_logprobs_count=body.logprobs or 0,
         priority=-body.priority,
         is_named=is_named,
     )
@@ -84,22 +84,22 @@ class Writer:
         """The answer in one piece."""
         choices = []
         for index, state in enumerate(states):
-            made = self._choice(index, drawn_ids(state), state.logprobs, self._text(drawn_ids(state)))
+            made = self._choice(drawn_of(index, state), self._text(drawn_ids(state)))
             made["finish_reason"] = finish_of(state)
             if self._body.return_token_ids:
                 made["prompt_token_ids"] = list(state.token_ids[: prompt_length(state)])
             choices.append(made)
         return {**self._head, "choices": choices, "usage": usage(states)}
 
-    def piece(self, index: int, token_ids: tuple[int, ...], logprobs: tuple[float, ...]) -> dict[str, Any]:
+    def piece(self, drawn: Drawn) -> dict[str, Any]:
         """Some more tokens of a choice."""
-        text = self._texts.setdefault(index, TextStream(self._tokenizer)).feed(token_ids)
-        return {**self._head, "choices": [self._choice(index, token_ids, logprobs, text)]}
+        text = self._texts.setdefault(drawn.index, TextStream(self._tokenizer)).feed(drawn.token_ids)
+        return {**self._head, "choices": [self._choice(drawn, text)]}
 
     def end(self, index: int, state: State) -> dict[str, Any]:
         """The last piece of a choice."""
         text = self._texts.setdefault(index, TextStream(self._tokenizer)).feed((), is_last=True)
-        return {**self._head, "choices": [{**self._choice(index, (), (), text), "finish_reason": finish_of(state)}]}
+        return {**self._head, "choices": [{**self._choice(Drawn(index), text), "finish_reason": finish_of(state)}]}
 
     def counts(self, states: list[State]) -> dict[str, Any]:
         """The chunk after the last, if it was asked for."""
@@ -108,18 +108,21 @@ class Writer:
     def _text(self, token_ids: tuple[int, ...]) -> str:
         return self._tokenizer.decode([token for token in token_ids if token != self._eos])
 
-    def _choice(self, index: int, token_ids: tuple[int, ...], logprobs: tuple[float, ...], text: str) -> dict[str, Any]:
-        made: dict[str, Any] = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+    def _choice(self, drawn: Drawn, text: str) -> dict[str, Any]:
+        made: dict[str, Any] = {"index": drawn.index, "text": text, "logprobs": None, "finish_reason": None}
         if self._body.logprobs is not None:
-            tokens = [self._tokenizer.decode([token]) for token in token_ids]
+            tokens = [self._tokenizer.decode([token]) for token in drawn.token_ids]
             made["logprobs"] = {
                 "tokens": tokens,
-                "token_logprobs": list(logprobs),
-                "top_logprobs": [{token: value} for token, value in zip(tokens, logprobs, strict=True)],
+                "token_logprobs": list(drawn.logprobs),
+                "top_logprobs": [
+                    {self._tokenizer.decode([token]): value for token, value in (*tops, (drawn_id, logprob))}
+                    for drawn_id, logprob, tops in with_tops(drawn)
+                ],
                 "text_offset": [sum(map(len, tokens[:at])) for at in range(len(tokens))],
             }
         if self._body.return_token_ids:
-            made["token_ids"] = list(token_ids)
+            made["token_ids"] = list(drawn.token_ids)
         return made
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, FailFast
 from rollout.engine import Sampling
 from rollout.errors import RequestError
 from rollout.events import FinishReason
-from rollout.generation import prompt_length
+from rollout.generation import Drawn, prompt_length
 from rollout.jobs import check_sampling
 from rollout.request import Thinking
 from rollout.state import State, TurnFinish
@@ -53,6 +54,8 @@ REFUSED: dict[str, tuple[object, ...]] = {
 TokenIds = Annotated[list[int], FailFast()]
 """Said wrongly a million times, it is complained of once."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+Tops = tuple[tuple[int, float], ...]
+"""Ids and logprobs."""
 Finish = Literal["stop", "length", "tool_calls", "abort"]
 FINISHES: dict[TurnFinish, Finish] = {
     TurnFinish.STOP: "stop",
@@ -128,6 +131,12 @@ def usage(states: list[State]) -> dict[str, int]:
     prompts = {state.opened.group_id: prompt_length(state) for state in states}
     prompt, completion = sum(prompts.values()), sum(state.sampled_count for state in states)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def with_tops(drawn: Drawn) -> Iterator[tuple[int, float, Tops]]:
+    """Each token with its logprob and the likeliest ones at its place, if those were asked for."""
+    tops = [tuple(zip(each.token_ids, each.logprobs, strict=True)) for each in drawn.top_logprobs]
+    return zip(drawn.token_ids, drawn.logprobs, tops or [()] * len(drawn.token_ids), strict=True)
 
 
 class TextStream:

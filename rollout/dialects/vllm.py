@@ -13,13 +13,14 @@ from rollout.dialects.options import (
     Options,
     StreamOptions,
     TokenIds,
+    Tops,
     finish_of,
     request_name,
     sampling_of,
     usage,
+    with_tops,
 )
-from rollout.errors import RequestError
-from rollout.generation import Ask, drawn_ids, prompt_length
+from rollout.generation import Ask, Drawn, drawn_of, prompt_length
 from rollout.jobs import make_conversation
 from rollout.record import version_runs
 from rollout.state import State
@@ -63,8 +64,6 @@ def ask_of(body: GenerateRequest, context_tokens_max: int) -> Ask:
     params = body.sampling_params
     body.refuse()
     params.refuse()
-    if (params.logprobs or 0) > 1:
-        raise RequestError("sampling_params.logprobs: only the drawn token's is given: say 0 or 1")
     name, is_named = request_name(body.request_id, "gen")
     return Ask(
         request_id=name,
@@ -72,6 +71,7 @@ def ask_of(body: GenerateRequest, context_tokens_max: int) -> Ask:
         count=params.n,
         sampling=sampling_of(name, params.temperature, params.top_p, params.top_k, params.seed),
         tokens_count_max=params.max_tokens or context_tokens_max,
+        top_logprobs_count=params.logprobs or 0,
         priority=-body.priority,  # there, lower goes first
         is_named=is_named,
     )
@@ -85,30 +85,31 @@ class Writer:
 
     def whole(self, states: list[State]) -> dict[str, Any]:
         """The answer in one piece."""
-        choices = [self._end(index, drawn_ids(state), state.logprobs, state) for index, state in enumerate(states)]
+        choices = [self._end(drawn_of(index, state), state) for index, state in enumerate(states)]
         return {**self._head, "choices": choices, "prompt_logprobs": None, "usage": usage(states)}
 
-    def piece(self, index: int, token_ids: tuple[int, ...], logprobs: tuple[float, ...]) -> dict[str, Any]:
+    def piece(self, drawn: Drawn) -> dict[str, Any]:
         """Some more tokens of a choice."""
-        return {**self._head, "choices": [self._choice(index, token_ids, logprobs)]}
+        return {**self._head, "choices": [self._choice(drawn)]}
 
     def end(self, index: int, state: State) -> dict[str, Any]:
         """The last piece of a choice."""
-        return {**self._head, "choices": [self._end(index, (), (), state)]}
+        return {**self._head, "choices": [self._end(Drawn(index), state)]}
 
     def counts(self, states: list[State]) -> dict[str, Any]:
         """The chunk after the last, if it was asked for."""
         return {**self._head, "choices": [], "usage": usage(states)}
 
-    def _choice(self, index: int, token_ids: tuple[int, ...], logprobs: tuple[float, ...]) -> dict[str, Any]:
-        made: dict[str, Any] = {"index": index, "token_ids": list(token_ids), "logprobs": None, "finish_reason": None}
+    def _choice(self, drawn: Drawn) -> dict[str, Any]:
+        made: dict[str, Any] = {"index": drawn.index, "token_ids": list(drawn.token_ids), "logprobs": None}
+        made["finish_reason"] = None
         if self._body.sampling_params.logprobs is not None:
-            made["logprobs"] = {"content": [_content(*pair) for pair in zip(token_ids, logprobs, strict=True)]}
+            made["logprobs"] = {"content": [_content(*each) for each in with_tops(drawn)]}
         return made
 
-    def _end(self, index: int, token_ids: tuple[int, ...], logprobs: tuple[float, ...], state: State) -> dict[str, Any]:
+    def _end(self, drawn: Drawn, state: State) -> dict[str, Any]:
         """A choice with why it ended, and which versions of the weights drew which of its tokens."""
-        made, base = self._choice(index, token_ids, logprobs), prompt_length(state)
+        made, base = self._choice(drawn), prompt_length(state)
         made["finish_reason"] = finish_of(state)
         made["weight_versions"] = [
             {"start": run.start - base, "length": run.length, "version": run.version}
@@ -117,11 +118,9 @@ class Writer:
         return made
 
 
-def _content(token_id: int, logprob: float) -> dict[str, Any]:
-    return {
-        "token": f"token_id:{token_id}",
-        "token_id": token_id,
-        "logprob": logprob,
-        "bytes": None,
-        "top_logprobs": [],
-    }
+def _content(token_id: int, logprob: float, tops: Tops) -> dict[str, Any]:
+    return {**_token(token_id, logprob), "top_logprobs": [_token(*top) for top in tops]}
+
+
+def _token(token_id: int, logprob: float) -> dict[str, Any]:
+    return {"token": f"token_id:{token_id}", "token_id": token_id, "logprob": logprob, "bytes": None}

@@ -135,6 +135,8 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("/v1/chat/completions", {**CHAT, "stop": ["x"]}, 400, "stop: not supported"),
     ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, 400, "response_format"),
     ("/v1/chat/completions", {**CHAT, "tool_choice": "required"}, 400, "tool_choice"),
+    ("/v1/chat/completions", {**CHAT, "top_logprobs": 33}, 400, "0 to 32"),
+    ("/v1/chat/completions", {**CHAT, "top_logprobs": 2, "logprobs": False}, 400, "ask for logprobs"),
     ("/v1/chat/completions", {**CHAT, "model": "gpt-9"}, 404, "this service has 'scripted'"),
     ("/v1/chat/completions", {**CHAT, "messages": [{"role": "wizard", "content": "x"}]}, 400, "wizard"),
     ("/v1/chat/completions", {**CHAT, "messages": []}, 400, "the last is of 'nobody', must be of user"),
@@ -256,3 +258,24 @@ async def test_a_seed_draws_the_same_for_every_request_and_other_members_draw_ot
     assert drawn["a"] == drawn["b"]
     assert len(set(drawn.values())) == 3
     assert all(len(set(each)) == 2 for each in drawn.values())
+
+
+async def test_the_likeliest_tokens_are_given_with_each_as_they_were_logged(serving: Any, events: Any) -> None:
+    async with serving(model()) as (client, service):
+        chat = {**CHAT, "top_logprobs": 3, "request_id": "a"}
+        whole = (await client.post("/v1/chat/completions", json=chat)).json()["choices"][0]["logprobs"]["content"]
+        chunks = await events(client, "/v1/chat/completions", {**chat, "request_id": "b"})
+        again = await events(client, "/v1/chat/completions", chat)
+        for told in (chunks, again):
+            assert [each for chunk in told for each in chunk["choices"][0]["logprobs"]["content"]] == whole
+        assert all(each["top_logprobs"] == [{k: each[k] for k in ("token", "logprob", "bytes")}] for each in whole)
+        ids = list(_header())
+        said = (await client.post("/v1/completions", json={"prompt": ids, "logprobs": 2})).json()["choices"][0]
+        assert said["logprobs"]["top_logprobs"] == [{token: -0.5} for token in said["logprobs"]["tokens"]]
+        body = {"token_ids": ids, "sampling_params": {"logprobs": 2}}
+        said = (await client.post("/inference/v1/generate", json=body)).json()["choices"][0]
+        assert [[top["token_id"] for top in each["top_logprobs"]] for each in said["logprobs"]["content"]] == [
+            [token] for token in said["token_ids"]
+        ]
+        asked = [len(state.top_logprobs) == state.sampled_count for state in service.ledger.rollouts.values()]
+        assert asked == [True] * 4

@@ -19,6 +19,7 @@ ASK = {
     "n": 2,
     "return_token_ids": True,
     "logprobs": True,
+    "top_logprobs": 2,
 }
 PATH = "/v1/chat/completions"
 
@@ -62,9 +63,12 @@ def serve(dsec: Any) -> Iterator[Callable[..., Server]]:
             server.stop()
 
 
-def drawn(server: Server, chunks_count: int) -> dict[int, list[tuple[int, float]]]:
-    """Tokens and logprobs of each member after so many pieces of a stream."""
-    tokens: dict[int, list[tuple[int, float]]] = {0: [], 1: []}
+Drawn = list[tuple[int, float, tuple[float, ...]]]
+
+
+def drawn(server: Server, chunks_count: int) -> dict[int, Drawn]:
+    """Tokens, logprobs and the likeliest ones of each member after so many pieces of a stream."""
+    tokens: dict[int, Drawn] = {0: [], 1: []}
     with server.client.stream("POST", PATH, json={**ASK, "stream": True}) as response:
         lines = (line for line in response.iter_lines() if line.startswith("data: {"))
         for _, line in zip(range(chunks_count), lines, strict=False):
@@ -73,8 +77,11 @@ def drawn(server: Server, chunks_count: int) -> dict[int, list[tuple[int, float]
     return tokens
 
 
-def pairs(choice: dict[str, Any]) -> list[tuple[int, float]]:
-    return list(zip(choice["token_ids"], (each["logprob"] for each in choice["logprobs"]["content"]), strict=True))
+def pairs(choice: dict[str, Any]) -> Drawn:
+    content = choice["logprobs"]["content"]
+    tops = [tuple(top["logprob"] for top in each["top_logprobs"]) for each in content]
+    assert {len(each) for each in tops} <= {2}
+    return list(zip(choice["token_ids"], (each["logprob"] for each in content), tops, strict=True))
 
 
 def test_a_stream_that_kill_9_cut_goes_on_under_its_id_with_the_very_same_tokens(
