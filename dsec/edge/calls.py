@@ -16,9 +16,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
-import msgspec
 from google.protobuf.message import DecodeError, Message
 
 from dsec.errors import InvalidArgumentError, ResourceExhaustedError
@@ -33,19 +32,8 @@ JOINED_BYTES = 1 << 20
 
 
 Received = TypeVar("Received", bound=Message)
-
-
-class Method(msgspec.Struct, frozen=True):
-    """A method of the service: how its request is read, and what answers it."""
-
-    name: str
-    parse: Callable[[bytes], Message]
-    answer: Callable[[Any, Any], Awaitable[Message]]
-    bytes_max: int
-
-    def read(self, data: bytes) -> Message:
-        """Its request.  InvalidArgumentError; what is too large is not parsed, for everybody waits meanwhile."""
-        return read_message(f"the request of {self.name}", self.parse, data, self.bytes_max)
+Method = Callable[[bytes, "CallContext"], Awaitable[bytes]]
+"""Gives the answer to a request, or aborts."""
 
 
 def read_message(what: str, parse: Callable[[bytes], Received], data: bytes, bytes_max: int) -> Received:
@@ -188,9 +176,9 @@ class Calls:
             if task is None or task.cancelling():
                 raise
             return pb.CallReply(id=request.id, status=Status.CANCELLED.value[0])  # the Edge let go of it
-        return pb.CallReply(id=request.id, reply=reply.SerializeToString())
+        return pb.CallReply(id=request.id, reply=reply)
 
-    async def _reply(self, request: pb.CallRequest, *, has_place: bool) -> Message:
+    async def _reply(self, request: pb.CallRequest, *, has_place: bool) -> bytes:
         """What the method gives.  RefusedCallError."""
         if not has_place:
             raise _refusal(ResourceExhaustedError(f"the Edge has {self._count_max} calls under way: try again later"))
@@ -199,11 +187,7 @@ class Calls:
             raise RefusedCallError(
                 Status.UNIMPLEMENTED, f"there is no method {request.method[:80]!r} for a shared stream"
             )
-        try:
-            message = method.read(request.request)
-        except InvalidArgumentError as error:
-            raise _refusal(error) from None
-        return await method.answer(message, _CONTEXT)
+        return await method(request.request, _CONTEXT)
 
 
 def _refusal(error: CodedError) -> RefusedCallError:

@@ -15,12 +15,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from dsec import messages
 from dsec.edge.attach import Chunk, attach
-from dsec.edge.calls import Calls, Method
+from dsec.edge.calls import CallContext, Calls, RefusedCallError, read_message
 from dsec.edge.creation import CREATE_BYTES_MAX
 from dsec.edge.images.service import Images
 from dsec.edge.listen import Listen, claim_socket
@@ -62,26 +63,26 @@ class EdgeServicer(pb_grpc.EdgeServicer):
     def __init__(self, edge: Edge, images: Images | None) -> None:
         self._edge = edge
         self._images = images
-        self._methods = {
-            name: Method(name, request.FromString, getattr(self, name), _BYTES_MAX.get(name, SMALL_BYTES_MAX))
-            for name, request in REQUESTS.items()
-        }
+        self._methods = {name: partial(self._call, name, request.FromString) for name, request in REQUESTS.items()}
         self._streams: set[Calls] = set()
         self._calls: set[asyncio.Task[None]] = set()
 
     def handlers(self, generated: Mapping[str, Handler]) -> dict[str, Handler]:
         """The generated handlers, which parse whatever comes, with readers that do not."""
-        handlers = dict(generated)
-        for name, method in self._methods.items():
-            call = partial(self._call, method)
-            handlers[name] = handlers[name]._replace(request_deserializer=None, unary_unary=call)
-        handlers["Calls"] = handlers["Calls"]._replace(request_deserializer=None)
-        return handlers
+        handlers = {"Calls": generated["Calls"]._replace(request_deserializer=None)}
+        for name, call in self._methods.items():
+            own = {"unary_unary": call, "request_deserializer": None, "response_serializer": None}
+            handlers[name] = generated[name]._replace(**own)
+        return {**generated, **handlers}
 
-    async def _call(self, method: Method, data: bytes, context: Context) -> Any:
-        async with _answering(context, method.name):
-            request = method.read(data)
-        return await method.answer(request, context)
+    async def _call(
+        self, name: str, parse: Callable[[bytes], Message], data: bytes, context: Context | CallContext
+    ) -> bytes:
+        """Any method that takes one message and gives one, by itself or on a shared stream."""
+        async with _answering(context, name):
+            request = read_message(f"the request of {name}", parse, data, _BYTES_MAX.get(name, SMALL_BYTES_MAX))
+            reply: Message = await getattr(self, name)(request, context)
+            return reply.SerializeToString()
 
     async def stop(self) -> None:
         """Take no more calls on shared streams, which end when those under way have ended."""
@@ -91,13 +92,11 @@ class EdgeServicer(pb_grpc.EdgeServicer):
     # ruff: noqa: N802  (the names are the protocol's; their documentation is in edge.proto)
     # ruff: noqa: D102
 
-    async def Create(self, request: pb.CreateRequest, context: Context) -> pb.Sandbox:
-        async with _answering(context, "Create"):
-            return messages.sandbox_message(await self._edge.create(messages.create_of(request)))
+    async def Create(self, request: pb.CreateRequest, _context: object) -> pb.Sandbox:
+        return messages.sandbox_message(await self._edge.create(messages.create_of(request)))
 
-    async def Get(self, request: pb.SandboxRef, context: Context) -> pb.Sandbox:
-        async with _answering(context, "Get"):
-            return messages.sandbox_message(self._edge.get(request.sandbox_id))
+    async def Get(self, request: pb.SandboxRef, _context: object) -> pb.Sandbox:
+        return messages.sandbox_message(self._edge.get(request.sandbox_id))
 
     async def List(self, request: pb.ListRequest, context: Context) -> AsyncIterator[pb.Sandbox]:
         async with _answering(context, "List"):
@@ -106,55 +105,48 @@ class EdgeServicer(pb_grpc.EdgeServicer):
             for view in self._edge.list(dict(request.labels)):
                 yield messages.sandbox_message(view)
 
-    async def Destroy(self, request: pb.SandboxRef, context: Context) -> pb.Done:
-        return await _done(context, "Destroy", self._edge.destroy(request.sandbox_id))
+    async def Destroy(self, request: pb.SandboxRef, _context: object) -> pb.Done:
+        return await _done(self._edge.destroy(request.sandbox_id))
 
-    async def Pause(self, request: pb.SandboxRef, context: Context) -> pb.Done:
-        return await _done(context, "Pause", self._edge.pause(request.sandbox_id))
+    async def Pause(self, request: pb.SandboxRef, _context: object) -> pb.Done:
+        return await _done(self._edge.pause(request.sandbox_id))
 
-    async def Resume(self, request: pb.SandboxRef, context: Context) -> pb.Done:
-        return await _done(context, "Resume", self._edge.resume(request.sandbox_id))
+    async def Resume(self, request: pb.SandboxRef, _context: object) -> pb.Done:
+        return await _done(self._edge.resume(request.sandbox_id))
 
-    async def Snapshot(self, request: pb.SnapshotRequest, context: Context) -> pb.Layer:
-        async with _answering(context, "Snapshot"):
-            take = partial(self._edge.snapshot, request.sandbox_id)
-            if request.name:
-                layer = await self._store().snapshot(request.name, take, self._edge.get(request.sandbox_id))
-            else:
-                layer = await take()
-            return pb.Layer(layer_id=layer)
+    async def Snapshot(self, request: pb.SnapshotRequest, _context: object) -> pb.Layer:
+        take = partial(self._edge.snapshot, request.sandbox_id)
+        if request.name:
+            layer = await self._store().snapshot(request.name, take, self._edge.get(request.sandbox_id))
+        else:
+            layer = await take()
+        return pb.Layer(layer_id=layer)
 
-    async def Fork(self, request: pb.ForkRequest, context: Context) -> pb.Sandboxes:
-        async with _answering(context, "Fork"):
-            views = await self._edge.fork(request.sandbox_id, request.count, messages.create_of(request.create))
-            return pb.Sandboxes(sandboxes=map(messages.sandbox_message, views))
+    async def Fork(self, request: pb.ForkRequest, _context: object) -> pb.Sandboxes:
+        views = await self._edge.fork(request.sandbox_id, request.count, messages.create_of(request.create))
+        return pb.Sandboxes(sandboxes=map(messages.sandbox_message, views))
 
-    async def Branch(self, request: pb.BranchRequest, context: Context) -> pb.Sandbox:
-        async with _answering(context, "Branch"):
-            view = await self._edge.branch(request.sandbox_id, request.key, messages.create_of(request.create))
-            return messages.sandbox_message(view)
+    async def Branch(self, request: pb.BranchRequest, _context: object) -> pb.Sandbox:
+        view = await self._edge.branch(request.sandbox_id, request.key, messages.create_of(request.create))
+        return messages.sandbox_message(view)
 
-    async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.Done:
-        return await _done(context, "Cancel", self._edge.cancel(request.request_id))
+    async def Cancel(self, request: pb.CancelRequest, _context: object) -> pb.Done:
+        return await _done(self._edge.cancel(request.request_id))
 
-    async def UpdateNetwork(self, request: pb.UpdateNetworkRequest, context: Context) -> pb.Done:
-        async with _answering(context, "UpdateNetwork"):
-            await self._edge.update_network(request.sandbox_id, messages.policy_of(request.policy))
-            return pb.Done()
+    async def UpdateNetwork(self, request: pb.UpdateNetworkRequest, _context: object) -> pb.Done:
+        await self._edge.update_network(request.sandbox_id, messages.policy_of(request.policy))
+        return pb.Done()
 
-    async def Exec(self, request: pb.ExecRequest, context: Context) -> pb.ExecResult:
-        async with _answering(context, "Exec"):
-            command = messages.command_of(request.command)
-            return messages.result_message(await self._edge.exec(request.sandbox_id, command, request.key))
+    async def Exec(self, request: pb.ExecRequest, _context: object) -> pb.ExecResult:
+        command = messages.command_of(request.command)
+        return messages.result_message(await self._edge.exec(request.sandbox_id, command, request.key))
 
-    async def Start(self, request: pb.ExecRequest, context: Context) -> pb.CommandInfo:
-        async with _answering(context, "Start"):
-            command = messages.command_of(request.command)
-            return _brief(messages.info_message(await self._edge.start(request.sandbox_id, command, request.key)))
+    async def Start(self, request: pb.ExecRequest, _context: object) -> pb.CommandInfo:
+        command = messages.command_of(request.command)
+        return _brief(messages.info_message(await self._edge.start(request.sandbox_id, command, request.key)))
 
-    async def Wait(self, request: pb.CommandRef, context: Context) -> pb.ExecResult:
-        async with _answering(context, "Wait"):
-            return messages.result_message(await self._edge.wait(request.sandbox_id, request.key))
+    async def Wait(self, request: pb.CommandRef, _context: object) -> pb.ExecResult:
+        return messages.result_message(await self._edge.wait(request.sandbox_id, request.key))
 
     async def Attach(self, request: pb.AttachRequest, context: Context) -> None:
         async with _answering(context, "Attach"):
@@ -166,34 +158,31 @@ class EdgeServicer(pb_grpc.EdgeServicer):
             result = await attach(self._edge, request.sandbox_id, request.key, offsets, put)
             await context.write(pb.AttachEvent(result=messages.result_message(result)))
 
-    async def ReadOutput(self, request: pb.ReadOutputRequest, context: Context) -> pb.Chunk:
-        async with _answering(context, "ReadOutput"):
-            if not 0 < request.bytes_max <= READ_BYTES_MAX:
-                raise InvalidArgumentError(f"bytes_max {request.bytes_max} is not in [1, {READ_BYTES_MAX}]")
-            if (stream := messages.STREAMS.get(request.stream)) is None:
-                raise InvalidArgumentError(f"{request.stream} is no stream of a command")
-            data = await self._edge.read_output(
-                request.sandbox_id, request.key, stream, request.offset, request.bytes_max
-            )
-            return _chunk_message(Chunk(stream, request.offset, data))
+    async def ReadOutput(self, request: pb.ReadOutputRequest, _context: object) -> pb.Chunk:
+        if not 0 < request.bytes_max <= READ_BYTES_MAX:
+            raise InvalidArgumentError(f"bytes_max {request.bytes_max} is not in [1, {READ_BYTES_MAX}]")
+        if (stream := messages.STREAMS.get(request.stream)) is None:
+            raise InvalidArgumentError(f"{request.stream} is no stream of a command")
+        data = await self._edge.read_output(request.sandbox_id, request.key, stream, request.offset, request.bytes_max)
+        return _chunk_message(Chunk(stream, request.offset, data))
 
-    async def WriteStdin(self, request: pb.WriteStdinRequest, context: Context) -> pb.Done:
+    async def WriteStdin(self, request: pb.WriteStdinRequest, _context: object) -> pb.Done:
         write = self._edge.write_stdin(request.sandbox_id, request.key, request.data)
-        return await _done(context, "WriteStdin", write)
+        return await _done(write)
 
-    async def CloseStdin(self, request: pb.CommandRef, context: Context) -> pb.Done:
-        return await _done(context, "CloseStdin", self._edge.close_stdin(request.sandbox_id, request.key))
+    async def CloseStdin(self, request: pb.CommandRef, _context: object) -> pb.Done:
+        return await _done(self._edge.close_stdin(request.sandbox_id, request.key))
 
-    async def Kill(self, request: pb.CommandRef, context: Context) -> pb.Done:
-        return await _done(context, "Kill", self._edge.kill(request.sandbox_id, request.key))
+    async def Kill(self, request: pb.CommandRef, _context: object) -> pb.Done:
+        return await _done(self._edge.kill(request.sandbox_id, request.key))
 
-    async def Signal(self, request: pb.SignalRequest, context: Context) -> pb.Done:
-        return await _done(context, "Signal", self._edge.signal(request.sandbox_id, request.key, request.number))
+    async def Signal(self, request: pb.SignalRequest, _context: object) -> pb.Done:
+        return await _done(self._edge.signal(request.sandbox_id, request.key, request.number))
 
-    async def Resize(self, request: pb.ResizeRequest, context: Context) -> pb.Done:
+    async def Resize(self, request: pb.ResizeRequest, _context: object) -> pb.Done:
         size = request.size
         resize = self._edge.resize(request.sandbox_id, request.key, size.rows, size.columns)
-        return await _done(context, "Resize", resize)
+        return await _done(resize)
 
     async def ListCommands(self, request: pb.SandboxRef, context: Context) -> AsyncIterator[pb.CommandInfo]:
         async with _answering(context, "ListCommands"):
@@ -205,16 +194,15 @@ class EdgeServicer(pb_grpc.EdgeServicer):
             async for view in views:
                 await context.write(messages.info_message(view))
 
-    async def GrantLease(self, request: pb.GrantLeaseRequest, context: Context) -> pb.Done:
+    async def GrantLease(self, request: pb.GrantLeaseRequest, _context: object) -> pb.Done:
         grant = self._edge.grant_lease(request.owner, request.epoch, request.ttl_s)
-        return await _done(context, "GrantLease", grant)
+        return await _done(grant)
 
-    async def EndLease(self, request: pb.EndLeaseRequest, context: Context) -> pb.Done:
-        return await _done(context, "EndLease", self._edge.end_lease(request.owner, request.epoch))
+    async def EndLease(self, request: pb.EndLeaseRequest, _context: object) -> pb.Done:
+        return await _done(self._edge.end_lease(request.owner, request.epoch))
 
-    async def GetHost(self, request: pb.GetHostRequest, context: Context) -> pb.Host:
-        async with _answering(context, "GetHost"):
-            return messages.host_message(self._edge.status())
+    async def GetHost(self, request: pb.GetHostRequest, _context: object) -> pb.Host:
+        return messages.host_message(self._edge.status())
 
     def _store(self) -> Images:
         if self._images is None:
@@ -248,22 +236,24 @@ class EdgeServicer(pb_grpc.EdgeServicer):
             image = await self._store().receive(messages.import_of(first.options), pieces())
             await context.write(pb.ImportImageReply(image=messages.image_message(image)))
 
-    async def TagImage(self, request: pb.TagImageRequest, context: Context) -> pb.Image:
-        async with _answering(context, "TagImage"):
-            return messages.image_message(await self._store().tag(request.name, request.references))
+    async def TagImage(self, request: pb.TagImageRequest, _context: object) -> pb.Image:
+        return messages.image_message(await self._store().tag(request.name, request.references))
 
-    async def RemoveImage(self, request: pb.RemoveImageRequest, context: Context) -> pb.Done:
-        async with _answering(context, "RemoveImage"):
-            await self._store().remove(request.reference)
-            return pb.Done()
+    async def RemoveImage(self, request: pb.RemoveImageRequest, _context: object) -> pb.Done:
+        await self._store().remove(request.reference)
+        return pb.Done()
 
-    async def CollectLayers(self, request: pb.CollectLayersRequest, context: Context) -> pb.CollectedLayers:
-        async with _answering(context, "CollectLayers"):
-            return pb.CollectedLayers(layer_ids=await self._store().collect())
+    async def CollectLayers(self, request: pb.CollectLayersRequest, _context: object) -> pb.CollectedLayers:
+        return pb.CollectedLayers(layer_ids=await self._store().collect())
 
     async def Calls(self, requests: AsyncIterator[bytes], context: Context) -> None:
         async with _answering(context, "Calls"):
-            calls = Calls(self._methods, context.write, self._calls, CALLS_COUNT_MAX)
+
+            async def write(replies: pb.CallReplies) -> None:
+                async with _answering(context, "Calls"):
+                    await context.write(replies)
+
+            calls = Calls(self._methods, write, self._calls, CALLS_COUNT_MAX)
             self._streams.add(calls)
             try:
                 await calls.serve(requests)
@@ -285,20 +275,19 @@ def _brief(info: pb.CommandInfo) -> pb.CommandInfo:
     return info
 
 
-async def _done(context: Context, call: str, doing: Awaitable[None]) -> pb.Done:
-    async with _answering(context, call):
-        await doing
+async def _done(doing: Awaitable[None]) -> pb.Done:
+    await doing
     return pb.Done()
 
 
 @asynccontextmanager
-async def _answering(context: Context, call: str) -> AsyncIterator[None]:
+async def _answering(context: Context | CallContext, call: str) -> AsyncIterator[None]:
     """Turn what a call raises into its status; what is not an error of ours goes to the log, not to the client."""
     try:
         yield
     except (DsecError, WalError) as error:
         await context.abort(*status_of(error))
-    except grpc.aio.AbortError:
+    except (grpc.aio.AbortError, RefusedCallError):
         raise
     except grpc.aio.InternalError as error:  # of gRPC's own: a chunk could not be sent, for its reader is gone
         raise asyncio.CancelledError from error

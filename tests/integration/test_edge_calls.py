@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from dsec.client import calls, connection
 from dsec.client.connection import Connection, Patience, connect
 from dsec.client.sandbox import AsyncSandbox
 from dsec.edge import grpc_server
-from dsec.errors import InvalidArgumentError, UnreachableError
+from dsec.errors import DsecError, InvalidArgumentError, UnreachableError
 from dsec.pb.v1 import edge_pb2 as pb
 from dsec.pb.v1.edge_pb2_grpc import EdgeStub
 
@@ -167,6 +169,41 @@ async def test_what_holds_millions_is_refused_before_it_is_made(
         (reply,) = (await shared.read()).replies
         assert reply.details == refused.value.details()
         shared.cancel()
+
+
+async def test_an_answer_that_cannot_be_made_is_an_error_and_a_line_in_the_log(
+    world: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await world.start()
+    monkeypatch.setattr(grpc_server.messages, "host_message", lambda _view: "secret")
+    asked = connect(world.url)
+    with pytest.raises(DsecError, match=r"^internal error; the server's log has it$"):
+        await asked.call("GetHost", pb.GetHostRequest(), timeout_s=None)
+    assert "GetHost failed" in caplog.text
+    await asked.close()
+
+
+async def test_a_reader_that_vanished_is_no_line_in_the_log(world: Any, caplog: pytest.LogCaptureFixture) -> None:
+    await world.start()
+    written = asyncio.Event()
+
+    class Gone:
+        async def write(self, _message: pb.CallReplies) -> None:
+            written.set()
+            raise grpc.aio.InternalError("its reader is gone")
+
+    async def requests() -> AsyncIterator[bytes]:
+        call = pb.CallRequest(id=1, method="GetHost")
+        yield pb.CallRequests(requests=[call]).SerializeToString()
+        await asyncio.Event().wait()
+
+    serving = asyncio.create_task(world.servers[0]._servicer.Calls(requests(), Gone()))
+    await written.wait()
+    await asyncio.sleep(0)
+    serving.cancel()  # as gRPC does for a reader that is gone
+    await asyncio.wait([serving])
+    gc.collect()  # says of a task whose error nobody looked at
+    assert caplog.text == ""
 
 
 async def test_a_stream_needs_the_token(world: Any) -> None:
