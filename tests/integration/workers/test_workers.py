@@ -15,6 +15,7 @@ from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
 
 SAMPLED = pb.Sampling(temperature=1.0, seed=3)
+SHORT_LEASE = {"DSEC_WORKER_LEASE_TTL_S": "5"}  # of those whose lease is to lapse
 ON_SQLITE, ON_POSTGRES = (
     pytest.mark.parametrize("index_url", [name], indirect=True) for name in ("sqlite", "postgresql")
 )
@@ -103,7 +104,7 @@ def any_edge(request: pytest.FixtureRequest, root: Any, edge_process: Any, dsec:
 def test_what_a_killed_worker_ran_is_ended_by_another(
     root: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
 ) -> None:
-    first, second = root.start("a"), root.start("b")
+    first, second = root.start("a", **SHORT_LEASE), root.start("b")
     assert epochs(root.look()) == [1, 1]
     begun(first, request_)
     first.kill()
@@ -136,7 +137,7 @@ def test_a_stopped_worker_hands_over_at_once(
 def test_when_all_were_killed_a_new_worker_goes_on(
     root: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
 ) -> None:
-    first, second = root.start("a"), root.start("b")
+    first, second = (root.start(name, **SHORT_LEASE) for name in "ab")
     begun(first, request_)
     second.kill()
     first.kill()
@@ -160,7 +161,7 @@ def test_a_killed_worker_that_comes_back_waits_for_no_lease(
 def test_a_frozen_worker_is_fenced_when_it_wakes(
     root: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
 ) -> None:
-    first, second = root.start("a"), root.start("b")
+    first, second = root.start("a", **SHORT_LEASE), root.start("b")
     stream = begun(first, request_)
     first.process.send_signal(signal.SIGSTOP)
     assert root.finish(request_, second) == set(untouched)
@@ -269,7 +270,7 @@ def test_the_index_is_made_again_from_the_logs(
 def test_a_database_that_is_killed_in_mid_run_costs_nothing(
     root: Any, postgres: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
 ) -> None:
-    first = root.start("a", DSEC_WORKER_LEASE_TTL_S="60")
+    first = root.start("a")
     stream = begun(first, request_)
     postgres.kill()
     try:
@@ -290,7 +291,7 @@ def test_without_its_database_a_worker_stops_when_its_lease_ends_and_then_goes_o
     root: Any, postgres: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
 ) -> None:
     request_.limits.turns_count_max = 1000  # beyond the lease
-    first = root.start("a")
+    first = root.start("a", DSEC_WORKER_LEASE_TTL_S="3")
     stream = begun(first, request_)
     postgres.kill()
     try:
