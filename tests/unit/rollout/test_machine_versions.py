@@ -4,6 +4,7 @@ import pytest
 
 from rollout import context
 from rollout.effects import Finish, Force, Sample
+from rollout.engine import TopLogprobs
 from rollout.errors import MachineError
 from rollout.events import (
     FinishReason,
@@ -16,6 +17,7 @@ from rollout.events import (
     SandboxPrepared,
     Spent,
     TokensForced,
+    TopLogprobsFound,
 )
 from rollout.machine import TRANSITIONS, effect, step
 from rollout.record import version_runs
@@ -91,6 +93,20 @@ def test_thinking_at_its_budget_is_closed_by_a_token_that_nobody_trains_on(token
     trainable = sum(span.length for span in state.spans if span.trainable)
     assert trainable == len(state.logprobs) == state.sampled_count == 4 + len(rest)
     assert sum(span.length for span in state.spans) == len(state.token_ids)
+
+
+def test_the_likeliest_tokens_of_a_chunk_that_a_crash_kept_from_the_log_come_again(tokenizer: Tokenizer) -> None:
+    state, ids = prepared(tokenizer), reply_ids(LS, tokenizer)
+    tops = tuple(TopLogprobs((token,), (-1.0,)) for token in ids)
+    for begin, end in ((0, 4), (4, 6)):
+        state = step(state, TopLogprobsFound(ID, state.tokens_count, tops[begin:end]), tokenizer)
+        state = draw(state, ids[begin:end], tokenizer)
+    lost = step(state, TopLogprobsFound(ID, state.tokens_count, tops[6:9]), tokenizer)
+    assert effect(lost, tokenizer) == effect(state, tokenizer)
+    again = step(lost, TopLogprobsFound(ID, state.tokens_count, tops[6:7]), tokenizer)
+    assert draw(again, ids[6:7], tokenizer).top_logprobs == tops[:7]
+    with pytest.raises(MachineError, match="the context ends at"):
+        step(state, TopLogprobsFound(ID, 0, tops[:1]), tokenizer)
 
 
 def test_a_budget_over_all_turns_ends_the_agent(tokenizer: Tokenizer) -> None:
