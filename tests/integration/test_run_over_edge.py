@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import wal
+from dsec import Sandbox, SandboxLostError
 from rollout.ledger import Ledger
 from rollout.main import load_tokenizer, sandbox_labels
 
@@ -156,11 +157,12 @@ def test_a_killed_run_that_nobody_resumes_leaves_nothing_at_the_edge(
     dsec: Any, edge_process: Any, task: Path, tmp_path: Path
 ) -> None:
     edge = edge_process(dsec, tmp_path / "edge")
-    process, _ = in_its_solution(dsec, edge, task, tmp_path / "run", DSEC_LEASE_TTL_S="1")
+    process, sandbox_id = in_its_solution(dsec, edge, task, tmp_path / "run", DSEC_LEASE_TTL_S="5")
     kill(process)
-    assert len(sandboxes(edge)) == 1
     while sandboxes(edge):
         pass
+    with pytest.raises(SandboxLostError, match="lease_lapsed"):
+        Sandbox.connect(sandbox_id, url=edge.url)
     summary = dsec.done(*run(edge, task, tmp_path / "run")).json()
     assert (summary["solved"], summary["commands_run_twice"]) == (1, 0)
     edge.stop()
