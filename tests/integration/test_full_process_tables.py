@@ -17,6 +17,7 @@ import pytest
 
 from dsec.client.substrate import RemoteSubstrate
 from dsec.conformance.check import ENV, python, shell
+from dsec.edge.linux import cgroup
 from dsec.edge.substrates.container import ContainerSubstrate
 from dsec.errors import ResourceExhaustedError
 from dsec.types import Command, NetworkPolicy, NetworkRule, SandboxSpec
@@ -125,9 +126,8 @@ def host(dsec: Any, tmp_path: Path) -> Iterator[SmallHost]:
     host.kill()
 
 
-@pytest.mark.skipif(KERNEL < (6, 14), reason="an older kernel has one pid_max for all pid namespaces: the host's")
 @pytest.mark.parametrize("where", ["in a sandbox", "beside the Edge"])
-async def test_a_full_table_of_processes_is_a_refusal_and_what_lives_goes_on(host: SmallHost, where: str) -> None:
+async def full_table(host: SmallHost, where: str) -> None:
     substrate = RemoteSubstrate(host.url)
     await substrate.open()
     greedy = await substrate.create(SandboxSpec(pids_count_max=2 * PIDS_COUNT_MAX))
@@ -169,3 +169,24 @@ async def test_a_full_table_of_processes_is_a_refusal_and_what_lives_goes_on(hos
     assert (await echo.wait()).exit_code == 0
     await substrate.detach()
     assert host.stop() == "dsec: nothing is left\n"
+
+
+if KERNEL >= (6, 14):  # an older kernel has one pid_max for all pid namespaces: the host's
+    test_a_full_table_of_processes_is_a_refusal_and_what_lives_goes_on = full_table
+
+
+@pytest.mark.parametrize("room", [1, 4, 15])
+def test_an_edge_that_gets_too_few_threads_says_so_and_ends(
+    dsec: Any, cgroup_parent: str, tmp_path: Path, room: int
+) -> None:
+    found = cgroup.detect()
+    few = found.limit_mounts.get("pids", found.unified) / cgroup_parent / "few"
+    few.mkdir()
+    (few / "pids.max").write_text(str(room))
+    serve = (dsec.path, "edge", "serve", "--directory", tmp_path / "state", "--listen", f"unix:{tmp_path}/edge.sock")
+    process = dsec.start("-c", f'echo $$ > {few}/cgroup.procs && exec "$0" "$@"', *serve, command="sh")
+    try:
+        err = process.communicate(timeout=60)[1]
+    finally:
+        cgroup.remove_tree(few)
+    assert (process.returncode, f"the host gave {room - 1} of the" in err, "pids.max" in err) == (3, True, True), err
