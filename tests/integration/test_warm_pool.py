@@ -139,7 +139,7 @@ async def test_limits_of_a_sandbox_are_not_those_of_the_one_before_in_its_cgroup
     async def born(substrate: ContainerSubstrate, spec: SandboxSpec) -> tuple[int, dict[str, str]]:
         sandbox = await substrate.create(spec)
         found = sandbox.seat.box.memory.stat().st_ino, limits(sandbox)
-        await shell(sandbox, "cat /usr/bin/* > /dev/null; cat /dev/zero > /tmp/f; for i in 1 2 3; do sleep 100 & done")
+        await shell(sandbox, "cat /usr/bin/python3 /dev/zero > /tmp/f; sleep 100 & sleep 100 & sleep 100 &")
         await sandbox.destroy()
         return found
 
