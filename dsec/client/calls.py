@@ -20,6 +20,9 @@ from dsec.wire import JOINED_COUNT_MAX, Status
 CALLS_COUNT_MAX = 1000
 """Under way, and a little below the bound at which an Edge reads no more: the next call goes by itself."""
 
+END_S = 0.05
+"""Until gRPC has let go of a stream that was cancelled, of which it says nothing."""
+
 
 class Calls:
     """One stream; `stream` is gRPC's."""
@@ -34,8 +37,8 @@ class Calls:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it can carry no more calls."""
-        return self._reading.done()
+        """Whether it can carry no more calls; its reader is cancelled by the loop's end only."""
+        return self._reading.done() or self._reading.cancelling() > 0
 
     @property
     def has_room(self) -> bool:
@@ -74,6 +77,8 @@ class Calls:
 
     def _send(self, request: pb.CallRequest) -> None:
         self._unsent[request.id] = request
+        if self.has_ended:
+            return
         if self._writing is None or self._writing.done():
             self._writing = asyncio.create_task(self._write(), name="write calls")
 
@@ -96,6 +101,9 @@ class Calls:
             status, details = error.code(), error.details() or ""
         except asyncio.CancelledError:
             status, details = Status.CANCELLED, "the stream was closed"
+            if self.has_ended:  # with the loop, to which gRPC would bring back later what it has under way
+                self._stream.cancel()
+                await asyncio.sleep(END_S)
             raise
         finally:
             for number in self._waiting:

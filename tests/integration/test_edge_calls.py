@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,22 @@ async def test_what_holds_millions_is_refused_before_it_is_made(
         (reply,) = (await shared.read()).replies
         assert reply.details == refused.value.details()
         shared.cancel()
+
+
+async def test_a_loop_that_ends_with_its_connection_open_leaves_the_next_one_nothing(world: Any) -> None:
+    await world.start()
+    program = f"""
+import asyncio, dsec
+async def main():
+    sandbox = await dsec.AsyncSandbox.create(url={world.url!r})
+    waits = asyncio.create_task(sandbox.commands.run(["wait"]))
+    print((await sandbox.commands.run(["a"])).exit_code)
+for _ in range(3):
+    asyncio.run(main())
+"""
+    pipe = asyncio.subprocess.PIPE
+    ran = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=pipe, stderr=pipe)
+    assert await ran.communicate() == (b"7\n" * 3, b"")
 
 
 async def test_an_answer_that_cannot_be_made_is_an_error_and_a_line_in_the_log(
