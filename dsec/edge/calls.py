@@ -28,7 +28,7 @@ CALLS_COUNT_MAX = 1024
 MESSAGE_BYTES_MAX = JOINED_COUNT_MAX * (SHORT_BYTES_MAX + 4096)
 """Of requests; our client never sends more, and a larger one might hold millions."""
 JOINED_BYTES = 1 << 20
-"""Of answers in one message; a longer answer goes alone."""
+"""Of answers in one message, the last of which may exceed it."""
 
 
 Received = TypeVar("Received", bound=Message)

@@ -84,7 +84,7 @@ async def test_calls_are_answered_when_they_end_and_all_are_before_the_stream_en
     assert peer.arrived.get_nowait().id == 1
 
 
-async def test_what_ends_while_a_message_is_on_its_way_goes_out_together_and_what_is_long_alone() -> None:
+async def test_what_ends_while_a_message_is_on_its_way_goes_out_together_and_nothing_behind_what_is_long() -> None:
     peer = Peer()
     peer.takes.clear()
     peer.send(get(1, "a"))
