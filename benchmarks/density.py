@@ -26,6 +26,7 @@ from contenders import Result, Value, rate, render, spread
 from dsec.edge.config import SubstrateConfig
 from dsec.edge.edge_config import EdgeConfig
 from dsec.edge.images.store import LayerStore
+from dsec.edge.linux import cgroup
 from dsec.edge.local import EdgeSandbox, EdgeSubstrate
 from dsec.edge.service import Edge
 from dsec.edge.substrates.container import ContainerSubstrate
@@ -253,7 +254,9 @@ def count_things(directory: Path) -> dict[str, float]:
         except OSError:
             continue
     mounts = {f"mounts_{role}": _count_lines(f"/proc/{pid}/mountinfo") for pid, role in ours.items() if role in fds}
-    cgroups = sum(len(folders) for _, folders, _ in os.walk("/sys/fs/cgroup"))
+    parents = cgroup.parents(cgroup.detect(), SubstrateConfig().cgroup_parent)
+    owned = [parent / cgroup.owner_name(pid) for pid, role in ours.items() if role == "spawner" for parent in parents]
+    cgroups = sum(len(folders) for place in owned for _, folders, _ in os.walk(place))
     files = [path for path in directory.rglob("*") if path.is_file()]
     return {
         "processes": len(ours),
