@@ -15,7 +15,10 @@ from dsec.terminal import render_columns
 
 GIB = 1 << 30
 GARBAGE_COUNT = 10_000
-"""Objects between two looks for cycles, of which commands leave hardly any; 700, the default, cost 2 % of the time."""
+"""Objects between two looks for cycles, of which commands leave hardly any; 700, the default, cost 2 % of the time.
+
+It is set for a whole process: only where that is an Edge and nothing else, so not in `dsec run`.
+"""
 BOUNDS = {
     "disk_bytes": "disk",
     "memory_bytes": "memory, promised",
