@@ -237,6 +237,7 @@ class InfraFailed(msgspec.Struct, frozen=True, tag="infra_failed"):
     code: str
     fault: str
     message: str
+    spent: Spent = Spent()
 
 
 RolloutEvent = (

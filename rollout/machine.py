@@ -136,6 +136,7 @@ def _fail(state: State, event: InfraFailed, _: Tokenizer) -> State:
     return replace(
         state,
         failure=event,
+        spent=(*state.spent, event.spent),
         setup_try=state.setup_try + (state.phase is Phase.PREPARE),
         judge_try=state.judge_try + (state.phase is Phase.JUDGE),
     )

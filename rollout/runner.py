@@ -152,7 +152,8 @@ class Runner:
                 await self.sandboxes.drop(rollout.id)
                 losses += 1
                 if not isinstance(error, SandboxLostError | OutcomeUnknownError) or losses > SANDBOX_LOSSES_MAX:
-                    await self.record(rollout, InfraFailed(rollout.id, error.code, error.fault, str(error)))
+                    failed = InfraFailed(rollout.id, error.code, error.fault, str(error), rollout.spent)
+                    await self.record(rollout, failed)
                     return
 
     async def set_down(self, rollout: Rollout) -> None:

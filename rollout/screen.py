@@ -113,7 +113,7 @@ def print_summary(
 ) -> None:
     """The end of a run: figures, what was not solved, where results lie, what to try next."""
     share = f" ({summary.solved / summary.finished:.1%})" if summary.finished else ""
-    waited = summary.sampling_s + summary.tools_s + summary.log_s or 1.0
+    waited = summary.sampling_s + summary.tools_s + summary.log_s
     table = Table.grid(padding=(0, 2))
     table.add_row("solved", f"[bold green]{summary.solved}[/] of {summary.finished} rollouts{share}")
     if summary.finished < summary.rollouts:
@@ -123,11 +123,12 @@ def print_summary(
     table.add_row("tokens", f"{summary.tokens} sampled in {summary.turns} turns, {summary.tool_calls} tool calls")
     already = "" if has_worked else "   (it had ended already: nothing was run now)"
     table.add_row("wall time", f"{summary.wall_s:.1f} s{already}")
-    table.add_row(
-        "waited for",
-        f"sampling {summary.sampling_s / waited:.0%}, tools {summary.tools_s / waited:.0%}, "
-        f"log {summary.log_s / waited:.0%}  (of {waited:.0f} rollout-seconds)",
-    )
+    if waited:
+        table.add_row(
+            "waited for",
+            f"sampling {summary.sampling_s / waited:.0%}, tools {summary.tools_s / waited:.0%}, "
+            f"log {summary.log_s / waited:.0%}  (of {waited:.0f} rollout-seconds)",
+        )
     exact = f"{summary.tokens_regenerated} tokens regenerated, {summary.commands_run_twice} commands run twice"
     table.add_row("exactness", exact)
     if summary.resumes:

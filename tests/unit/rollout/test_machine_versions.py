@@ -8,6 +8,7 @@ from rollout.engine import TopLogprobs
 from rollout.errors import MachineError
 from rollout.events import (
     FinishReason,
+    InfraFailed,
     KvBroke,
     Preempted,
     RolloutEvent,
@@ -71,6 +72,13 @@ def test_a_preempted_rollout_wants_the_same_as_before_and_keeps_what_its_process
     assert broken.kv_breaks == (KvBreak(state.tokens_count, "restored"), KvBreak(state.tokens_count, "kept"))
     ended = step(broken, RolloutFinished(ID, FinishReason.CANCELLED, Spent(queue_s=1.0)), tokenizer)
     assert sum(spent.queue_s for spent in ended.spent) == 3.0
+
+
+def test_a_failed_rollout_keeps_what_its_process_spent(tokenizer: Tokenizer) -> None:
+    failed = step(prepared(tokenizer), InfraFailed(ID, "BAD_TASK", "caller", "no", Spent(decode_s=2.0)), tokenizer)
+    resumed = step(failed, RolloutResumed(ID, 2, failed.tokens_count, None, "rebuilt"), tokenizer)
+    ended = step(resumed, RolloutFinished(ID, FinishReason.CANCELLED, Spent(decode_s=1.0)), tokenizer)
+    assert sum(spent.decode_s for spent in ended.spent) == 3.0
 
 
 def test_thinking_at_its_budget_is_closed_by_a_token_that_nobody_trains_on(tokenizer: Tokenizer) -> None:
