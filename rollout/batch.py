@@ -103,10 +103,10 @@ async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None])
             batch.check_logged(logged)
         elif service.ledger.jobs:
             raise RequestError(f"{batch.directory} holds the jobs of a server: resume them with dsec serve")
-        else:
-            await service.submit(*(asked or _ask(batch)))
-        if not service.is_ended(REQUEST_ID) or holds_edge(batch.directory):
+        if logged is None or not service.is_ended(REQUEST_ID) or holds_edge(batch.directory):
             await service.start()
+        if logged is None:  # only now: what a host or an Edge refuses was never begun
+            await service.submit(*(asked or _ask(batch)))
         has_worked = service.running_count > 0
         waiting = asyncio.create_task(service.wait(REQUEST_ID))
         ends: list[asyncio.Future[Any]] = [waiting, stopped]
@@ -146,8 +146,10 @@ async def run_in_process(
     asked = Job(request_id=REQUEST_ID, sampling=Sampling(temperature=temperature, seed=seed))
     job = make_job(asked, loaded, group_size=group_size)
     async with make_service(directory, config or RolloutConfig(), edge_url) as service:
-        await service.submit(job, loaded)
+        if service.ledger.jobs:
+            await service.submit(job, loaded)  # refuses another request before anything goes on
         await service.start()
+        await service.submit(job, loaded)  # only now: what a host or an Edge refuses was never begun
         ended = [member for member, _, _ in service.ledger.members(REQUEST_ID) if service.ledger.is_done(member)]
         async with aclosing(service.watch(REQUEST_ID)) as events:
             for rollout_id in ended:

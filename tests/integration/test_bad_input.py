@@ -127,6 +127,16 @@ def test_a_run_directory_that_cannot_be_is_refused(dsec: Any, make_task: Any, tm
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_run_that_was_refused_before_it_began_does_not_block_the_corrected_one(
+    dsec: Any, make_task: Any, tmp_path: Path
+) -> None:
+    asked = ("run", make_task(tmp_path / "task"), "--agent", "nop", "--out", tmp_path / "run", "--json")
+    ran = dsec(*asked, "--edge", f"unix:{tmp_path}/nosuch")
+    assert (ran.code, ran.out) == (3, "")
+    ran = dsec(*asked)
+    assert (ran.code, ran.json()["finished"]) == (0, 1), ran
+
+
 def test_looking_at_what_is_no_run_is_refused(dsec: Any, tmp_path: Path) -> None:
     for command in ("show", "log"):
         refused(dsec(command, tmp_path), f"{tmp_path} holds no run: there is no {tmp_path}/wal")
