@@ -62,7 +62,7 @@ SHOW_EXAMPLE = """\b
 Examples:
   dsec show runs/first
   dsec show runs/first bug-1-000
-  dsec show runs/first --json | jq .reward"""
+  dsec show runs/first --json | jq .reward.value"""
 
 
 @click.command(short_help="Roll the model out on tasks.", epilog=RUN_EXAMPLE)
