@@ -33,7 +33,7 @@ from dsec.types import Command, ExecResult, Output
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = str(Path(sys.executable).with_name("dsec"))
-LEFT_S_MAX = 10.0
+LEFT_S_MAX = 30.0
 LOOK_AGAIN_S = 0.1
 
 TASK_TOML = 'schema_version = "1.0"\n[agent]\ntimeout_sec = 60\n[verifier]\ntimeout_sec = 20\n'

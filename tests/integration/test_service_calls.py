@@ -27,7 +27,7 @@ from rollout.summary import summarise
 from rollout.testing import Reply, ScriptedEngine
 
 TOKENIZER = load_tokenizer()
-PATIENCE_S = 20
+PATIENCE_S = 60
 
 
 class HeldSandbox(FakeSandbox):
@@ -133,10 +133,9 @@ async def test_a_cancel_whose_client_goes_away_is_carried_out_to_its_end(
 ) -> None:
     async with serving(tmp_path / "run") as setting:
         listener = await submitted(setting, request_)
-        with pytest.raises(grpc.RpcError) as caught:
-            await setting.rollouts.Cancel(pb.CancelRequest(request_id="job"), timeout=0.3)
-        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert setting.service.ledger.cancelled == {"job"}
+        call = setting.rollouts.Cancel(pb.CancelRequest(request_id="job"))
+        await until(lambda: setting.service.ledger.cancelled == {"job"})
+        call.cancel()
         attached = asyncio.create_task(_listen(setting, request_))
         setting.world.may_end.set()
         assert ends(await asyncio.wait_for(listener, PATIENCE_S)) == ALL_CANCELLED

@@ -25,7 +25,7 @@ from rollout.service import RolloutService
 from rollout.testing import Reply, ScriptedEngine
 
 TOKENIZER = load_tokenizer()
-PATIENCE_S = 20
+PATIENCE_S = 60
 SAID = Reply(reasoning="Be kind.", content="Hello.")
 EVERYTHING: tuple[Any, ...] = ("live_tokens", "tokens", "logprobs", "text")
 ROUNDS_MAX = 100_000

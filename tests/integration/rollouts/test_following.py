@@ -15,7 +15,7 @@ from rollout.client import AsyncRolloutClient, Trajectory, Update
 from rollout.errors import NotFoundError
 from rollout.record import trajectory_record
 
-PATIENCE_S = 20
+PATIENCE_S = 60
 EVERYTHING: tuple[Any, ...] = ("live_tokens", "tokens", "logprobs", "text")
 
 

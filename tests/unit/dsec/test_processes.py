@@ -206,11 +206,11 @@ async def test_memory_keeps_both_ends_and_says_what_it_dropped(sandbox: Containe
 async def test_a_pause_longer_than_every_timeout_costs_a_command_nothing(
     substrate: ContainerSubstrate, sandbox: ContainerSandbox
 ) -> None:
-    process = await sandbox.start(script("echo ready; read; echo done", keep_stdin_open=True, timeout_s=1.5))
+    process = await sandbox.start(script("echo ready; read; echo done", keep_stdin_open=True, timeout_s=4.0))
     await ready(process)
     await sandbox.pause()
     other = await substrate.create(SandboxSpec())
-    assert (await other.exec(script("sleep 300", timeout_s=4.0))).timed_out, "longer than its timeout and the grace"
+    assert (await other.exec(script("sleep 300", timeout_s=7.0))).timed_out, "longer than its timeout and the grace"
     await other.destroy()
     assert await process.read_output("stdout", 0, 100) == b"ready\n"
     await process.write_stdin(b"\n")

@@ -26,7 +26,7 @@ from rollout.testing import EngineFault, MisbehavingEngine, Reply
 from wal.tokens import TokensAppended
 
 TOKENIZER = load_tokenizer()
-PATIENCE_S = 30
+PATIENCE_S = 60
 DONE = Reply(reasoning="Good.", content="Done.")
 
 
