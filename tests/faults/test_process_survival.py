@@ -131,15 +131,15 @@ async def test_no_byte_is_lost_wherever_the_kill_falls(tmp_path: Path, seed: int
 
 async def test_a_paused_sandbox_stays_paused_and_its_time_stands(tmp_path: Path) -> None:
     body = """
-    process = await box.start(script("echo ready; read; echo done", keep_stdin_open=True, timeout_s=1.5), 1)
+    process = await box.start(script("echo ready; read; echo done", keep_stdin_open=True, timeout_s=4.0), 1)
     await process.read_output("stdout", 0, 10)
     await box.start(script("while :; do :; done"), 2)
     await box.pause()
     """
-    run_until_killed(tmp_path, body, 2.0)
+    run_until_killed(tmp_path, body, 4.5)
     substrate = await reopen(tmp_path)
     box = substrate.adopted()[BOX]
-    process = await box.resume_process(1, script("", keep_stdin_open=True, timeout_s=1.5))
+    process = await box.resume_process(1, script("", keep_stdin_open=True, timeout_s=4.0))
     assert process is not None
     assert (box.seat.box.tracker / "cgroup.freeze").read_text() == "1\n"
     await process.write_stdin(b"\n")
