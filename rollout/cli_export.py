@@ -14,7 +14,8 @@ from rollout.main import load_tokenizer
 
 @click.command(
     short_help="Write finished rollouts of a run as Arrow and Parquet shards.",
-    epilog="\b\nExample:\n  dsec export runs/first\n  python examples/pack_for_training.py runs/first/shards",
+    epilog="\b\nExample:\n  dsec run --group-size 4 --temperature 1 --out runs/groups\n  dsec export runs/groups\n"
+    "  python examples/pack_for_training.py runs/groups/shards",
 )
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Where the shards go.  [default: DIR/shards]")

@@ -112,12 +112,20 @@ def test_the_command_adds_what_has_ended_and_the_example_packs_it(dsec: Any, tmp
     assert dsec.done("export", tmp_path / "run").out == f"0 rollouts written to {tmp_path}/run/shards\n"
     ran = dsec.done(EXAMPLES / "pack_for_training.py", tmp_path / "run/shards", command=sys.executable)
     first, *steps = ran.out.splitlines()
-    assert first == "4 rollouts, 1 sequences, dropped {}"
+    assert first == "4 rollouts, 1 sequences, dropped: none"
     assert len(steps) == 1
     assert steps[0].startswith("step 0: ")
     refused = dsec("export", tmp_path)
     assert (refused.code, refused.out) == (2, "")
     assert "holds no run: give the directory of a dsec run" in refused.err
+
+
+def test_the_example_says_why_it_packs_nothing(dsec: Any, tmp_path: Path) -> None:
+    dsec.done("run", "copy-1-000", "--out", tmp_path / "run")
+    dsec.done("export", tmp_path / "run")
+    ran = dsec(EXAMPLES / "pack_for_training.py", tmp_path / "run/shards", command=sys.executable)
+    assert (ran.code, ran.out) == (1, "1 rollouts, 0 sequences, dropped: 1 as SMALL_GROUP\n")
+    assert "needs a run with --group-size 2 or more" in ran.err
 
 
 def test_shards_of_a_run_that_was_killed_are_those_of_its_log(dsec: Any, tmp_path: Path) -> None:
