@@ -40,6 +40,7 @@ INDEX_HELP = (
     "Where the workers of the root agree: sqlite:///FILE or postgresql://USER@HOST/DATABASE.  "
     "[default: ROOT/index.db, for workers of one host]"
 )
+_REBUILD_EXAMPLE = "\b\nExample:\n  dsec index rebuild /srv/rollouts"
 _index_option = click.option("--index", "url", metavar="URL", envvar="DSEC_INDEX_URL", default="", help=INDEX_HELP)
 
 
@@ -206,12 +207,12 @@ async def _look(index: Index) -> Snapshot:
         await index.close()
 
 
-@click.group(short_help="The index that workers share.")
+@click.group(short_help="The index that workers share.", epilog=_REBUILD_EXAMPLE)
 def index() -> None:
     """The index of a root: who has what, and how rollouts stand.  The logs are the truth."""
 
 
-@index.command(short_help="Make the index again from the logs.")
+@index.command(short_help="Make the index again from the logs.", epilog=_REBUILD_EXAMPLE)
 @click.argument("root", type=click.Path(path_type=Path))
 @_index_option
 def rebuild(root: Path, url: str) -> None:
