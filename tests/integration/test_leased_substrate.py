@@ -88,7 +88,7 @@ async def test_what_nobody_renews_ends_and_a_job_that_was_away_begins_anew(host:
     job = host.job()
     await job.open()
     await job.create(SandboxSpec())
-    host.clock.advance(100)
+    host.clock.advance(1.5 * TTL_S)
     await until(lambda: host.edge.list() == [])
 
     made = await job.create(SandboxSpec())
