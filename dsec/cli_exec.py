@@ -16,13 +16,13 @@ import click
 import msgspec
 
 from dsec.cli_sandbox import ENV_OPTION, connected, example
-from dsec.client.commands import CommandResult, RunOptions
+from dsec.client.commands import RunOptions
 from dsec.client.sandbox import AsyncSandbox
-from dsec.client.terminal import relay, terminal_size, write_all
+from dsec.client.terminal import Printed, print_output, relay, terminal_size, write_all
 from dsec.errors import DsecError, NotFoundError, OutcomeUnknownError, SandboxLostError, UnreachableError
 from dsec.keyed import fresh_name
 from dsec.terminal import render_columns, visible
-from dsec.types import TOOLBOX, ExecResult
+from dsec.types import TOOLBOX, ExecResult, Stream
 from dsec.views import CommandView
 
 TIMEOUT_S_MAX = 7 * 86_400.0
@@ -106,9 +106,12 @@ def exec_(
 ) -> None:
     """Run a command in a sandbox; its output, and its exit code, are ours.
 
-    Our options end where the command begins.  No shell is between: say `bash -c '...'` for one.  Exit code 125: dsec
-    itself failed.  An interrupt kills the command.  With --json: exit_code, stdout and stderr (base64), truncated,
-    timed_out, oom, duration_s, key.
+    Our options end where the command begins.  No shell is between: say `bash -c '...'` for one.  An interrupt kills the
+    command.  Exit code 125: dsec itself failed, or the command ended with 0 and some of its output is missing here, as
+    the Edge kept no more of it (64 MiB of each stream, DSEC_EDGE_SPOOL_BYTES_MAX); a line on stderr says how much.
+
+    With --json: exit_code, stdout and stderr (base64, head and tail of 1 MiB), truncated, stdout_bytes and stderr_bytes
+    (as they were), timed_out, oom, duration_s, key.
     """
     if has_tty and not os.isatty(0):
         raise click.UsageError("-t needs a terminal on stdin")
@@ -117,13 +120,13 @@ def exec_(
     options = RunOptions(cwd=cwd, envs=envs, user=user, timeout_s=timeout_s, stdin=interactive)
     key = key or fresh_name()
 
-    async def run(sandbox: AsyncSandbox) -> CommandResult | str:
+    async def run(sandbox: AsyncSandbox) -> Printed | str:
         if has_tty:
             size = terminal_size()
             handle = await sandbox.pty.create(argv, rows=size.rows, columns=size.columns, key=key, **options)
             return await relay(handle, feeds_stdin=interactive, has_tty=True)
         if as_json and not interactive:
-            return await sandbox.commands.run(argv, key=key, **options)
+            return Printed(await sandbox.commands.run(argv, key=key, **options), {})
         handle = await sandbox.commands.run(argv, background=True, key=key, **options)
         if detach:
             return handle.key
@@ -138,15 +141,33 @@ def exec_(
     if isinstance(ended, str):
         click.echo(ended)
         return
+    result = ended.result
     if as_json:
-        click.echo(msgspec.json.encode(result_fields(ended.raw) | {"key": ended.key}))
-    elif ended.timed_out:
+        click.echo(msgspec.json.encode(result_fields(result.raw) | {"key": result.key}))
+        sys.exit(result.exit_code)
+    if result.timed_out:
         click.echo(f"dsec: timed out after {timeout_s:g} s and was killed", err=True)
-    elif ended.raw.oom_killed:
+    elif result.oom_killed:
         click.echo(
             "dsec: the sandbox ran out of memory (dsec create --memory-mib), and processes were killed", err=True
         )
-    sys.exit(ended.exit_code)
+    missing_code = _missing_code(result.raw, ended.bytes_count)
+    sys.exit(result.exit_code or missing_code)
+
+
+def _missing_code(result: ExecResult, bytes_count: dict[Stream, int]) -> int:
+    """0 if that is all that a command wrote; else 125, and a line that says how much is missing."""
+    totals = {"stdout": result.stdout.total_bytes, "stderr": result.stderr.total_bytes}
+    missing = [
+        f"{totals[stream] - count} of the {totals[stream]} bytes of {stream}"
+        for stream, count in bytes_count.items()
+        if count < totals[stream]
+    ]
+    if not missing:
+        return 0
+    way = "let the command write to a file there, and take it with dsec cp"
+    click.echo(f"dsec: {' and '.join(missing)} were not kept by the Edge and are missing here: {way}", err=True)
+    return FAILED_CODE
 
 
 def _interruptible(running: Any) -> Any:
@@ -193,25 +214,22 @@ def logs(sandbox_id: str, key: str, directory: Path | None) -> None:
     """Print what a command wrote, from its first byte until it ends.
 
     KEY is the command's key or its number, as `dsec trajectory` shows them.  Of a sandbox that has ended there is what
-    the Edge's journal kept: all, or head and tail.
+    the Edge's journal kept: all, or head and tail.  Exit code 125: some of it is missing, and a line on stderr says how
+    much.
     """
     if directory is not None:
         views = _recorded(directory, sandbox_id)
-        _print_kept(_named(key, [view for view in views if _is_named(key, view)]))
-        return
+        sys.exit(_print_kept(_named(key, [view for view in views if _is_named(key, view)])))
 
-    async def run(sandbox: AsyncSandbox) -> None:
+    async def run(sandbox: AsyncSandbox) -> int:
         try:
             found = _named(key, await sandbox.commands.list())
         except SandboxLostError:
-            _print_kept(_named(key, [view async for view in sandbox.trajectory() if _is_named(key, view)]))
-            return
-        handle = await sandbox.commands.connect(found.key)
-        async for event in handle.follow():
-            if not isinstance(event, CommandResult):
-                write_all(1 if event[0] == "stdout" else 2, event[1])
+            return _print_kept(_named(key, [view async for view in sandbox.trajectory() if _is_named(key, view)]))
+        printed = await print_output(await sandbox.commands.connect(found.key))
+        return _missing_code(printed.result.raw, printed.bytes_count)
 
-    _interruptible(connected(sandbox_id, run))
+    sys.exit(_interruptible(connected(sandbox_id, run)))
 
 
 def _recorded(directory: Path, sandbox_id: str) -> Iterator[CommandView]:
@@ -232,14 +250,13 @@ def _named(key: str, views: Sequence[CommandView]) -> CommandView:
     return max(found, key=lambda view: view.key == key)
 
 
-def _print_kept(view: CommandView) -> None:
+def _print_kept(view: CommandView) -> int:
     if view.result is None:
         raise OutcomeUnknownError(f"command {view.key!r} has no known end: the journal has the output of what ended")
-    for fd, name, output in ((1, "stdout", view.result.stdout), (2, "stderr", view.result.stderr)):
-        write_all(fd, output.head)
-        if output.is_truncated:
-            click.echo(f"dsec: {output.dropped_bytes} bytes of its {name} are not kept", err=True)
-        write_all(fd, output.tail)
+    out, err = view.result.stdout, view.result.stderr
+    write_all(1, out.data)
+    write_all(2, err.data)
+    return _missing_code(view.result, {"stdout": len(out.data), "stderr": len(err.data)})
 
 
 @click.command(

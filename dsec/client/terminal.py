@@ -13,13 +13,21 @@ import signal
 import termios
 import tty
 from collections.abc import AsyncIterator, Iterator
+from typing import NamedTuple
 
 from dsec.client.commands import CommandHandle, CommandResult
 from dsec.errors import DsecError
-from dsec.types import TtySize
+from dsec.types import Stream, TtySize
 
 STDIN_READ_BYTES_MAX = 64 << 10
-_FDS = {"stdout": 1, "stderr": 2}
+_FDS: dict[Stream, int] = {"stdout": 1, "stderr": 2}
+
+
+class Printed(NamedTuple):
+    """How a command ended, and how many bytes of each stream came here."""
+
+    result: CommandResult
+    bytes_count: dict[Stream, int]
 
 
 def terminal_size() -> TtySize:
@@ -46,7 +54,20 @@ def write_all(fd: int, data: bytes) -> None:
         rest = rest[os.write(fd, rest) :]
 
 
-async def relay(handle: CommandHandle, *, feeds_stdin: bool, has_tty: bool, is_quiet: bool = False) -> CommandResult:
+async def print_output(handle: CommandHandle, *, is_quiet: bool = False) -> Printed:
+    """Print what a command writes, from its first byte until it ends; with `is_quiet` it is only counted."""
+    counts = dict.fromkeys(_FDS, 0)
+    async for event in handle.follow():
+        if isinstance(event, CommandResult):
+            return Printed(event, counts)
+        stream, data = event
+        if not is_quiet:
+            write_all(_FDS[stream], data)
+        counts[stream] += len(data)
+    raise AssertionError("the output ends with the result")
+
+
+async def relay(handle: CommandHandle, *, feeds_stdin: bool, has_tty: bool, is_quiet: bool = False) -> Printed:
     """Pass everything on until the command ends; with `is_quiet` its output is left out.
 
     A cancelled relay, or one whose stdout nobody reads any more, kills the command.
@@ -58,15 +79,10 @@ async def relay(handle: CommandHandle, *, feeds_stdin: bool, has_tty: bool, is_q
             stack.enter_context(raw_mode(0))
             stack.enter_context(_followed_size(handle))
         try:
-            async for event in handle.follow():
-                if isinstance(event, CommandResult):
-                    return event
-                if not is_quiet:
-                    write_all(_FDS[event[0]], event[1])
+            return await print_output(handle, is_quiet=is_quiet)
         except (asyncio.CancelledError, BrokenPipeError):
             await asyncio.shield(handle.kill())
             raise
-    raise AssertionError("the output ends with the result")
 
 
 async def _feed(handle: CommandHandle) -> None:

@@ -1,4 +1,7 @@
-"""A command that writes for a whole minute: what it costs is bounded, and everybody else is answered meanwhile."""
+"""A command that writes for a whole minute: what it costs is bounded, and everybody else is answered meanwhile.
+
+Whoever prints its output hears what is missing of it.
+"""
 
 from __future__ import annotations
 
@@ -61,3 +64,31 @@ async def test_a_minute_of_output_is_counted_and_costs_no_more_than_its_bounds(
     await unread.aclose()
     await substrate.close()
     edge.stop()
+
+
+def test_output_that_is_not_kept_is_told_with_its_size_and_ends_with_125(
+    dsec: Any, edge_process: Any, tmp_path: Path
+) -> None:
+    edge = edge_process(dsec, tmp_path, DSEC_EDGE_SPOOL_BYTES_MAX=str(4 << 20))
+    sandbox = edge.done("create").strip()
+    for key, size, code in (("whole", 4 << 20, 0), ("cut", 20 << 20, 125), ("failed", 20 << 20, 7)):
+        line = f"head -c {size} /dev/zero; exit {code % 125}"
+        ran = edge("exec", sandbox, "--key", key, "--", "bash", "-c", line)
+        again = edge("logs", sandbox, key)
+        said = "" if key == "whole" else told_of(size, len(ran.out))
+        assert (ran.code, ran.err) == (code, said), key
+        assert (len(again.out), again.code) == (len(ran.out), 0 if key == "whole" else 125)
+        assert len(ran.out) == size if key == "whole" else 4 << 20 < len(ran.out) < size
+    as_json = edge("exec", sandbox, "--json", "--", "head", "-c", 20 << 20, "/dev/zero")
+    assert (as_json.code, as_json.err, as_json.json()["truncated"]) == (0, "", True)
+    edge.done("rm", sandbox)
+    kept = edge("logs", sandbox, "cut")
+    assert (kept.code, kept.err) == (125, told_of(20 << 20, len(kept.out)))
+    edge.stop()
+
+
+def told_of(size: int, printed: int) -> str:
+    way = "let the command write to a file there, and take it with dsec cp"
+    return (
+        f"dsec: {size - printed} of the {size} bytes of stdout were not kept by the Edge and are missing here: {way}\n"
+    )
