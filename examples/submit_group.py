@@ -4,10 +4,10 @@ python examples/submit_group.py 127.0.0.1:7710 copy-1-000     (a bundled task, o
 """
 
 import sys
+import time
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
@@ -22,18 +22,23 @@ def main(address: str, task: str) -> None:
         request.tasks.add(name=folder.resolve().name, files=files)
     else:
         request.bundled_tasks.append(task)
+    rewards = {}
     with grpc.insecure_channel(address) as channel:
-        health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=60)
-        rewards = []
-        for update in RolloutServiceStub(channel).Submit(request):
-            what = update.WhichOneof("what")
-            if what == "finished":
-                record = update.finished
-                rewards.append(record.reward.value)
-                print(update.rollout_id, record.reward.value, len(record.token_ids), "tokens", flush=True)
-            elif what == "infra_failed":  # the service failed, not the model: no reward, not 0
-                print(update.rollout_id, update.infra_failed.message, file=sys.stderr)
-        print(f"mean {sum(rewards) / max(len(rewards), 1):.2f} of {len(rewards)}")
+        while True:
+            try:
+                for update in RolloutServiceStub(channel).Submit(request):
+                    if update.WhichOneof("what") == "finished" and update.rollout_id not in rewards:
+                        rewards[update.rollout_id] = value = update.finished.reward.value
+                        print(update.rollout_id, value, len(update.finished.token_ids), "tokens", flush=True)
+                    elif update.WhichOneof("what") == "infra_failed":  # the service, not the model: no reward, not 0
+                        print(update.rollout_id, update.infra_failed.message, file=sys.stderr)
+                break
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    sys.exit(f"{address}: {error.details()}")
+                print(f"{address}: {error.details()}; asking again", file=sys.stderr, flush=True)
+                time.sleep(1)  # it starts, or another worker takes the job over
+    print(f"mean {sum(rewards.values()) / len(rewards):.2f} of {len(rewards)}" if rewards else "no rewards")
 
 
 if __name__ == "__main__":

