@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import click
 import msgspec
@@ -11,6 +12,7 @@ from dsec.edge.config import SubstrateConfig
 from dsec.edge.images.host import check_images
 from dsec.edge.linux import cgroup
 from dsec.edge.linux.host import Finding, check_host
+from dsec.errors import DsecError
 
 
 @click.command(
@@ -19,7 +21,11 @@ from dsec.edge.linux.host import Finding, check_host
 @click.option("--json", "as_json", is_flag=True, help="One JSON list of findings.")
 def doctor(as_json: bool) -> None:
     """Say what this host has for sandboxes, what is missing, and how to get it; exit 3 if it is unfit."""
-    seen = [*check_host(), *check_images(), *_check_docker()]
+    seen = [
+        *_looked("host", check_host),
+        *_looked("layers", check_images, optional=True),
+        *_looked("docker", _check_docker, optional=True),
+    ]
     findings = [msgspec.structs.replace(finding, remedy="") if finding.ok else finding for finding in seen]
     if as_json:
         click.echo(msgspec.json.encode(findings))
@@ -28,6 +34,14 @@ def doctor(as_json: bool) -> None:
         for finding in findings:
             _print_finding(finding, width)
     sys.exit(0 if all(finding.ok or finding.optional for finding in findings) else 3)
+
+
+def _looked(name: str, check: Callable[[], list[Finding]], *, optional: bool = False) -> list[Finding]:
+    """What a check finds; on a host so broken that it cannot look, that is what it found."""
+    try:
+        return check()
+    except (OSError, DsecError) as error:
+        return [Finding(name, False, f"cannot be checked: {error}", "mend this, then look again", optional=optional)]
 
 
 def _print_finding(finding: Finding, width: int) -> None:

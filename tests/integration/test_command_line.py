@@ -319,6 +319,23 @@ def test_doctor_finds_this_host_fit(dsec: Any) -> None:
     assert all(finding["detail"] in told for finding in findings)  # no path is broken into lines
 
 
+def test_doctor_looks_on_where_it_may_not_look(dsec: Any, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    (closed / "images").mkdir(parents=True)
+    closed.chmod(0)
+    as_other = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps=-all"]
+    for images in (closed / "images", Path("/proc/1/root/images")):
+        told = subprocess.run(
+            [*as_other, dsec.path, "doctor"],
+            env={**os.environ, "DSEC_IMAGES_DIRECTORY": str(images)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (told.returncode, told.stderr) == (3, "")
+        assert "effective uid 65534" in told.stdout
+
+
 def wait_for_tokens(process: subprocess.Popen[str], run: Path) -> None:
     """Until the log has grown by some sampled tokens (segments are only ever appended to, zeros are reserved space)."""
     sizes: set[int] = set()

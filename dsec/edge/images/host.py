@@ -36,7 +36,8 @@ def check_images(config: ImagesConfig | None = None) -> list[Finding]:
 
 def _mounting(wanted: Path) -> Finding:
     """Mount an empty layer from a nameless file on the file system of the store."""
-    place = next(path for path in (wanted, *wanted.absolute().parents) if path.is_dir())
+    # os.path.isdir takes what we may not look into for no directory, Path.is_dir fails there
+    place = next(path for path in (wanted, *wanted.absolute().parents) if os.path.isdir(path))
     remedy = (
         "layers need EROFS mounts of files (Linux 6.12, CONFIG_EROFS_FS_BACKED_BY_FILE; modprobe erofs), and a "
         "DSEC_IMAGES_DIRECTORY on ext4, xfs, btrfs or the like, not on tmpfs or overlayfs"
