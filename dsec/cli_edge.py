@@ -52,7 +52,13 @@ def edge() -> None:
 @click.option("--token-file", type=click.Path(path_type=Path), help="What tcp and tls ask for  [default: DSEC_API_KEY]")
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="The certificate and its chain, PEM.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key, PEM.")
-@click.option("--substrate", type=click.Choice(["container", "docker"]), default="container", show_default=True)
+@click.option(
+    "--substrate",
+    type=click.Choice(["container", "docker"]),
+    default="container",
+    show_default=True,
+    help="Who makes the sandboxes: dsec itself, or this host's Docker Engine.",
+)
 @click.option("--destroy-on-exit", is_flag=True, help="End the sandboxes too, when a signal ends the Edge.")
 @click.option("--json", "as_json", is_flag=True, help="Say that it is ready as one JSON object.")
 def serve(

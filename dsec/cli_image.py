@@ -124,19 +124,29 @@ def _print_image(made: Image, *, as_json: bool) -> None:
     click.echo(msgspec.json.encode(made) if as_json else "\n".join((made.name, *made.layers)))
 
 
-@click.group(short_help="Layers and images that sandboxes are made of.")
+@click.group(
+    short_help="Layers and images that sandboxes are made of.",
+    epilog=example(
+        "dsec image build debian --tag tools:1", "dsec image ls", "dsec create --base tools:1 --layer repo:7"
+    ),
+)
 def image() -> None:
     """Layers and images of this host: read-only file systems that sandboxes are composed of."""
 
 
-@image.group()
+@image.group(
+    epilog=example(
+        "dsec image build debian --packages git,python3 --tag tools:1",
+        "dsec image build directory ./repo --at /workspace --tag repo:7",
+    )
+)
 def build() -> None:
     """Make an image, or a layer, from scratch."""
 
 
 @build.command(epilog=example("dsec image build debian --packages git,python3 --tag tools:1"))
 @click.option("--packages", default="", help="Names, with commas between them.")
-@click.option("--suite", default="bookworm", show_default=True)
+@click.option("--suite", default="bookworm", show_default=True, help="Which release.")
 @click.option("--mirror", default="", help="[default: as apt has it]")
 @TAG_OPTION
 @COMPRESS_OPTION

@@ -100,7 +100,11 @@ def fail_setting(error: Any) -> NoReturn:
     sys.exit(2)
 
 
-@click.group(cls=DsecGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=DsecGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="\b\nExample:\n  dsec run --out runs/first\n  id=$(dsec create) && dsec exec $id uname -a",
+)
 @click.version_option(package_name="dsec")
 def main() -> None:
     """Agentic sandbox rollouts for DeepSeek-V4: durable, preemptible, exact."""

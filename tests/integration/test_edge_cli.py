@@ -18,9 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
-
-from rollout.cli import COMMANDS, main
 
 RESIZED = (
     "import os, signal; winch = {signal.SIGWINCH}; signal.pthread_sigmask(signal.SIG_BLOCK, winch); "
@@ -315,13 +312,6 @@ def test_where_no_edge_is_every_command_says_how_to_get_one(session_dsec: Any, t
         ran = session_dsec(*arguments, env={"DSEC_API_URL": f"unix:{tmp_path}/none"})
         assert (ran.code, ran.out) == (code, "")
         assert "dsec edge serve" in ran.err
-
-
-def test_every_command_shows_an_example() -> None:
-    for name in COMMANDS:
-        shown = CliRunner().invoke(main, [name, "--help"])
-        assert shown.exit_code == 0, name
-        assert "dsec " in shown.output.partition("Example")[2] or "Commands:" in shown.output, name
 
 
 def test_a_program_that_is_interrupted_leaves_no_sandbox(edge: Any, tmp_path: Path) -> None:
