@@ -83,9 +83,11 @@ class DsecGroup(click.Group):
 
 def fail(error: Any) -> NoReturn:
     """Print what was wrong and exit with the code that says whose fault it was."""
+    notes = getattr(error, "__notes__", ())
     if error.code == "WAL_POISONED":
         error = error.cause  # the first failure is the one to mend, whoever met it
-    click.echo(f"dsec: {visible(str(error))}", err=True)
+    for line in (error, *notes):
+        click.echo(f"dsec: {visible(str(line))}", err=True)
     if error.code == "WAL_CORRUPT":
         sys.exit(1)
     sys.exit(2 if error.fault == "caller" else 3)

@@ -19,6 +19,7 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.live import Live
 
+import wal
 import wal.__main__ as wal_cli
 from dsec import trajectory
 from rollout import journal
@@ -80,7 +81,7 @@ Examples:
     show_default=True,
     help="oracle runs the task's own solution, nop does nothing: a sound task gives them 1 and 0.",
 )
-@click.option("--group-size", type=int, default=1, show_default=True, help="Rollouts of each task, 1 to 1024.")
+@click.option("--group-size", type=click.IntRange(1, 1024), default=1, show_default=True, help="Rollouts of each task.")
 @click.option(
     "--concurrency",
     type=click.IntRange(1, 1024),
@@ -91,8 +92,16 @@ Examples:
 @click.option("--edge", "edge_url", metavar="URL", help=EDGE_HELP + " A resume without it takes the run's own.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling; the same seed, the same tokens.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy; else 0.001 to 10.")
-@click.option("--thinking", type=click.Choice(["none", "high", "max"]), default="high", show_default=True)
-@click.option("--turns-max", type=int, default=16, show_default=True, help="Model turns of one rollout.")
+@click.option(
+    "--thinking",
+    type=click.Choice(["none", "high", "max"]),
+    default="high",
+    show_default=True,
+    help="How much the model thinks.",
+)
+@click.option(
+    "--turns-max", type=click.IntRange(min=1), default=16, show_default=True, help="Model turns of one rollout."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object, nothing else.")
 def run(
     tasks_dir: Path | None,
@@ -146,14 +155,18 @@ def run(
         ),
         edge_url=edge_url,
     )
-    outcome = _run_live(batch, as_json=as_json)
+    again = f"finish with: {_program()} {shlex.join(['run', '--resume', '--out', str(directory)])}"
+    try:
+        outcome = _run_live(batch, as_json=as_json)
+    except (wal.StorageError, wal.PoisonedError) as error:
+        error.add_note(again)
+        raise
     if as_json:
         click.echo(msgspec.json.encode(outcome.summary))
     else:
         print_summary(make_console(), outcome.summary, directory, _program(), has_worked=outcome.has_worked)
     if outcome.stopped_by is not None:
-        again = f"{_program()} {shlex.join(['run', '--resume', '--out', str(directory)])}"
-        click.echo(f"stopped by {outcome.stopped_by.name}; finish with: {again}", err=True)
+        click.echo(f"stopped by {outcome.stopped_by.name}; {again}", err=True)
         sys.exit(128 + outcome.stopped_by)
     sys.exit(1 if outcome.summary.infra_failures else 0)
 

@@ -147,13 +147,16 @@ def print_summary(
     console.print(_tasks_table(summary.per_task))
     example = shlex.quote(next((row.task for row in summary.per_task if row.tokens), summary.per_task[0].task))
     place = shlex.quote(str(directory))
+    when = "after a kill -9 at any moment: finish the run, nothing sampled or run twice"
+    if summary.infra_failures:
+        when = "once the host is mended: finish what failed (a corrected task is another run: give it another --out)"
     console.print(
         Text.assemble(
             ("try next\n", "bold"),
             f"  {program} show {place} {example}\n",
             ("    look at a trajectory\n", "dim"),
             f"  {program} run --resume --out {place}\n",
-            ("    after a kill -9 at any moment: finish the run, nothing sampled or run twice\n", "dim"),
+            (f"    {when}\n", "dim"),
             f"  {program} run path/to/your/task --out runs/yours\n",
             ("    run a task of your own (a folder in Harbor's format)", "dim"),
         )

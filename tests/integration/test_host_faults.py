@@ -82,13 +82,16 @@ def test_a_full_disk_stops_the_run_and_with_more_space_it_goes_on_as_if_nothing_
         $DSEC show {place}/run --json > {tmp_path}/records.jsonl; echo code $?""",
     )
     assert ran.out.split("\n") == ["code 3", "code 0", "code 0", ""], ran.err
-    (line,) = [line for line in ran.err.splitlines() if line.startswith("dsec: ")]
+    line, advice = (line for line in ran.err.splitlines() if line.startswith("dsec: "))
     assert line.startswith(f"dsec: cannot write {place}/run/wal/")
+    assert advice.endswith(f" run --resume --out {place}/run")
     notices = (
         "bytes of an unfinished write off",
         "the journal failed, opening it again",
     )  # of the run's log, its Edge's
-    assert all(any(said in notice for said in notices) for notice in ran.err.splitlines() if notice != line)
+    assert all(
+        any(said in notice for said in notices) for notice in ran.err.splitlines() if notice not in (line, advice)
+    )
     assert "No space left on device (ENOSPC); acknowledged records are safe; free some space" in line
     summary = type(ran)(0, (tmp_path / "summary.json").read_text(), "").json()
     assert [summary[key] for key in ("finished", "infra_failures", "tokens_regenerated", "commands_run_twice")] == [
