@@ -80,7 +80,12 @@ class ExecCommand(click.Command):
         "tar -c . | dsec exec -i ID -- tar -x -C /srv",
     ),
 )
-@click.option("--timeout-s", type=float, default=TIMEOUT_S_MAX, help="Kill its tree after so long  [default: 7 days]")
+@click.option(
+    "--timeout-s",
+    type=click.FloatRange(0, TIMEOUT_S_MAX, min_open=True),
+    default=TIMEOUT_S_MAX,
+    help="Kill its tree after so long  [default: 7 days]",
+)
 @click.option("--key", default="", help="Run it once: the same key gives the same result for ever.")
 @click.option("-w", "--cwd", default="", help="Where it runs  [default: the image's]")
 @ENV_OPTION

@@ -91,7 +91,7 @@ def print_ids(ids: Sequence[str], *, as_json: bool) -> None:
 @click.option("--layer", "layers", multiple=True, help="A layer or image over the base; the topmost first.")
 @click.option("--memory-mib", type=click.IntRange(16), help="Memory, the disk's pages included  [default: 512]")
 @click.option("--disk-mib", type=click.IntRange(1), help="Disk  [default: three quarters of the memory]")
-@click.option("--cpus", type=float, help="Cores  [default: 1]")
+@click.option("--cpus", type=click.FloatRange(0.01, 1024), help="Cores  [default: 1]")
 @click.option("--allow", multiple=True, metavar="RULE", help="It may connect to HOST[:PORT], *.HOST or CIDR.")
 @ENV_OPTION
 @click.option("-w", "--cwd", default="", help="Where commands run  [default: the image's]")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import random
@@ -217,6 +218,11 @@ class Connection:
     def _unreachable(self, why: str) -> UnreachableError:
         if self._has_answered:
             return UnreachableError(f"the connection to the Edge at {self.url} broke: {why}")
+        if os.strerror(errno.EACCES) in why:
+            return UnreachableError(
+                f"we may not open the Edge's socket {self.url} ({why}): be the user that serves it (sudo), or set "
+                "DSEC_API_URL to a tcp or tls address that it serves"
+            )
         other = "correct" if os.environ.get("DSEC_API_URL") else "set"
         return UnreachableError(
             f"no Edge answers at {self.url} ({why}): start one with `dsec edge serve`, or {other} DSEC_API_URL"

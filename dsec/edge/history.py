@@ -76,7 +76,7 @@ class Past:
             if not outline.finished_lsn or (following and following.started_lsn < outline.finished_lsn):
                 raise StateError(
                     f"command {outline.key!r} of sandbox {self.sandbox_id} has no known end, or others ran beside it: "
-                    "branch from a snapshot that was taken later, or from an earlier command"
+                    "name an earlier command, or one that ran alone after a later snapshot"
                 )
         return tuple(commands)
 

@@ -314,6 +314,26 @@ def test_where_no_edge_is_every_command_says_how_to_get_one(session_dsec: Any, t
         assert "dsec edge serve" in ran.err
 
 
+def test_a_user_who_may_not_open_the_socket_hears_that_and_not_that_no_edge_is_there(edge: Any) -> None:
+    as_other = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+    command = [*as_other, Path(sys.executable).with_name("dsec"), "ps"]
+    told = subprocess.run(
+        command, env={**os.environ, "DSEC_API_URL": edge.url}, capture_output=True, text=True, check=False
+    )
+    said = f"dsec: we may not open the Edge's socket {edge.url} (Permission denied): "
+    assert (told.returncode, told.stderr.startswith(said)) == (3, True), told.stderr
+
+
+def test_a_flag_or_a_command_that_cannot_be_meant_is_named_as_it_was_typed(edge: Any, sandbox: str) -> None:
+    assert "'--cpus': 0.0 is not in" in edge("create", "--cpus", 0).err
+    late = edge("exec", sandbox, "--timeout-s", 0, "true")
+    assert (late.code, "'--timeout-s': 0.0 is not in" in late.err) == (125, True)
+    edge.done("exec", sandbox, "-d", "--key", "endless", "--", "sleep", "600")
+    forked = edge("fork", sandbox, "--after", "endless")
+    assert "has no known end" in forked.err
+    assert "name an earlier command" in forked.err
+
+
 def test_a_program_that_is_interrupted_leaves_no_sandbox(edge: Any, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
