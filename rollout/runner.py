@@ -238,7 +238,7 @@ class Runner:
         for number, command in enumerate(setup_commands(rollout.environment)):
             result = await sandbox.exec(f"setup/{self.state(rollout).setup_try}/{number}", command)
             if result.exit_code != 0 or result.timed_out:
-                said = (result.stderr.data or result.stdout.data)[-300:].decode(errors="replace").strip()
+                said = (result.stderr.data or result.stdout.data)[-300:].decode(errors="replace").strip() or "no output"
                 line = " ".join(command.argv)[:200]
                 raise TaskError(
                     f"{rollout.environment.name}: environment step {line!r} exited {result.exit_code}: {said}"

@@ -112,7 +112,7 @@ def print_summary(
     console: Console, summary: Summary, directory: Path, program: str, *, has_worked: bool = True
 ) -> None:
     """The end of a run: figures, what was not solved, where results lie, what to try next."""
-    share = f" ({summary.solved / summary.finished:.1%})" if summary.finished else ""
+    share = f" ({summary.solved / summary.finished:.1%})" if 0 < summary.finished == summary.rollouts else ""
     waited = summary.sampling_s + summary.tools_s + summary.log_s
     table = Table.grid(padding=(0, 2))
     table.add_row("solved", f"[bold green]{summary.solved}[/] of {summary.finished} rollouts{share}")
@@ -127,7 +127,7 @@ def print_summary(
         table.add_row(
             "waited for",
             f"sampling {summary.sampling_s / waited:.0%}, tools {summary.tools_s / waited:.0%}, "
-            f"log {summary.log_s / waited:.0%}  (of {waited:.0f} rollout-seconds)",
+            f"log {summary.log_s / waited:.0%}  (of {waited:.1f} rollout-seconds)",
         )
     exact = f"{summary.tokens_regenerated} tokens regenerated, {summary.commands_run_twice} commands run twice"
     table.add_row("exactness", exact)
@@ -149,7 +149,7 @@ def print_summary(
     place = shlex.quote(str(directory))
     when = "after a kill -9 at any moment: finish the run, nothing sampled or run twice"
     if summary.infra_failures:
-        when = "once the host is mended: finish what failed (a corrected task is another run: give it another --out)"
+        when = "once the cause is mended: finish what failed (a corrected task is another run: give it another --out)"
     console.print(
         Text.assemble(
             ("try next\n", "bold"),

@@ -161,6 +161,7 @@ def test_a_verifier_without_a_reward_is_an_infrastructure_failure_and_no_zero(
     summary = ran.json()
     assert (ran.code, ran.err) == (1, "")
     assert [summary[key] for key in ("rollouts", "finished", "solved", "infra_failures")] == [6, 1, 1, 5]
+    assert summary["tools_s"] > 0  # those that failed count, too
     records, rows = dsec.show(tmp_path / "run"), {row["task"]: row for row in summary["per_task"]}
     for name, (_, said) in NO_REWARDS.items():
         message = summary["infra_failure_messages"][f"{name}.0"]
