@@ -195,6 +195,9 @@ def directory(path: Path, at: str, tag: str, *, compressed: bool, as_json: bool)
         _print_image(made, as_json=as_json)
     else:
         click.echo(made.layers[0])
+    if at.strip("/"):  # so it has no /bin, and as a base would run nothing
+        way = f"dsec create --layer {tag or made.layers[0]}"
+        click.echo(f"dsec: without an operating system it is no base, and lies over one: {way}", err=True)
     _tell_place(made)
 
 

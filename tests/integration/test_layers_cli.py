@@ -95,3 +95,15 @@ def test_what_cannot_be_is_said_in_a_line(dsec, arguments, complaint):
     assert code == 2
     assert any(part in said for part in complaint.split("|")), said
     assert len(said.splitlines()) == 1
+
+
+def test_a_directory_that_is_no_operating_system_is_said_to_lie_over_one(tree: Path, tmp_path: Path) -> None:
+    for at, told in (("/workspace", True), ("/", False)):
+        done = subprocess.run(
+            [DSEC, "image", "build", "directory", tree, "--at", at, "--tag", "repo:7"],
+            env={**os.environ, "DSEC_IMAGES_DIRECTORY": str(tmp_path / "store")},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ("dsec create --layer repo:7\n" in done.stderr) == told
