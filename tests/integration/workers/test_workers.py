@@ -19,6 +19,13 @@ SHORT_LEASE = {"DSEC_WORKER_LEASE_TTL_S": "5"}  # of those whose lease is to lap
 ON_SQLITE, ON_POSTGRES = (
     pytest.mark.parametrize("index_url", [name], indirect=True) for name in ("sqlite", "postgresql")
 )
+ONE_WAY, OTHER_WAY = (
+    pytest.mark.parametrize(("index_url", "any_edge"), pairs, indirect=True)
+    for pairs in (
+        [("sqlite", "own edges"), ("postgresql", "served edge")],
+        [("postgresql", "own edges"), ("sqlite", "served edge")],
+    )
+)
 
 
 def folder_of(path: Path) -> pb.TaskFolder:
@@ -84,7 +91,7 @@ def epochs(seen: Any) -> list[int]:
     return sorted(partition["epoch"] for partition in seen["partitions"])
 
 
-@pytest.fixture(params=["own edges", "served edge"])
+@pytest.fixture
 def any_edge(request: pytest.FixtureRequest, root: Any, edge_process: Any, dsec: Any, tmp_path: Path) -> Iterator[None]:
     """Sandboxes of the workers' own Edges, or of one that they share."""
     if request.param == "own edges":
@@ -100,6 +107,7 @@ def any_edge(request: pytest.FixtureRequest, root: Any, edge_process: Any, dsec:
     served.stop()
 
 
+@ONE_WAY
 @pytest.mark.usefixtures("any_edge")
 def test_what_a_killed_worker_ran_is_ended_by_another(
     root: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
@@ -117,6 +125,7 @@ def test_what_a_killed_worker_ran_is_ended_by_another(
     assert {partition["owner"].partition("#")[0] for partition in seen["partitions"]} == {"b"}
 
 
+@OTHER_WAY
 @pytest.mark.usefixtures("any_edge")
 def test_a_stopped_worker_hands_over_at_once(
     root: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
@@ -158,6 +167,7 @@ def test_a_killed_worker_that_comes_back_waits_for_no_lease(
     check(root, untouched)
 
 
+@ON_POSTGRES
 def test_a_frozen_worker_is_fenced_when_it_wakes(
     root: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
 ) -> None:
@@ -210,6 +220,7 @@ def test_a_call_to_any_worker_reaches_who_has_the_job(root: Any, request_: pb.Su
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+@ON_POSTGRES
 def test_rollouts_of_several_workers_are_listed_stopped_and_resumed_at_any_of_them(
     root: Any, request_: pb.SubmitRequest
 ) -> None:
