@@ -159,7 +159,7 @@ def retention_of(setting: Any) -> Any:
     from rollout.retention import LogRetention
 
     (found,) = [
-        each for each in gc.get_objects() if isinstance(each, LogRetention) and each._service is setting.service
+        each for each in gc.get_objects() if type(each) is LogRetention and each._service is setting.service
     ]
     return found
 

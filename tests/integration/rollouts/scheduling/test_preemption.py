@@ -191,7 +191,7 @@ async def test_a_restart_takes_up_what_was_preempted(world: Any) -> None:
         await here.submit("job", "one", group_size=2)
         await here.until(lambda: here.tools_count == 2)
         await service.preempt(cause="worker stops")
-        service.hand_over()
+        await service.hand_over()
     here.tool_may_end.set()
     async with here.serving() as service:
         await service.wait("job")
