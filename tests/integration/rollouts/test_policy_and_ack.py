@@ -158,9 +158,7 @@ def retention_of(setting: Any) -> Any:
 
     from rollout.retention import LogRetention
 
-    (found,) = [
-        each for each in gc.get_objects() if type(each) is LogRetention and each._service is setting.service
-    ]
+    (found,) = [each for each in gc.get_objects() if type(each) is LogRetention and each._service is setting.service]
     return found
 
 
