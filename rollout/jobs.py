@@ -162,6 +162,8 @@ def _check_rules(asked: Job, group_size: int) -> None:
     lag = asked.policy.max_lag
     if asked.policy.min_version < 0 or (lag is not None and lag < 0):
         raise RequestError("policy: min_version and max_lag must be 0 or more")
+    if asked.policy.min_version:
+        raise RequestError("policy.min_version: waiting for weights is not done yet; submit once they are there")
     match asked.reward:
         case CallableReward(target=target) if not _TARGET.fullmatch(target):
             raise RequestError(f"reward callable {target!r}: name it module:function")

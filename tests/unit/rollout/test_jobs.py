@@ -43,6 +43,7 @@ def test_equal_conversations_have_equal_digests_however_their_json_is_spaced() -
         ({"early_stop": EarlyStop(min_usable=3)}, "min_usable is 3, must be 1 to the group's 2"),
         ({"early_stop": EarlyStop(min_usable=1, grace_s=-1)}, "grace_s is -1"),
         ({"policy": PolicyRule(max_lag=-1)}, "max_lag must be 0 or more"),
+        ({"policy": PolicyRule(min_version=1)}, "min_version: waiting for weights is not done yet"),
         ({"limits": Limits(turns_count_max=0)}, "turns_count_max is 0"),
         ({"limits": Limits(thinking_tokens_count_max=-1)}, "thinking_tokens_count_max is -1"),
         ({"limits": Limits(wall_clock_s=math.nan)}, "wall_clock_s is nan"),
