@@ -40,8 +40,8 @@ class PolicyRule(msgspec.Struct, frozen=True, kw_only=True):
 
     `min_version` must be 0: waiting for weights is not done yet.  A rollout ends as STALE once its oldest sampled token
     is more than `max_lag` versions behind (None: never).  `on_update` is what a change of weights does to it in
-    mid-flight: `keep` goes on over the KV as it is, `cut` goes on after the KV was computed again, `pin` goes on with the
-    old weights to its end; one that was preempted, or whose process died, ends as STALE instead.
+    mid-flight: `keep` goes on over the KV as it is, `cut` goes on after the KV was computed again, `pin` goes on with
+    the old weights to its end; one that was preempted, or whose process died, ends as STALE instead.
     """
 
     min_version: int = 0
