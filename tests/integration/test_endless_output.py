@@ -26,8 +26,10 @@ def resident_bytes(pid: int) -> int:
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) << 10
 
 
-def disk_bytes(directory: Path) -> int:
-    return sum(os.stat(Path(path, name)).st_blocks * 512 for path, _, names in os.walk(directory) for name in names)
+def largest_file_bytes(directory: Path) -> int:
+    """What the largest file needs on disk: the flood's, since every other command here writes a line."""
+    files = [Path(path, name) for path, _, names in os.walk(directory) for name in names]
+    return max((file.stat().st_blocks * 512 for file in files), default=0)
 
 
 async def test_a_minute_of_output_is_counted_and_costs_no_more_than_its_bounds(
@@ -40,7 +42,7 @@ async def test_a_minute_of_output_is_counted_and_costs_no_more_than_its_bounds(
     await shell(quiet, "true")
     spool = tmp_path / "state/spool"
     argv = ("yes", LINE.decode().strip())
-    memory_before, disk_before = resident_bytes(edge.ready["pid"]), disk_bytes(spool)
+    memory_before = resident_bytes(edge.ready["pid"])
     flood = await loud.start(Command(argv=argv, env=ENV, timeout_s=MINUTE_S, output_bytes_max=INLINE_BYTES_MAX))
     unread = flood.follow()
     await anext(unread)  # and then takes no more of it
@@ -53,13 +55,13 @@ async def test_a_minute_of_output_is_counted_and_costs_no_more_than_its_bounds(
         await short_lived.destroy()
         assert (await flood.read_output("stdout", 0, len(LINE))) == LINE
         memory_bytes = max(memory_bytes, resident_bytes(edge.ready["pid"]) - memory_before)
-        disk_used_bytes = max(disk_used_bytes, disk_bytes(spool) - disk_before)
+        disk_used_bytes = max(disk_used_bytes, largest_file_bytes(spool))
     result = await end
     assert (result.timed_out, result.exit_code) == (True, 137)
     assert (result.stdout.is_truncated, len(result.stdout.data)) == (True, INLINE_BYTES_MAX)
     assert result.stdout.head.startswith(LINE * 1000)
     assert result.stdout.total_bytes == len(result.stdout.data) + result.stdout.dropped_bytes > 8 * SPOOL_BYTES_MAX
-    assert SPOOL_BYTES_MAX <= disk_used_bytes < 2 * SPOOL_BYTES_MAX
+    assert SPOOL_BYTES_MAX <= disk_used_bytes < 1.1 * SPOOL_BYTES_MAX
     assert memory_bytes < MEMORY_GROWTH_BYTES_MAX
     await unread.aclose()
     await substrate.close()
