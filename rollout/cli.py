@@ -22,9 +22,9 @@ import click
 from dsec.terminal import visible
 
 COMMANDS = {
-    **dict.fromkeys(("run", "show", "log"), "rollout.cli_run"),
-    "export": "rollout.cli_export",
-    **dict.fromkeys(("serve", "workers", "index"), "rollout.cli_serve"),
+    **dict.fromkeys(("run", "show", "log"), "rollout.commands.run"),
+    "export": "rollout.commands.export",
+    **dict.fromkeys(("serve", "workers", "index"), "rollout.commands.serve"),
     **dict.fromkeys(("create", "pause", "resume", "snapshot", "fork", "rm", "network", "ps"), "dsec.cli_sandbox"),
     **dict.fromkeys(("exec", "logs", "trajectory"), "dsec.cli_exec"),
     "cp": "dsec.cli_cp",

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 import wal
-from rollout.network import Networks, parse_ceiling
+from rollout.environment.network import Networks, parse_ceiling
 
 
 class WorkerConfig(BaseSettings):

@@ -17,7 +17,7 @@ import msgspec
 from dsec.types import NetworkPolicy
 from rollout.bench.tasks import Task
 from rollout.engine import EngineInfo, TopLogprobs
-from rollout.network import TaskPhase
+from rollout.environment.network import TaskPhase
 from rollout.request import Conversation, Job
 from wal.tokens import Cause, TokensAppended
 

@@ -10,9 +10,9 @@ from dsec.address import parse_address
 from dsec.edge.clock import HostClock
 from dsec.sandbox import Substrate
 from rollout.config import RolloutConfig
-from rollout.edge import RunEdge, substrate_config
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
 from rollout.engines.embedded.engine import EmbeddedEngine
+from rollout.environment.edge import RunEdge, substrate_config
 from rollout.errors import JournalError
 from rollout.service import RolloutService
 from toolcall_dsl import Tokenizer

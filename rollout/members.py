@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 
 from rollout import context, recovery
-from rollout.dispatch import Order
 from rollout.engine import Engine
+from rollout.engines.kv_files import KvFiles
+from rollout.environment.sandboxes import Sandboxes
 from rollout.errors import JournalError
 from rollout.events import (
     Event,
@@ -21,12 +22,11 @@ from rollout.events import (
     RolloutOpened,
     RolloutResumed,
 )
-from rollout.kv_files import KvFiles
 from rollout.ledger import Ledger
 from rollout.recovery import UNOPENED, Action, Found, Kv, Weights
 from rollout.request import Thinking
 from rollout.runner import Rollout
-from rollout.sandboxes import Sandboxes
+from rollout.scheduling.dispatch import Order
 from rollout.state import State
 from wal.tokens import Cause
 

@@ -20,10 +20,12 @@ import wal
 from dsec.errors import DsecError, OutcomeUnknownError, SandboxLostError
 from rollout import machine
 from rollout.bench.tasks import Task, setup_commands
-from rollout.dispatch import Order, Slot
 from rollout.effects import ApplySolution, Effect, Finish, Force, Judge, Prepare, RunTool, Sample
 from rollout.engine import Engine
-from rollout.engine_guard import guarded
+from rollout.engines.guard import guarded
+from rollout.engines.kv_files import KvFiles
+from rollout.environment.sandboxes import PhasedSandbox, Sandboxes
+from rollout.environment.tools import Place, use_tool
 from rollout.errors import MachineError, PreemptedError, RolloutError, TaskError
 from rollout.events import (
     AgentStopped,
@@ -42,14 +44,12 @@ from rollout.events import (
     TopLogprobsFound,
 )
 from rollout.journal import Journal
-from rollout.judging import call_judge, model_judge
-from rollout.kv_files import KvFiles
 from rollout.ledger import Ledger
 from rollout.request import CallableReward, JudgeReward
+from rollout.rewards.judging import call_judge, model_judge
 from rollout.rewards.tests import RUN, ending, reward_from, solution_commands, verify_commands
-from rollout.sandboxes import PhasedSandbox, Sandboxes
+from rollout.scheduling.dispatch import Order, Slot
 from rollout.state import Phase, State
-from rollout.tools import Place, use_tool
 from wal.tokens import TokensAppended
 
 SANDBOX_LOSSES_MAX = 3

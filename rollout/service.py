@@ -24,13 +24,12 @@ from typing import Self
 import wal
 from dsec.errors import StateError
 from dsec.sandbox import Substrate
-from rollout.admission import capacity_of, check_new, check_same, claims_of, rules_of
 from rollout.bench.tasks import Task
-from rollout.claims import Claim
 from rollout.config import RolloutConfig
-from rollout.dispatch import Callbacks, Dispatcher, Order
 from rollout.endings import Endings
 from rollout.engine import Engine
+from rollout.engines.kv_files import KvFiles
+from rollout.environment.sandboxes import Sandboxes
 from rollout.errors import NotFoundError, RequestError
 from rollout.events import (
     ConversationAdmitted,
@@ -45,14 +44,15 @@ from rollout.events import (
 )
 from rollout.export.exporter import SHARDS, Exporter
 from rollout.journal import Journal
-from rollout.kv_files import KvFiles
 from rollout.ledger import Ledger
 from rollout.members import Members
 from rollout.policy import load_policy
 from rollout.request import Conversation, Job
 from rollout.runner import Runner
-from rollout.sandboxes import Sandboxes
-from rollout.scheduler import Scheduler
+from rollout.scheduling.admission import capacity_of, check_new, check_same, claims_of, rules_of
+from rollout.scheduling.claims import Claim
+from rollout.scheduling.dispatch import Callbacks, Dispatcher, Order
+from rollout.scheduling.scheduler import Scheduler
 from rollout.watchers import Watch, Watchers
 from toolcall_dsl import Tokenizer
 

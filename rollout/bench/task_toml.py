@@ -15,7 +15,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, ValidationInfo, field_validator
 
 from dsec.types import NetworkPolicy
-from rollout.network import PUBLIC, Networks, parse_rules
+from rollout.environment.network import PUBLIC, Networks, parse_rules
 
 TIMEOUT_S_DEFAULT = 600.0
 Seconds = Annotated[float, Field(gt=0, le=86_400)]

@@ -28,8 +28,8 @@ from rollout.bench.archive import TaskFile, make_folders
 from rollout.bench.dockerfile import PATH_BYTES_MAX, Image, build, check_variables
 from rollout.bench.packages import missing_packages
 from rollout.bench.task_toml import EnvironmentTable, TaskToml, parse_task_toml
+from rollout.environment.network import Networks, refusals
 from rollout.errors import TaskError
-from rollout.network import Networks, refusals
 
 FILES_COUNT_MAX = 10_000
 TASK_BYTES_MAX = 24 << 20

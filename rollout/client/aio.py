@@ -18,10 +18,10 @@ from rollout.client.asking import RECORD, FieldName, JobOptions, Prompt, mask, s
 from rollout.client.connection import Connection, Retry
 from rollout.client.values import Group, Trajectory, Update, trajectory_of, update_of
 from rollout.engine import EngineInfo, PauseMode, Sampling, Scored
-from rollout.listing import RolloutSummary, Standing
-from rollout.messages import fill, merge
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.record import QuickAnswer
+from rollout.rpc.listing import RolloutSummary, Standing
+from rollout.rpc.messages import fill, merge
 
 PATIENCE_S = 600.0
 

@@ -1,6 +1,6 @@
 """Requests of the protocol from what a caller says in Python.
 
-See: rollout/asked.py, which reads them.
+See: rollout/rpc/asked.py, which reads them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import msgspec
 
 from rollout.engine import Sampling
 from rollout.errors import RequestError
-from rollout.messages import fill, plain
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.request import AgentKind, Conversation, EarlyStop, Limits, PolicyRule, Reward, Thinking
+from rollout.rpc.messages import fill, plain
 from toolcall_dsl import Policy
 
 FieldName = Literal["live_tokens", "tokens", "logprobs", "text"]

@@ -13,8 +13,8 @@ from rollout.client.aio import PATIENCE_S, AsyncRolloutClient
 from rollout.client.asking import RECORD, FieldName, JobOptions, Prompt
 from rollout.client.values import Group, Trajectory, Update
 from rollout.engine import EngineInfo, PauseMode, Sampling, Scored
-from rollout.listing import RolloutSummary
 from rollout.record import QuickAnswer
+from rollout.rpc.listing import RolloutSummary
 
 
 class RolloutClient:

@@ -16,8 +16,8 @@ import grpc
 
 from dsec.errors import DsecError, InvalidArgumentError, ResourceExhaustedError, UnreachableError
 from rollout.errors import EngineError, RolloutError
-from rollout.messages import MESSAGE_BYTES_MAX
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
+from rollout.rpc.messages import MESSAGE_BYTES_MAX
 
 DELAY_S_MIN, DELAY_S_MAX = 0.05, 2.0
 _OPTIONS: list[tuple[str, Any]] = [

@@ -14,9 +14,9 @@ from typing import Any
 
 import msgspec
 
-from rollout.messages import plain
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.record import TrajectoryRecord
+from rollout.rpc.messages import plain
 
 
 @dataclass(frozen=True)

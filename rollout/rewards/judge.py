@@ -1,6 +1,6 @@
 """The model as judge (GRM): what it is asked, and how its verdict is read.
 
-Pure on both sides; `rollout/judging.py` has the verdicts sampled in between.  A verdict is a rollout of its own: a
+Pure on both sides; `rollout/rewards/judging.py` samples in between.  A verdict is a rollout of its own: a
 conversation in which the model reads the rubric, the request and what the agent did, and calls `verdict`.  What is
 not such a call is no verdict and is drawn again under a name of its own, whatever it seems to say; a score is never
 drawn again.  If a sample yields no verdict within its attempts the reward stays unset: a mean over those that could be

@@ -20,8 +20,8 @@ import pytest
 
 from dsec.testing import FakeSubstrate
 from rollout.config import RolloutConfig
+from rollout.dialects.http_server import listen, start_http_server
 from rollout.engine import Engine
-from rollout.http_server import listen, start_http_server
 from rollout.main import load_tokenizer
 from rollout.service import RolloutService
 

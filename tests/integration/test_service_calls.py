@@ -15,15 +15,15 @@ import pytest
 
 from dsec.testing import FakeSandbox, FakeSubstrate
 from dsec.types import Command, ExecResult, Output
+from rollout.commands.summary import summarise
 from rollout.config import RolloutConfig
 from rollout.events import FinishReason
-from rollout.grpc_server import start_server
 from rollout.ledger import Ledger
 from rollout.main import load_tokenizer
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
+from rollout.rpc.grpc_server import start_server
 from rollout.service import RolloutService
-from rollout.summary import summarise
 from rollout.testing import Reply, ScriptedEngine
 
 TOKENIZER = load_tokenizer()

@@ -13,6 +13,7 @@ from dsec.testing import FakeHost, FakeSandbox, FakeSubstrate, Script
 from dsec.types import Command, ExecResult, Output, SandboxId, SandboxSpec
 from rollout import journal
 from rollout.bench.tasks import Task, task_from_files
+from rollout.commands.summary import summarise
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
 from rollout.errors import EngineError
@@ -24,7 +25,6 @@ from rollout.record import trajectory_record
 from rollout.request import Job
 from rollout.service import RolloutService
 from rollout.state import Phase
-from rollout.summary import summarise
 from rollout.testing import EngineFault, MisbehavingEngine, Reply, ScriptedEngine
 from wal.tokens import TokensAppended
 

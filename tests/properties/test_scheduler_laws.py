@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.claims import Capacity, Claim, Grant, Preempt, Rules, Start, Yield
-from rollout.scheduler import Scheduler
-from rollout.shares import Shares
+from rollout.scheduling.claims import Capacity, Claim, Grant, Preempt, Rules, Start, Yield
+from rollout.scheduling.scheduler import Scheduler
+from rollout.scheduling.shares import Shares
 
 SIZES = st.integers(1, 4)
 

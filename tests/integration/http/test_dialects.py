@@ -10,9 +10,9 @@ import pytest
 
 import wal
 from rollout import journal
+from rollout.dialects.http_guard import BODY_BYTES_MAX
 from rollout.engine import Sampled, SampleRequest
 from rollout.events import RolloutFinished, RolloutOpened
-from rollout.http_guard import BODY_BYTES_MAX
 from rollout.main import load_tokenizer
 from rollout.testing import Reply, ScriptedEngine, reply_ids
 from wal.tokens import TokensAppended

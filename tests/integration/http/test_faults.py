@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rollout import http_guard, http_server
+from rollout.dialects import http_guard, http_server
 from rollout.events import RolloutFinished, RolloutOpened
 from rollout.main import load_tokenizer
 from rollout.testing import MisbehavingEngine, Reply, ScriptedEngine, reply_ids

@@ -11,9 +11,9 @@ from dsec.testing import FakeSandbox, FakeSubstrate
 from dsec.types import Command, ExecResult, NetworkPolicy, Output
 from rollout.bench.tasks import Task, task_from_files
 from rollout.config import RolloutConfig
+from rollout.environment.network import Networks, parse_rules
 from rollout.machine import State
 from rollout.main import load_tokenizer
-from rollout.network import Networks, parse_rules
 from rollout.request import Group, Job
 from rollout.service import RolloutService
 from rollout.testing import Reply, ScriptedEngine

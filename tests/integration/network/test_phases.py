@@ -19,7 +19,7 @@ import pytest
 
 from rollout.bench.tasks import Task, task_from_files
 from rollout.config import RolloutConfig
-from rollout.edge import RunEdge, substrate_config
+from rollout.environment.edge import RunEdge, substrate_config
 from rollout.errors import TaskError
 from rollout.events import NetworkSwitched, RolloutEvent
 from rollout.machine import State

@@ -16,11 +16,11 @@ import pytest
 from dsec.testing import FakeSubstrate
 from rollout.client import AsyncRolloutClient, Group, Update
 from rollout.config import RolloutConfig
-from rollout.grpc_server import start_server
 from rollout.jobs import make_conversation
 from rollout.main import load_tokenizer
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
 from rollout.request import Conversation
+from rollout.rpc.grpc_server import start_server
 from rollout.service import RolloutService
 from rollout.testing import Reply, ScriptedEngine
 

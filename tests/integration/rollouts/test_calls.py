@@ -18,9 +18,7 @@ from dsec.wire import STATUS
 from rollout.client import RolloutClient
 from rollout.engine import Sampling
 from rollout.errors import ConflictError, NotFoundError, RequestError, RolloutError, TaskError
-from rollout.grpc_server import SERVICE
 from rollout.jobs import make_conversation
-from rollout.messages import MESSAGE_BYTES_MAX, is_map, merge
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
 from rollout.request import (
@@ -32,6 +30,8 @@ from rollout.request import (
     PolicyRule,
     TestsReward,
 )
+from rollout.rpc.grpc_server import SERVICE
+from rollout.rpc.messages import MESSAGE_BYTES_MAX, is_map, merge
 from rollout.testing import Reply
 from toolcall_dsl import DslError
 from wal import WalError

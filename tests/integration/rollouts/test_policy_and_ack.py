@@ -15,10 +15,10 @@ from dsec.testing import FakeSubstrate
 from rollout.errors import EngineError, NotFoundError, RequestError
 from rollout.export.shards import ShardWriter
 from rollout.ledger import Ledger
-from rollout.partitions import Parts
 from rollout.policy import Policy
 from rollout.request import Limits, PolicyRule
 from rollout.testing import Reply
+from rollout.workers.partitions import Parts
 
 LONG = Reply(content="word " * 200)
 LIMITS = Limits(turn_tokens_count_max=1000)
@@ -156,7 +156,7 @@ def retention_of(setting: Any) -> Any:
     """Looked up where the server keeps it: nothing tells a client when the log is let go of."""
     import gc
 
-    from rollout.retention import LogRetention
+    from rollout.rpc.retention import LogRetention
 
     (found,) = [each for each in gc.get_objects() if type(each) is LogRetention and each._service is setting.service]
     return found

@@ -10,7 +10,7 @@ import pytest
 
 from dsec.errors import UnreachableError
 from rollout.errors import RequestError
-from rollout.index import Index, Partition, RolloutRow
+from rollout.workers.index import Index, Partition, RolloutRow
 
 LONG_S, LAPSED_S = 600.0, -1.0
 Open = Callable[[], Any]
@@ -119,7 +119,7 @@ async def test_an_epoch_never_goes_down(opened: Open) -> None:
 
 async def test_an_index_of_another_version_is_refused(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     await opened()
-    monkeypatch.setattr("rollout.index.VERSION", 2)
+    monkeypatch.setattr("rollout.workers.index.VERSION", 2)
     with pytest.raises(RequestError, match="is of version 1, this program's is 2"):
         await opened()
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rollout.cli_serve import serve
+from rollout.commands.serve import serve
 from rollout.config import WorkerConfig
 
 DEPLOY = Path(__file__).resolve().parents[3] / "deploy"

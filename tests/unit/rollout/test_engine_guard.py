@@ -8,7 +8,7 @@ import pytest
 
 from rollout import context
 from rollout.engine import Sampled, SampleRequest, Sampling
-from rollout.engine_guard import guarded
+from rollout.engines.guard import guarded
 from rollout.errors import EngineError
 from rollout.main import load_tokenizer
 from rollout.testing import EngineFault, MisbehavingEngine, Reply

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.index import Partition, Snapshot, Worker
-from rollout.leases import Lease, Plan, plan
+from rollout.workers.index import Partition, Snapshot, Worker
+from rollout.workers.leases import Lease, Plan, plan
 
 
 def worker(owner: str, lease_s: float = 10.0) -> Worker:

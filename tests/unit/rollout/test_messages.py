@@ -12,9 +12,9 @@ from rollout.client.values import trajectory_of
 from rollout.context import Span
 from rollout.engine import EngineInfo, Sampling, Scored, TopLogprobs
 from rollout.errors import RequestError
-from rollout.listing import RolloutSummary
-from rollout.messages import MESSAGE_BYTES_MAX, fill, merge, parse, parts, plain
 from rollout.pb.v1 import rollout_pb2 as pb
+from rollout.rpc.listing import RolloutSummary
+from rollout.rpc.messages import MESSAGE_BYTES_MAX, fill, merge, parse, parts, plain
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from dsec.types import NetworkPolicy, NetworkRule
 from rollout.bench.task_toml import parse_task_toml
 from rollout.config import RolloutConfig
-from rollout.network import PUBLIC, Networks, parse_rules, phase_of, refusals
+from rollout.environment.network import PUBLIC, Networks, parse_rules, phase_of, refusals
 
 HUB = parse_rules(["hub.example:443"])
 

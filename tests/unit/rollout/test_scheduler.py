@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from dsec.errors import ResourceExhaustedError
-from rollout.claims import Capacity, Claim, Decision, Grant, Preempt, Rules, Start, Yield
 from rollout.errors import RequestError
-from rollout.scheduler import Scheduler
+from rollout.scheduling.claims import Capacity, Claim, Decision, Grant, Preempt, Rules, Start, Yield
+from rollout.scheduling.scheduler import Scheduler
 
 
 def make(ageing_s: float = 100.0, preemptions_count_max: int = 3, **has: int) -> Scheduler:

@@ -4,7 +4,7 @@ import pytest
 
 from dsec.errors import InvalidArgumentError
 from dsec.types import Command, ExecResult, Output
-from rollout.tools import FILE_BYTES_MAX, OBSERVATION_CHARACTERS_MAX, Observation, Place, use_tool
+from rollout.environment.tools import FILE_BYTES_MAX, OBSERVATION_CHARACTERS_MAX, Observation, Place, use_tool
 from toolcall_dsl import ToolCall
 
 PLACE = Place("/app", {"PATH": "/usr/bin"}, 10.0)

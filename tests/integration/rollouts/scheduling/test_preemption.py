@@ -10,16 +10,16 @@ import pytest
 
 import wal
 from dsec.errors import StateError
-from rollout import dispatch
 from rollout.client import AsyncRolloutClient
 from rollout.engine import Sampling
 from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.errors import NotFoundError
 from rollout.events import Preempted, RolloutResumed
-from rollout.grpc_server import start_server
 from rollout.ledger import Ledger
-from rollout.listing import standing
 from rollout.main import load_tokenizer
+from rollout.rpc.grpc_server import start_server
+from rollout.rpc.listing import standing
+from rollout.scheduling import dispatch
 from rollout.testing import Reply
 
 DONE = Reply(reasoning="Good.", content="Done.")

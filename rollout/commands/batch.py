@@ -21,6 +21,7 @@ import msgspec
 import wal
 from rollout import journal
 from rollout.bench.tasks import Task, check_packages, load_task
+from rollout.commands.summary import Summary, summarise
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
 from rollout.errors import RequestError, ResultsError
@@ -30,7 +31,6 @@ from rollout.main import holds_edge, make_service
 from rollout.record import TrajectoryRecord, trajectory_record
 from rollout.request import Job
 from rollout.service import RolloutService
-from rollout.summary import Summary, summarise
 
 REQUEST_ID = "run"
 SUMMARY, TRAJECTORIES = "summary.json", "trajectories.arrow"

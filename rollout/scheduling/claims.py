@@ -1,6 +1,6 @@
 """What the scheduler is told and what it answers, as frozen values.
 
-See: rollout/scheduler.py.
+See: rollout/scheduling/scheduler.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from rollout.lines import Class
+from rollout.scheduling.lines import Class
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

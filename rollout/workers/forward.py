@@ -5,7 +5,7 @@ whose id begins with its request's, goes by that name; one that names none is th
 worker passes through as bytes, with its deadline and its metadata, and goes no further than one step. A request that
 names rollouts of several logs is cut in parts, whose answers are merged; a list goes through the logs one by one.
 
-See: rollout/worker.py for who has what; proto/rollout/pb/v1/rollout.proto.
+See: rollout/workers/worker.py for who has what; proto/rollout/pb/v1/rollout.proto.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dsec.errors import UnreachableError
 from dsec.wire import status_of
 from rollout.pb.v1.rollout_pb2 import DESCRIPTOR
 from rollout.service import RolloutService
-from rollout.worker import Place, Worker
+from rollout.workers.worker import Place, Worker
 
 RETRY_MS = "500"
 FORWARDED = "dsec-partition"

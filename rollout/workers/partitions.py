@@ -1,6 +1,6 @@
 """Partitions of a root: which there are, what the index says of their rollouts, and what their services are made of.
 
-See: rollout/index.py.
+See: rollout/workers/index.py.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from rollout.config import RolloutConfig
 from rollout.engine import Announce, Engine, EngineInfo
 from rollout.errors import RequestError
 from rollout.events import Event, PolicyUpdated
-from rollout.index import Index, RolloutRow
 from rollout.ledger import Ledger
 from rollout.service import RolloutService
+from rollout.workers.index import Index, RolloutRow
 from toolcall_dsl import Tokenizer
 from wal import format as wal_format
 

@@ -12,9 +12,9 @@ import msgspec
 from rollout.bench.tasks import Task, check_packages, task_from_files
 from rollout.engine import Sampling
 from rollout.jobs import load_bundled, make_conversation, make_job
-from rollout.messages import plain
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.request import Conversation, Job, Reward, TestsReward
+from rollout.rpc.messages import plain
 
 _JOB_FIELDS = (
     "request_id",

@@ -19,11 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from dsec.terminal import visible
+from rollout.commands.summary import SOLVED_REWARD, Summary, TaskRow
 from rollout.ledger import Ledger
 from rollout.record import TrajectoryRecord
 from rollout.service import RolloutService
 from rollout.state import Phase
-from rollout.summary import SOLVED_REWARD, Summary, TaskRow
 
 _RATE_WINDOW_S = 3.0
 _BAR_WIDTH = 60

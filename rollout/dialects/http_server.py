@@ -26,10 +26,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dsec.errors import DsecError
 from rollout.dialects import chat, completions, vllm
+from rollout.dialects.http_guard import Guard, error_body, error_headers
 from rollout.dialects.options import StreamOptions
 from rollout.errors import NotFoundError, RequestError, RolloutError
 from rollout.generation import Ask, Drawn, Ended, context_bound, generate
-from rollout.http_guard import Guard, error_body, error_headers
 from rollout.service import RolloutService
 from rollout.state import State
 from toolcall_dsl import DslError

@@ -18,19 +18,19 @@ from rich.table import Table
 
 from dsec.sandbox import Substrate
 from dsec.terminal import visible
-from rollout.cli_run import EDGE_HELP
+from rollout.commands.run import EDGE_HELP
+from rollout.commands.screen import make_console
 from rollout.config import RolloutConfig, WorkerConfig
+from rollout.dialects.http_server import listen as listen_http
+from rollout.dialects.http_server import start_http_server
 from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.errors import RequestError
-from rollout.forward import Router
-from rollout.grpc_server import REQUEST_BYTES_MAX, handlers_of, start_server
-from rollout.http_server import listen as listen_http
-from rollout.http_server import start_http_server
-from rollout.index import Index, Snapshot, sqlite_url
 from rollout.main import load_tokenizer, make_substrate
-from rollout.partitions import Parts, copy_log, find_logs
-from rollout.screen import make_console
-from rollout.worker import Worker
+from rollout.rpc.grpc_server import REQUEST_BYTES_MAX, handlers_of, start_server
+from rollout.workers.forward import Router
+from rollout.workers.index import Index, Snapshot, sqlite_url
+from rollout.workers.partitions import Parts, copy_log, find_logs
+from rollout.workers.worker import Worker
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NOT_IN_ORDER = 3

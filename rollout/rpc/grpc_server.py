@@ -1,6 +1,6 @@
 """gRPC in front of the rollout service: bytes to calls, errors to statuses, health and reflection.
 
-What a call does stands in `rollout/calls.py`.  Requests are parsed here, not by gRPC, so that a bad one
+What a call does stands in `rollout/rpc/calls.py`.  Requests are parsed here, not by gRPC, so that a bad one
 is told which field is bad.
 
 See: proto/rollout/pb/v1/rollout.proto; dsec/wire.py for the statuses.
@@ -22,10 +22,10 @@ from grpc_reflection.v1alpha import reflection
 
 from dsec.errors import DsecError
 from dsec.wire import status_of
-from rollout.calls import Calls
 from rollout.errors import RequestError, RolloutError
-from rollout.messages import parse
 from rollout.pb.v1.rollout_pb2 import DESCRIPTOR
+from rollout.rpc.calls import Calls
+from rollout.rpc.messages import parse
 from rollout.service import RolloutService
 from toolcall_dsl import DslError
 from wal import WalError
@@ -105,7 +105,7 @@ async def start_server(
 ) -> Server:
     """Serve an open service at `host:port` (port 0: any) with health and reflection.
 
-    Without a service an interceptor answers (rollout/forward.py), from when `Server.serve` says so.
+    Without a service an interceptor answers (rollout/workers/forward.py), from when `Server.serve` says so.
 
     RequestError if the address cannot be bound.
     """

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator
 
 from rollout.bench.tasks import Task, check_networks
-from rollout.claims import Capacity, Claim, Rules
 from rollout.config import RolloutConfig
 from rollout.errors import ConflictError, RequestError
 from rollout.jobs import check_conversations
 from rollout.ledger import Ledger
 from rollout.request import Conversation, Job, JudgeReward
 from rollout.rewards.callables import check_allowed
+from rollout.scheduling.claims import Capacity, Claim, Rules
 
 
 def check_same(job: Job, known: Job) -> None:

@@ -9,7 +9,7 @@ Invariants:
    nothing more (docs/formats/wal.md, "One writer"), whatever that process believes.
 2. What is handed over keeps its sandboxes; what ends because nobody else is there leaves none.
 
-See: rollout/leases.py for the rules, docs/architecture.md, "Workers".
+See: rollout/workers/leases.py for the rules, docs/architecture.md, "Workers".
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from rollout import events
 from rollout.config import WorkerConfig
 from rollout.errors import JournalError, MachineError, RequestError
 from rollout.events import Event
-from rollout.index import Index, Partition, RolloutRow, Snapshot
 from rollout.jobs import REQUEST_ID
-from rollout.leases import Lease, plan
-from rollout.partitions import PUBLISHED_COUNT_MAX, Parts, copy_log, find_logs, hold_name, newest_epoch, row_of
 from rollout.service import RolloutService
+from rollout.workers.index import Index, Partition, RolloutRow, Snapshot
+from rollout.workers.leases import Lease, plan
+from rollout.workers.partitions import PUBLISHED_COUNT_MAX, Parts, copy_log, find_logs, hold_name, newest_epoch, row_of
 
 ALONE = "."
 """The partition of a directory that is served alone: the directory itself."""

@@ -1,7 +1,7 @@
 """What a worker does about partitions, decided from what the index says.  Pure: no clock, no database.
 
 Every worker decides for itself, by the same rules, from its own snapshot; that two of them want the same partition
-costs nothing, for only one can win it (`rollout.index`).
+costs nothing, for only one can win it (`rollout.workers.index`).
 
 Rules:
 1. What the index gives a worker it opens, and what the index does not give it, it lets go of.
@@ -20,7 +20,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from rollout.index import Partition, Snapshot
+from rollout.workers.index import Partition, Snapshot
 
 RENEWALS_PER_TTL = 3
 

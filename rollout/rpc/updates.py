@@ -17,10 +17,10 @@ import msgspec
 from rollout import events
 from rollout.events import RolloutEvent, rollout_of
 from rollout.ledger import Ledger
-from rollout.messages import fill, parts
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.record import TrajectoryRecord, missing_reasons, trajectory_record
 from rollout.request import Group
+from rollout.rpc.messages import fill, parts
 from wal.tokens import TokensAppended
 
 Mask = AbstractSet[int]

@@ -10,7 +10,7 @@ Who is first is one rule, for starts and for slots alike:
 | by | which is |
 |---|---|
 | level | the priority, and one more for every `ageing_s` in which the class (project, priority) got nothing |
-| share | where the project stands (`rollout/shares.py`), with what it has under way |
+| share | where the project stands (`rollout/scheduling/shares.py`), with what it has under way |
 | age | the oldest row; a preempted rollout keeps its number, so it stands at the head of its class |
 
 What does not fit is passed by what does, but for no longer than `ageing_s`: then nothing behind it starts.
@@ -34,10 +34,10 @@ from itertools import takewhile
 from typing import TypeVar
 
 from dsec.errors import ResourceExhaustedError
-from rollout.claims import Capacity, Claim, Decision, Grant, Preempt, Rules, Start, Yield
 from rollout.errors import RequestError
-from rollout.lines import Class, Lines
-from rollout.shares import Shares
+from rollout.scheduling.claims import Capacity, Claim, Decision, Grant, Preempt, Rules, Start, Yield
+from rollout.scheduling.lines import Class, Lines
+from rollout.scheduling.shares import Shares
 
 T = TypeVar("T")
 

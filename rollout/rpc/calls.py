@@ -14,18 +14,18 @@ from contextlib import aclosing
 
 import msgspec
 
-from rollout.asked import job_of, sampling_of
 from rollout.errors import NotFoundError, RequestError
-from rollout.follow import follow, replay
-from rollout.listing import Filter, list_rollouts
-from rollout.messages import fill, parts, plain
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.policy import Policy
-from rollout.quick import ask
 from rollout.record import trajectory_record
-from rollout.retention import LogRetention
+from rollout.rpc.asked import job_of, sampling_of
+from rollout.rpc.follow import follow, replay
+from rollout.rpc.listing import Filter, list_rollouts
+from rollout.rpc.messages import fill, parts, plain
+from rollout.rpc.quick import ask
+from rollout.rpc.retention import LogRetention
+from rollout.rpc.updates import Mask, trajectory_parts, updates_of
 from rollout.service import RolloutService
-from rollout.updates import Mask, trajectory_parts, updates_of
 
 
 class Calls:

@@ -23,9 +23,9 @@ from dsec.sandbox import Sandbox, Substrate
 from dsec.trajectory import Append
 from dsec.types import Command, ExecResult, NetworkPolicy
 from rollout.bench.tasks import Task, check_networks
+from rollout.environment.network import Networks, TaskPhase, phase_of
 from rollout.events import NetworkSwitched
 from rollout.ledger import Ledger
-from rollout.network import Networks, TaskPhase, phase_of
 from rollout.recovery import Pending, Run, decide_run
 
 _log = logging.getLogger(__name__)

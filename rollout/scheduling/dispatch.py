@@ -18,9 +18,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from rollout.claims import Claim, Grant, Preempt, Start, Yield
 from rollout.errors import EngineError
-from rollout.scheduler import Scheduler
+from rollout.scheduling.claims import Claim, Grant, Preempt, Start, Yield
+from rollout.scheduling.scheduler import Scheduler
 
 GRACE_S = 10.0
 _log = logging.getLogger(__name__)
