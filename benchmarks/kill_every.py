@@ -2,8 +2,8 @@
 
 For each k, one process after another goes on with the same log and kills itself with SIGKILL as soon as k tokens that
 nobody had seen before are durable, until all have ended; the engine draws a token a step then, and many a step for
-those never killed.  Compared are token ids, the bits of the logprobs, and how each ended; counted are kills, tokens drawn
-again, and the prompt and logged tokens that were fed to the model again.
+those never killed.  Compared are token ids, the bits of the logprobs, and how each ended; counted are kills, tokens
+drawn again, and the prompt and logged tokens that were fed to the model again.
 """
 
 from __future__ import annotations
