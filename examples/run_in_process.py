@@ -4,7 +4,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from rollout.commands.batch import run_in_process
+from rollout.batch import run_in_process
 
 
 async def main(directory: Path) -> None:

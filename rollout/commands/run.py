@@ -23,8 +23,8 @@ import wal
 import wal.__main__ as wal_cli
 from dsec import trajectory
 from rollout import journal
+from rollout.batch import REQUEST_ID, Batch, Outcome, edge_of, run_batch
 from rollout.bench.tasks import Task
-from rollout.commands.batch import REQUEST_ID, Batch, Outcome, edge_of, run_batch
 from rollout.commands.screen import LiveTable, make_console, print_summary, render_overview, render_trajectory
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
