@@ -56,18 +56,16 @@ class Guard:
             self._bytes -= length
 
     def _refusal(self, scope: Message, headers: dict[str, str]) -> tuple[int, str] | None:
-        if scope["path"] == "/health":
-            return None
-        given = headers.get("authorization", "").encode()
-        if self._token and not secrets.compare_digest(given, f"Bearer {self._token}".encode()):
+        given, is_probe = headers.get("authorization", "").encode(), scope["path"] == "/health"
+        if self._token and not is_probe and not secrets.compare_digest(given, f"Bearer {self._token}".encode()):
             return 401, "give the service's token: Authorization: Bearer TOKEN"
-        if not self._token and "origin" in headers:
+        if not self._token and not is_probe and "origin" in headers:
             return 403, "a page of another origin may not call this service"
         if "transfer-encoding" in headers:
             return 411, "send a Content-Length"
-        length = headers.get("content-length", "0")
-        if len(length) > 20 or int(length) > BODY_BYTES_MAX:  # that it is a number, the protocol has checked
-            return 413, f"a body has at most {BODY_BYTES_MAX} bytes"
+        length, bytes_max = headers.get("content-length", "0"), 0 if is_probe else BODY_BYTES_MAX
+        if len(length) > 20 or int(length) > bytes_max:  # that it is a number, the protocol has checked
+            return 413, f"a body has at most {bytes_max} bytes"
         return None
 
 

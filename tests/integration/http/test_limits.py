@@ -1,0 +1,30 @@
+"""How much a caller of the HTTP port can make the service hold, and for how long it can hold the service up."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from rollout.main import load_tokenizer
+from rollout.testing import Reply, ScriptedEngine
+
+TOKENIZER = load_tokenizer()
+
+
+def model() -> ScriptedEngine:
+    return ScriptedEngine(TOKENIZER, lambda _session, _turn: Reply("Hello."), chunk_tokens_count=3)
+
+
+@pytest.mark.parametrize(
+    ("head", "answer"),
+    [("Transfer-Encoding: chunked", b"HTTP/1.1 411 "), ("Content-Length: 1", b"HTTP/1.1 413 ")],
+)
+async def test_who_asks_for_health_without_a_token_can_send_no_body(serving: Any, head: str, answer: bytes) -> None:
+    async with serving(model(), token="secret") as (client, _):
+        assert (await client.get("/health")).status_code == 200
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+        writer.write(f"POST /health HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode())
+        assert await reader.read(len(answer)) == answer
+        writer.close()
