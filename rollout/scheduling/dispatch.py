@@ -79,6 +79,7 @@ class Dispatcher:
         self._waiting: dict[str, asyncio.Future[None]] = {}
         self._sampling: set[str] = set()
         self._interrupts: set[asyncio.Task[None]] = set()
+        self._ending: set[str] = set()
         self._is_open = False
 
     def open(self) -> None:
@@ -98,8 +99,8 @@ class Dispatcher:
         return self.scheduler.queued_count + len(self._running)
 
     def knows(self, rollout_id: str) -> bool:
-        """Whether it runs, waits to run, or is set aside."""
-        return rollout_id in self._running or self.scheduler.is_queued(rollout_id)
+        """Whether it runs, waits to run, is set aside, or is being ended."""
+        return rollout_id in self._running or self.scheduler.is_queued(rollout_id) or rollout_id in self._ending
 
     def enqueue(self, claims: Iterable[Claim]) -> None:
         """Have rollouts run as soon as it is their turn."""
@@ -166,6 +167,8 @@ class Dispatcher:
         """Let what was set aside wait for its turn again; whom that concerns."""
         resumed: dict[str, None] = {}
         for rollout_id in rollout_ids:
+            if rollout_id in self._ending:
+                continue
             resumed |= dict.fromkeys(self.scheduler.bring_back(rollout_id, time.monotonic()))
             if (running := self._running.get(rollout_id)) is not None and running.order.is_aside:
                 running.order.is_aside = False  # it is on its way to a stop, and goes on after that
@@ -173,12 +176,23 @@ class Dispatcher:
         self.decide()
         return list(resumed)
 
+    @asynccontextmanager
+    async def ending(self, rollout_ids: Collection[str]) -> AsyncGenerator[None, None]:
+        """`stop`, and nothing of them begins again while their ends are logged."""
+        self._ending.update(rollout_ids)
+        try:
+            await self.stop(rollout_ids)
+            yield
+        finally:
+            self._ending.difference_update(rollout_ids)
+
     async def stop(self, rollout_ids: Collection[str]) -> None:
         """Forget rollouts, and return once none of them runs any more; they stand in the log as they are."""
         tasks = []
         for rollout_id in rollout_ids:
             for withdrawn in self.scheduler.withdraw(rollout_id):
                 self._callbacks.rests(withdrawn)
+            self.scheduler.set_aside(rollout_id)  # it must not start in the room that the others leave
             if (running := self._running.get(rollout_id)) is not None:
                 running.order.is_aside = True  # if it is just being preempted, it must not start again
                 running.task.cancel()
@@ -221,7 +235,7 @@ class Dispatcher:
         self.scheduler.stopping(rollout_id)
         if rollout_id in self._sampling:
             self._interrupt(rollout_id)
-            running.timer = asyncio.get_running_loop().call_later(GRACE_S, running.task.cancel)
+            running.timer = asyncio.get_running_loop().call_later(GRACE_S, _cut, running)
         elif running.order.is_under_way:
             running.task.cancel()
 
@@ -234,6 +248,11 @@ class Dispatcher:
         self._interrupts.discard(task)
         if not task.cancelled() and isinstance(error := task.exception(), EngineError):
             _log.warning("a turn could not be interrupted: %s", error)  # it ends, or its rollout is cancelled
+
+
+def _cut(running: _Running) -> None:
+    if running.order.is_under_way:  # else it has reached a boundary, and is being set down
+        running.task.cancel()
 
 
 async def _settle(tasks: list[asyncio.Task[None]]) -> None:

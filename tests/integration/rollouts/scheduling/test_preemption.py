@@ -10,17 +10,18 @@ import pytest
 
 import wal
 from dsec.errors import StateError
+from dsec.testing import FakeSandbox
 from rollout.client import AsyncRolloutClient
 from rollout.engine import Sampling
 from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.errors import NotFoundError
-from rollout.events import Preempted, RolloutResumed
+from rollout.events import FinishReason, Preempted, RolloutResumed
 from rollout.ledger import Ledger
 from rollout.main import load_tokenizer
 from rollout.rpc.grpc_server import start_server
 from rollout.rpc.listing import standing
 from rollout.scheduling import dispatch
-from rollout.testing import Reply
+from rollout.testing import Reply, ScriptedEngine
 
 DONE = Reply(reasoning="Good.", content="Done.")
 LOOK = Reply(reasoning="Look.", calls=[("bash", {"command": "look"})])
@@ -299,3 +300,67 @@ async def test_the_embedded_engine_goes_on_bit_for_bit_after_preemptions(world: 
             assert (cut.token_ids, cut.logprobs) == (whole.token_ids, whole.logprobs)
             assert cut.tokens_regenerated == 0
         assert sum(other.record(f"job/{number}.0").preempt_count for number in range(24)) > 0
+
+
+async def test_rollouts_that_end_together_do_not_begin_in_the_room_that_one_of_them_leaves(world: Any) -> None:
+    here = world(look_once, sandboxes_count_max=1)
+    async with here.serving() as service:
+        await here.submit("job", "one", "two")
+        await here.until(lambda: here.tools_count == 1)
+        await service.preempt(["job/one.0"])
+        await here.until(lambda: here.tools_count == 2)
+        service.resume(["job/one.0"])  # it waits for the room that job/two.0 has
+        assert await service.finish("job", ["job/two.0", "job/one.0"], FinishReason.STALE) == 2
+        assert not [event for event in here.events if isinstance(event, RolloutResumed)]
+        assert (service.dispatcher.count, here.host.sandboxes) == (0, {})
+
+
+async def test_a_rollout_that_is_being_ended_is_not_resumed(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    destroy, is_ending, may_end = FakeSandbox.destroy, asyncio.Event(), asyncio.Event()
+
+    async def destroy_late(sandbox: FakeSandbox) -> None:
+        is_ending.set()
+        await may_end.wait()
+        await destroy(sandbox)
+
+    here = world(look_once)
+    async with here.serving() as service:
+        await here.submit("job", "one", group_size=2)
+        await here.until(lambda: here.tools_count == 2)
+        await service.preempt()
+        monkeypatch.setattr(FakeSandbox, "destroy", destroy_late)
+        ending = asyncio.create_task(service.finish("job", ["job/one.0"], FinishReason.STALE))
+        await is_ending.wait()
+        here.tool_may_end.set()
+        assert service.resume() == ["job/one.1"]
+        may_end.set()
+        assert await ending == 1
+        await service.wait("job")
+        assert [here.record(f"job/one.{index}").finish_reason for index in range(2)] == ["STALE", "STOP"]
+        assert [event.rollout_id for event in here.events if isinstance(event, RolloutResumed)] == ["job/one.1"]
+
+
+async def test_a_rollout_that_is_long_in_being_set_down_is_preempted_all_the_same(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "GRACE_S", 0.01)
+    here = world(look_once)
+
+    class Slow(ScriptedEngine):
+        async def save(self, session: str, path: Path) -> int:
+            passed = asyncio.Event()
+            asyncio.get_running_loop().call_later(2 * dispatch.GRACE_S, passed.set)
+            await passed.wait()
+            return await super().save(session, path)
+
+    here.make_engine = lambda: Slow(load_tokenizer(), look_once)
+    async with here.serving() as service:
+        await here.submit("job", "one")
+        await here.until(lambda: here.sampled("job/one.0") == 1)
+        assert await service.preempt() == ["job/one.0"]
+        assert standing(service.ledger, "job/one.0") == "preempted"
+        assert [sandbox.is_paused for sandbox in here.host.sandboxes.values()] == [True]
+        here.tool_may_end.set()
+        service.resume()
+        await service.wait("job")
+        assert [each.cause for each in here.record("job/one.0").kv_breaks] == ["restored"]
