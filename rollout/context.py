@@ -99,3 +99,12 @@ def spans_of(segments: tuple[PromptSegment, ...], start: int, turn: int) -> tupl
         spans.append(Span(start, len(segment.token_ids), segment.kind, turn, trainable=False))
         start += len(segment.token_ids)
     return tuple(spans)
+
+
+def ragged_offsets(spans: tuple[Span, ...], rows: Sequence[Sequence[object]]) -> tuple[int, ...]:
+    """Where the row of each token of the context begins, and the last one ends: only sampled tokens have any."""
+    offsets, drawn = [0], iter(rows)
+    for span in spans:
+        for _ in range(span.length):
+            offsets.append(offsets[-1] + (len(next(drawn, ())) if span.trainable else 0))
+    return tuple(offsets)

@@ -53,7 +53,7 @@ class SampleRequest(msgspec.Struct, frozen=True, kw_only=True):
     `tokens_count_max` tokens were.  Noise is a pure function of (`sampling.seed`, `stream_key`,
     position of the token in the context).  `session` names a context that will be continued
     later: the engine may keep its state until `release(session)`.  `on_update` holds until the
-    session's next request.  `top_logprobs_count` and `returns_mask` ask for more about each token.
+    session's next request.  The last four ask for more about each token.
     """
 
     session: str
@@ -65,6 +65,39 @@ class SampleRequest(msgspec.Struct, frozen=True, kw_only=True):
     on_update: OnUpdate = "keep"
     top_logprobs_count: int = 0
     returns_mask: bool = False
+    returns_routes: bool = False
+    returns_hidden: bool = False
+
+
+class Routing(msgspec.Struct, frozen=True, kw_only=True):
+    """The experts of a model: of the layers `layer_ids` each token goes through `top_k` in each.
+
+    Layers that are routed by a hash of the token are among them.
+    """
+
+    layer_ids: tuple[int, ...]
+    experts_count: int
+    top_k: int
+
+    @property
+    def width(self) -> int:
+        """Bytes of an expert id."""
+        return 1 if self.experts_count <= 1 << 8 else 2
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one token."""
+        return len(self.layer_ids) * self.top_k * self.width
+
+
+class Routes(msgspec.Struct, frozen=True):
+    """The experts that the tokens from position `start` of the context on went through, as the engine's Routing has it.
+
+    Row after row, layer after layer; ids of `width` bytes, little endian.
+    """
+
+    start: int
+    expert_ids: bytes
 
 
 class TopLogprobs(msgspec.Struct, frozen=True):
@@ -84,6 +117,10 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
     `top_logprobs`, if asked for: for each token the likeliest of the distribution that it was drawn
     from, fewer than asked for where a cut kept fewer.  `masks`, if asked for and the request cuts:
     for each token the ids that top-k and top-p kept, ascending.
+
+    A token's own row of `routes` exists once it was read, which draws the next one: rows end with the token before the
+    chunk's last, and begin before the chunk: at the first token that was computed for it.  `hidden`: the last layer's
+    output behind the final norm, from which each token was drawn; `hidden_dim` bf16 each, little endian.
     """
 
     token_ids: tuple[int, ...]
@@ -94,6 +131,8 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
     kv: KvBreak = ""
     top_logprobs: tuple[TopLogprobs, ...] = ()
     masks: tuple[tuple[int, ...], ...] = ()
+    routes: Routes | None = None
+    hidden: bytes = b""
 
 
 class Scored(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,7 +150,8 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True):
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What is recorded with every token: who drew it, with which weights (sha256) and which build.
 
-    `policy_version` is the trainer's number for the weights.
+    `policy_version` is the trainer's number for the weights.  `routing` None: it tells no routes; `hidden_dim` 0: no
+    hidden states.
     """
 
     name: str
@@ -120,6 +160,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     vocab_count: int
     context_tokens_max: int
     policy_version: int = 0
+    routing: Routing | None = None
+    hidden_dim: int = 0
 
 
 Announce = Callable[[EngineInfo], Awaitable[object]]
@@ -224,6 +266,10 @@ def check_request(request: SampleRequest, info: EngineInfo) -> None:
     if len(request.stop_ids) > STOP_IDS_MAX or not all(0 <= id_ < info.vocab_count for id_ in request.stop_ids):
         raise RequestError(f"stop_ids: at most {STOP_IDS_MAX} ids of the vocabulary")
     check_top_logprobs(request.top_logprobs_count)
+    if request.returns_routes and info.routing is None:
+        raise RequestError(f"returns_routes: engine {info.name} tells no routes")
+    if request.returns_hidden and not info.hidden_dim:
+        raise RequestError(f"returns_hidden: engine {info.name} tells no hidden states")
 
 
 def check_tokens(token_ids: Sequence[int], info: EngineInfo) -> None:

@@ -16,7 +16,7 @@ import msgspec
 
 from dsec.types import NetworkPolicy
 from rollout.bench.tasks import Task
-from rollout.engine import EngineInfo, TopLogprobs
+from rollout.engine import EngineInfo, Routes, TopLogprobs
 from rollout.environment.network import TaskPhase
 from rollout.request import Conversation, Job
 from wal.tokens import Cause, TokensAppended
@@ -158,6 +158,21 @@ class TopLogprobsFound(msgspec.Struct, frozen=True, tag="top_logprobs_found"):
     top_logprobs: tuple[TopLogprobs, ...]
 
 
+class SideChannelsFound(msgspec.Struct, frozen=True, tag="side_channels_found"):
+    """What else the engine told of a chunk that begins at `start`, and that comes next, or (after a crash) comes again.
+
+    Masks and hidden states as `Sampled` has them; routes only of tokens whose routes are not in the log yet, by the
+    router of `policy_version`.  Of rows that are told twice the later ones hold.
+    """
+
+    rollout_id: str
+    start: int
+    policy_version: int
+    masks: tuple[tuple[int, ...], ...] = ()
+    routes: Routes | None = None
+    hidden: bytes = b""
+
+
 class TokensForced(msgspec.Struct, frozen=True, tag="tokens_forced"):
     """Tokens that the service, not the model, put into the open turn at position `start`."""
 
@@ -249,6 +264,7 @@ RolloutEvent = (
     | NetworkSwitched
     | TokensAppended
     | TopLogprobsFound
+    | SideChannelsFound
     | TokensForced
     | ToolFinished
     | SolutionApplied

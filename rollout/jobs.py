@@ -88,6 +88,8 @@ def make_job(asked: Job, prompts: Sequence[Task | Conversation], *, group_size: 
         raise RequestError(f"agent {asked.agent} works in a task's environment; a conversation has none")
     check_sampling(asked.sampling)
     check_top_logprobs(asked.top_logprobs_count)
+    if asked.agent != "model" and (asked.returns or asked.top_logprobs_count):
+        raise RequestError(f"agent {asked.agent} draws no tokens: there is no {', '.join(asked.returns) or 'top-k'}")
     _check_limits(asked.limits)
     _check_rules(asked, group_size)
     groups = tuple(
@@ -162,8 +164,6 @@ def _check_rules(asked: Job, group_size: int) -> None:
     lag = asked.policy.max_lag
     if asked.policy.min_version < 0 or (lag is not None and lag < 0):
         raise RequestError("policy: min_version and max_lag must be 0 or more")
-    if asked.policy.min_version:
-        raise RequestError("policy.min_version: waiting for weights is not done yet; submit once they are there")
     match asked.reward:
         case CallableReward(target=target) if not _TARGET.fullmatch(target):
             raise RequestError(f"reward callable {target!r}: name it module:function")

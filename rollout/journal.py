@@ -41,6 +41,7 @@ _MsgpackEvent = (
     | events.Preempted
     | events.KvBroke
     | events.TopLogprobsFound
+    | events.SideChannelsFound
     | events.TokensForced
     | events.SandboxPrepared
     | events.NetworkSwitched

@@ -24,7 +24,7 @@ from typing import Any
 from rollout import context
 from rollout.context import Span, spans_of
 from rollout.effects import ApplySolution, Effect, Finish, Force, Judge, Prepare, RunTool, Sample
-from rollout.engine import SampleRequest
+from rollout.engine import Routes, Sampled, SampleRequest
 from rollout.errors import MachineError
 from rollout.events import (
     AgentStopped,
@@ -39,6 +39,7 @@ from rollout.events import (
     RolloutFinished,
     RolloutResumed,
     SandboxPrepared,
+    SideChannelsFound,
     SolutionApplied,
     TokensForced,
     ToolFinished,
@@ -195,6 +196,9 @@ def _request(state: State, tokenizer: Tokenizer) -> SampleRequest:
         stop_ids=frozenset({tokenizer.control(V4.eos)}),
         on_update=state.job.policy.on_update,
         top_logprobs_count=state.job.top_logprobs_count,
+        returns_mask="sampling_mask" in state.job.returns,
+        returns_routes="routes" in state.job.returns,
+        returns_hidden="hidden" in state.job.returns,
     )
 
 
@@ -223,6 +227,38 @@ def _append(state: State, event: TokensAppended, tokenizer: Tokenizer) -> State:
 def _note_top_logprobs(state: State, event: TopLogprobsFound, _: Tokenizer) -> State:
     _check_start(state, event.start)
     return replace(state, top_logprobs=state.top_logprobs[: state.sampled_count] + event.top_logprobs)
+
+
+def _note_side_channels(state: State, event: SideChannelsFound, _: Tokenizer) -> State:
+    _check_start(state, event.start)
+    state = replace(state, masks=state.masks[: state.sampled_count] + event.masks)
+    if event.routes is None:
+        return state
+    if event.routes.start < _routes_settled(state):
+        raise MachineError(f"{event.rollout_id}: routes logged again from position {event.routes.start}")
+    return replace(state, routes_end=event.routes.start + len(event.routes.expert_ids) // _row_bytes(state))
+
+
+def side_channels(state: State, chunk: Sampled) -> SideChannelsFound:
+    """What is to be logged of a chunk that comes next: no routes that the log has already."""
+    routes = chunk.routes
+    if routes is not None and (known := _routes_settled(state) - routes.start) > 0:
+        routes = Routes(routes.start + known, routes.expert_ids[known * _row_bytes(state) :])
+    return SideChannelsFound(
+        state.opened.rollout_id, state.tokens_count, chunk.policy_version, chunk.masks, routes, chunk.hidden
+    )
+
+
+def _routes_settled(state: State) -> int:
+    """Positions before this one have their routes in the log, and are followed by a token of the log."""
+    return min(state.routes_end, max(0, state.tokens_count - 1))
+
+
+def _row_bytes(state: State) -> int:
+    routing = state.engines[-1][1].routing
+    if routing is None:
+        raise MachineError(f"{state.opened.rollout_id}: routes of an engine that tells none")
+    return routing.row_bytes
 
 
 def _force(state: State, event: TokensForced, tokenizer: Tokenizer) -> State:
@@ -329,6 +365,7 @@ TRANSITIONS: dict[type, tuple[frozenset[Phase], Callable[[State, Any, Tokenizer]
     SandboxPrepared: (frozenset({Phase.PREPARE}), _prepared),
     TokensAppended: (frozenset({Phase.SAMPLE}), _append),
     TopLogprobsFound: (frozenset({Phase.SAMPLE}), _note_top_logprobs),
+    SideChannelsFound: (frozenset({Phase.SAMPLE}), _note_side_channels),
     TokensForced: (frozenset({Phase.SAMPLE}), _force),
     ToolFinished: (frozenset({Phase.TOOLS}), _answer),
     AgentStopped: (frozenset({Phase.SAMPLE, Phase.TOOLS}), _stop_agent),

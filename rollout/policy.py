@@ -9,6 +9,8 @@ See: docs/architecture.md, "Engine"; proto/rollout/pb/v1/rollout.proto, "UpdateP
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Collection, Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,8 @@ from rollout.engine import Engine, EngineInfo
 from rollout.errors import RequestError
 from rollout.events import FinishReason, PolicyUpdated
 from rollout.ledger import Ledger
+from rollout.scheduling.claims import Claim
+from rollout.scheduling.dispatch import Dispatcher
 
 if TYPE_CHECKING:
     from rollout.service import RolloutService
@@ -52,10 +56,63 @@ class Policy:
             info = await service.engine.update(
                 Path(checkpoint), policy_version, lambda new: service.note(PolicyUpdated(new, checkpoint))
             )
+            service.awaiting.look_again()
             stale = stale_rollouts(service.ledger)
             for request_id, rollout_ids in stale.items():
                 await service.finish(request_id, rollout_ids, FinishReason.STALE)
         return info, [rollout_id for rollout_ids in stale.values() for rollout_id in rollout_ids]
+
+
+class Awaiting:
+    """Rollouts that are not begun because their job wants newer weights: set aside in the queue until those are there.
+
+    One that is preempted meanwhile stands like any other that was queued: not until Resume does it wait again.
+    """
+
+    def __init__(self, ledger: Ledger, engine: Engine, dispatcher: Dispatcher, rests: Callable[[str], None]) -> None:
+        """Those of one service; `rests` hears of one that was preempted."""
+        self._ledger = ledger
+        self._engine = engine
+        self._dispatcher = dispatcher
+        self._rests = rests
+        self._held: dict[str, None] = {}
+
+    def enqueue(self, claims: Iterable[Claim]) -> None:
+        """Queue rollouts, or have them wait for their weights."""
+        for is_early, part in groupby(claims, key=lambda claim: self._is_early(claim.members[0])):
+            queued = list(part)
+            self._held |= dict.fromkeys(member for claim in queued for member in claim.members if is_early)
+            self._dispatcher.enqueue(queued, is_aside=is_early)
+
+    def resume(self, rollout_ids: Iterable[str]) -> list[str]:
+        """Let what was set aside wait for its turn, or for its weights; whom that concerns."""
+        held: list[str] = []
+        ready: list[str] = []
+        for rollout_id in rollout_ids:
+            (held if self._is_early(rollout_id) else ready).append(rollout_id)
+        new = [rollout_id for rollout_id in held if rollout_id not in self._held]
+        self._held |= dict.fromkeys(new)
+        return [*new, *self._dispatcher.resume(ready)]
+
+    async def preempt(self, rollout_ids: Collection[str], cause: str) -> list[str]:
+        """Stop these; a group that waits for its weights does not begin when they come.  Whom that concerns."""
+        members = (member for each in rollout_ids for member in self._ledger.member(each)[1].members)
+        stopped = [each for each in dict.fromkeys(members) if each in self._held and self._is_early(each)]
+        for rollout_id in stopped:
+            del self._held[rollout_id]
+            self._rests(rollout_id)
+        return [*stopped, *await self._dispatcher.preempt(rollout_ids, cause)]
+
+    def look_again(self) -> None:
+        """The engine may have other weights: queue those that waited for them."""
+        ready = [each for each in self._held if not (self._ledger.asks_for(each) and self._is_early(each))]
+        for rollout_id in ready:
+            del self._held[rollout_id]
+        self._dispatcher.resume(ready)
+
+    def _is_early(self, rollout_id: str) -> bool:
+        job, _, _ = self._ledger.member(rollout_id)
+        return rollout_id not in self._ledger.rollouts and job.policy.min_version > self._engine.info.policy_version
 
 
 def _exists(checkpoint: str) -> bool:

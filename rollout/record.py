@@ -10,13 +10,14 @@ See: docs/formats/trajectory.md.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from itertools import chain, pairwise
+from typing import TypeVar
 
 import msgspec
 
 from dsec.trajectory import Entry, Trajectory
-from rollout.context import Span
+from rollout.context import Span, ragged_offsets
 from rollout.engine import Sampling
 from rollout.export.manifest import SideChannel
 from rollout.ledger import Ledger
@@ -24,6 +25,8 @@ from rollout.machine import read_turn
 from rollout.request import Group
 from rollout.state import AnsweredCall, State, Turn
 from toolcall_dsl import V4, SpanKind
+
+T = TypeVar("T")
 
 
 class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -182,6 +185,11 @@ class TrajectoryRecord(msgspec.Struct, frozen=True, kw_only=True):
     side_channels: tuple[SideChannel, ...]
     encoder: Encoder
     sampling_effective: Sampling
+    topk_offsets: tuple[int, ...] = ()
+    topk_ids: tuple[int, ...] = ()
+    topk_logprobs: tuple[float, ...] = ()
+    mask_offsets: tuple[int, ...] = ()
+    mask_ids: tuple[int, ...] = ()
 
 
 class QuickAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -203,6 +211,7 @@ def trajectory_record(ledger: Ledger, rollout_id: str, side_channels: tuple[Side
     group = next(g for g in state.job.groups if g.group_id == state.opened.group_id)
     failure = state.failure
     spans = state.spans + (read_turn(state, ledger.tokenizer)[1] if state.current else ())
+    top_ids = [top.token_ids for top in state.top_logprobs]
     return TrajectoryRecord(
         rollout_id=rollout_id,
         request_id=state.job.request_id,
@@ -248,6 +257,11 @@ def trajectory_record(ledger: Ledger, rollout_id: str, side_channels: tuple[Side
         side_channels=side_channels,
         encoder=Encoder(dialect=V4.name, tokenizer_digest=state.opened.tokenizer_digest),
         sampling_effective=state.job.sampling,
+        topk_offsets=ragged_offsets(spans, top_ids) if state.job.top_logprobs_count else (),
+        topk_ids=_flat(state, top_ids),
+        topk_logprobs=_flat(state, [top.logprobs for top in state.top_logprobs]),
+        mask_offsets=ragged_offsets(spans, state.masks) if "sampling_mask" in state.job.returns else (),
+        mask_ids=_flat(state, state.masks),
     )
 
 
@@ -296,6 +310,11 @@ def _aligned_logprobs(state: State, spans: tuple[Span, ...]) -> tuple[float | No
     drawn = iter(state.logprobs + state.current_logprobs)
     # Trainable are the sampled tokens: each has a logprob in the log.
     return tuple(next(drawn) if span.trainable else None for span in spans for _ in range(span.length))
+
+
+def _flat(state: State, rows: Sequence[Sequence[T]]) -> tuple[T, ...]:
+    """The rows of the tokens that were logged, one after the other."""
+    return tuple(chain.from_iterable(rows[: state.sampled_count]))
 
 
 def version_runs(state: State, spans: tuple[Span, ...], weights: Mapping[int, str]) -> tuple[VersionRun, ...]:

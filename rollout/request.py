@@ -17,6 +17,10 @@ from toolcall_dsl import Policy as ParsePolicy
 
 AgentKind = Literal["model", "oracle", "nop"]
 Thinking = Literal["none", "high", "max"]
+Returned = Literal["sampling_mask", "routes", "hidden"]
+"""What an engine tells of tokens only if it is asked to."""
+HEAVY: frozenset[Returned] = frozenset({"routes", "hidden"})
+"""Those that come by reference, in the files of shards."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,10 +42,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 class PolicyRule(msgspec.Struct, frozen=True, kw_only=True):
     """Which versions of the weights a rollout may be drawn with.
 
-    `min_version` must be 0: waiting for weights is not done yet.  A rollout ends as STALE once its oldest sampled token
-    is more than `max_lag` versions behind (None: never).  `on_update` is what a change of weights does to it in
-    mid-flight: `keep` goes on over the KV as it is, `cut` goes on after the KV was computed again, `pin` goes on with
-    the old weights to its end; one that was preempted, or whose process died, ends as STALE instead.
+    A rollout waits, not begun, until the weights are of `min_version` or later.  It ends as STALE once its oldest
+    sampled token is more than `max_lag` versions behind (None: never).  `on_update` is what a change of weights does to
+    it in mid-flight: `keep` goes on over the KV as it is, `cut` goes on after the KV was computed again, `pin` goes on
+    with the old weights to its end; one that was preempted, or whose process died, ends as STALE instead: the engine
+    lets old weights go with the last session that holds them.
     """
 
     min_version: int = 0
@@ -116,7 +121,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     service with other projects; a higher `priority` goes first.  After `deadline_s` seconds from its submission (0:
     never) what has not ended is cancelled.  With `draws_by_place` the noise depends on the seed and on the rollout's id
     behind `{request_id}/` alone: another request with the same seed draws the same.  `top_logprobs_count` has the
-    likeliest tokens at each position logged, too.
+    likeliest tokens at each position logged, too; `returns` says what else.
     """
 
     request_id: str
@@ -135,3 +140,4 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     parse_policy: ParsePolicy = "strict"
     draws_by_place: bool = False
     top_logprobs_count: int = 0
+    returns: tuple[Returned, ...] = ()

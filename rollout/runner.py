@@ -263,6 +263,8 @@ class Runner:
                         yield KvBroke(rollout.id, start, chunk.kv)
                     if chunk.top_logprobs:
                         yield TopLogprobsFound(rollout.id, start, chunk.top_logprobs)
+                    if chunk.masks or chunk.routes or chunk.hidden:
+                        yield machine.side_channels(self.state(rollout), chunk)
                     yield TokensAppended(rollout.id, start, chunk.token_ids, chunk.logprobs, chunk.policy_version)
                     if rollout.is_out_of_time:
                         return

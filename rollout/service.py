@@ -46,7 +46,7 @@ from rollout.export.exporter import SHARDS, Exporter
 from rollout.journal import Journal
 from rollout.ledger import Ledger
 from rollout.members import Members
-from rollout.policy import load_policy
+from rollout.policy import Awaiting, load_policy
 from rollout.request import Conversation, Job
 from rollout.runner import Runner
 from rollout.scheduling.admission import capacity_of, check_new, check_same, claims_of, rules_of
@@ -124,6 +124,7 @@ class RolloutService:
             self.endings = Endings(self.ledger, self.finish, self._fail)
             callbacks = Callbacks(run=self._run, interrupt=self.engine.preempt, rests=self._rest, failed=self._fail)
             self.dispatcher = Dispatcher(self._scheduler, callbacks)
+            self.awaiting = Awaiting(self.ledger, self.engine, self.dispatcher, self._rest)
             self.runner = Runner(
                 self.journal,
                 self.ledger,
@@ -227,8 +228,8 @@ class RolloutService:
             try:
                 if reason is FinishReason.CANCELLED and request_id not in self.ledger.cancelled:
                     await self._record(JobCancelled(request_id))
-                async with self.dispatcher.ending(rollout_ids):
-                    return await self.members.finish(rollout_ids, reason)
+                await self.dispatcher.stop(rollout_ids)
+                return await self.members.finish(rollout_ids, reason)
             finally:
                 self._finishing[request_id] -= 1
                 self._close_if_over(request_id)
@@ -241,7 +242,7 @@ class RolloutService:
         What samples stops at a token boundary, what waits for a tool at once; sandboxes sleep.  A caller that goes away
         stops them all the same.  NotFoundError.
         """
-        return await self.dispatcher.preempt(self._wanted(rollout_ids, request_id), cause)
+        return await self.awaiting.preempt(self._wanted(rollout_ids, request_id), cause)
 
     def resume(self, rollout_ids: Iterable[str] | None = None, *, request_id: str = "") -> list[str]:
         """Let rollouts that were preempted, or that the service failed, wait for their turn; whom this set going.
@@ -258,7 +259,7 @@ class RolloutService:
         }
         for job in {self.ledger.member(rollout_id)[0].request_id: None for rollout_id in failed}:
             self._queue(claims_of(self.ledger.jobs[job], self.ledger.tasks, failed.__contains__))
-        resumed = [*failed, *self.dispatcher.resume(wanted)]
+        resumed = [*failed, *self.awaiting.resume(wanted)]
         for rollout_id in resumed:
             self._wake(rollout_id)
         return resumed
@@ -332,7 +333,7 @@ class RolloutService:
         for claim in queued:
             for member in claim.members:
                 self._wake(member)
-        self.dispatcher.enqueue(queued)
+        self.awaiting.enqueue(queued)
 
     async def _run(self, rollout_id: str, order: Order) -> None:
         rollout = await self.members.take_up(rollout_id, order)

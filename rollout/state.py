@@ -83,7 +83,8 @@ class State:
     tokens were not sampled.  `calls` are all answered calls; `pending` the open block's calls, of which `answered`
     are answered.  `setup_try` and `judge_try` count failed attempts, whose commands a later attempt does not build
     on.  `engines` says from which position of the context on which engine drew, `versions` which version of the
-    weights.  `top_logprobs`, if the job asks for them, has one entry for each sampled token and may be ahead of the
+    weights.  `top_logprobs` and `masks`, if the job asks for them, have one entry for each sampled token (no masks
+    where nothing is cut), `routes_end` is behind the last token whose routes are in the log; all may be ahead of the
     tokens.  `spent` are the times that processes told, each when it let go of the rollout.
     """
 
@@ -96,6 +97,8 @@ class State:
     current: tuple[int, ...] = ()
     current_logprobs: tuple[float, ...] = ()
     top_logprobs: tuple[TopLogprobs, ...] = ()
+    masks: tuple[tuple[int, ...], ...] = ()
+    routes_end: int = 0
     forced: frozenset[int] = frozenset()
     turns: tuple[Turn, ...] = ()
     calls: tuple[AnsweredCall, ...] = ()

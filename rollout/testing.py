@@ -26,6 +26,8 @@ from rollout.engine import (
     KvBreak,
     OnUpdate,
     PauseMode,
+    Routes,
+    Routing,
     Sampled,
     SampleRequest,
     Scored,
@@ -42,7 +44,13 @@ from rollout.request import AgentKind, Group, Job, Limits
 from toolcall_dsl import V4, Segment, Tokenizer, encode
 
 ENGINE = EngineInfo(
-    name="scripted", build="1", weights_digest="0" * 64, vocab_count=1 << 17, context_tokens_max=1 << 20
+    name="scripted",
+    build="1",
+    weights_digest="0" * 64,
+    vocab_count=1 << 17,
+    context_tokens_max=1 << 20,
+    routing=Routing(layer_ids=(0, 3), experts_count=5, top_k=2),
+    hidden_dim=4,
 )
 
 
@@ -146,7 +154,7 @@ class ScriptedEngine:
             session = self._sessions.setdefault(request.session, _Session())
             session.on_update = request.on_update
             rest, seen = self._rest(request), request.token_ids
-            cached_count = _cached_count(session, request)
+            read_count = cached_count = _cached_count(session, request)
             for begin in range(0, len(rest), self._chunk_tokens_count):
                 await asyncio.sleep(0)
                 await self._until(lambda: self._paused != "keep" or running not in self._running)
@@ -155,6 +163,7 @@ class ScriptedEngine:
                 self.drawn_count += len(chunk)
                 info, kv = self._draw(session, request, seen)
                 seen += chunk
+                read_count = 0 if kv == "rebuilt" else read_count
                 session.tokens = seen[:-1]
                 finish: Literal["stop", "length"] | None = None
                 if begin + len(chunk) == len(rest):
@@ -167,7 +176,11 @@ class ScriptedEngine:
                     cached_tokens_count=0 if begin or kv == "rebuilt" else cached_count,
                     kv=kv,
                     top_logprobs=_tops(chunk, request.top_logprobs_count),
+                    masks=tuple((token,) for token in chunk) if request.returns_mask and _cuts(request) else (),
+                    routes=_routes(read_count, seen) if request.returns_routes else None,
+                    hidden=b"".join(map(hidden_row, chunk)) if request.returns_hidden else b"",
                 )
+                read_count = len(seen) - 1
         finally:
             self._running.pop(running, None)
             self._drawing.discard(running)
@@ -355,6 +368,25 @@ def _cached_count(session: _Session, request: SampleRequest) -> int:
     """Tokens of the context that the session's state has taken in."""
     taken = session.tokens
     return min(len(taken), len(request.token_ids) - 1) if request.token_ids[: len(taken)] == taken else 0
+
+
+def routes_row(token_id: int) -> bytes:
+    """The experts that the double sends a token through: 2 of 5 in each of its two layers."""
+    return bytes((token_id + layer + nth) % 5 for layer in (0, 3) for nth in (0, 1))
+
+
+def hidden_row(token_id: int) -> bytes:
+    """The hidden state that the double draws a token from."""
+    return array("H", [token_id & 0x7F7F, token_id >> 14, 0, 1]).tobytes()
+
+
+def _routes(read_count: int, seen: tuple[int, ...]) -> Routes:
+    """Of what was read since, the tokens of the prompt that were not kept among it."""
+    return Routes(read_count, b"".join(map(routes_row, seen[read_count:-1])))
+
+
+def _cuts(request: SampleRequest) -> bool:
+    return request.sampling.temperature > 0 and (request.sampling.top_k > 0 or request.sampling.top_p < 1)
 
 
 def _tops(token_ids: tuple[int, ...], count: int) -> tuple[TopLogprobs, ...]:

@@ -19,9 +19,9 @@ from rollout.request import AgentKind, Conversation, EarlyStop, Limits, PolicyRu
 from rollout.rpc.messages import fill, plain
 from toolcall_dsl import Policy
 
-FieldName = Literal["live_tokens", "tokens", "logprobs", "text"]
+FieldName = Literal["live_tokens", "tokens", "logprobs", "text", "topk", "sampling_mask", "routes", "hidden"]
 RECORD: tuple[FieldName, ...] = ("tokens", "logprobs", "text")
-"""Everything of a trajectory."""
+"""Everything that every trajectory has; the last four are only there if the job was submitted with them."""
 Prompt = str | os.PathLike[str] | Conversation
 """The name of a bundled task; a task's folder; a prompt without an environment."""
 
@@ -40,6 +40,7 @@ class JobOptions(TypedDict, total=False):
     policy: PolicyRule
     reward: Reward
     parse_policy: Policy
+    top_logprobs_count: int
 
 
 def submit_request(

@@ -51,6 +51,17 @@ class Trajectory:
         return array("f", (math.nan if value is None else value for value in self.record.logprobs))
 
     @cached_property
+    def topk(self) -> tuple[array[int], array[int], array[float]]:
+        """Offsets (u32, one more than tokens), ids (u32), logprobs (f32); those of token i lie between two offsets."""
+        record = self.record
+        return array("I", record.topk_offsets), array("I", record.topk_ids), array("f", record.topk_logprobs)
+
+    @cached_property
+    def sampling_mask(self) -> tuple[array[int], array[int]]:
+        """Offsets and the ids that top-k and top-p kept, as `topk` has them; none where nothing was cut."""
+        return array("I", self.record.mask_offsets), array("I", self.record.mask_ids)
+
+    @cached_property
     def loss_mask(self) -> array[int]:
         """u8 for each token: 1 where the model drew it."""
         return array("B", b"".join(bytes([span.trainable]) * span.length for span in self.record.spans))

@@ -12,8 +12,10 @@ import math
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from rollout.engine import Engine, EngineInfo, Sampled, SampleRequest
+from rollout.engine import Engine, EngineInfo, Routes, Sampled, SampleRequest
 from rollout.errors import EngineError
+from wal.errors import RecordInvalidError
+from wal.token_routes import RoutesRecorded, encode_routes
 
 
 async def guarded(engine: Engine, request: SampleRequest, silence_s_max: float) -> AsyncGenerator[Sampled, None]:
@@ -46,9 +48,44 @@ def _problem(chunk: Sampled, request: SampleRequest, info: EngineInfo, count: in
         ((chunk.finish is not None) == (bool(stops) or total == room), "an end too early, or none"),
         (len(chunk.top_logprobs) == (len(ids) if request.top_logprobs_count else 0), "not the likeliest of each token"),
         (len(chunk.masks) in (0, len(ids)), "not one mask for each token"),
+        (
+            len(chunk.hidden) == (2 * info.hidden_dim * len(ids) if request.returns_hidden else 0),
+            "not one hidden state each",
+        ),
+        ((chunk.routes is not None) == request.returns_routes, "routes that were not asked for, or none"),
         (0 <= chunk.cached_tokens_count <= len(request.token_ids), "more cached tokens than the prompt has"),
     )
-    return next((problem for holds, problem in rules if not holds), "")
+    if problem := next((problem for holds, problem in rules if not holds), ""):
+        return problem
+    return _routes_problem(chunk.routes, info, len(request.token_ids) + total - 1) if chunk.routes else ""
+
+
+def _routes_problem(routes: Routes, info: EngineInfo, end: int) -> str:
+    """What is wrong with the routes of the tokens before position `end`, or nothing."""
+    routing = info.routing
+    if routing is None or not routes.expert_ids or len(routes.expert_ids) % routing.row_bytes:
+        return "routes that are no whole rows"
+    rows_count = len(routes.expert_ids) // routing.row_bytes
+    if routes.start < 0 or routes.start + rows_count != end:
+        return f"routes of tokens {routes.start} to {routes.start + rows_count}, not up to {end}"
+    try:
+        encode_routes(
+            RoutesRecorded(
+                who=info.name,
+                start=routes.start,
+                router_version=info.policy_version,
+                rows_count=rows_count,
+                experts_count=routing.experts_count,
+                layers_count=len(routing.layer_ids),
+                top_k=routing.top_k,
+                width=routing.width,
+                validity=((1 << rows_count) - 1).to_bytes((rows_count + 7) // 8, "little"),
+                expert_ids=routes.expert_ids,
+            )
+        )
+    except RecordInvalidError as error:
+        return str(error)
+    return ""
 
 
 class _Patience:

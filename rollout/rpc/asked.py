@@ -5,15 +5,17 @@ See: proto/rollout/pb/v1/rollout.proto.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
 from rollout.bench.tasks import Task, check_packages, task_from_files
 from rollout.engine import Sampling
+from rollout.errors import RequestError
 from rollout.jobs import load_bundled, make_conversation, make_job
 from rollout.pb.v1 import rollout_pb2 as pb
-from rollout.request import Conversation, Job, Reward, TestsReward
+from rollout.request import Conversation, Job, Returned, Reward, TestsReward
 from rollout.rpc.messages import plain
 
 _JOB_FIELDS = (
@@ -27,7 +29,13 @@ _JOB_FIELDS = (
     "early_stop",
     "policy",
     "parse_policy",
+    "top_logprobs_count",
 )
+_RETURNED: dict[int, Returned] = {
+    pb.FIELD_SAMPLING_MASK: "sampling_mask",
+    pb.FIELD_ROUTES: "routes",
+    pb.FIELD_HIDDEN: "hidden",
+}
 
 
 def job_of(request: pb.SubmitRequest) -> tuple[Job, list[Task | Conversation]]:
@@ -44,8 +52,21 @@ def job_of(request: pb.SubmitRequest) -> tuple[Job, list[Task | Conversation]]:
     given: dict[str, Any] = {name: fields[name] for name in _JOB_FIELDS if name in fields} | {"groups": []}
     if request.project:
         given["project"] = request.project
-    job = msgspec.structs.replace(msgspec.convert(given, Job), reward=reward_of(request.reward))
+    returns = tuple(name for field, name in _RETURNED.items() if field in request.return_mask)
+    job = msgspec.structs.replace(msgspec.convert(given, Job), reward=reward_of(request.reward), returns=returns)
+    check_mask(request.return_mask, job)
     return make_job(job, prompts, group_size=request.group_size or 1, group_prefix=f"{request.request_id}/"), prompts
+
+
+def check_mask(mask: Iterable[int], job: Job) -> None:
+    """RequestError for a field that the job did not ask the engine for: it would be empty."""
+    given = {field for field, name in _RETURNED.items() if name in job.returns}
+    given |= {pb.FIELD_TOPK} if job.top_logprobs_count else set()
+    if missing := sorted(set(mask) & {pb.FIELD_TOPK, *_RETURNED} - given):
+        names = ", ".join(pb.Field.Name(field) for field in missing)
+        raise RequestError(
+            f"return_mask: job {job.request_id!r} has no {names}: Submit must name it (FIELD_TOPK: top_logprobs_count)"
+        )
 
 
 def reward_of(asked: pb.Reward) -> Reward:

@@ -18,7 +18,7 @@ from rollout.errors import NotFoundError, RequestError
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.policy import Policy
 from rollout.record import trajectory_record
-from rollout.rpc.asked import job_of, sampling_of
+from rollout.rpc.asked import check_mask, job_of, sampling_of
 from rollout.rpc.follow import follow, replay
 from rollout.rpc.listing import Filter, list_rollouts
 from rollout.rpc.messages import fill, parts, plain
@@ -26,6 +26,7 @@ from rollout.rpc.quick import ask
 from rollout.rpc.retention import LogRetention
 from rollout.rpc.updates import Mask, trajectory_parts, updates_of
 from rollout.service import RolloutService
+from rollout.state import State
 
 
 class Calls:
@@ -48,6 +49,8 @@ class Calls:
     async def attach(self, request: pb.AttachRequest) -> AsyncIterator[pb.Update]:
         """Follow a job from an event on."""
         mask = frozenset(request.return_mask)
+        if (job := self._service.ledger.jobs.get(request.request_id)) is not None:  # else NOT_FOUND says so
+            check_mask(mask, job)
         async with aclosing(self._follow(request.request_id, request.from_event, mask)) as updates:
             async for update in updates:
                 yield update
@@ -61,6 +64,7 @@ class Calls:
     async def replay(self, request: pb.ReplayRequest) -> AsyncIterator[pb.Update]:
         """The durable events of one rollout."""
         mask = frozenset(request.return_mask)
+        check_mask(mask, self._state(request.rollout_id).job)
         async with aclosing(replay(self._service, request.rollout_id, request.from_event)) as events:
             async for lsn, event in events:
                 for update in updates_of(lsn, event, self._service.ledger, mask):
@@ -68,17 +72,24 @@ class Calls:
 
     async def get(self, request: pb.GetRequest) -> AsyncIterator[pb.Trajectory]:
         """One rollout as it is."""
-        if request.rollout_id not in self._service.ledger.rollouts:
-            raise NotFoundError(f"no rollout {request.rollout_id!r}")
+        mask = frozenset(request.return_mask)
+        check_mask(mask, self._state(request.rollout_id).job)
         record = trajectory_record(self._service.ledger, request.rollout_id)
-        for part in trajectory_parts(record, frozenset(request.return_mask)):
+        for part in trajectory_parts(record, mask):
             yield part
+
+    def _state(self, rollout_id: str) -> State:
+        """NotFoundError."""
+        if (state := self._service.ledger.rollouts.get(rollout_id)) is None:
+            raise NotFoundError(f"no rollout {rollout_id!r}")
+        return state
 
     async def list(self, request: pb.ListRequest) -> pb.ListResponse:
         """A page of rollouts."""
         wanted = msgspec.convert(plain(request), Filter)
         response = pb.ListResponse()
-        fill(response, list_rollouts(self._service.ledger, wanted, request.page_size, request.page_token))
+        version = self._service.engine.info.policy_version
+        fill(response, list_rollouts(self._service.ledger, version, wanted, request.page_size, request.page_token))
         return response
 
     async def cancel(self, request: pb.CancelRequest) -> pb.CancelResponse:

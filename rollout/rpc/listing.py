@@ -16,7 +16,7 @@ from rollout.ledger import Ledger
 from rollout.request import Group, Job
 
 PAGE_SIZE, PAGE_SIZE_MAX = 100, 1000
-Standing = Literal["queued", "running", "preempted", "failed", "ended"]
+Standing = Literal["queued", "awaiting_weights", "running", "preempted", "failed", "ended"]
 
 
 class Filter(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,8 +52,10 @@ class Page(msgspec.Struct, frozen=True, kw_only=True):
     next_page_token: str
 
 
-def list_rollouts(ledger: Ledger, wanted: Filter, page_size: int = 0, page_token: str = "") -> Page:
-    """A page.  RequestError names a token that this log did not give, or a size out of bounds."""
+def list_rollouts(
+    ledger: Ledger, policy_version: int, wanted: Filter, page_size: int = 0, page_token: str = ""
+) -> Page:
+    """A page, as it is under these weights.  RequestError: a token that this log did not give, a size out of bounds."""
     if page_size > PAGE_SIZE_MAX:
         raise RequestError(f"page_size is {page_size}, must be at most {PAGE_SIZE_MAX}")
     size = page_size or PAGE_SIZE
@@ -62,7 +64,7 @@ def list_rollouts(ledger: Ledger, wanted: Filter, page_size: int = 0, page_token
         job = ledger.jobs[request_id]
         if not _may_hold(job, group, wanted):
             continue
-        summary = _summary(ledger, job, rollout_id, group, index)
+        summary = _summary(ledger, policy_version, job, rollout_id, group, index)
         if wanted.states and summary.state not in wanted.states:
             continue
         if wanted.unacknowledged_only and summary.is_acknowledged:
@@ -98,15 +100,17 @@ def _may_hold(job: Job, group: Group, wanted: Filter) -> bool:
     )
 
 
-def _summary(ledger: Ledger, job: Job, rollout_id: str, group: Group, index: int) -> RolloutSummary:
-    state = ledger.rollouts.get(rollout_id)
+def _summary(
+    ledger: Ledger, policy_version: int, job: Job, rollout_id: str, group: Group, index: int
+) -> RolloutSummary:
+    state, stands = ledger.rollouts.get(rollout_id), standing(ledger, rollout_id)
     return RolloutSummary(
         rollout_id=rollout_id,
         request_id=job.request_id,
         project=job.project,
         group_id=group.group_id,
         group_index=index,
-        state=standing(ledger, rollout_id),
+        state="awaiting_weights" if stands == "queued" and job.policy.min_version > policy_version else stands,
         finish_reason=state.finished.reason.value if state and state.finished else None,
         reward=state.judged.reward if state and state.judged else None,
         tokens_count=state.tokens_count if state else 0,
@@ -116,7 +120,7 @@ def _summary(ledger: Ledger, job: Job, rollout_id: str, group: Group, index: int
 
 
 def standing(ledger: Ledger, rollout_id: str) -> Standing:
-    """Where a rollout stands."""
+    """Where a rollout stands, whatever the weights are."""
     state = ledger.rollouts.get(rollout_id)
     if state is None:
         return "queued"

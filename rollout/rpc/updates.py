@@ -45,8 +45,8 @@ _WHAT: dict[type, str] = {
 
 def updates_of(lsn: int, event: RolloutEvent, ledger: Ledger, mask: Mask) -> Iterator[pb.Update]:
     """The messages that tell a durable event; none if it was not asked for."""
-    if isinstance(event, events.TopLogprobsFound):
-        return  # no field of the protocol asks for them
+    if isinstance(event, events.TopLogprobsFound | events.SideChannelsFound):
+        return  # they come with the record
     if isinstance(event, TokensAppended | events.TokensForced) and pb.FIELD_LIVE_TOKENS not in mask:
         return
     rollout_id = rollout_of(event)
@@ -119,5 +119,7 @@ def trajectory_parts(record: TrajectoryRecord, mask: Mask) -> Iterator[pb.Trajec
 _BIG_FIELDS: dict[int, tuple[str, ...]] = {
     pb.FIELD_TOKENS: ("token_ids", "spans"),
     pb.FIELD_LOGPROBS: ("logprobs",),
+    pb.FIELD_TOPK: ("topk_offsets", "topk_ids", "topk_logprobs"),
+    pb.FIELD_SAMPLING_MASK: ("mask_offsets", "mask_ids"),
     pb.FIELD_TEXT: ("turns", "tool_calls", "verifier_output", "solution_output"),
 }

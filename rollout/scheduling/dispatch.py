@@ -102,11 +102,13 @@ class Dispatcher:
         """Whether it runs, waits to run, is set aside, or is being ended."""
         return rollout_id in self._running or self.scheduler.is_queued(rollout_id) or rollout_id in self._ending
 
-    def enqueue(self, claims: Iterable[Claim]) -> None:
-        """Have rollouts run as soon as it is their turn."""
+    def enqueue(self, claims: Iterable[Claim], *, is_aside: bool = False) -> None:
+        """Have rollouts run as soon as it is their turn; if they are set aside, not before `resume`."""
         now = time.monotonic()
         for claim in claims:
             self.scheduler.enqueue(claim, now)
+            if is_aside:
+                self.scheduler.set_aside(claim.members[0])
         self.decide()
 
     def decide(self) -> None:

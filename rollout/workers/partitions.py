@@ -167,4 +167,8 @@ class Borrowed:
                     with contextlib.suppress(wal.WalError):  # a log that was lost meanwhile: its service ends by that
                         await service.note(PolicyUpdated(info, str(checkpoint)))
 
-        return await self._engine.update(checkpoint, policy_version, announce_to_all)
+        changed = await self._engine.update(checkpoint, policy_version, announce_to_all)
+        for service in list(self._borrowers):
+            if service.is_started:
+                service.awaiting.look_again()
+        return changed

@@ -41,6 +41,10 @@ class Field(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FIELD_TOKENS: _ClassVar[Field]
     FIELD_LOGPROBS: _ClassVar[Field]
     FIELD_TEXT: _ClassVar[Field]
+    FIELD_TOPK: _ClassVar[Field]
+    FIELD_SAMPLING_MASK: _ClassVar[Field]
+    FIELD_ROUTES: _ClassVar[Field]
+    FIELD_HIDDEN: _ClassVar[Field]
 
 class PauseMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -57,6 +61,7 @@ class RolloutState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLLOUT_STATE_PREEMPTED: _ClassVar[RolloutState]
     ROLLOUT_STATE_FAILED: _ClassVar[RolloutState]
     ROLLOUT_STATE_ENDED: _ClassVar[RolloutState]
+    ROLLOUT_STATE_AWAITING_WEIGHTS: _ClassVar[RolloutState]
 THINKING_UNSPECIFIED: Thinking
 THINKING_NONE: Thinking
 THINKING_HIGH: Thinking
@@ -77,6 +82,10 @@ FIELD_LIVE_TOKENS: Field
 FIELD_TOKENS: Field
 FIELD_LOGPROBS: Field
 FIELD_TEXT: Field
+FIELD_TOPK: Field
+FIELD_SAMPLING_MASK: Field
+FIELD_ROUTES: Field
+FIELD_HIDDEN: Field
 PAUSE_MODE_UNSPECIFIED: PauseMode
 PAUSE_MODE_KEEP: PauseMode
 PAUSE_MODE_WAIT: PauseMode
@@ -87,6 +96,7 @@ ROLLOUT_STATE_RUNNING: RolloutState
 ROLLOUT_STATE_PREEMPTED: RolloutState
 ROLLOUT_STATE_FAILED: RolloutState
 ROLLOUT_STATE_ENDED: RolloutState
+ROLLOUT_STATE_AWAITING_WEIGHTS: RolloutState
 
 class TaskFolder(_message.Message):
     __slots__ = ("name", "files")
@@ -208,7 +218,7 @@ class Reward(_message.Message):
     def __init__(self, tests: _Optional[_Union[TestsReward, _Mapping]] = ..., none: _Optional[_Union[NoReward, _Mapping]] = ..., callable: _Optional[_Union[CallableReward, _Mapping]] = ..., judge: _Optional[_Union[JudgeReward, _Mapping]] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("request_id", "project", "priority", "deadline_s", "tasks", "bundled_tasks", "conversations", "group_size", "agent", "thinking", "sampling", "limits", "early_stop", "policy", "reward", "parse_policy", "return_mask")
+    __slots__ = ("request_id", "project", "priority", "deadline_s", "tasks", "bundled_tasks", "conversations", "group_size", "agent", "thinking", "sampling", "limits", "early_stop", "policy", "reward", "parse_policy", "return_mask", "top_logprobs_count")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROJECT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +236,7 @@ class SubmitRequest(_message.Message):
     REWARD_FIELD_NUMBER: _ClassVar[int]
     PARSE_POLICY_FIELD_NUMBER: _ClassVar[int]
     RETURN_MASK_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_COUNT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     project: str
     priority: int
@@ -243,7 +254,8 @@ class SubmitRequest(_message.Message):
     reward: Reward
     parse_policy: ParsePolicy
     return_mask: _containers.RepeatedScalarFieldContainer[Field]
-    def __init__(self, request_id: _Optional[str] = ..., project: _Optional[str] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ..., tasks: _Optional[_Iterable[_Union[TaskFolder, _Mapping]]] = ..., bundled_tasks: _Optional[_Iterable[str]] = ..., conversations: _Optional[_Iterable[_Union[Conversation, _Mapping]]] = ..., group_size: _Optional[int] = ..., agent: _Optional[_Union[Agent, str]] = ..., thinking: _Optional[_Union[Thinking, str]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., early_stop: _Optional[_Union[EarlyStop, _Mapping]] = ..., policy: _Optional[_Union[PolicyRule, _Mapping]] = ..., reward: _Optional[_Union[Reward, _Mapping]] = ..., parse_policy: _Optional[_Union[ParsePolicy, str]] = ..., return_mask: _Optional[_Iterable[_Union[Field, str]]] = ...) -> None: ...
+    top_logprobs_count: int
+    def __init__(self, request_id: _Optional[str] = ..., project: _Optional[str] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ..., tasks: _Optional[_Iterable[_Union[TaskFolder, _Mapping]]] = ..., bundled_tasks: _Optional[_Iterable[str]] = ..., conversations: _Optional[_Iterable[_Union[Conversation, _Mapping]]] = ..., group_size: _Optional[int] = ..., agent: _Optional[_Union[Agent, str]] = ..., thinking: _Optional[_Union[Thinking, str]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., early_stop: _Optional[_Union[EarlyStop, _Mapping]] = ..., policy: _Optional[_Union[PolicyRule, _Mapping]] = ..., reward: _Optional[_Union[Reward, _Mapping]] = ..., parse_policy: _Optional[_Union[ParsePolicy, str]] = ..., return_mask: _Optional[_Iterable[_Union[Field, str]]] = ..., top_logprobs_count: _Optional[int] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
     __slots__ = ("request_id", "from_event", "return_mask")
@@ -594,20 +606,34 @@ class UpdatePolicyResponse(_message.Message):
     def __init__(self, engine: _Optional[_Union[EngineInfo, _Mapping]] = ..., stale_rollout_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class EngineInfo(_message.Message):
-    __slots__ = ("name", "build", "weights_digest", "vocab_count", "context_tokens_max", "policy_version")
+    __slots__ = ("name", "build", "weights_digest", "vocab_count", "context_tokens_max", "policy_version", "routing", "hidden_dim")
     NAME_FIELD_NUMBER: _ClassVar[int]
     BUILD_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     VOCAB_COUNT_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
     POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ROUTING_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_DIM_FIELD_NUMBER: _ClassVar[int]
     name: str
     build: str
     weights_digest: str
     vocab_count: int
     context_tokens_max: int
     policy_version: int
-    def __init__(self, name: _Optional[str] = ..., build: _Optional[str] = ..., weights_digest: _Optional[str] = ..., vocab_count: _Optional[int] = ..., context_tokens_max: _Optional[int] = ..., policy_version: _Optional[int] = ...) -> None: ...
+    routing: Routing
+    hidden_dim: int
+    def __init__(self, name: _Optional[str] = ..., build: _Optional[str] = ..., weights_digest: _Optional[str] = ..., vocab_count: _Optional[int] = ..., context_tokens_max: _Optional[int] = ..., policy_version: _Optional[int] = ..., routing: _Optional[_Union[Routing, _Mapping]] = ..., hidden_dim: _Optional[int] = ...) -> None: ...
+
+class Routing(_message.Message):
+    __slots__ = ("layer_ids", "experts_count", "top_k")
+    LAYER_IDS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_COUNT_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    layer_ids: _containers.RepeatedScalarFieldContainer[int]
+    experts_count: int
+    top_k: int
+    def __init__(self, layer_ids: _Optional[_Iterable[int]] = ..., experts_count: _Optional[int] = ..., top_k: _Optional[int] = ...) -> None: ...
 
 class AckRequest(_message.Message):
     __slots__ = ("rollout_ids",)
@@ -890,7 +916,7 @@ class Encoder(_message.Message):
     def __init__(self, dialect: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ...) -> None: ...
 
 class Trajectory(_message.Message):
-    __slots__ = ("rollout_id", "request_id", "project", "task", "task_digest", "agent", "thinking", "token_ids", "spans", "logprobs", "logprobs_mode", "policy_versions", "kv_breaks", "turns", "finish_reason", "infra_failure", "reward", "verifier_output", "solution_output", "group", "tool_calls", "timing", "preempt_count", "tokens_sampled", "tokens_replayed", "tokens_regenerated", "commands_replayed", "commands_run_twice", "wal", "lineage", "side_channels", "encoder", "sampling_effective")
+    __slots__ = ("rollout_id", "request_id", "project", "task", "task_digest", "agent", "thinking", "token_ids", "spans", "logprobs", "logprobs_mode", "policy_versions", "kv_breaks", "turns", "finish_reason", "infra_failure", "reward", "verifier_output", "solution_output", "group", "tool_calls", "timing", "preempt_count", "tokens_sampled", "tokens_replayed", "tokens_regenerated", "commands_replayed", "commands_run_twice", "wal", "lineage", "side_channels", "encoder", "sampling_effective", "topk_offsets", "topk_ids", "topk_logprobs", "mask_offsets", "mask_ids")
     ROLLOUT_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROJECT_FIELD_NUMBER: _ClassVar[int]
@@ -924,6 +950,11 @@ class Trajectory(_message.Message):
     SIDE_CHANNELS_FIELD_NUMBER: _ClassVar[int]
     ENCODER_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_EFFECTIVE_FIELD_NUMBER: _ClassVar[int]
+    TOPK_OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    TOPK_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOPK_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    MASK_OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    MASK_IDS_FIELD_NUMBER: _ClassVar[int]
     rollout_id: str
     request_id: str
     project: str
@@ -957,4 +988,9 @@ class Trajectory(_message.Message):
     side_channels: _containers.RepeatedCompositeFieldContainer[SideChannel]
     encoder: Encoder
     sampling_effective: Sampling
-    def __init__(self, rollout_id: _Optional[str] = ..., request_id: _Optional[str] = ..., project: _Optional[str] = ..., task: _Optional[str] = ..., task_digest: _Optional[str] = ..., agent: _Optional[str] = ..., thinking: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., logprobs: _Optional[_Iterable[float]] = ..., logprobs_mode: _Optional[str] = ..., policy_versions: _Optional[_Iterable[_Union[VersionRun, _Mapping]]] = ..., kv_breaks: _Optional[_Iterable[_Union[KvBreak, _Mapping]]] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., infra_failure: _Optional[_Union[InfraFailure, _Mapping]] = ..., reward: _Optional[_Union[RewardRecord, _Mapping]] = ..., verifier_output: _Optional[str] = ..., solution_output: _Optional[str] = ..., group: _Optional[_Union[Membership, _Mapping]] = ..., tool_calls: _Optional[_Iterable[_Union[ToolCall, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., preempt_count: _Optional[int] = ..., tokens_sampled: _Optional[int] = ..., tokens_replayed: _Optional[int] = ..., tokens_regenerated: _Optional[int] = ..., commands_replayed: _Optional[int] = ..., commands_run_twice: _Optional[int] = ..., wal: _Optional[_Union[LogRange, _Mapping]] = ..., lineage: _Optional[_Union[Lineage, _Mapping]] = ..., side_channels: _Optional[_Iterable[_Union[SideChannel, _Mapping]]] = ..., encoder: _Optional[_Union[Encoder, _Mapping]] = ..., sampling_effective: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+    topk_offsets: _containers.RepeatedScalarFieldContainer[int]
+    topk_ids: _containers.RepeatedScalarFieldContainer[int]
+    topk_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    mask_offsets: _containers.RepeatedScalarFieldContainer[int]
+    mask_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, rollout_id: _Optional[str] = ..., request_id: _Optional[str] = ..., project: _Optional[str] = ..., task: _Optional[str] = ..., task_digest: _Optional[str] = ..., agent: _Optional[str] = ..., thinking: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., logprobs: _Optional[_Iterable[float]] = ..., logprobs_mode: _Optional[str] = ..., policy_versions: _Optional[_Iterable[_Union[VersionRun, _Mapping]]] = ..., kv_breaks: _Optional[_Iterable[_Union[KvBreak, _Mapping]]] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., infra_failure: _Optional[_Union[InfraFailure, _Mapping]] = ..., reward: _Optional[_Union[RewardRecord, _Mapping]] = ..., verifier_output: _Optional[str] = ..., solution_output: _Optional[str] = ..., group: _Optional[_Union[Membership, _Mapping]] = ..., tool_calls: _Optional[_Iterable[_Union[ToolCall, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., preempt_count: _Optional[int] = ..., tokens_sampled: _Optional[int] = ..., tokens_replayed: _Optional[int] = ..., tokens_regenerated: _Optional[int] = ..., commands_replayed: _Optional[int] = ..., commands_run_twice: _Optional[int] = ..., wal: _Optional[_Union[LogRange, _Mapping]] = ..., lineage: _Optional[_Union[Lineage, _Mapping]] = ..., side_channels: _Optional[_Iterable[_Union[SideChannel, _Mapping]]] = ..., encoder: _Optional[_Union[Encoder, _Mapping]] = ..., sampling_effective: _Optional[_Union[Sampling, _Mapping]] = ..., topk_offsets: _Optional[_Iterable[int]] = ..., topk_ids: _Optional[_Iterable[int]] = ..., topk_logprobs: _Optional[_Iterable[float]] = ..., mask_offsets: _Optional[_Iterable[int]] = ..., mask_ids: _Optional[_Iterable[int]] = ...) -> None: ...

@@ -6,7 +6,7 @@ import pytest
 
 from rollout.engine import Sampling
 from rollout.errors import RequestError
-from rollout.jobs import check_conversations, make_conversation, make_job
+from rollout.jobs import check_conversations, load_bundled, make_conversation, make_job
 from rollout.request import CallableReward, Conversation, EarlyStop, Job, JudgeReward, Limits, PolicyRule, Reward
 from toolcall_dsl import Tokenizer
 
@@ -43,7 +43,7 @@ def test_equal_conversations_have_equal_digests_however_their_json_is_spaced() -
         ({"early_stop": EarlyStop(min_usable=3)}, "min_usable is 3, must be 1 to the group's 2"),
         ({"early_stop": EarlyStop(min_usable=1, grace_s=-1)}, "grace_s is -1"),
         ({"policy": PolicyRule(max_lag=-1)}, "max_lag must be 0 or more"),
-        ({"policy": PolicyRule(min_version=1)}, "min_version: waiting for weights is not done yet"),
+        ({"policy": PolicyRule(min_version=-1)}, "min_version and max_lag must be 0 or more"),
         ({"limits": Limits(turns_count_max=0)}, "turns_count_max is 0"),
         ({"limits": Limits(thinking_tokens_count_max=-1)}, "thinking_tokens_count_max is -1"),
         ({"limits": Limits(wall_clock_s=math.nan)}, "wall_clock_s is nan"),
@@ -100,3 +100,9 @@ def test_a_conversation_that_cannot_be_encoded_or_leaves_no_room_is_refused(
     long = make_conversation("long", token_ids=range(2048))
     with pytest.raises(RequestError, match="2048 tokens leave no room in 2048"):
         check_conversations(asked(), [HELLO, long], tokenizer)
+
+
+def test_who_draws_no_tokens_cannot_tell_of_them() -> None:
+    for fields in ({"returns": ("routes",)}, {"top_logprobs_count": 2}):
+        with pytest.raises(RequestError, match="agent nop draws no tokens"):
+            make_job(asked(agent="nop", **fields), load_bundled(["bug-1-000"]))

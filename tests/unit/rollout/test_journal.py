@@ -10,7 +10,7 @@ from dsec.trajectory import encode as encode_trajectory
 from dsec.types import Command, ExecResult, NetworkPolicy, Output, SandboxSpec
 from rollout import events, journal
 from rollout.bench.tasks import task_from_files
-from rollout.engine import TopLogprobs
+from rollout.engine import Routes, TopLogprobs
 from rollout.errors import JournalError
 from rollout.events import FinishReason, PromptSegment, Spent
 from rollout.request import Conversation
@@ -47,6 +47,7 @@ EVENTS = [
     events.Preempted("r", "asked", 1700000000.5, Spent(queue_s=2.0)),
     events.KvBroke("r", 90, "kept"),
     events.TopLogprobsFound("r", 91, (TopLogprobs((7, 9), (-0.5, -1.5)),)),
+    events.SideChannelsFound("r", 91, 3, ((7, 9),), Routes(88, b"\0\1\2\3"), b"\0\x80"),
     events.TokensForced("r", 91, (7,)),
     events.InfraFailed("r", "SPAWN_FAILED", "host", "why"),
 ]

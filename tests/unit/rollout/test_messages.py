@@ -10,7 +10,7 @@ import pytest
 from rollout import record, request
 from rollout.client.values import trajectory_of
 from rollout.context import Span
-from rollout.engine import EngineInfo, Sampling, Scored, TopLogprobs
+from rollout.engine import EngineInfo, Routing, Sampling, Scored, TopLogprobs
 from rollout.errors import RequestError
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.rpc.listing import RolloutSummary
@@ -36,6 +36,7 @@ from rollout.rpc.messages import MESSAGE_BYTES_MAX, fill, merge, parse, parts, p
         (pb.QuickAnswer, record.QuickAnswer),
         (pb.RolloutSummary, RolloutSummary),
         (pb.EngineInfo, EngineInfo),
+        (pb.Routing, Routing),
         (pb.ScoreTokensResponse, Scored),
         (pb.TopLogprobs, TopLogprobs),
         (pb.Sampling, Sampling),
@@ -59,8 +60,8 @@ def test_a_tool_call_has_the_fields_of_its_struct_and_its_arguments_as_text() ->
 
 def test_every_job_field_can_be_asked_for() -> None:
     asked = {field.name for field in pb.SubmitRequest.DESCRIPTOR.fields}
-    of_http = {"draws_by_place", "top_logprobs_count"}
-    assert {f.name for f in msgspec.structs.fields(request.Job)} - asked == {"groups", "edge_url"} | of_http
+    of_http = {"draws_by_place"}
+    assert {f.name for f in msgspec.structs.fields(request.Job)} - asked == {"groups", "edge_url", "returns"} | of_http
 
 
 @pytest.mark.parametrize("tokens_count", [0, 1, 700_000, 2_000_000])
