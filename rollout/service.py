@@ -228,8 +228,8 @@ class RolloutService:
             try:
                 if reason is FinishReason.CANCELLED and request_id not in self.ledger.cancelled:
                     await self._record(JobCancelled(request_id))
-                await self.dispatcher.stop(rollout_ids)
-                return await self.members.finish(rollout_ids, reason)
+                async with self.dispatcher.ending(rollout_ids):
+                    return await self.members.finish(rollout_ids, reason)
             finally:
                 self._finishing[request_id] -= 1
                 self._close_if_over(request_id)
