@@ -2,7 +2,7 @@
 
 A generation is a job of conversations, so its tokens are in the log before anybody sees them, and whoever asks
 again under the same request id gets the same tokens, from the log and then live.  One without an id of its caller's
-ends with its caller.
+ends with its caller, and is acknowledged then: nobody could ask for it again.
 
 Invariants:
 1. What is yielded is durable.
@@ -105,6 +105,7 @@ async def generate(service: RolloutService, ask: Ask) -> AsyncGenerator[Drawn | 
             parse_policy=ask.parse_policy,
             reward=NoReward(),
             draws_by_place=True,
+            ends_with_caller=not ask.is_named,
             top_logprobs_count=ask.top_logprobs_count,
         ),
         ask.prompts,
@@ -120,8 +121,12 @@ async def generate(service: RolloutService, ask: Ask) -> AsyncGenerator[Drawn | 
                 yield piece
         is_over = True
     finally:
-        if not is_over and not ask.is_named:
-            await service.cancel(job.request_id)
+        if not ask.is_named:
+            try:
+                if not is_over:
+                    await service.cancel(job.request_id)
+            finally:  # a caller that goes twice does not keep it from its end
+                service.retention.let_go(job.request_id)
 
 
 def _failed(service: RolloutService, job: Job) -> list[str]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Self
 import wal
 from dsec.errors import StateError
 from dsec.sandbox import Substrate
+from rollout.activity import Activity
 from rollout.bench.tasks import Task
 from rollout.config import RolloutConfig
 from rollout.endings import Endings
@@ -48,6 +48,7 @@ from rollout.ledger import Ledger
 from rollout.members import Members
 from rollout.policy import Awaiting, load_policy
 from rollout.request import Conversation, Job
+from rollout.retention import LogRetention
 from rollout.runner import Runner
 from rollout.scheduling.admission import capacity_of, check_new, check_same, claims_of, rules_of
 from rollout.scheduling.claims import Claim
@@ -85,10 +86,7 @@ class RolloutService:
         self.ledger = Ledger(tokenizer)
         self.watchers = Watchers(config.watch_events_count_max)
         self._scheduler = Scheduler(capacity_of(config), rules_of(config))
-        self._live: dict[str, set[str]] = defaultdict(set)
-        """Rollouts that run or wait to, by job."""
-        self._at_rest: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
-        self._finishing: Counter[str] = Counter()
+        self._activity = Activity(self._at_rest)
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._resources = AsyncExitStack()
         self.is_started = False
@@ -117,6 +115,8 @@ class RolloutService:
             self.journal = Journal(wal.GroupCommit(log, wal.SyncPolicy.parse(self.config.log_sync)))
             stack.push_async_callback(self.journal.close)
             self.ledger = await asyncio.to_thread(Ledger.read, self.directory / "wal", self.tokenizer)
+            self.retention = LogRetention(self)
+            stack.push_async_callback(self.retention.close)
             self.sandboxes = Sandboxes(self.substrate, self.ledger, self.journal.append_record, self.config.networks)
             self.journal.on_fenced = self.sandboxes.leave  # they are its successor's
             self.kv_files = KvFiles(self.directory / "kv", self.engine)
@@ -158,10 +158,12 @@ class RolloutService:
         self._resources.push_async_callback(self._stop_rollouts)
         self.is_started = True
         for job in list(self.ledger.jobs.values()):
-            if job.request_id in self.ledger.cancelled:
+            if job.ends_with_caller or job.request_id in self.ledger.cancelled:
                 await self.finish(job.request_id, self._members_of(job.request_id), FinishReason.CANCELLED)
             else:
                 self._enqueue(job)
+            if job.ends_with_caller:
+                self.retention.let_go(job.request_id)
         self.dispatcher.open()
 
     def _open_rollouts(self) -> list[str]:
@@ -223,16 +225,13 @@ class RolloutService:
 
     async def _finish_whole(self, request_id: str, rollout_ids: list[str], reason: FinishReason) -> int:
         async with self._admission:  # two ends at once must not both find a rollout open
-            self._finishing[request_id] += 1
-            self._at_rest[request_id].clear()
-            try:
+            if request_id not in self.ledger.jobs:
+                return 0  # it ended meanwhile, and was acknowledged
+            with self._activity.ending(request_id):
                 if reason is FinishReason.CANCELLED and request_id not in self.ledger.cancelled:
                     await self._record(JobCancelled(request_id))
                 async with self.dispatcher.ending(rollout_ids):
                     return await self.members.finish(rollout_ids, reason)
-            finally:
-                self._finishing[request_id] -= 1
-                self._close_if_over(request_id)
 
     async def preempt(
         self, rollout_ids: Iterable[str] | None = None, *, request_id: str = "", cause: str = "asked"
@@ -291,10 +290,10 @@ class RolloutService:
 
         Raises what stopped the service (a poisoned log, a bug); rollouts then stand in the log.
         """
-        if self._is_live(request_id):
-            resting = asyncio.ensure_future(self._at_rest[request_id].wait())
+        if self._activity.is_live(request_id):
+            resting = asyncio.ensure_future(self._activity.rest(request_id))
             try:
-                await asyncio.wait({resting, self._failed}, return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
+                await asyncio.wait({resting, self._failed}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 resting.cancel()
         if self._failed.done():
@@ -315,12 +314,12 @@ class RolloutService:
         """
         if request_id not in self.ledger.jobs:
             raise NotFoundError(f"no job {request_id!r} in {self.directory}")
-        return self.watchers.watch(request_id, is_live=self._is_live(request_id))
+        return self.watchers.watch(request_id, is_live=self._activity.is_live(request_id))
 
     @property
     def running_count(self) -> int:
         """Rollouts that are queued or running."""
-        return sum(map(len, self._live.values()))
+        return self._activity.rollouts_count
 
     def _enqueue(self, job: Job) -> None:
         """Have what is left of a job run; a group that no longer fits whole (it did) goes on one by one."""
@@ -341,23 +340,14 @@ class RolloutService:
             await self.runner.run(rollout)
 
     def _wake(self, rollout_id: str) -> None:
-        request_id = self.ledger.member(rollout_id)[0].request_id
-        self._live[request_id].add(rollout_id)
-        self._at_rest[request_id].clear()
+        self._activity.begin(self.ledger.member(rollout_id)[0].request_id, rollout_id)
 
     def _rest(self, rollout_id: str) -> None:
-        request_id = self.ledger.member(rollout_id)[0].request_id
-        self._live[request_id].discard(rollout_id)
-        self._close_if_over(request_id)
+        self._activity.end(self.ledger.member(rollout_id)[0].request_id, rollout_id)
 
-    def _close_if_over(self, request_id: str) -> None:
-        if not self._is_live(request_id):
-            self._at_rest[request_id].set()
-            self.watchers.close(request_id)
-            self.endings.rest(self.ledger.jobs[request_id])
-
-    def _is_live(self, request_id: str) -> bool:
-        return bool(self._live[request_id] or self._finishing[request_id])
+    def _at_rest(self, request_id: str) -> None:
+        self.watchers.close(request_id)
+        self.endings.rest(self.ledger.jobs[request_id])
 
     async def _record(self, event: Event) -> None:
         await wal.settled(self._append(event))

@@ -23,7 +23,6 @@ from rollout.rpc.follow import follow, replay
 from rollout.rpc.listing import Filter, list_rollouts
 from rollout.rpc.messages import fill, parts, plain
 from rollout.rpc.quick import ask
-from rollout.rpc.retention import LogRetention
 from rollout.rpc.updates import Mask, trajectory_parts, updates_of
 from rollout.service import RolloutService
 from rollout.state import State
@@ -36,7 +35,6 @@ class Calls:
         """The service is open already."""
         self._service = service
         self._policy = Policy(service)
-        self._retention = LogRetention(service)
 
     async def submit(self, request: pb.SubmitRequest) -> AsyncIterator[pb.Update]:
         """Start a job, or find it, and follow it."""
@@ -126,7 +124,7 @@ class Calls:
 
     async def ack(self, request: pb.AckRequest) -> pb.AckResponse:
         """These records are no longer needed."""
-        return pb.AckResponse(acknowledged_count=await self._retention.acknowledge(request.rollout_ids))
+        return pb.AckResponse(acknowledged_count=await self._service.retention.acknowledge(request.rollout_ids))
 
     async def score_tokens(self, request: pb.ScoreTokensRequest) -> AsyncIterator[pb.ScoreTokensResponse]:
         """Logprobs of given tokens."""

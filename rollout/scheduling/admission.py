@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
 
+from dsec.errors import ResourceExhaustedError
 from rollout.bench.tasks import Task, check_networks
 from rollout.config import RolloutConfig
 from rollout.errors import ConflictError, RequestError
@@ -24,9 +25,12 @@ def check_same(job: Job, known: Job) -> None:
 
 
 def check_new(job: Job, tasks: list[Task | Conversation], ledger: Ledger, config: RolloutConfig) -> None:
-    """RequestError, TaskError: this service will not take the job."""
+    """RequestError, TaskError: this service will not take the job; ResourceExhaustedError: not now."""
     if len(ledger.jobs) >= config.jobs_count_max:
-        raise RequestError(f"the log holds {config.jobs_count_max} jobs: start a service on a new directory")
+        raise ResourceExhaustedError(
+            f"the log holds {config.jobs_count_max} jobs that nobody acknowledged: acknowledge what you have (Ack), "
+            "and ask again; or raise DSEC_JOBS_COUNT_MAX"
+        )
     if sum(group.size for group in job.groups) > config.rollouts_count_max:
         raise RequestError(f"a job may ask for at most {config.rollouts_count_max} rollouts")
     if job.limits.context_tokens_count_max > config.context_tokens_count_max:

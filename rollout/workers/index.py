@@ -10,7 +10,7 @@ the end of the process waiting.
 
 Invariants:
 1. A partition has one owner; its epoch grows with each.
-2. A request id belongs to one partition, for ever.
+2. A request id belongs to one partition, until its job is acknowledged whole: then nobody may ask for it again.
 3. An answer that does not come in time is an UnreachableError, and whether the statement took effect is not known:
    callers look at `snapshot` before they act on what they wanted.
 
@@ -228,6 +228,20 @@ class Index:
         await self._write(
             *(self._insert(_jobs, job, "partition") for job in jobs),
             *(self._insert(_rollouts, row, *(name for name in row if name != "rollout_id")) for row in rollouts),
+        )
+
+    async def requests_of(self, partition: str) -> set[str]:
+        """The jobs that are said to be in a partition."""
+        rows = await self._read(sql.select(_jobs.c.request_id).where(_jobs.c.partition == partition))
+        return {row[0] for row in rows}
+
+    async def forget(self, partition: str, request_ids: Collection[str]) -> None:
+        """Drop jobs that a log holds no longer, and their rollouts; at most `LIST_COUNT_MAX` at once."""
+        await self._write(
+            *(
+                table.delete().where(table.c.partition == partition, table.c.request_id.in_(request_ids))
+                for table in (_jobs, _rollouts)
+            )
         )
 
     async def rollouts(

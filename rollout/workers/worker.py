@@ -19,22 +19,21 @@ import logging
 import time
 import uuid
 from contextlib import AsyncExitStack, suppress
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import wal
 from dsec.errors import StateError, UnreachableError
 from dsec.sandbox import Substrate
-from rollout import events
 from rollout.config import WorkerConfig
 from rollout.errors import JournalError, MachineError, RequestError
 from rollout.events import Event
 from rollout.jobs import REQUEST_ID
 from rollout.service import RolloutService
-from rollout.workers.index import Index, Partition, RolloutRow, Snapshot
+from rollout.workers.index import Index, Partition, Snapshot
 from rollout.workers.leases import Lease, plan
-from rollout.workers.partitions import PUBLISHED_COUNT_MAX, Parts, copy_log, find_logs, hold_name, newest_epoch, row_of
+from rollout.workers.news import News
+from rollout.workers.partitions import Parts, copy_log, find_logs, hold_name, newest_epoch
 
 ALONE = "."
 """The partition of a directory that is served alone: the directory itself."""
@@ -76,8 +75,7 @@ class Worker:
         self.is_alone = is_alone
         self._address = ""
         self._lease = Lease(config.lease_ttl_s)
-        self._rows: dict[str, RolloutRow] = {}
-        self._new_jobs: dict[str, set[str]] = {}
+        self._news = News(index)
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._resources = AsyncExitStack()
         self._refused: set[str] = set()
@@ -136,7 +134,7 @@ class Worker:
             is_in_order = False  # what is still open is fenced by whoever takes it
         with suppress(UnreachableError):
             if self._lease.left_s(_now()) > float("-inf"):
-                await self._publish(len(self._rows))
+                await self._news.tell(self._news.rows_count)
                 await self._index.leave(self.owner)
         if is_in_order:
             await self._resources.aclose()
@@ -234,7 +232,7 @@ class Worker:
         if todo.creates:
             await self._index.add_partition(ALONE if self.is_alone else f"p-{uuid.uuid4().hex[:12]}", 0)
         has_claimed = todo.claim is not None and await self._index.claim(self.owner, todo.claim)
-        await self._publish(PUBLISHED_COUNT_MAX)
+        await self._news.tell()
         return has_claimed or todo.creates
 
     async def _renew(self) -> None:
@@ -279,13 +277,12 @@ class Worker:
             return
         owned = self.owned[partition.name] = Owned(partition, service)
         owned.watching = asyncio.create_task(self._watch(owned))
-        ledger = service.ledger
-        self._new_jobs.setdefault(partition.name, set()).update(ledger.jobs)
-        self._rows.update((id_, row_of(ledger, partition.name, id_)) for id_ in ledger.rollouts)
+        self._news.add(partition.name, service.ledger, ())
+        self._news.add(partition.name, service.ledger, await self._index.requests_of(partition.name))
 
     async def _start(self, partition: Partition, directory: Path, substrate: Substrate) -> RolloutService:
         def observe(event: Event) -> None:
-            self._observe(partition.name, service, event)
+            self._news.observe(partition.name, service.ledger, event)
 
         service = self._parts.service(directory, substrate, partition.epoch, observe)
         await service.__aenter__()
@@ -340,34 +337,6 @@ class Worker:
     def _fail(self, error: BaseException) -> None:
         if not self._failed.done():
             self._failed.set_exception(error)
-
-    def _observe(self, partition: str, service: RolloutService, event: Event) -> None:
-        match event:
-            case events.JobSubmitted():
-                self._new_jobs.setdefault(partition, set()).add(event.job.request_id)
-            case (
-                events.RolloutOpened(rollout_id=rollout_id)
-                | events.RolloutResumed(rollout_id=rollout_id)
-                | events.Preempted(rollout_id=rollout_id)
-                | events.InfraFailed(rollout_id=rollout_id)
-                | events.RolloutFinished(rollout_id=rollout_id)
-            ):
-                self._rows[rollout_id] = row_of(service.ledger, partition, rollout_id)
-
-    async def _publish(self, count_max: int) -> None:
-        """Tell the index what changed; what it did not take stays to be told."""
-        for name, request_ids in list(self._new_jobs.items()):
-            told = list(islice(request_ids, PUBLISHED_COUNT_MAX))
-            await self._index.publish(name, told, ())
-            request_ids.difference_update(told)
-            if not request_ids:
-                del self._new_jobs[name]
-        rows = list(islice(self._rows.values(), count_max))
-        if rows:
-            await self._index.publish("", (), rows)
-        for row in rows:
-            if self._rows.get(row.rollout_id) is row:  # else it changed meanwhile
-                del self._rows[row.rollout_id]
 
     async def _discover(self) -> None:
         """Logs that the index does not know are copied into it before anybody may write them."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rollout import journal
 from rollout.dialects import http_guard, http_server
 from rollout.events import RolloutFinished, RolloutOpened
 from rollout.main import load_tokenizer
@@ -74,15 +76,17 @@ async def test_members_of_a_stream_come_mixed_and_whole(serving: Any, events: An
         assert [choice["finish_reason"] for choice in mine] == [None] * (len(mine) - 1) + ["stop"]
 
 
-async def test_a_client_that_leaves_a_silent_stream_ends_what_it_did_not_name(serving: Any, seen: Any) -> None:
+async def test_a_client_that_leaves_a_silent_stream_ends_what_it_did_not_name(
+    serving: Any, seen: Any, tmp_path: Path
+) -> None:
     async with serving(model(Reply(reasoning="thinking " * 400))) as (client, service):
         async with client.stream("POST", PATH, json={**CHAT, "stream": True}) as response:
             await anext(response.aiter_lines())
             await service.engine.pause("keep")
         await seen[RolloutFinished].wait()
-        (state,) = service.ledger.rollouts.values()
-        assert state.finished.reason == "CANCELLED"
         await service.engine.resume()
+    values = [value for _, value in journal.replay(tmp_path / "served/wal")]
+    assert [value.reason for value in values if isinstance(value, RolloutFinished)] == ["CANCELLED"]
 
 
 async def test_a_client_that_stops_reading_costs_a_bounded_queue_and_nobody_else(serving: Any) -> None:

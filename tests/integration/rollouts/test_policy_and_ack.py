@@ -142,7 +142,7 @@ async def test_the_log_stays_small_while_jobs_come_are_acknowledged_and_go(
                     if number:
                         ids = [each.rollout_id async for each in setting.client.list(request_id=f"job-{number - 1}")]
                         assert await setting.client.ack(ids) == 6
-                        await setting.until(retention_of(setting).is_idle)
+                        await setting.until(setting.service.retention.is_idle)
                 held = setting.service.ledger
                 assert held.jobs.keys() == {f"job-{start + 9}"}
             again = Ledger.read(log, held.tokenizer)
@@ -150,16 +150,6 @@ async def test_the_log_stays_small_while_jobs_come_are_acknowledged_and_go(
             assert (again.conversations, again.policy) == (held.conversations, held.policy)
             assert again.is_cut
     assert len(list(log.glob("*.wal"))) <= 6
-
-
-def retention_of(setting: Any) -> Any:
-    """Looked up where the server keeps it: nothing tells a client when the log is let go of."""
-    import gc
-
-    from rollout.rpc.retention import LogRetention
-
-    (found,) = [each for each in gc.get_objects() if type(each) is LogRetention and each._service is setting.service]
-    return found
 
 
 async def test_what_is_acknowledged_at_once_is_in_the_shards_too(serving: Any, tmp_path: Path) -> None:

@@ -15,15 +15,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import wal
-from dsec.errors import StateError
+from dsec.errors import DsecError, StateError
 from rollout import journal
+from rollout.errors import RolloutError
 from rollout.events import ConversationAdmitted, JobSubmitted, PolicyUpdated, RolloutsAcknowledged, TaskAdmitted
 from rollout.ledger import Ledger
-from rollout.service import RolloutService
 from wal.reader import Record
 from wal.retention import Retention, RetentionReport
+
+if TYPE_CHECKING:
+    from rollout.service import RolloutService
 
 SHOWN_MAX = 5
 _log = logging.getLogger(__name__)
@@ -77,11 +81,18 @@ class LogRetention:
     """Acknowledgements of one service, and the passes over its log that follow them."""
 
     def __init__(self, service: RolloutService) -> None:
-        """The service is open."""
+        """The service's ledger is that of its whole log."""
         self._service = service
         self._holders = LogHolders(service.ledger)
         self._retention = Retention(service.directory / "wal", self._holders)
         self._pass: asyncio.Task[None] | None = None
+        self._leaving: list[str] = []
+        self._letting_go: asyncio.Task[None] | None = None
+
+    async def close(self) -> None:
+        """Finish what was begun."""
+        begun = [task for task in (self._letting_go, self._pass) if task is not None]
+        await asyncio.gather(*begun, return_exceptions=True)
 
     async def acknowledge(self, rollout_ids: Iterable[str]) -> int:
         """Make durable that these records are not needed any more; how many were new.
@@ -102,6 +113,22 @@ class LogRetention:
             await self._service.note(RolloutsAcknowledged(tuple(new)))
             self.look_after()
         return len(new)
+
+    def let_go(self, request_id: str) -> None:
+        """Acknowledge an ended job soon, in one record with others; what is left at a crash, the next start does."""
+        self._leaving.append(request_id)
+        if self._letting_go is None or self._letting_go.done():
+            self._letting_go = asyncio.create_task(self._let_go())
+
+    async def _let_go(self) -> None:
+        while self._leaving:
+            request_ids, self._leaving = self._leaving, []
+            service = self._service
+            ended = [each for each in request_ids if each in service.ledger.jobs and service.is_ended(each)]
+            try:
+                await self.acknowledge([member for each in ended for member, _, _ in service.ledger.members(each)])
+            except (wal.WalError, DsecError, RolloutError) as error:
+                _log.warning("%d generations stay in the log until the next start: %s", len(request_ids), error)
 
     def look_after(self) -> None:
         """Begin a pass over the log, unless one is under way."""
