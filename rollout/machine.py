@@ -46,7 +46,7 @@ from rollout.events import (
     TopLogprobsFound,
 )
 from rollout.request import NoReward, TestsReward
-from rollout.state import AnsweredCall, KvBreak, Phase, State, Turn, TurnFinish
+from rollout.state import AnsweredCall, KvBreak, Phase, State, Turn
 from toolcall_dsl import V4, ParsedTurn, SpanKind, Tokenizer, parse
 from wal.tokens import TokensAppended
 
@@ -96,7 +96,7 @@ def is_current(state: State, key: str) -> bool:
 
 def _prepared(state: State, event: SandboxPrepared, _: Tokenizer) -> State:
     state = replace(state, sandbox_start_s=event.duration_s)
-    if state.job.agent == "model" and state.tokens_count >= state.job.limits.context_tokens_count_max:
+    if state.job.agent == "model" and _is_full(state):
         return _end_agent(state, FinishReason.LENGTH_CONTEXT)
     if state.job.agent == "model":
         return replace(state, phase=Phase.SAMPLE)
@@ -144,7 +144,7 @@ def _fail(state: State, event: InfraFailed, _: Tokenizer) -> State:
 
 
 def _finish(state: State, event: RolloutFinished, tokenizer: Tokenizer) -> State:
-    closed = _close_cut_turn(state, tokenizer)  # a cancel may come in mid-turn
+    closed = _close_cut_turn(state, tokenizer, event.reason)  # a cancel may come in mid-turn
     return replace(closed, phase=Phase.DONE, reason=event.reason, finished=event, spent=(*closed.spent, event.spent))
 
 
@@ -162,7 +162,7 @@ def _solved(state: State, event: SolutionApplied, _: Tokenizer) -> State:
 
 
 def _stop_agent(state: State, event: AgentStopped, tokenizer: Tokenizer) -> State:
-    return _end_agent(_close_cut_turn(state, tokenizer), event.reason)
+    return _end_agent(_close_cut_turn(state, tokenizer, event.reason), event.reason)
 
 
 def _judged(state: State, event: Judged, _: Tokenizer) -> State:
@@ -268,17 +268,18 @@ def _force(state: State, event: TokensForced, tokenizer: Tokenizer) -> State:
 
 
 def _close_if_full(state: State, tokenizer: Tokenizer) -> State:
-    limits = state.job.limits
     if state.current[-1] == tokenizer.control(V4.eos):
         return _close_turn(state, tokenizer)
-    if len(state.current) >= limits.turn_tokens_count_max:
-        return _close_turn(state, tokenizer, TurnFinish.LENGTH_TURN)
-    if (
-        state.tokens_count >= limits.context_tokens_count_max
-        or 0 < limits.sampled_tokens_count_max <= state.sampled_count
-    ):
-        return _close_turn(state, tokenizer, TurnFinish.LENGTH_CONTEXT)
-    return state
+    if len(state.current) >= state.job.limits.turn_tokens_count_max:
+        return _close_turn(state, tokenizer, FinishReason.LENGTH_TURN)
+    return _close_turn(state, tokenizer, FinishReason.LENGTH_CONTEXT) if _is_full(state) else state
+
+
+def _is_full(state: State, added_count: int = 0) -> bool:
+    """Whether the context (with so many tokens more), or the budget of sampled tokens, has no room for another one."""
+    limits = state.job.limits
+    is_spent = 0 < limits.sampled_tokens_count_max <= state.sampled_count
+    return is_spent or state.tokens_count + added_count >= limits.context_tokens_count_max
 
 
 def read_turn(state: State, tokenizer: Tokenizer) -> tuple[ParsedTurn, tuple[Span, ...]]:
@@ -295,14 +296,14 @@ def read_turn(state: State, tokenizer: Tokenizer) -> tuple[ParsedTurn, tuple[Spa
     )
 
 
-def _close_turn(state: State, tokenizer: Tokenizer, cut: TurnFinish | None = None) -> State:
+def _close_turn(state: State, tokenizer: Tokenizer, cut: FinishReason | None = None) -> State:
     parsed, spans = read_turn(state, tokenizer)
     if cut is not None:
         finish = cut
     elif parsed.error is not None:
-        finish = TurnFinish.PARSE_FAILED
+        finish = FinishReason.PARSE_FAILED
     else:
-        finish = TurnFinish.TOOL_CALLS if parsed.calls else TurnFinish.STOP
+        finish = FinishReason.TOOL_CALLS if parsed.calls else FinishReason.STOP
     state = replace(
         state,
         token_ids=state.token_ids + state.current,
@@ -314,17 +315,17 @@ def _close_turn(state: State, tokenizer: Tokenizer, cut: TurnFinish | None = Non
         forced=frozenset(),
     )
     if cut is not None:
-        return _end_agent(state, FinishReason(cut.value))
-    if finish is TurnFinish.STOP or not state.opened.has_environment:  # else the caller runs the calls
-        return _end_agent(state, FinishReason(finish.value), parsed.content)
+        return _end_agent(state, cut)
+    if finish is FinishReason.STOP or not state.opened.has_environment:  # else the caller runs the calls
+        return _end_agent(state, finish, parsed.content)
     if parsed.error is not None:
         return _continue_with(state, (f"error: {parsed.error.message}",), tokenizer)
     return replace(state, phase=Phase.TOOLS, pending=parsed.calls, answered=0)
 
 
-def _close_cut_turn(state: State, tokenizer: Tokenizer) -> State:
+def _close_cut_turn(state: State, tokenizer: Tokenizer, reason: FinishReason) -> State:
     """A turn that was cut off from outside keeps its tokens; its calls never run."""
-    return _close_turn(state, tokenizer, TurnFinish.LENGTH_TURN) if state.current else state
+    return _close_turn(state, tokenizer, reason) if state.current else state
 
 
 def _answer(state: State, event: ToolFinished, tokenizer: Tokenizer) -> State:
@@ -344,7 +345,7 @@ def _continue_with(state: State, observations: tuple[str, ...], tokenizer: Token
         return _end_agent(state, FinishReason.TURN_LIMIT)
     segments: tuple[PromptSegment, ...] = context.results(observations, tokenizer, state.job.thinking)
     added = tuple(token for segment in segments for token in segment.token_ids)
-    if len(state.token_ids) + len(added) >= state.job.limits.context_tokens_count_max:
+    if _is_full(state, len(added)):
         return _end_agent(state, FinishReason.LENGTH_CONTEXT)
     return replace(
         state,

@@ -27,7 +27,7 @@ from rollout.recovery import UNOPENED, Action, Found, Kv, Weights
 from rollout.request import Thinking
 from rollout.runner import Rollout
 from rollout.scheduling.dispatch import Order
-from rollout.state import State
+from rollout.state import State, weights_at
 from wal.tokens import Cause
 
 _ENDS_IN_FLIGHT_MAX = 256
@@ -71,7 +71,7 @@ class Members:
                 await self.finish([rollout_id], FinishReason.STALE)
                 return None
             case Action.REFUSE:
-                why = "was begun with weights that this log does not name: serve it with the same checkpoint"
+                why = "was drawn with other weights, and these are no newer version: serve it with the same checkpoint"
                 await self._record(
                     InfraFailed(rollout_id, JournalError.code, JournalError.fault, f"{rollout_id} {why}")
                 )
@@ -89,10 +89,11 @@ class Members:
         is_cancelled = job.request_id in self._ledger.cancelled
         if state is None:
             return Found(UNOPENED, is_cancelled)
-        now, known = self._engine.info.weights_digest, self._ledger.weights
-        drew = known[state.versions[-1][1]] if state.versions else state.opened.engine.weights_digest
-        others = Weights.UPDATED if now in known.values() else Weights.OTHER
-        weights = Weights.SAME if now == drew else others
+        weights, now = Weights.SAME, self._engine.info
+        if state.versions:
+            version, drew = weights_at(state, state.tokens_count - 1, self._ledger.weights)
+            others = Weights.UPDATED if now.policy_version > version else Weights.OTHER
+            weights = Weights.SAME if now.weights_digest == drew else others
         return Found(state.phase, is_cancelled, weights, job.policy.on_update, self._kv_files.holds(rollout_id))
 
     async def _resume(self, state: State, kv: Kv) -> None:

@@ -23,7 +23,7 @@ from rollout.export.manifest import SideChannel
 from rollout.ledger import Ledger
 from rollout.machine import read_turn
 from rollout.request import Group
-from rollout.state import AnsweredCall, State, Turn
+from rollout.state import AnsweredCall, State, Turn, weights_at
 from toolcall_dsl import V4, SpanKind
 
 T = TypeVar("T")
@@ -332,13 +332,13 @@ def version_runs(state: State, spans: tuple[Span, ...], weights: Mapping[int, st
     for start, end in sampled:
         for begin, stop in pairwise([start, *(cut for cut in cuts if start < cut < end), end]):
             engine = next(info for at, info in reversed(state.engines) if at <= begin)
-            version = next(version for at, version in reversed(state.versions) if at <= begin)
+            version, digest = weights_at(state, begin, weights)
             runs.append(
                 VersionRun(
                     start=begin,
                     length=stop - begin,
                     version=version,
-                    weights_digest=weights[version],
+                    weights_digest=digest,
                     engine_id=engine.name,
                     engine_build=engine.build,
                 )

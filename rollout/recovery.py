@@ -32,10 +32,11 @@ class Weights(StrEnum):
     """The engine's weights, beside those that drew last."""
 
     SAME = "same"
+    """The same, or none drew yet."""
     UPDATED = "updated"
-    """Others, which this log names: they were given while it was written."""
+    """Others, of a newer version."""
     OTHER = "other"
-    """Others, which this log does not know."""
+    """Others, of the same version or an older one."""
 
 
 class Pending(StrEnum):

@@ -5,6 +5,7 @@ See: rollout/machine.py, which folds and decides; docs/architecture.md, "Machine
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -38,23 +39,16 @@ class Phase(StrEnum):
     DONE = "done"
 
 
-class TurnFinish(StrEnum):
-    """How one model turn ended."""
-
-    STOP = "STOP"
-    TOOL_CALLS = "TOOL_CALLS"
-    PARSE_FAILED = "PARSE_FAILED"
-    LENGTH_TURN = "LENGTH_TURN"
-    LENGTH_CONTEXT = "LENGTH_CONTEXT"
-
-
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A closed model turn: `length` sampled tokens from `start`, and what they said."""
+    """A closed model turn: `length` sampled tokens from `start`, what they said, and why it ended.
+
+    A turn that was cut off from outside ended for the reason of that.
+    """
 
     start: int
     length: int
-    finish: TurnFinish
+    finish: FinishReason
     parsed: ParsedTurn
 
 
@@ -145,3 +139,16 @@ def start(job: Job, opened: RolloutOpened) -> State:
         spans=spans_of(segments, 0, 0),
         engines=((0, opened.engine),),
     )
+
+
+def weights_at(state: State, position: int, known: Mapping[int, str]) -> tuple[int, str]:
+    """Version and digest of the weights that drew the sampled token at `position`.
+
+    The engine that the rollout was given says it for the version that it had then: a log may see other weights under
+    the same number.  What came later stands in `known`, by version.
+    """
+    version = next(version for at, version in reversed(state.versions) if at <= position)
+    for at, info in reversed(state.engines):
+        if at <= position and info.policy_version == version:
+            return version, info.weights_digest
+    return version, known[version]

@@ -20,7 +20,7 @@ from rollout.events import FinishReason
 from rollout.generation import Drawn, prompt_length
 from rollout.jobs import check_sampling
 from rollout.request import Thinking
-from rollout.state import State, TurnFinish
+from rollout.state import State
 from toolcall_dsl import V4, Tokenizer
 
 REFUSED: dict[str, tuple[object, ...]] = {
@@ -57,12 +57,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 Tops = tuple[tuple[int, float], ...]
 """Ids and logprobs."""
 Finish = Literal["stop", "length", "tool_calls", "abort"]
-FINISHES: dict[TurnFinish, Finish] = {
-    TurnFinish.STOP: "stop",
-    TurnFinish.PARSE_FAILED: "stop",
-    TurnFinish.TOOL_CALLS: "tool_calls",
-    TurnFinish.LENGTH_TURN: "length",
-    TurnFinish.LENGTH_CONTEXT: "length",
+FINISHES: dict[FinishReason, Finish] = {
+    FinishReason.STOP: "stop",
+    FinishReason.PARSE_FAILED: "stop",
+    FinishReason.TOOL_CALLS: "tool_calls",
+    FinishReason.LENGTH_TURN: "length",
+    FinishReason.LENGTH_CONTEXT: "length",
 }
 
 
@@ -122,7 +122,7 @@ def finish_of(state: State, *, has_calls: bool = False) -> Finish:
     """Why a generation ended, with vLLM's word for one that somebody gave up; `has_calls`: the dialect has them."""
     if state.finished is None or state.finished.reason is FinishReason.CANCELLED or not state.turns:
         return "abort"
-    finish = FINISHES[state.turns[0].finish]
+    finish = FINISHES.get(state.turns[0].finish, "abort")
     return "stop" if finish == "tool_calls" and not has_calls else finish
 
 

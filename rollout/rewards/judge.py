@@ -18,9 +18,9 @@ import msgspec
 
 from rollout import context
 from rollout.errors import VerifierError
-from rollout.events import PromptSegment
+from rollout.events import FinishReason, PromptSegment
 from rollout.request import Group, Job, JudgeReward, Limits, NoReward
-from rollout.state import State, TurnFinish
+from rollout.state import State
 from toolcall_dsl import ParseStatus, Tokenizer, ToolChecker
 
 VERIFIER_ID = "judge"
@@ -115,7 +115,7 @@ def judge_prompt(state: State, instruction: str, tokenizer: Tokenizer) -> tuple[
 
 def read_verdict(state: State) -> Verdict | None:
     """The verdict of a judge's rollout that has ended; None if it gave none."""
-    if not state.turns or state.turns[0].finish is not TurnFinish.TOOL_CALLS:
+    if not state.turns or state.turns[0].finish is not FinishReason.TOOL_CALLS:
         return None
     calls = state.turns[0].parsed.calls
     checked = ToolChecker(_TOOLS).check(calls[0], policy=state.job.parse_policy)

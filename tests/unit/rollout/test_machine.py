@@ -20,7 +20,7 @@ from rollout.events import (
 from rollout.machine import effect, is_current, step, stream_key
 from rollout.record import version_runs
 from rollout.request import Job, Limits
-from rollout.state import Phase, State, TurnFinish, start
+from rollout.state import Phase, State, start
 from rollout.testing import ENGINE, Reply, job_of_one, opened, reply_ids
 from toolcall_dsl import V4, Tokenizer, encode
 from wal.tokens import TokensAppended
@@ -127,7 +127,7 @@ def test_a_malformed_call_runs_nothing_and_the_model_is_told(tokenizer: Tokenize
     broken = [*reply_ids(LS, tokenizer)[:-8], tokenizer.control(V4.eos)]
     state = prepared(tokenizer)
     state = step(state, TokensAppended(ID, state.tokens_count, tuple(broken), (-1.0,) * len(broken), 0), tokenizer)
-    assert state.turns[0].finish is TurnFinish.PARSE_FAILED
+    assert state.turns[0].finish is FinishReason.PARSE_FAILED
     assert isinstance(effect(state, tokenizer), Sample)
     assert "<tool_result>error: " in tokenizer.decode(state.token_ids)
     assert state.calls == ()
@@ -173,7 +173,24 @@ def test_an_agent_out_of_time_in_mid_turn_keeps_its_tokens_and_is_judged(tokeniz
     state = step(state, TokensAppended(ID, state.tokens_count, ids, (-1.0,) * 3, 0), tokenizer)
     state = step(state, AgentStopped(ID, FinishReason.WALL_CLOCK), tokenizer)
     assert (state.phase, state.reason) == (Phase.JUDGE, FinishReason.WALL_CLOCK)
-    assert state.token_ids[-3:] == ids
+    assert (state.token_ids[-3:], state.turns[0].finish) == (ids, FinishReason.WALL_CLOCK)
+
+
+def test_a_rollout_that_is_ended_in_mid_turn_says_so_of_the_turn(tokenizer: Tokenizer) -> None:
+    state = prepared(tokenizer)
+    ids = reply_ids(LS, tokenizer)[:3]
+    state = step(state, TokensAppended(ID, state.tokens_count, ids, (-1.0,) * 3, 0), tokenizer)
+    state = step(state, RolloutFinished(ID, FinishReason.STALE), tokenizer)
+    assert [turn.finish for turn in state.turns] == [state.reason] == [FinishReason.STALE]
+
+
+def test_a_budget_that_is_used_up_by_the_end_of_a_turn_ends_the_agent_after_its_calls(tokenizer: Tokenizer) -> None:
+    budget = len(reply_ids(LS, tokenizer))
+    state = say(prepared(tokenizer, limits=Limits(sampled_tokens_count_max=budget)), LS, tokenizer)
+    assert isinstance(effect(state, tokenizer), RunTool)
+    state = answer(state, 0, "a.txt", tokenizer)
+    assert (state.phase, state.reason) == (Phase.JUDGE, FinishReason.LENGTH_CONTEXT)
+    assert state.turns[0].finish is FinishReason.TOOL_CALLS
 
 
 def test_an_infrastructure_failure_changes_nothing_that_is_wanted_and_a_resume_clears_it(tokenizer: Tokenizer) -> None:

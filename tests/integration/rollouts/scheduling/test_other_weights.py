@@ -1,0 +1,65 @@
+"""Logs that are served with other weights than they were written with: what goes on, and what the records say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from rollout.errors import JournalError
+from rollout.rpc.listing import standing
+from rollout.testing import ENGINE, Reply, ScriptedEngine
+
+TURN = Reply(reasoning="Good.", content="Done.")
+
+
+def drawing_with(here: Any, digit: str, version: int = 0) -> Any:
+    """A world whose engine has weights with this digest from here on."""
+
+    def make() -> ScriptedEngine:
+        engine = ScriptedEngine(here.service.tokenizer, lambda _session, _turn: TURN)
+        engine._info = msgspec.structs.replace(ENGINE, weights_digest=digit * 64, policy_version=version)
+        return engine
+
+    here.make_engine = make
+    return here
+
+
+def drawn_by(here: Any, rollout_id: str) -> list[tuple[int, str]]:
+    return [(run.version, run.weights_digest[0]) for run in here.record(rollout_id).policy_versions]
+
+
+async def begun(here: Any) -> None:
+    """One rollout has ended, and one stands in mid-turn, of the weights 0."""
+    async with here.serving() as service:
+        await here.ask("old", 1)
+        await service.wait("old")
+        await here.ask("cut", 1)
+        await here.until(lambda: here.sampled("cut/0.0") == 2)
+        await service.preempt()
+
+
+async def test_other_weights_under_a_known_number_draw_what_is_new_and_nothing_else(world: Any) -> None:
+    here = world()
+    await begun(here)
+    async with drawing_with(here, "1").serving() as service:
+        await service.wait("cut")
+        await here.ask("new", 1)
+        await service.wait("new")
+        service.resume(["cut/0.0"])
+        await service.wait("cut")
+        assert (standing(service.ledger, "cut/0.0"), here.sampled("cut/0.0")) == ("failed", 2)
+        assert here.record("cut/0.0").infra_failure["code"] == JournalError.code
+        assert [drawn_by(here, f"{job}/0.0") for job in ("old", "cut", "new")] == [[(0, "0")], [(0, "0")], [(0, "1")]]
+    async with drawing_with(here, "0").serving() as service:
+        await service.wait("cut")
+        assert (here.record("cut/0.0").finish_reason, drawn_by(here, "cut/0.0")) == ("STOP", [(0, "0")])
+
+
+async def test_a_log_goes_on_with_weights_that_are_newer_than_any_it_names(world: Any) -> None:
+    here = world()
+    await begun(here)
+    async with drawing_with(here, "7", version=7).serving() as service:
+        await service.wait("cut")
+        assert here.record("cut/0.0").finish_reason == "STOP"
+        assert [drawn_by(here, f"{job}/0.0") for job in ("old", "cut")] == [[(0, "0")], [(0, "0"), (7, "7")]]
