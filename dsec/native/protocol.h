@@ -147,7 +147,7 @@ enum refusal_stage {
 
 /* One more with every change after which a keeper, spawner or guest of before, or what the keeper has (its keys, the
  * facts of a sandbox), is not understood. */
-#define PROTOCOL_VERSION 3
+#define PROTOCOL_VERSION 4
 
 #define NO_SLOT 0xffffffffu
 
@@ -168,16 +168,18 @@ enum refusal_stage {
  * was written below /, that of /usr in root/usr), root.work/, usr.work/, shm/ and skeleton/. */
 enum guest_fd { FD_NULL = 0, FD_CONTROL = 3, FD_COMMAND_GROUP = 4, FD_OOM = 5, FD_DISK = 6, FD_JOIN_FIRST = 7 };
 
-#define UIDS_PER_SLOT 65536u
+/* The kernel keeps its users in 128 lists, by (uid + uid / 128) % 128, and each setuid walks through one of them: 65,536
+ * would have the users of all sandboxes in the same list, 65,664 has those of the next slot in the next one. */
+#define UIDS_PER_SLOT 65664u
 #define UID_FIRST 0x10000000u
-#define UID_BLOCK_SLOTS 512 /* a spawner has as many blocks, one after the other, as its slots need */
-#define UID_BLOCK (UID_BLOCK_SLOTS * UIDS_PER_SLOT)
-#define UID_BLOCKS_COUNT 108 /* up to 0xe8000000 */
+#define UID_BLOCK 0x2000000u
+#define UID_BLOCK_SLOTS (UID_BLOCK / UIDS_PER_SLOT) /* a spawner has the blocks that its slots need, one after the other */
+#define UID_BLOCKS_COUNT 108                        /* up to 0xe8000000 */
 
-/* Pid 1 has the last uid and gid of its slot, and the slot's user namespace maps all but that one: no
+/* A slot's user namespace maps 65,535 uids and gids, and pid 1 has the one behind them: no
  * command can become the guest's user, whatever it may do with CAP_SETUID, and so none reaches pid 1
  * through the rights that users have over their own processes (limits, scheduling, tracing). */
-#define UIDS_MAPPED (UIDS_PER_SLOT - 1)
+#define UIDS_MAPPED 65535u
 #define GUEST_UID UIDS_MAPPED
 
 #endif

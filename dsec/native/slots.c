@@ -13,7 +13,8 @@
  *      sandbox is left.
  *   3. The user namespace of a slot is used by one sandbox at a time; while a sandbox runs it is the guest that keeps
  *      it (and its network), so that the fd table, which every child copies, does not grow with N.
- *   4. No step looks at all slots, or waits for any child, but `end_slots`, SYNC, and now and then `reap_strays`.
+ *   4. No child has the table of the slots, whose pages in use grow with N.
+ *   5. No step looks at all slots, or waits for any child, but `end_slots`, SYNC, and now and then `reap_strays`.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -22,8 +23,8 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -35,6 +36,8 @@
 #define USERS_KEPT_MAX 128   /* user namespaces of free slots */
 #define CGROUPS_KEPT_MAX 128 /* free slots that have cgroups */
 #define PID_BUCKETS_COUNT 8192
+#define PLAN_BYTES_MAX 2044
+#define PAGE_BYTES 4096
 
 enum slot_state { SLOT_FREE = 0, SLOT_ALIVE, SLOT_DYING, SLOT_REMOVING };
 
@@ -43,19 +46,29 @@ struct slot {
     pid_t pid;
     int users, network; /* namespaces of a dead sandbox; -1: none kept */
     struct slot *next;  /* with the same pid bucket */
-    uint8_t *plan;      /* the operations that its cgroups are as of; NULL: it has none, or not all of that */
-    size_t plan_bytes;
     char command_group[64]; /* of hierarchy 0 */
 };
 
-static struct slot slots[SLOTS_COUNT_MAX];
-static struct slot *by_pid[PID_BUCKETS_COUNT];
+struct plan {
+    uint32_t bytes; /* 0: the slot has no cgroups, or not all that a plan says */
+    uint8_t operations[PLAN_BYTES_MAX];
+};
+
+/* On pages of its own: one that a child had, too, would be paid for by each that is born, and by us when we write to it. */
+static struct {
+    _Alignas(PAGE_BYTES) struct slot slots[SLOTS_COUNT_MAX];
+    struct plan plans[SLOTS_COUNT_MAX]; /* what the cgroups of each slot are as of */
+    struct slot *by_pid[PID_BUCKETS_COUNT];
+} table;
+static struct slot *const slots = table.slots, **const by_pid = table.by_pid;
 static uint32_t removing[SLOTS_COUNT_MAX], removing_count; /* in no order */
 static uint32_t dying[SLOTS_COUNT_MAX], dying_count;       /* killed by DESTROY, not reaped; in no order */
 static uint32_t users_kept, cgroups_kept;
 
-void open_slots(void) {
+const char *open_slots(void) {
+    if (madvise(&table, sizeof table, MADV_DONTFORK) < 0) return "keep the table of slots from the sandboxes";
     for (uint32_t i = 0; i < SLOTS_COUNT_MAX; i++) slots[i].users = slots[i].network = -1;
+    return NULL;
 }
 
 static uint32_t index_of(const struct slot *slot) {
@@ -78,6 +91,7 @@ static int parse_create(struct reader *in, struct create_request *out) {
     for (uint32_t i = 0; i < out->layers_count; i++)
         if (!is_mounted(out->layers[i] = take_u32(in))) return -1;
     out->operations = *in;
+    if (in->end - in->at > PLAN_BYTES_MAX) return -1;
     if (in->bad || out->slot >= spawner.slots_count || slots[out->slot].state != SLOT_FREE) return -1;
     if (strlen(out->command_group) >= sizeof slots->command_group) return -1;
     if (!(out->flags & CREATE_HOST_USR) && out->layers_count == 0) return -1;
@@ -93,9 +107,8 @@ static int take_users(struct slot *slot, uint32_t uid) {
     return users;
 }
 
-static void forget_plan(struct slot *slot) {
-    free(slot->plan);
-    slot->plan = NULL;
+static struct plan *plan_of(const struct slot *slot) {
+    return &table.plans[index_of(slot)];
 }
 
 static int remove_cgroups(struct slot *slot) {
@@ -105,35 +118,33 @@ static int remove_cgroups(struct slot *slot) {
     for (uint32_t i = 0; i < spawner.hierarchies.count; i++)
         if (remove_cgroup_tree(spawner.hierarchies.fds[i], name) < 0) result = -1;
     if (result < 0) return -1;
-    forget_plan(slot);
+    plan_of(slot)->bytes = 0;
     return 0;
 }
 
 /* Remembers what the cgroups are, if all of it could be written. */
 static const char *apply_plan(struct slot *slot, struct reader operations, uint32_t owner_uid, int is_new) {
-    size_t bytes = (size_t)(operations.end - operations.at);
+    struct plan *plan = plan_of(slot);
     const char *step = apply_cgroup_operations(operations, &spawner.hierarchies, owner_uid, is_new);
-    forget_plan(slot);
-    if (step) return step;
-    slot->plan = malloc(bytes);
-    if (slot->plan) memcpy(slot->plan, operations.at, bytes);
-    slot->plan_bytes = bytes;
-    return NULL;
+    plan->bytes = step ? 0 : (uint32_t)(operations.end - operations.at);
+    memcpy(plan->operations, operations.at, plan->bytes);
+    return step;
 }
 
 /* Cgroups that are there get other limits; where a step failed, they are not to be used again. */
 static const char *adjust_cgroups(struct slot *slot, struct reader operations) {
-    if (!slot->plan) return errno = ENOENT, "look at the limits that there are";
-    struct reader plan = {slot->plan, slot->plan + slot->plan_bytes, 0};
+    const struct plan *plan = plan_of(slot);
+    if (!plan->bytes) return errno = ENOENT, "look at the limits that there are";
+    struct reader present = {plan->operations, plan->operations + plan->bytes, 0};
     size_t bytes = (size_t)(operations.end - operations.at);
-    if (slot->plan_bytes == bytes && memcmp(slot->plan, operations.at, bytes) == 0) return NULL;
-    if (!are_alike(plan, operations)) return errno = EINVAL, "compare the limits with those that there are";
+    if (plan->bytes == bytes && memcmp(plan->operations, operations.at, bytes) == 0) return NULL;
+    if (!are_alike(present, operations)) return errno = EINVAL, "compare the limits with those that there are";
     return apply_plan(slot, operations, 0, 0);
 }
 
 /* A free slot may have its cgroups still. */
 static const char *make_cgroups(struct slot *slot, const struct create_request *request, uint32_t uid) {
-    if (slot->plan) {
+    if (plan_of(slot)->bytes) {
         cgroups_kept--;
         if (adjust_cgroups(slot, request->operations) == NULL) return NULL;
         if (remove_cgroups(slot) < 0) return "remove the cgroups of the last sandbox";
@@ -226,7 +237,7 @@ int on_attach(struct reader *in) {
     uint64_t disk_bytes = take_u64(in);
     const char *hostname = take_string(in, NULL);
     if (in->bad || index >= spawner.slots_count) return -1;
-    if (check_cgroup_operations(*in, spawner.hierarchies.count) < 0) return -1;
+    if (in->end - in->at > PLAN_BYTES_MAX || check_cgroup_operations(*in, spawner.hierarchies.count) < 0) return -1;
     const char *step = attach(&slots[index], disk_bytes, hostname, *in);
     return step ? report_failure(MSG_FAILED, index, step, errno) : report(MSG_ATTACHED, index);
 }
@@ -301,7 +312,7 @@ void reap_strays(void) {
 
 /* Empties the cgroups for the next sandbox of the slot; -1 if they cannot be used again. */
 static int keep_cgroups(struct slot *slot) {
-    if (!slot->plan || cgroups_kept == CGROUPS_KEPT_MAX) return -1;
+    if (!plan_of(slot)->bytes || cgroups_kept == CGROUPS_KEPT_MAX) return -1;
     char file[64];
     snprintf(file, sizeof file, "s%u/cgroup.freeze", index_of(slot));
     int freeze = openat(spawner.hierarchies.fds[0], file, O_WRONLY | O_CLOEXEC);

@@ -27,7 +27,7 @@
 #define FILES_COUNT_MAX 4096
 
 /* How long the death of a guest that nobody killed may go unnoticed, where its signal merged with another's. */
-#define STRAYS_MS 50
+#define STRAYS_MS 500
 
 struct spawner spawner;
 static struct {
@@ -202,9 +202,9 @@ int spawner_main(int control) {
     spawner.control = control;
     fcntl(control, F_SETFD, FD_CLOEXEC);
     prctl(PR_SET_NAME, "dsec-spawner");
-    open_slots();
     take_signals();
-    const char *step = initialise();
+    const char *step = open_slots();
+    if (!step) step = initialise();
     if (step) report_failure(MSG_FAILED, NO_SLOT, step, errno);
     else if (report_start() == 0) serve();
     end_slots();

@@ -20,7 +20,7 @@ int report_start(void);
 int report_failure(enum message_type type, uint32_t number, const char *step, int error);
 
 /* -- slots.c: the messages of that name; -1 ends the connection */
-void open_slots(void);
+const char *open_slots(void); /* NULL, or the step that failed with errno */
 int on_create(struct reader *in);
 int on_attach(struct reader *in);
 int on_destroy(struct reader *in);

@@ -3,13 +3,16 @@
 import os
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from dsec.conformance import execution, isolation, lifecycle, output, port, processes, terminals, users
-from dsec.edge.config import NATIVE_BINARY, SubstrateConfig
+from dsec.edge.config import NATIVE_BINARY, SLOTS_COUNT_MAX, SubstrateConfig
+from dsec.edge.native_wire import UIDS_PER_SLOT
 from dsec.edge.substrates.container import ContainerSubstrate
+from dsec.types import SandboxSpec
 
 NATIVE = NATIVE_BINARY.parent
 SANITIZE = ["gcc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-g", "-O1", "-fno-sanitize-recover=all",
@@ -48,6 +51,24 @@ def test_a_refused_clone_is_the_commands_doing_only_where_their_own_limit_is_rea
             (group / name).write_text(text)
         done = subprocess.run([str(program), str(group)], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout.strip()) == (0, expected), (files, done.stderr)
+
+
+def test_users_of_all_slots_are_spread_over_the_lists_of_the_kernel() -> None:
+    assert f"\n#define UIDS_PER_SLOT {UIDS_PER_SLOT}u\n" in (NATIVE / "protocol.h").read_text()
+    firsts = (0x10000000 + slot * UIDS_PER_SLOT for slot in range(SLOTS_COUNT_MAX))
+    lists = Counter(((uid >> 7) + uid) % 128 for uid in firsts)  # __uidhashfn of the kernel's user.c
+    assert max(lists.values()) == SLOTS_COUNT_MAX // 128
+
+
+async def test_no_guest_has_a_table_that_grows_with_the_sandboxes_of_its_host() -> None:
+    def mapped_bytes(pid: int) -> int:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+    substrate = ContainerSubstrate()
+    await substrate.open()
+    sandbox = await substrate.create(SandboxSpec())
+    assert mapped_bytes(substrate.spawner.pid) - mapped_bytes(sandbox.host_pid) > SLOTS_COUNT_MAX * 2048
+    await substrate.close()
 
 
 @pytest.fixture(scope="module")
