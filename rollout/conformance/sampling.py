@@ -228,6 +228,40 @@ async def a_mask_holds_what_a_cut_kept_and_the_token_that_was_drawn(subject: Sub
         require(all(chunk.masks == () for chunk in plain), plain)
 
 
+@check()
+async def side_channels_are_of_each_token_once_however_the_output_is_cut(subject: Subject) -> None:
+    prompt = subject.prompts[0]
+    async with opened(subject) as engine:
+        routing, dim = engine.info.routing, engine.info.hidden_dim
+        asked: dict[str, Any] = {"returns_routes": routing is not None, "returns_hidden": dim > 0}
+        await collect(engine, ask(prompt, 3, session="before"))  # of whose state nobody would tell the routes
+        whole = await chunks_of(engine, ask(prompt, 12, session="whole", **asked))
+        drawn = tuple(token_id for chunk in whole for token_id in chunk.token_ids)
+        parts = await chunks_of(engine, ask(prompt, 5, **asked))
+        parts += await chunks_of(engine, ask(prompt + drawn[:5], 7, **asked))
+        await engine.release("s")
+        again = await chunks_of(engine, ask(prompt + drawn[:5], 7, **asked))
+        if routing is not None:
+            rows = _routes_of(whole, routing.row_bytes)
+            require(sorted(rows) == list(range(len(prompt) + len(drawn) - 1)), sorted(rows))
+            require(_routes_of(parts, routing.row_bytes) == _routes_of(again, routing.row_bytes) == rows)
+        hidden = b"".join(chunk.hidden for chunk in whole)
+        require(len(hidden) == 2 * dim * len(drawn) and hidden == b"".join(chunk.hidden for chunk in parts))
+        require(hidden[2 * dim * 5 :] == b"".join(chunk.hidden for chunk in again))
+        plain = await chunks_of(engine, ask(prompt, 4))
+        require(all(chunk.routes is None and not chunk.hidden for chunk in plain), plain)
+
+
+def _routes_of(chunks: list[Sampled], row_bytes: int) -> dict[int, bytes]:
+    """By position of the token; what was computed again must be the same."""
+    rows: dict[int, bytes] = {}
+    for routes in (chunk.routes for chunk in chunks if chunk.routes is not None):
+        for at in range(0, len(routes.expert_ids), row_bytes):
+            position, row = routes.start + at // row_bytes, routes.expert_ids[at : at + row_bytes]
+            require(len(row) == row_bytes and rows.setdefault(position, row) == row, position)
+    return rows
+
+
 CHECKS: tuple[Check, ...] = (
     info_names_the_weights_and_the_build,
     an_output_ends_with_a_stop_id_or_at_its_length,
@@ -246,4 +280,5 @@ CHECKS: tuple[Check, ...] = (
     a_score_that_can_never_be_is_refused_by_the_name_of_its_field,
     the_likeliest_tokens_come_with_each_token_if_asked_for,
     a_mask_holds_what_a_cut_kept_and_the_token_that_was_drawn,
+    side_channels_are_of_each_token_once_however_the_output_is_cut,
 )

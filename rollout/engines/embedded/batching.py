@@ -161,6 +161,7 @@ class Batch:
                 continue
             job.state = self._take_state()
             job.weights = self._weights
+            job.routes_start = entry.tokens_count if entry else 0
             if entry:
                 job.state.unpack(entry.packed)
                 job.weights = entry.weights if entry.weights[-1:] == self._weights else (*entry.weights, *self._weights)
@@ -176,11 +177,14 @@ class Batch:
             may_go_on = own.weights[-1:] == self._weights or job.request.on_update == "keep"
             if may_go_on and len(own.tokens) < len(tokens) and tokens.startswith(own.tokens):
                 return own
+        if job.request.returns_routes:  # of what others computed nobody would tell it
+            is_ours = own is not None and own.weights == self._weights and len(own.tokens) < len(tokens)
+            return own if own and is_ours and tokens.startswith(own.tokens) else None
         return self.retained.longest_prefix(tokens, self.model.weights_digest)
 
     def _is_shared(self, job: Job, entry: KeptState | None) -> bool:
         """Whether another job computes more of the same than the entry has, with these weights alone."""
-        if entry and entry.weights != self._weights:
+        if job.request.returns_routes or (entry and entry.weights != self._weights):
             return False
         shared = job.tokens.tobytes()[: (entry.tokens_count if entry else 0) * TOKEN_BYTES + TOKEN_BYTES]
         return any(
@@ -207,12 +211,14 @@ class Batch:
             fork = self._fork_index(job)
             if begin < fork < end:
                 end = fork
-            chunks.append((job, Chunk(job.state, job.tokens[begin:end])))
+            routes = bytearray((end - begin) * self.model.routing.row_bytes if job.request.returns_routes else 0)
+            chunks.append((job, Chunk(job.state, job.tokens[begin:end], routes=routes)))
             budget -= end - begin
         if not chunks:
             return
         self.model.step([chunk for _, chunk in chunks])
         for job, chunk in chunks:
+            job.routes += chunk.routes
             position = chunk.state.position
             if position == self._fork_index(job) and job.weights == self._weights:
                 self._retain(job.tokens[:position].tobytes(), job)
@@ -239,6 +245,8 @@ class Batch:
                 job.stop_ids,
                 job.request.top_logprobs_count,
                 job.wants_mask,
+                job.request.returns_routes,
+                job.request.returns_hidden,
             )
             for job in jobs
             if job.state is not None
@@ -251,7 +259,8 @@ class Batch:
                 finish = "stop"
             elif self._left(job) == 0:
                 finish = "length"
-            outcomes.append(Outcome(job, drawn, finish, self.policy_version, job.kv, job.cached_count))
+            routes = job.take_routes(drawn, self.model.routing.row_bytes) if job.request.returns_routes else None
+            outcomes.append(Outcome(job, drawn, finish, self.policy_version, job.kv, job.cached_count, routes))
             job.kv, job.cached_count = "", 0
             job.session.drew_with, job.session.is_restored = self.model.weights_digest, False
         return outcomes
@@ -270,8 +279,8 @@ class Batch:
         return min(job.request.tokens_count_max - job.drawn_count, context_left)
 
     def keep(self, job: Job) -> KeptState | None:
-        """A running job's state as it is now, if it has taken in anything."""
-        if job.state is None or job.state.position == 0:
+        """A running job's state as it is now, if it has taken in anything, and all that is asked for of it was told."""
+        if job.state is None or job.state.position == 0 or job.routes:
             return None
         tokens = job.tokens[: job.state.position].tobytes()
         return KeptState(build_digest(), job.weights, tokens, job.state.pack())
@@ -289,3 +298,5 @@ class Batch:
         if job.state is not None:
             self._idle_states.append(job.state)
             job.state = None
+        if isinstance(job, Job):
+            job.routes.clear()

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from rollout.engine import Sampling, TopLogprobs
+from rollout.engine import Routing, Sampling, TopLogprobs
 from rollout.engines.embedded.checkpoint import Checkpoint
 from rollout.engines.embedded.library import CChunk, CConfig, CReport, CSampling, CStream, load_library
 from rollout.errors import EngineError
@@ -67,11 +67,15 @@ class State:
 
 
 class Chunk(msgspec.Struct):
-    """Ids to append to a state; with `wants_logits`, those of the last one come back."""
+    """Ids to append to a state; with `wants_logits`, those of the last one come back.
+
+    `routes`, if there is room in it for the rows of all ids, is filled with the experts that they go through.
+    """
 
     state: State
     token_ids: Sequence[int]
     wants_logits: bool = False
+    routes: bytearray = msgspec.field(default_factory=bytearray)
 
 
 class Stream(msgspec.Struct):
@@ -84,15 +88,27 @@ class Stream(msgspec.Struct):
     stop_ids: Sequence[int]
     top_count: int = 0
     wants_mask: bool = False
+    wants_routes: bool = False
+    wants_hidden: bool = False
+
+    @property
+    def wants_report(self) -> bool:
+        """Whether it wants anything but tokens and logprobs."""
+        return bool(self.top_count or self.wants_mask or self.wants_routes or self.wants_hidden)
 
 
 class Drawn(msgspec.Struct, frozen=True):
-    """One token and its logprob under the distribution it was drawn from; the rest only if asked for."""
+    """One token and its logprob under the distribution it was drawn from; the rest only if asked for.
+
+    `routes` are those of the token before it, which was read for the draw; `hidden` is what the head was given.
+    """
 
     token_id: int
     logprob: float
     top: TopLogprobs | None = None
     mask: tuple[int, ...] | None = None
+    routes: bytes = b""
+    hidden: bytes = b""
 
 
 class _Reports:
@@ -102,15 +118,21 @@ class _Reports:
         self.table = (CReport * rows_count)()
         self._memory: list[object] = []
 
-    def want(self, row: int, top_count: int, mask_count_max: int) -> None:
-        """Room in a row for so many of the likeliest tokens, and for a mask; 0 for none."""
+    def want(
+        self, row: int, top_count: int, mask_count_max: int = 0, routes_bytes: int = 0, hidden_dim: int = 0
+    ) -> None:
+        """Room in a row for so many of the likeliest tokens, for a mask, for routes, for a hidden state; 0 for none."""
         report = self.table[row]
         if top_count:
             report.top_count = top_count
             report.top_ids, report.top_logprobs = (ctypes.c_uint32 * top_count)(), (ctypes.c_float * top_count)()
         if mask_count_max:
             report.mask_ids = (ctypes.c_uint32 * mask_count_max)()
-        self._memory += [report.top_ids, report.top_logprobs, report.mask_ids]
+        if routes_bytes:
+            report.routes = (ctypes.c_uint8 * routes_bytes)()
+        if hidden_dim:
+            report.hidden = (ctypes.c_uint16 * hidden_dim)()
+        self._memory += [report.top_ids, report.top_logprobs, report.mask_ids, report.routes, report.hidden]
 
     def top(self, row: int) -> TopLogprobs | None:
         """What was told of the row, if it was asked for."""
@@ -125,6 +147,13 @@ class _Reports:
         report = self.table[row]
         return tuple(report.mask_ids[: report.mask_count]) if report.mask_count else None
 
+    def drawn(self, row: int, token_id: int, logprob: float, routes_bytes: int, hidden_dim: int) -> Drawn:
+        """A token with all that was told of it."""
+        report = self.table[row]
+        routes = ctypes.string_at(report.routes, routes_bytes) if report.routes else b""
+        hidden = ctypes.string_at(report.hidden, 2 * hidden_dim) if report.hidden else b""
+        return Drawn(token_id, logprob, self.top(row), self.mask(row), routes, hidden)
+
 
 class Model:
     """A loaded checkpoint.  One thread at a time may step, decode or sample."""
@@ -134,6 +163,11 @@ class Model:
         self.dimensions = checkpoint.dimensions
         self.weights_digest = checkpoint.weights_digest
         self.fork_token_id = checkpoint.fork_token_id
+        self.routing = Routing(
+            layer_ids=tuple(range(self.dimensions.layers_count)),
+            experts_count=self.dimensions.experts_count,
+            top_k=self.dimensions.experts_active,
+        )
         config = CConfig(batch_tokens_max=BATCH_TOKENS_MAX)
         for name in checkpoint.dimensions.__struct_fields__:
             value = getattr(checkpoint.dimensions, name)
@@ -189,6 +223,8 @@ class Model:
             out = (ctypes.c_float * self.dimensions.vocab_count)() if chunk.wants_logits else None
             if out is not None:
                 row.logits, row.logits_count = out, 1
+            if chunk.routes:
+                row.routes = (ctypes.c_uint8 * (count * self.routing.row_bytes)).from_buffer(chunk.routes)
             outputs.append(out)
         self._check_batch(total, [chunk.state for chunk in chunks])
         self.library.v4_step(self.pointer, table, len(chunks))
@@ -212,7 +248,7 @@ class Model:
         logprobs = (ctypes.c_float * count)()
         reports = _Reports(count if top_count else 0)
         for row in range(len(reports.table)):
-            reports.want(row, top_count, 0)
+            reports.want(row, top_count)
         ids = (ctypes.c_uint32 * (count + 1))(*token_ids)
         self.library.v4_score(self.pointer, state.pointer, ids, count, logprobs, reports.table if top_count else None)
         tops = [reports.top(row) for row in range(count)] if top_count else [None] * count
@@ -244,7 +280,7 @@ class Model:
             ]
         return [
             [
-                Drawn(token_ids[row], logprobs[row], reports.top(row), reports.mask(row))
+                reports.drawn(row, token_ids[row], logprobs[row], self.routing.row_bytes, self.dimensions.hidden_dim)
                 for row in range(s, rounds * count, count)
             ]
             for s in range(count)
@@ -252,12 +288,18 @@ class Model:
 
     def _wanted(self, streams: Sequence[Stream], rounds_max: int) -> _Reports | None:
         """Room for what the streams want to know beside tokens and logprobs; None if they do not."""
-        if not any(stream.top_count or stream.wants_mask for stream in streams):
+        if not any(stream.wants_report for stream in streams):
             return None
         reports = _Reports(len(streams) * rounds_max)
         for row in range(len(streams) * rounds_max):
             stream = streams[row % len(streams)]
-            reports.want(row, stream.top_count, self.dimensions.vocab_count if stream.wants_mask else 0)
+            reports.want(
+                row,
+                stream.top_count,
+                self.dimensions.vocab_count if stream.wants_mask else 0,
+                self.routing.row_bytes if stream.wants_routes else 0,
+                self.dimensions.hidden_dim if stream.wants_hidden else 0,
+            )
         return reports
 
     def _check_ids(self, state: State, token_ids: Sequence[int], tokens_count: int) -> None:

@@ -97,6 +97,8 @@ class EmbeddedEngine:
             vocab_count=checkpoint.dimensions.vocab_count,
             context_tokens_max=checkpoint.dimensions.context_tokens_max,
             policy_version=self._policy_version,
+            routing=model.routing,
+            hidden_dim=checkpoint.dimensions.hidden_dim,
         )
         return Versions(model, self._limits, self._policy_version)
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from rollout.engine import KvBreak, OnUpdate, SampleRequest
+from rollout.engine import KvBreak, OnUpdate, Routes, SampleRequest
 from rollout.engines.embedded.binding import Drawn, State
 
 
@@ -39,6 +39,9 @@ class Job:
         self.weights: tuple[str, ...] = ()
         self.kv: KvBreak = ""
         self.cached_count = 0
+        self.routes = bytearray()
+        """Of the tokens that the state took in and nobody was told of."""
+        self.routes_start = 0
 
     @property
     def pending_count(self) -> int:
@@ -54,6 +57,13 @@ class Job:
     def prefills(self) -> bool:
         """Whether it holds a state that has not yet taken in all but the last token."""
         return self.state is not None and self.pending_count > 1
+
+    def take_routes(self, drawn: list[Drawn], row_bytes: int) -> Routes:
+        """What nobody was told of yet, of the tokens that were read for these draws, too."""
+        taken = Routes(self.routes_start, bytes(self.routes) + b"".join(token.routes for token in drawn))
+        self.routes_start += len(taken.expert_ids) // row_bytes
+        self.routes.clear()
+        return taken
 
     @property
     def wants_mask(self) -> bool:
@@ -84,3 +94,4 @@ class Outcome(msgspec.Struct, frozen=True):
     policy_version: int = 0
     kv: KvBreak = ""
     cached_count: int = 0
+    routes: Routes | None = None

@@ -76,6 +76,7 @@ class CChunk(ctypes.Structure):
         ("logits", ctypes.POINTER(ctypes.c_float)),
         ("tokens_count", ctypes.c_int32),
         ("logits_count", ctypes.c_int32),
+        ("routes", ctypes.POINTER(ctypes.c_uint8)),
     )
 
 
@@ -88,6 +89,8 @@ class CReport(ctypes.Structure):
         ("top_logprobs", ctypes.POINTER(ctypes.c_float)),
         ("top_count", ctypes.c_int32),
         ("mask_count", ctypes.c_int32),
+        ("routes", ctypes.POINTER(ctypes.c_uint8)),
+        ("hidden", ctypes.POINTER(ctypes.c_uint16)),
     )
 
 

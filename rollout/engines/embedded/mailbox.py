@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from rollout.engine import Sampled
+from rollout.engine import Routes, Sampled
 from rollout.engines.embedded.jobs import Outcome
 from rollout.errors import EngineError, PreemptedError
 
@@ -61,4 +61,7 @@ def _merged(run: list[Outcome]) -> Sampled:
         kv=first.kv,
         top_logprobs=tuple(token.top for token in drawn if token.top is not None),
         masks=tuple(token.mask for token in drawn if token.mask is not None),
+        routes=first.routes
+        and Routes(first.routes.start, b"".join(each.routes.expert_ids for each in run if each.routes)),
+        hidden=b"".join(token.hidden for token in drawn) if drawn[0].hidden else b"",
     )

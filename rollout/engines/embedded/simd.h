@@ -117,6 +117,13 @@ V4_INLINE float f8_dot(const float *a, const float *b, int n) {
     return f8_sum(acc);
 }
 
+/* The nearest bf16, of two the even one; the float is no NaN. */
+V4_INLINE uint16_t float_to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
 V4_INLINE float bf16_to_float(uint16_t bits) {
     uint32_t word = (uint32_t)bits << 16;
     float value;

@@ -78,6 +78,18 @@ static void project_logits(v4_model *model, const v4_chunk *chunks, int chunks_c
     }
 }
 
+/* The experts that a layer has just sent the batch's tokens to, to the chunks that want them. */
+static void tell_routes(const v4_model *model, int layer, const v4_chunk *chunks, int chunks_count) {
+    int active = model->config.experts_active, row = model->config.layers_count * active;
+    const int32_t *ids = model->scratch.route_ids;
+    for (int c = 0; c < chunks_count; c++) {
+        uint8_t *to = chunks[c].routes ? chunks[c].routes + layer * active : NULL;
+        for (int i = 0; to && i < chunks[c].tokens_count; i++)
+            for (int k = 0; k < active; k++) to[i * row + k] = (uint8_t)ids[i * active + k];
+        ids += chunks[c].tokens_count * active;
+    }
+}
+
 void v4_step(v4_model *model, const v4_chunk *chunks, int32_t chunks_count) {
     int tokens = embed(model, chunks, chunks_count);
     for (int l = 0; l < model->config.layers_count; l++) {
@@ -87,6 +99,7 @@ void v4_step(v4_model *model, const v4_chunk *chunks, int32_t chunks_count) {
         v4_mix_write(model, tokens);
         v4_mix_read(model, &layer->ffn_mix, layer->ffn_norm, tokens);
         v4_moe(model, layer, model->scratch.token_ids, tokens);
+        tell_routes(model, l, chunks, chunks_count);
         v4_mix_write(model, tokens);
     }
     project_logits(model, chunks, chunks_count);
@@ -102,10 +115,17 @@ static int is_stop(const v4_stream *stream) {
 void v4_score(v4_model *model, v4_state *state, const uint32_t *token_ids, int32_t count, float *logprobs,
               v4_report *reports) {
     size_t vocab = (size_t)model->config.vocab_count;
-    v4_chunk chunk = {state, token_ids, model->scratch.logits, count, count};
+    v4_chunk chunk = {state, token_ids, model->scratch.logits, count, count, NULL};
     v4_step(model, &chunk, 1);
     for (int i = 0; i < count; i++)
         logprobs[i] = v4_logprob(model, chunk.logits + (size_t)i * vocab, token_ids[i + 1], reports ? &reports[i] : NULL);
+}
+
+/* What the head was given for row `at` of the batch. */
+static void tell_hidden(const v4_model *model, int at, uint16_t *hidden) {
+    int dim = model->config.hidden_dim;
+    const float *from = model->scratch.normed + (size_t)at * (size_t)dim;
+    for (int d = 0; hidden && d < dim; d++) hidden[d] = float_to_bf16(from[d]);
 }
 
 int32_t v4_decode(v4_model *model, v4_stream *streams, int32_t streams_count, int32_t rounds_count,
@@ -113,9 +133,10 @@ int32_t v4_decode(v4_model *model, v4_stream *streams, int32_t streams_count, in
     v4_chunk *chunks = model->scratch.chunks;
     size_t vocab = (size_t)model->config.vocab_count;
     for (int s = 0; s < streams_count; s++)
-        chunks[s] = (v4_chunk){streams[s].state, &streams[s].token_id, model->scratch.logits + (size_t)s * vocab, 1, 1};
+        chunks[s] = (v4_chunk){streams[s].state, &streams[s].token_id, model->scratch.logits + (size_t)s * vocab, 1, 1, NULL};
     int stopped = 0, round = 0;
     for (; round < rounds_count && !stopped; round++) {
+        for (int s = 0; reports && s < streams_count; s++) chunks[s].routes = reports[round * streams_count + s].routes;
         v4_step(model, chunks, streams_count);
         for (int s = 0; s < streams_count; s++) {
             v4_stream *stream = &streams[s];
@@ -123,6 +144,7 @@ int32_t v4_decode(v4_model *model, v4_stream *streams, int32_t streams_count, in
             stream->token_id = v4_sample(model, chunks[s].logits, &stream->sampling, stream->state->position,
                                          &logprobs[at], reports ? &reports[at] : NULL);
             token_ids[at] = stream->token_id;
+            if (reports) tell_hidden(model, s, reports[at].hidden);
             stopped |= is_stop(stream);
         }
     }

@@ -53,12 +53,14 @@ typedef struct v4_model v4_model;
 typedef struct v4_state v4_state;
 
 /* One sequence's part of a forward pass: tokens_count ids appended to its state.
- * logits: vocab_count floats for each of the last logits_count of them. */
+ * logits: vocab_count floats for each of the last logits_count of them.
+ * routes: NULL, or room for the experts of each token: experts_active ids a layer, ascending, layer after layer. */
 typedef struct {
     v4_state *state;
     const uint32_t *token_ids;
     float *logits;
     int32_t tokens_count, logits_count;
+    uint8_t *routes;
 } v4_chunk;
 
 /* How one token is drawn from logits.  temperature 0 is greedy; top_k 0 and top_p 1 keep all. */
@@ -70,11 +72,14 @@ typedef struct {
 
 /* What else to tell of a draw; a NULL is not wanted.  In: top_count, the room in top_ids and top_logprobs;
  * mask_ids has room for vocab_count.  Out: top_count, the likeliest tokens of the distribution, likeliest first;
- * mask_count, the ids that top_k and top_p kept, ascending, or 0 where nothing was cut. */
+ * mask_count, the ids that top_k and top_p kept, ascending, or 0 where nothing was cut.  From v4_decode also, of the
+ * token that was read for the draw: routes, as a chunk has them; hidden, hidden_dim bf16, what the head was given. */
 typedef struct {
     uint32_t *top_ids, *mask_ids;
     float *top_logprobs;
     int32_t top_count, mask_count;
+    uint8_t *routes;
+    uint16_t *hidden;
 } v4_report;
 
 /* One running sequence of v4_decode.  token_id is drawn but not yet in the state. */

@@ -11,10 +11,10 @@
 
 #include "v4.h"
 
-enum { VOCAB = 64, LAYERS = 3, CONTEXT = 64, BATCH = 16, WORDS = 1 << 15, TOKENS = 50 };
+enum { VOCAB = 64, LAYERS = 3, CONTEXT = 64, BATCH = 16, WORDS = 1 << 15, TOKENS = 50, HIDDEN = 32, ROUTES = LAYERS * 2 };
 
 static const v4_config CONFIG = {
-    .vocab_count = VOCAB, .hidden_dim = 32, .layers_count = LAYERS, .heads_count = 8, .head_dim = 16, .rope_dim = 8,
+    .vocab_count = VOCAB, .hidden_dim = HIDDEN, .layers_count = LAYERS, .heads_count = 8, .head_dim = 16, .rope_dim = 8,
     .query_rank = 16, .output_groups = 2, .output_rank = 16, .window_tokens = 12, .index_heads = 3, .index_dim = 8,
     .index_topk = 3, .csa_rate = 4, .hca_rate = 8, .experts_count = 8, .experts_active = 2, .expert_dim = 16,
     .sinkhorn_rounds = 3, .context_tokens_max = CONTEXT, .batch_tokens_max = BATCH, .norm_eps = 1e-6f,
@@ -58,11 +58,18 @@ static v4_model *random_model(void) {
 
 /* Feed all tokens in chunks of `size`, and compare or set the logits after each chunk's last token. */
 static void feed(v4_model *model, v4_state *state, const uint32_t *ids, int size, float (*logits)[VOCAB], int compare) {
+    static uint8_t seen[TOKENS * ROUTES];
     for (int begin = 0; begin < TOKENS; begin += size) {
         float out[VOCAB];
         int count = begin + size < TOKENS ? size : TOKENS - begin, last = begin + count - 1;
-        v4_chunk chunk = {state, ids + begin, out, count, 1};
+        uint8_t routes[TOKENS * ROUTES];
+        v4_chunk chunk = {state, ids + begin, out, count, 1, compare && begin % 2 ? NULL : routes};
         v4_step(model, &chunk, 1);
+        for (int i = 0; chunk.routes && i < count * ROUTES; i++) {
+            expect(routes[i] < CONFIG.experts_count && (i % 2 == 0 || routes[i - 1] < routes[i]), "two experts a layer");
+            expect(!compare || routes[i] == seen[begin * ROUTES + i], "routes do not depend on chunks");
+            seen[begin * ROUTES + i] = routes[i];
+        }
         if (compare) expect(!memcmp(out, logits[last], sizeof out), "a chunked prefill equals single tokens");
         else memcpy(logits[last], out, sizeof out);
     }
@@ -82,7 +89,11 @@ static void decode(v4_model *model, v4_state **states, const uint8_t *packed, si
     static uint32_t tops[8 * 3][5], masks[8 * 3][VOCAB];
     static float top_logprobs[8 * 3][5];
     v4_report reports[8 * 3];
-    for (int i = 0; i < 8 * 3; i++) reports[i] = (v4_report){tops[i], masks[i], top_logprobs[i], 1 + i % 5, 0};
+    static uint8_t routes[8 * 3][ROUTES];
+    static uint16_t hidden[8 * 3][HIDDEN];
+    for (int i = 0; i < 8 * 3; i++)
+        reports[i] = (v4_report){tops[i], masks[i], top_logprobs[i], 1 + i % 5, 0, i % 3 ? routes[i] : NULL,
+                                 i % 2 ? hidden[i] : NULL};
     int rounds = v4_decode(model, streams, 3, 8, ids, logprobs, reports);
     expect(rounds == 8, "nothing stops before the last round");
     for (int i = 0; i < 8 * 3; i++) {
@@ -92,6 +103,8 @@ static void decode(v4_model *model, v4_state **states, const uint8_t *packed, si
             expect(tops[i][t] != ids[i] || top_logprobs[i][t] == logprobs[i], "a token has one logprob");
         absorb(tops[i], (size_t)reports[i].top_count * sizeof **tops);
         absorb(masks[i], (size_t)reports[i].mask_count * sizeof **masks);
+        absorb(routes[i], sizeof routes[i]);
+        absorb(hidden[i], sizeof hidden[i]);
     }
     absorb(ids, sizeof ids);
     absorb(logprobs, sizeof logprobs);
@@ -121,7 +134,7 @@ static void sample_extremes(v4_model *model) {
         }
         for (int how = 0; how < ODD * ODD; how++) {
             v4_sampling sampling = {.seed = 3, .temperature = odd[how % ODD], .top_p = odd[how / ODD], .top_k = how % 7 - 2};
-            v4_report report = {tops, mask, top_logprobs, 1 + how % 9, 0};
+            v4_report report = {tops, mask, top_logprobs, 1 + how % 9, 0, NULL, NULL};
             uint32_t id = v4_sample(model, logits, &sampling, (uint32_t)how, &logprob, how % 2 ? &report : NULL);
             expect(id < VOCAB && isfinite(logprob), "any floats give a token and a finite logprob");
             absorb(&id, sizeof id);
