@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import wal
 from rollout.engine import Engine, EngineInfo
-from rollout.errors import RequestError
+from rollout.errors import EngineError, RequestError
 from rollout.events import FinishReason, PolicyUpdated
 from rollout.ledger import Ledger
 from rollout.scheduling.claims import Claim
@@ -27,9 +27,19 @@ if TYPE_CHECKING:
 
 
 async def load_policy(engine: Engine, ledger: Ledger) -> None:
-    """Have an engine that was just opened draw with the weights that the log names last.  EngineError."""
-    if ledger.policy is not None and ledger.policy.engine.policy_version > engine.info.policy_version:
-        await engine.update(Path(ledger.policy.checkpoint), ledger.policy.engine.policy_version)
+    """Have an engine with older weights draw with those that the log names last.  EngineError."""
+    named = ledger.policy
+    if named is None or named.engine.policy_version <= engine.info.policy_version:
+        return
+
+    async def check(found: EngineInfo) -> None:
+        if found.weights_digest != named.engine.weights_digest:
+            raise EngineError(
+                f"{named.checkpoint} holds other weights than when they became version {found.policy_version}: "
+                "put those back, and give each version a path of its own"
+            )
+
+    await engine.update(Path(named.checkpoint), named.engine.policy_version, check)
 
 
 class Policy:
@@ -56,11 +66,7 @@ class Policy:
             info = await service.engine.update(
                 Path(checkpoint), policy_version, lambda new: service.note(PolicyUpdated(new, checkpoint))
             )
-            service.awaiting.look_again()
-            stale = stale_rollouts(service.ledger)
-            for request_id, rollout_ids in stale.items():
-                await service.finish(request_id, rollout_ids, FinishReason.STALE)
-        return info, [rollout_id for rollout_ids in stale.values() for rollout_id in rollout_ids]
+            return info, await catch_up(service)
 
 
 class Awaiting:
@@ -122,7 +128,16 @@ def _exists(checkpoint: str) -> bool:
         return False
 
 
-def stale_rollouts(ledger: Ledger) -> dict[str, list[str]]:
+async def catch_up(service: RolloutService) -> list[str]:
+    """Once other weights draw: begin what waited for them, end as STALE what they leave too far behind (the answer)."""
+    service.awaiting.look_again()
+    stale = _stale_rollouts(service.ledger)
+    for request_id, rollout_ids in stale.items():
+        await service.finish(request_id, rollout_ids, FinishReason.STALE)
+    return [rollout_id for rollout_ids in stale.values() for rollout_id in rollout_ids]
+
+
+def _stale_rollouts(ledger: Ledger) -> dict[str, list[str]]:
     """Job -> its rollouts that have not ended and whose oldest token is too far behind the newest weights."""
     stale: dict[str, list[str]] = {}
     if ledger.policy is None:

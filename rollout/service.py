@@ -46,7 +46,7 @@ from rollout.export.exporter import SHARDS, Exporter
 from rollout.journal import Journal
 from rollout.ledger import Ledger
 from rollout.members import Members
-from rollout.policy import Awaiting, load_policy
+from rollout.policy import Awaiting, catch_up, load_policy
 from rollout.request import Conversation, Job
 from rollout.retention import LogRetention
 from rollout.runner import Runner
@@ -164,6 +164,7 @@ class RolloutService:
                 self._enqueue(job)
             if job.ends_with_caller:
                 self.retention.let_go(job.request_id)
+        await catch_up(self)  # a kill may have come between an update and the ends that follow it
         self.dispatcher.open()
 
     def _open_rollouts(self) -> list[str]:

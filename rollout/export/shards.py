@@ -76,6 +76,8 @@ class ShardWriter:
             log = wal.Log.open(directory / MANIFEST, epoch=epoch)
         except wal.StorageError as error:
             raise ResultsError(f"cannot write shards to {directory}: {error}") from error
+        except (wal.CorruptError, wal.VersionError) as error:
+            raise ShardError(f"{error}; or delete {directory}, it will be written again from the log") from error
         try:
             writer = cls(directory, log, Manifest(directory), rows_max, bytes_max)
             with _told(directory):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
@@ -37,7 +37,8 @@ _CREATES = frozenset({"Submit"})
 """Methods whose request id may be new."""
 _EVERYWHERE = frozenset({"Preempt", "Resume", "UpdatePolicy"})
 """Methods that, if they name nothing, are about every log of this worker."""
-_OWN_METADATA = ("grpc-", ":", "user-agent", "te", "content-type")
+_OWN_METADATA = frozenset({"user-agent", "te", "content-type"})
+_OWN_PREFIXES = ("grpc-", ":")
 _SERVICE = DESCRIPTOR.services_by_name["RolloutService"]
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -71,9 +72,7 @@ class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class 
             if method.name == "List" and (reply := await self._list(method, data, context)) is not None:
                 return reply
             parts = await self._located(self._split(method, data, context), context)
-            return b"".join(
-                [await self._ask(place, method, part, context) for place, part in parts]
-            )  # that merges them
+            return merged(method, [await self._ask(place, method, part, context) for place, part in parts])
 
         async def stream(data: bytes, context: Context) -> AsyncIterator[bytes]:
             ((place, _),) = await self._located(self._split(method, data, context), context)
@@ -97,7 +96,8 @@ class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class 
             return [(await worker.place_of(""), data)]
         asked = Asked(method, data)
         if not asked.request_ids and method.name in _EVERYWHERE:
-            return [(Place(each.name, each.service), data) for each in worker.owned.values()]
+            here = [Place(each.name, each.service) for each in worker.owned.values()]
+            return [(place, data) for place in here or [await worker.place_of("")]]
         creates = method.name in _CREATES
         names = sorted(asked.request_ids) or [""]
         places = {name: await worker.place_of(name, creates=creates) for name in names}
@@ -235,6 +235,22 @@ class Asked:
         return serialized
 
 
+def merged(method: MethodDescriptor, answers: Sequence[bytes]) -> bytes:
+    """The answers of several logs as one: lists end to end, numbers added up."""
+    if len(answers) == 1:
+        return answers[0]
+    numbers = [field.name for field in method.output_type.fields if field.cpp_type == field.CPPTYPE_UINT32]
+    whole: Any = GetMessageClass(method.output_type)()
+    for answer in answers:
+        part = type(whole).FromString(answer)
+        sums = {name: getattr(whole, name) + getattr(part, name) for name in numbers}
+        whole.MergeFrom(part)
+        for name, number in sums.items():
+            setattr(whole, name, number)
+    serialized: bytes = whole.SerializeToString()
+    return serialized
+
+
 async def _pass_back(error: grpc.aio.AioRpcError, place: Place, context: Context) -> NoReturn:
     code, details = error.code(), error.details() or ""
     trailing: tuple[Any, ...] = tuple(error.trailing_metadata() or ())
@@ -246,7 +262,11 @@ async def _pass_back(error: grpc.aio.AioRpcError, place: Place, context: Context
 
 def _passed_on(place: Place, context: Context) -> dict[str, Any]:
     """Of a call, for the next worker: the time that is left, the caller's own metadata, and what it is wanted for."""
-    metadata = [(key, value) for key, value in context.invocation_metadata() or () if not key.startswith(_OWN_METADATA)]
+    metadata = [
+        (key, value)
+        for key, value in context.invocation_metadata() or ()
+        if key not in _OWN_METADATA and not key.startswith(_OWN_PREFIXES)
+    ]
     return {"timeout": context.time_remaining(), "metadata": (*metadata, (FORWARDED, place.partition))}
 
 

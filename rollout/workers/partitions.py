@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 from weakref import WeakSet
@@ -109,7 +109,7 @@ def hold_name(root: Path, worker_id: str, *, is_alone: bool) -> IO[str]:
     return file
 
 
-@dataclass(frozen=True)
+@dataclass
 class Parts:
     """What a worker's services are made of; `substrate` makes that of a partition's directory and epoch.
 
@@ -121,30 +121,34 @@ class Parts:
     config: RolloutConfig
     substrate: Callable[[Path, int], Substrate]
     has_served_edge: bool
-    borrowers: WeakSet[RolloutService] = field(default_factory=WeakSet)
-    """The services that the engine draws for."""
+
+    def __post_init__(self) -> None:
+        """One engine, which all services draw with."""
+        self.lent = Lent(self.engine)
 
     def service(
         self, directory: Path, substrate: Substrate, epoch: int, observe: Callable[[Event], None]
     ) -> RolloutService:
         """A service over a partition, not open yet."""
-        engine = cast("Engine", Borrowed(self.engine, self.borrowers))
+        engine = cast("Engine", self.lent)
         service = RolloutService(
             directory, engine, substrate, self.tokenizer, self.config, epoch=epoch, observe=observe
         )
-        self.borrowers.add(service)
+        self.lent.borrowers.add(service)
         return service
 
 
-class Borrowed:
-    """An engine that is open already, and stays so when its borrower closes it.
+class Lent:
+    """An engine that is open already, and stays so when a borrower closes it.
 
     Who changes its weights changes them for all: every log has the change before the new weights draw.
     """
 
-    def __init__(self, engine: Engine, borrowers: WeakSet[RolloutService]) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._borrowers = borrowers
+        self._policy: PolicyUpdated | None = None
+        self.borrowers: WeakSet[RolloutService] = WeakSet()
+        """The services that it draws for."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -155,20 +159,28 @@ class Borrowed:
     async def close(self) -> None:
         """Others use it."""
 
+    async def tell(self, service: RolloutService) -> None:
+        """Have a log that was just opened name the weights that draw, if they are newer than those that it names."""
+        known, newest = service.ledger.policy, self._policy
+        if newest is not None and (known is None or known.engine.policy_version < newest.engine.policy_version):
+            await service.note(newest)
+
     async def update(self, checkpoint: Path, policy_version: int, announce: Announce | None = None) -> EngineInfo:
         """See Engine."""
 
         async def announce_to_all(info: EngineInfo) -> None:
             if announce is not None:
                 await announce(info)
-            for service in list(self._borrowers):
+            policy = PolicyUpdated(info, str(checkpoint))
+            for service in list(self.borrowers):
                 known = service.ledger.policy
                 if service.is_started and (known is None or known.engine != info):
                     with contextlib.suppress(wal.WalError):  # a log that was lost meanwhile: its service ends by that
-                        await service.note(PolicyUpdated(info, str(checkpoint)))
+                        await service.note(policy)
+            self._policy = policy
 
         changed = await self._engine.update(checkpoint, policy_version, announce_to_all)
-        for service in list(self._borrowers):
+        for service in list(self.borrowers):
             if service.is_started:
                 service.awaiting.look_again()
         return changed

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from contextlib import AsyncExitStack, suppress
@@ -26,9 +27,10 @@ import wal
 from dsec.errors import StateError, UnreachableError
 from dsec.sandbox import Substrate
 from rollout.config import WorkerConfig
-from rollout.errors import JournalError, MachineError, RequestError
+from rollout.errors import EngineError, RequestError, ResultsError, RolloutError, ShardError
 from rollout.events import Event
 from rollout.jobs import REQUEST_ID
+from rollout.policy import catch_up
 from rollout.service import RolloutService
 from rollout.workers.index import Index, Partition, Snapshot
 from rollout.workers.leases import Lease, plan
@@ -40,6 +42,8 @@ ALONE = "."
 _LOOK_S_MAX = 1.0
 _MARGIN = 0.1
 """Of a lease, before whose end rollouts stop."""
+AGAIN_S = 60.0
+"""A partition whose weights, or shards, are not there is looked at again after so long: they, or newer ones, may be."""
 _log = logging.getLogger(__name__)
 
 
@@ -78,7 +82,9 @@ class Worker:
         self._news = News(index)
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._resources = AsyncExitStack()
-        self._refused: set[str] = set()
+        self._refused: dict[str, float] = {}
+        """Partitions that cannot be opened here, and until when they are not tried again."""
+        self._closing: set[str] = set()
         self._looked = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -220,12 +226,14 @@ class Worker:
         self._looked.set()
         self._looked.clear()  # whoever waits looks once
         held = {each.name: (each.epoch, each.service.running_count) for each in self.owned.values()}
-        todo = plan(self.owner, self.snapshot.without(self._refused), held)
+        refused = {name for name, until in self._refused.items() if _now() < until}
+        todo = plan(self.owner, self.snapshot.without(refused), held)
         for name in todo.lose:
             if (lost := self.owned.get(name)) is not None:
                 await self._close(lost, hands_over=True)
         for partition in todo.open:
-            await self._open(partition)
+            if partition.name not in self._closing:
+                await self._open(partition)
         if (given := self.owned.get(todo.release or "")) is not None:
             await self._close(given, hands_over=True)
             await self._index.release(self.owner, given.name)
@@ -245,6 +253,7 @@ class Worker:
                 raise RequestError(
                     f"another process is worker {self.worker_id!r} now: give each a --worker-id of its own"
                 )
+            await self._discover()  # the index may have been emptied
             await self._index.join(self.owner, self.worker_id, self._address, self._lease.ttl_s)
         self._lease.renewed(now)
 
@@ -268,16 +277,19 @@ class Worker:
             await self._index.release(self.owner, partition.name)
             await self._index.add_partition(partition.name, error.newest_epoch)
             return
-        except (wal.CorruptError, wal.VersionError, JournalError, MachineError) as error:
+        except (wal.CorruptError, wal.VersionError, RolloutError) as error:
             if self.is_alone:
                 raise
             _log.error("worker %s cannot open partition %s: %s", self.worker_id, partition.name, error)
-            self._refused.add(partition.name)  # another may, with another build
-            await self._index.release(self.owner, partition.name)
+            is_for_good = not isinstance(error, EngineError | ShardError | ResultsError)
+            self._refused[partition.name] = math.inf if is_for_good else _now() + AGAIN_S
+            await self._index.release(self.owner, partition.name)  # another may, with another build or weights
             return
         owned = self.owned[partition.name] = Owned(partition, service)
         owned.watching = asyncio.create_task(self._watch(owned))
         self._news.add(partition.name, service.ledger, ())
+        for other in list(self.owned.values()):
+            await catch_up(other.service)  # this log may have brought newer weights along
         self._news.add(partition.name, service.ledger, await self._index.requests_of(partition.name))
 
     async def _start(self, partition: Partition, directory: Path, substrate: Substrate) -> RolloutService:
@@ -287,7 +299,9 @@ class Worker:
         service = self._parts.service(directory, substrate, partition.epoch, observe)
         await service.__aenter__()
         try:
+            await self._parts.lent.tell(service)
             await service.start()
+            await self._parts.lent.tell(service)
         except BaseException:
             await service.__aexit__()
             raise
@@ -313,6 +327,7 @@ class Worker:
         if owned.watching is not None and owned.watching is not asyncio.current_task():
             owned.watching.cancel()
         is_taken = newest_epoch(self.root / owned.name / "wal") > owned.epoch
+        self._closing.add(owned.name)
         try:
             if hands_over and not is_taken:
                 await owned.service.hand_over(f"worker {self.worker_id} lets go of it")
@@ -321,8 +336,11 @@ class Worker:
         except wal.WalError as error:
             _log.warning("partition %s: %s", owned.name, error)
         finally:
-            with suppress(wal.WalError):  # it was said when it was met
-                await owned.service.__aexit__()
+            try:
+                with suppress(wal.WalError):  # it was said when it was met
+                    await owned.service.__aexit__()
+            finally:
+                self._closing.discard(owned.name)
 
     async def _has_successor(self) -> bool:
         """Whether another worker lives, as far as is known."""
