@@ -107,7 +107,7 @@ class RolloutOpened(msgspec.Struct, frozen=True, tag="rollout_opened"):
 class Spent(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of one process on one rollout, by what it waited for.
 
-    A slot or a sandbox to be free; the first token of a turn; the turn's other tokens; tools and tests in the sandbox;
+    Its turn, a slot or a sandbox; the first token of a turn; the turn's other tokens; tools and tests in the sandbox;
     a judge; the log.
     """
 
@@ -117,6 +117,11 @@ class Spent(msgspec.Struct, frozen=True, kw_only=True):
     environment_s: float = 0.0
     judge_s: float = 0.0
     log_s: float = 0.0
+
+    @property
+    def agent_s(self) -> float:
+        """In which the agent worked: the model drew, or its tools ran."""
+        return self.prefill_s + self.decode_s + self.environment_s
 
 
 class Preempted(msgspec.Struct, frozen=True, tag="preempted"):

@@ -21,6 +21,7 @@ from rollout.events import (
     RolloutFinished,
     RolloutOpened,
     RolloutResumed,
+    Spent,
 )
 from rollout.ledger import Ledger
 from rollout.recovery import UNOPENED, Action, Found, Kv, Weights
@@ -52,6 +53,8 @@ class Members:
         self._sandboxes = sandboxes
         self._kv_files = kv_files
         self._record = record
+        self._spent: dict[str, Spent] = {}
+        """By those that were cut off, until their ends are logged."""
         self._prompt = lru_cache(_PROMPTS_KEPT_MAX)(self._encode)  # a group's members begin alike
 
     async def take_up(self, rollout_id: str, order: Order) -> Rollout | None:
@@ -81,7 +84,16 @@ class Members:
         job, group, _ = self._ledger.member(rollout_id)
         task = self._ledger.tasks.get(group.task_digest)
         bounds = [job.limits.wall_clock_s, task.agent_timeout_s if task else 0.0]
-        return Rollout(rollout_id, task, min((bound for bound in bounds if bound > 0), default=math.inf), order)
+        bound_s = min((bound for bound in bounds if bound > 0), default=math.inf)
+        worked_s = sum(each.agent_s for each in state.spent) if state else 0.0
+        waited_s = 0.0 if state and state.preempted else order.waited_s  # that, the resume has said
+        return Rollout(rollout_id, task, bound_s - worked_s, order, Spent(queue_s=waited_s))
+
+    def cut_off(self, rollout: Rollout) -> None:
+        """It was stopped for good, and could not tell what it had spent: `finish` does."""
+        state = self._ledger.rollouts[rollout.id]
+        if state.finished is None and state.preempted is None:
+            self._spent[rollout.id] = rollout.spent
 
     def _found(self, rollout_id: str, state: State | None) -> Found:
         """What the log and the engine say; the command under way is found out when it is asked for."""
@@ -145,4 +157,4 @@ class Members:
         await self._sandboxes.drop(rollout_id)
         self._kv_files.drop(rollout_id)
         for ended in (*self._ledger.judges(rollout_id), rollout_id):
-            await self._record(RolloutFinished(ended, reason))
+            await self._record(RolloutFinished(ended, reason, self._spent.pop(ended, Spent())))

@@ -27,7 +27,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds of one rollout; 0 is no bound where it is the default.
 
     Model turns, tokens a turn, tokens of the whole context, tokens sampled over all turns, tokens of one turn's
-    thinking (at the bound the service closes it), seconds a tool call, seconds of the agent beside its task's own.
+    thinking (at the bound the service closes it), seconds a tool call, seconds of the agent's work (it
+    samples, or its tools run) beside its task's own.
     """
 
     turns_count_max: int = 16

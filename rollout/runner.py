@@ -67,10 +67,10 @@ class Rollout:
 
     id: str
     task: Task | None
-    agent_timeout_s: float
+    agent_left_s: float
+    """What earlier processes left of the agent's time."""
     order: Order = field(default_factory=Order)
     spent: Spent = field(default_factory=Spent)
-    began: float = field(default_factory=time.monotonic)
 
     def spend(self, **seconds: float) -> None:
         """Add to what this process spent; the names are those of `Spent`."""
@@ -86,8 +86,8 @@ class Rollout:
 
     @property
     def is_out_of_time(self) -> bool:
-        """True once the agent used up its time in this process."""
-        return time.monotonic() - self.began > self.agent_timeout_s
+        """True once the agent used up its time; what it waits for does not count."""
+        return self.spent.agent_s > self.agent_left_s
 
 
 class Runner:
@@ -184,9 +184,9 @@ class Runner:
         """The same for an event of another rollout: a judge's."""
         await wal.settled(self._append(event))
 
-    async def drive(self, rollout_id: str, task: Task | None, agent_timeout_s: float) -> None:
+    async def drive(self, rollout_id: str, task: Task | None, agent_left_s: float) -> None:
         """Run a rollout that is open, and of which nobody else takes care."""
-        await self.run(Rollout(rollout_id, task, agent_timeout_s))
+        await self.run(Rollout(rollout_id, task, agent_left_s))
 
     async def _append(self, event: RolloutEvent) -> None:
         lsn = await self.journal.append(event)
@@ -226,6 +226,13 @@ class Runner:
             lambda key: machine.is_current(self.state(rollout), key),
             lambda event: self.record(rollout, event),
         )
+
+    async def get_back(self, rollout: Rollout) -> PhasedSandbox:
+        """`hold`, of a sandbox that may have to be rebuilt first: that is a wait, and no work of the rollout's."""
+        began = time.monotonic()
+        sandbox = await self.hold(rollout)
+        rollout.spend(queue_s=time.monotonic() - began)
+        return sandbox
 
     async def stop_agent(self, rollout: Rollout) -> Events:
         """The agent's wall clock ran out."""
@@ -277,24 +284,26 @@ class Runner:
 
     async def run_tool(self, rollout: Rollout, effect: RunTool) -> Events:
         """One tool call, through durable commands keyed `call/<index>/<step>`."""
-        began = time.monotonic()
-        sandbox = await self.hold(rollout)
+        sandbox = await self.get_back(rollout)
         place = Place(
             rollout.environment.workdir, rollout.environment.env, self.state(rollout).job.limits.tool_timeout_s
         )
-        seen = await use_tool(
-            effect.call, place, lambda step, command: sandbox.exec(f"call/{effect.call_index}/{step}", command)
-        )
-        spent = time.monotonic() - began
-        rollout.spend(environment_s=spent)
+        began = time.monotonic()
+        try:
+            seen = await use_tool(
+                effect.call, place, lambda step, command: sandbox.exec(f"call/{effect.call_index}/{step}", command)
+            )
+        finally:
+            spent = time.monotonic() - began
+            rollout.spend(environment_s=spent)
         yield ToolFinished(
             rollout.id, effect.call_index, seen.text, seen.exit_code, seen.timed_out, seen.truncated_bytes, spent
         )
 
     async def apply_solution(self, rollout: Rollout) -> Events:
         """The oracle: the task's own solution."""
+        sandbox = await self.get_back(rollout)
         began = time.monotonic()
-        sandbox = await self.hold(rollout)
         results = [
             await sandbox.exec(f"solution/{number}", command)
             for number, (_, command) in enumerate(solution_commands(rollout.environment))
@@ -303,8 +312,8 @@ class Runner:
 
     async def judge(self, rollout: Rollout, effect: Judge) -> Events:
         """Upload the tests now that the agent has finished, run them, read the reward."""
+        sandbox = await self.get_back(rollout)
         began = time.monotonic()
-        sandbox = await self.hold(rollout)
         commands = verify_commands(rollout.environment, effect.answer)
         prefix = f"judge/{self.state(rollout).judge_try}"
         results = [(name, await sandbox.exec(f"{prefix}/{n}", command)) for n, (name, command) in enumerate(commands)]

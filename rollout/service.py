@@ -338,7 +338,11 @@ class RolloutService:
     async def _run(self, rollout_id: str, order: Order) -> None:
         rollout = await self.members.take_up(rollout_id, order)
         if rollout is not None:
-            await self.runner.run(rollout)
+            try:
+                await self.runner.run(rollout)
+            except asyncio.CancelledError:
+                self.members.cut_off(rollout)
+                raise
 
     def _wake(self, rollout_id: str) -> None:
         self._activity.begin(self.ledger.member(rollout_id)[0].request_id, rollout_id)

@@ -47,7 +47,7 @@ class Runs(Protocol):
         """Append, fold, tell."""
         ...
 
-    async def drive(self, rollout_id: str, task: Task | None, agent_timeout_s: float) -> None:
+    async def drive(self, rollout_id: str, task: Task | None, agent_left_s: float) -> None:
         """Run a rollout that is open to its end, or to an InfraFailed."""
         ...
 

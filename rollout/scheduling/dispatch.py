@@ -31,6 +31,8 @@ class Order:
     """What a rollout that runs is told: to stop, and why (empty: to go on)."""
 
     cause: str = ""
+    waited_s: float = 0.0
+    """How long it waited for its turn."""
     is_aside: bool = False
     """It shall not go on before somebody says so."""
     is_under_way: bool = False
@@ -80,6 +82,7 @@ class Dispatcher:
         self._sampling: set[str] = set()
         self._interrupts: set[asyncio.Task[None]] = set()
         self._ending: set[str] = set()
+        self._queued_at: dict[str, float] = {}
         self._is_open = False
 
     def open(self) -> None:
@@ -107,6 +110,7 @@ class Dispatcher:
         now = time.monotonic()
         for claim in claims:
             self.scheduler.enqueue(claim, now)
+            self._queued_at |= dict.fromkeys(claim.members, now)
             if is_aside:
                 self.scheduler.set_aside(claim.members[0])
         self.decide()
@@ -193,6 +197,7 @@ class Dispatcher:
         tasks = []
         for rollout_id in rollout_ids:
             for withdrawn in self.scheduler.withdraw(rollout_id):
+                del self._queued_at[withdrawn]
                 self._callbacks.rests(withdrawn)
             self.scheduler.set_aside(rollout_id)  # it must not start in the room that the others leave
             if (running := self._running.get(rollout_id)) is not None:
@@ -207,7 +212,8 @@ class Dispatcher:
         self.decide()
 
     def _begin(self, rollout_id: str) -> None:
-        order = Order()
+        now = time.monotonic()
+        order = Order(waited_s=now - self._queued_at.pop(rollout_id, now))
         task = asyncio.ensure_future(self._callbacks.run(rollout_id, order))
         self._running[rollout_id] = _Running(task, order)
         task.add_done_callback(partial(self._ended, rollout_id))
