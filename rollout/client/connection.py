@@ -20,6 +20,8 @@ from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
 from rollout.rpc.messages import MESSAGE_BYTES_MAX
 
 DELAY_S_MIN, DELAY_S_MAX = 0.05, 2.0
+ALIVE_S = 60.0
+"""After so long it is certain that somebody took the call: no connection, or a dead one (`_OPTIONS`), ends it sooner."""
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -61,20 +63,31 @@ def error_of(error: grpc.aio.AioRpcError) -> Exception:
 
 
 class Retry:
-    """How often something is asked again: until `patience_s` passed since the last sign of life."""
+    """How often something is asked again: until `patience_s` passed since the last sign of life.
 
-    def __init__(self, patience_s: float) -> None:
+    A call that stood for longer than `ALIVE_S` is one, however long ago it brought something.
+    """
+
+    def __init__(self, patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._patience_s = patience_s
+        self._clock = clock
+        self.begin()
         self.reset()
+
+    def begin(self) -> None:
+        """It is asked."""
+        self._began = self._clock()
 
     def reset(self) -> None:
         """The server answered."""
         self._delay_s = DELAY_S_MIN
-        self._until = time.monotonic() + self._patience_s
+        self._until = self._clock() + self._patience_s
 
     async def wait(self, error: Exception | None = None) -> None:
         """A while, longer each time; raises `error` instead once patience is at its end."""
-        if error is not None and time.monotonic() > self._until:
+        if self._clock() - self._began > ALIVE_S:
+            self.reset()
+        if error is not None and self._clock() > self._until:
             raise error
         await asyncio.sleep(self._delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - only spreads callers
         self._delay_s = min(2 * self._delay_s, DELAY_S_MAX)
@@ -92,6 +105,7 @@ class Connection:
         """A unary call, or all messages of a stream, asked again if it was lost (or if the engine failed it)."""
         retry = Retry(self.patience_s)
         while True:
+            retry.begin()
             try:
                 called = getattr(self._stub, name)(request)
                 if isinstance(called, grpc.aio.UnaryStreamCall):
@@ -106,6 +120,7 @@ class Connection:
     async def stream(self, make: Callable[[], tuple[str, Any]], retry: Retry) -> AsyncGenerator[Any, None]:
         """The messages of a stream that `make` names the call and the request of, each time that it breaks."""
         while True:
+            retry.begin()
             name, request = make()
             called = getattr(self._stub, name)(request)
             try:
