@@ -1,10 +1,11 @@
-"""Where an Edge listens: `unix:PATH`, `tcp:HOST:PORT` (a token, nothing encrypted) or `tls:HOST:PORT`.
+"""Where a server of ours listens: `unix:PATH`, `tcp:HOST:PORT` (a token, nothing encrypted) or `tls:HOST:PORT`.
 
-The same words for the server's `--listen`, the client's `DSEC_API_URL` and what is printed.
+The same words for the server's `--listen`, the client's `DSEC_API_URL` or `DSEC_ROLLOUT_URL`, and what is printed.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -34,10 +35,21 @@ class Address(msgspec.Struct, frozen=True):
         """As gRPC wants it."""
         return self.url if self.kind == "unix" else self.target
 
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only programs of this host reach it, by TCP."""
+        host = self.target.rpartition(":")[0].strip("[]")
+        try:
+            return self.kind != "unix" and (host == "localhost" or ipaddress.ip_address(host).is_loopback)
+        except ValueError:
+            return False
 
-def parse_address(url: str) -> Address:
-    """InvalidArgumentError if it is none."""
+
+def parse_address(url: str, *, is_bare_tcp: bool = False) -> Address:
+    """InvalidArgumentError if it is none; with `is_bare_tcp`, HOST:PORT alone is one, too."""
     kind, _, target = url.partition(":")
+    if is_bare_tcp and _HOST_PORT.fullmatch(url):
+        kind, target = "tcp", url
     if kind == "unix":
         path = os.path.abspath(target.removeprefix("//"))
         if not target or len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:

@@ -81,14 +81,14 @@ def serve(
 
     import uvloop
 
-    from dsec.edge import main
+    from dsec.edge import listen, main
 
     gc.set_threshold(GARBAGE_COUNT)
     options = main.ServeOptions(
         directory=directory or default_directory(),
         urls=tuple(urls) or (default_url(),),
-        token=main.read_token(token_file),
-        certificate=main.read_certificate(tls_cert, tls_key),
+        token=listen.read_token(token_file),
+        certificate=listen.read_certificate(tls_cert, tls_key),
         substrate=substrate,
         destroys_on_exit=destroy_on_exit,
     )

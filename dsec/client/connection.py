@@ -20,7 +20,6 @@ import os
 import random
 import re
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,6 +28,7 @@ import msgspec
 
 from dsec.address import default_url, parse_address
 from dsec.client.calls import Calls
+from dsec.client.channel import EDGE, given, open_channel
 from dsec.errors import DsecError, InvalidArgumentError, ResourceExhaustedError, StateError, UnreachableError
 from dsec.pb.v1.edge_pb2_grpc import EdgeStub
 from dsec.wire import REPLIES, REPLY_BYTES_MAX, REQUEST_BYTES_MAX, SHORT_BYTES_MAX, STATUSES, Status, error_of
@@ -73,13 +73,7 @@ class Connection:
         self._calls: Calls | None = None
         self._has_stream = True
         self._has_broken = False
-        self._metadata = [("authorization", f"Bearer {token}")] if token and address.kind != "unix" else []
-        if address.kind == "tls":
-            roots = os.environ.get("DSEC_API_CA")
-            credentials = grpc.ssl_channel_credentials(Path(roots).read_bytes() if roots else None)
-            self._channel = grpc.aio.secure_channel(address.grpc_target, credentials, options=_OPTIONS)
-        else:
-            self._channel = grpc.aio.insecure_channel(address.grpc_target, options=_OPTIONS)
+        self._channel, self._metadata = open_channel(EDGE, address, token, _OPTIONS)
         self.stub: Any = EdgeStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def call(
@@ -277,8 +271,7 @@ _connections: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str],
 
 def connect(url: str = "", token: str = "") -> Connection:
     """The running loop's connection to `url` (default: DSEC_API_URL, else this host's Edge); `close` it once each."""
-    url = url or os.environ.get("DSEC_API_URL", "") or default_url()
-    token = token or os.environ.get("DSEC_API_KEY", "")
+    url, token = given(EDGE, url, token, default_url())
     connections = _connections.setdefault(asyncio.get_running_loop(), {})
     if (url, token) not in connections:
         connections[url, token] = Connection(url, token)

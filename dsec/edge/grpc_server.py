@@ -6,7 +6,6 @@ See: proto/dsec/pb/v1/edge.proto; dsec/wire.py for the statuses; dsec/messages.p
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
@@ -24,7 +23,7 @@ from dsec.edge.attach import Chunk, attach
 from dsec.edge.calls import CallContext, Calls, RefusedCallError, read_message
 from dsec.edge.creation import CREATE_BYTES_MAX
 from dsec.edge.images.service import Images
-from dsec.edge.listen import Listen, claim_socket
+from dsec.edge.listen import Listen, TokenInterceptor, bind, claim_socket
 from dsec.edge.service import Edge
 from dsec.errors import DsecError, HostUnfitError, InvalidArgumentError
 from dsec.pb.v1 import edge_pb2 as pb
@@ -296,28 +295,6 @@ async def _answering(context: Context | CallContext, call: str) -> AsyncIterator
         await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has it")
 
 
-class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stub only
-    """Refuses every call whose `authorization` is not `Bearer` and the token; compares in constant time."""
-
-    def __init__(self, token: str) -> None:
-        self._wanted = f"Bearer {token}".encode()
-        self._refusal = grpc.unary_unary_rpc_method_handler(self._refuse)
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Give the call's own handler, or one that refuses."""
-        given = dict(handler_call_details.invocation_metadata).get("authorization", "")
-        given = given.encode() if isinstance(given, str) else given
-        return await continuation(handler_call_details) if hmac.compare_digest(given, self._wanted) else self._refusal
-
-    @staticmethod
-    async def _refuse(_request: bytes, context: Context) -> None:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing or wrong")
-
-
 class Server:
     """One address that is served."""
 
@@ -361,7 +338,7 @@ async def start_server(edge: Edge, listen: Listen, images: Images | None = None)
     reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
         with claim_socket(listen):
-            port = _bind(server, listen)
+            port = bind(server, listen)
     except RuntimeError as error:
         raise InvalidArgumentError(
             f"cannot listen on {listen.address.url}: it is in use or not ours; choose another with --listen"
@@ -370,10 +347,3 @@ async def start_server(edge: Edge, listen: Listen, images: Images | None = None)
     for served in ("", name):
         await checks.set(served, health_pb2.HealthCheckResponse.SERVING)
     return Server(server, servicer, checks, listen.url_with(port))
-
-
-def _bind(server: grpc.aio.Server, listen: Listen) -> int:
-    if listen.certificate is None:
-        return server.add_insecure_port(listen.address.grpc_target)
-    pair = (listen.certificate.key, listen.certificate.chain)
-    return server.add_secure_port(listen.address.grpc_target, grpc.ssl_server_credentials([pair]))

@@ -1,4 +1,4 @@
-"""What an Edge listens on: the address, who may call, and a socket file that nobody else can take or open.
+"""What a server of ours listens on: the address, who may call, and a socket file that nobody else can take or open.
 
 A unix socket is guarded by its file's mode; every other address needs a token, on loopback too: any user
 of the host, and any program in a container with the host's network, can connect there.
@@ -9,17 +9,21 @@ See: dsec/address.py.
 from __future__ import annotations
 
 import contextlib
+import hmac
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import grpc
 import msgspec
 
 from dsec.address import Address, parse_address
 from dsec.errors import InvalidArgumentError
 
 TOKEN_BYTES_MIN = 16
+EDGE_KEY = "DSEC_API_KEY"
 
 
 class Certificate(msgspec.Struct, frozen=True):
@@ -43,20 +47,71 @@ class Listen(msgspec.Struct, frozen=True):
         return f"{self.address.kind}:{self.address.target.rpartition(':')[0]}:{port}"
 
 
-def make_listen(url: str, token: str, certificate: Certificate | None) -> Listen:
-    """What `url` asks for.  InvalidArgumentError where anybody could call."""
+def make_listen(url: str, token: str, certificate: Certificate | None, variable: str = EDGE_KEY) -> Listen:
+    """What `url` asks for.  InvalidArgumentError where anybody could call; `variable` may hold the token."""
     address = parse_address(url)
     if address.kind == "unix":
         return Listen(address)
     if len(token.encode()) < TOKEN_BYTES_MIN:
         raise InvalidArgumentError(
-            f"{url} needs a token of at least {TOKEN_BYTES_MIN} bytes: give --token-file, or set DSEC_API_KEY"
+            f"{url} needs a token of at least {TOKEN_BYTES_MIN} bytes: give --token-file, or set {variable}"
         )
     if not (token.isascii() and token.isprintable()) or token != token.strip():
         raise InvalidArgumentError("the token is not printable ASCII without spaces at its ends")
     if address.kind == "tls" and certificate is None:
         raise InvalidArgumentError(f"{url} needs --tls-cert and --tls-key")
     return Listen(address, token, certificate if address.kind == "tls" else None)
+
+
+def read_certificate(chain: Path | None, key: Path | None) -> Certificate | None:
+    """The pair, or None for none.  InvalidArgumentError for half of one, or a file that cannot be read."""
+    if chain is None and key is None:
+        return None
+    if chain is None or key is None:
+        raise InvalidArgumentError("--tls-cert and --tls-key belong together")
+    try:
+        return Certificate(chain.read_bytes(), key.read_bytes())
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot read the certificate: {error}") from error
+
+
+def read_token(path: Path | None, variable: str = EDGE_KEY) -> str:
+    """What is in the file, or in the variable without one.  InvalidArgumentError if it cannot be read, or is empty."""
+    if path is None:
+        return os.environ.get(variable, "")
+    try:
+        token = path.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(f"cannot read the token: {error}") from error
+    if not token:
+        raise InvalidArgumentError(f"cannot read the token: {path} is empty")
+    return token
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stub only
+    """Refuses every call whose `authorization` is not `Bearer` and the token; compares in constant time."""
+
+    def __init__(self, token: str, open_service: str = "") -> None:
+        """`open_service` is the full name of one that anybody may call."""
+        self._open = f"/{open_service}/"
+        self._wanted = f"Bearer {token}".encode()
+        self._refusal = grpc.unary_unary_rpc_method_handler(self._refuse)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Give the call's own handler, or one that refuses."""
+        given = dict(handler_call_details.invocation_metadata).get("authorization", "")
+        given = given.encode() if isinstance(given, str) else given
+        is_open = handler_call_details.method.startswith(self._open)
+        may_call = is_open or hmac.compare_digest(given, self._wanted)
+        return await continuation(handler_call_details) if may_call else self._refusal
+
+    @staticmethod
+    async def _refuse(_request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing or wrong")
 
 
 @contextlib.contextmanager
@@ -94,3 +149,11 @@ def _remove_stale(path: Path) -> None:
             path.unlink()
             return
     raise InvalidArgumentError(f"cannot listen on unix:{path}: another process does")
+
+
+def bind(server: grpc.aio.Server, listen: Listen) -> int:
+    """Have a server listen there; the port that it got.  RuntimeError if it cannot."""
+    if listen.certificate is None:
+        return server.add_insecure_port(listen.address.grpc_target)
+    pair = (listen.certificate.key, listen.certificate.chain)
+    return server.add_secure_port(listen.address.grpc_target, grpc.ssl_server_credentials([pair]))

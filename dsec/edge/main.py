@@ -42,28 +42,6 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
 
 
-def read_certificate(chain: Path | None, key: Path | None) -> Certificate | None:
-    """The pair, or None for none.  InvalidArgumentError for half of one, or a file that cannot be read."""
-    if chain is None and key is None:
-        return None
-    if chain is None or key is None:
-        raise InvalidArgumentError("--tls-cert and --tls-key belong together")
-    try:
-        return Certificate(chain.read_bytes(), key.read_bytes())
-    except OSError as error:
-        raise InvalidArgumentError(f"cannot read the certificate: {error}") from error
-
-
-def read_token(path: Path | None) -> str:
-    """What is in the file, or in DSEC_API_KEY without one.  InvalidArgumentError if it cannot be read."""
-    if path is None:
-        return os.environ.get("DSEC_API_KEY", "")
-    try:
-        return path.read_text().strip()
-    except (OSError, ValueError) as error:
-        raise InvalidArgumentError(f"cannot read the token: {error}") from error
-
-
 async def make_substrate(name: str, directory: Path, config: EdgeConfig) -> Substrate:
     """The substrate of that name, keeping what it needs below `directory`; not open yet."""
     if name == "docker":

@@ -33,9 +33,12 @@ class AsyncRolloutClient:
     UnreachableError once no server answered for `patience_s` seconds.
     """
 
-    def __init__(self, address: str, *, patience_s: float = PATIENCE_S) -> None:
-        """`address`: host:port."""
-        self._connection = Connection(address, patience_s)
+    def __init__(self, address: str = "", *, token: str = "", patience_s: float = PATIENCE_S) -> None:
+        """`address`: HOST:PORT, `tls:HOST:PORT` or `unix:PATH`, or DSEC_ROLLOUT_URL; `token`, or DSEC_ROLLOUT_KEY.
+
+        InvalidArgumentError.
+        """
+        self._connection = Connection(address, token, patience_s)
 
     async def __aenter__(self) -> Self:
         """As it is; it connects when it is used."""

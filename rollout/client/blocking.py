@@ -20,11 +20,11 @@ from rollout.rpc.listing import RolloutSummary
 class RolloutClient:
     """A client of one service; a context manager.  Every method is as in `AsyncRolloutClient`."""
 
-    def __init__(self, address: str, *, patience_s: float = PATIENCE_S) -> None:
-        """`address`: host:port."""
+    def __init__(self, address: str = "", *, token: str = "", patience_s: float = PATIENCE_S) -> None:
+        """As of `AsyncRolloutClient`."""
 
         async def make() -> AsyncRolloutClient:  # gRPC takes the loop that runs
-            return AsyncRolloutClient(address, patience_s=patience_s)
+            return AsyncRolloutClient(address, token=token, patience_s=patience_s)
 
         self._client = LOOP.run(make())
 

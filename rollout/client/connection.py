@@ -14,11 +14,14 @@ from typing import Any
 
 import grpc
 
+from dsec.address import parse_address
+from dsec.client.channel import ROLLOUTS, given, open_channel
 from dsec.errors import DsecError, InvalidArgumentError, ResourceExhaustedError, UnreachableError
 from rollout.errors import EngineError, RolloutError
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
 from rollout.rpc.messages import MESSAGE_BYTES_MAX
 
+DEFAULT_URL = "tcp:127.0.0.1:7710"
 DELAY_S_MIN, DELAY_S_MAX = 0.05, 2.0
 ALIVE_S = 60.0
 """After so long it is certain that somebody took the call: no connection, or a dead one (`_OPTIONS`), ends it sooner."""
@@ -59,6 +62,8 @@ def error_of(error: grpc.aio.AioRpcError) -> Exception:
         return _ERRORS[code](sentence)
     if "larger than max" in details:
         return InvalidArgumentError(f"the message is too large to be sent ({details})")
+    if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+        return InvalidArgumentError(f"{details}: set {ROLLOUTS}_KEY, or give the client its token")
     return _WITHOUT_CODE.get(error.code(), RolloutError)(details)
 
 
@@ -96,9 +101,11 @@ class Retry:
 class Connection:
     """One channel."""
 
-    def __init__(self, address: str, patience_s: float) -> None:
+    def __init__(self, url: str, token: str, patience_s: float) -> None:
+        """To where these or the environment say, else to this host's service.  InvalidArgumentError."""
         self.patience_s = patience_s
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        url, token = given(ROLLOUTS, url, token, DEFAULT_URL)
+        self._channel, self._metadata = open_channel(ROLLOUTS, parse_address(url, is_bare_tcp=True), token, _OPTIONS)
         self._stub: Any = RolloutServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def call(self, name: str, request: Any, *, retries_engine: bool = False) -> Any:
@@ -107,7 +114,7 @@ class Connection:
         while True:
             retry.begin()
             try:
-                called = getattr(self._stub, name)(request)
+                called = getattr(self._stub, name)(request, metadata=self._metadata)
                 if isinstance(called, grpc.aio.UnaryStreamCall):
                     return [message async for message in called]
                 return await called
@@ -122,7 +129,7 @@ class Connection:
         while True:
             retry.begin()
             name, request = make()
-            called = getattr(self._stub, name)(request)
+            called = getattr(self._stub, name)(request, metadata=self._metadata)
             try:
                 async for message in called:
                     retry.reset()

@@ -16,6 +16,7 @@ import msgspec
 from rich import box
 from rich.table import Table
 
+from dsec.edge.listen import Listen, read_certificate, read_token
 from dsec.sandbox import Substrate
 from dsec.terminal import visible
 from rollout.commands.run import EDGE_HELP
@@ -27,6 +28,7 @@ from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.errors import RequestError
 from rollout.main import load_tokenizer, make_substrate
 from rollout.rpc.grpc_server import REQUEST_BYTES_MAX, handlers_of, start_server
+from rollout.rpc.listening import KEY, address_of, listen_at, told
 from rollout.workers.forward import Router
 from rollout.workers.index import Index, Snapshot, sqlite_url
 from rollout.workers.partitions import Parts, copy_log, find_logs
@@ -53,10 +55,18 @@ _index_option = click.option("--index", "url", metavar="URL", envvar="DSEC_INDEX
 @click.option("--root", type=click.Path(path_type=Path), help="Run directories that workers share.")
 @_index_option
 @click.option("--worker-id", default="", help="Name of this worker among those of --root.  [default: HOST-PORT]")
-@click.option("--listen", default="127.0.0.1:7710", show_default=True, help="HOST:PORT; port 0 takes a free one.")
-@click.option("--http", metavar="HOST:PORT", default="", help="Speak OpenAI's and vLLM's HTTP dialects there, too.")
-@click.option("--http-token-file", type=click.Path(path_type=Path), help="Its first line is what --http callers give.")
-@click.option("--advertise", default="", help="HOST:PORT where other workers reach this one.  [default: as --listen]")
+@click.option(
+    "--listen",
+    metavar="URL",
+    default="127.0.0.1:7710",
+    show_default=True,
+    help="HOST:PORT, tls:HOST:PORT or unix:PATH; port 0 takes a free one.",
+)
+@click.option("--http", metavar="URL", default="", help="Speak OpenAI's and vLLM's HTTP there, too; tls: is https.")
+@click.option("--token-file", type=click.Path(path_type=Path), help=f"What both ports ask for  [default: {KEY}]")
+@click.option("--tls-cert", type=click.Path(path_type=Path), help="The certificate and its chain, PEM.")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key, PEM.")
+@click.option("--advertise", default="", help="URL where other workers reach this one.  [default: as --listen]")
 @click.option(
     "--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Rollouts that sample at once."
 )
@@ -69,7 +79,9 @@ def serve(
     worker_id: str,
     listen: str,
     http: str,
-    http_token_file: Path | None,
+    token_file: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
     advertise: str,
     concurrency: int,
     grace_s: float | None,
@@ -81,11 +93,9 @@ def serve(
     directory of logs: each runs what was submitted to it, passes on calls about what another one runs, and takes over
     the logs of one that died or was stopped.  A signal stops rollouts at a token boundary.
 
-    The gRPC port has no authentication, that of --http has none without a token, and neither hides what passes:
-    listen on a loopback or private address only.
+    Where others than this host's own programs can connect there must be a token, which gRPC clients find in
+    DSEC_ROLLOUT_KEY and HTTP ones give as a bearer.  It and all else passes in the clear but for tls:.
     """
-    if http_token_file is not None and not http:
-        raise RequestError("--http-token-file is for --http: give that, too")
     if root is not None and out is not None:
         raise RequestError("--out serves one run directory alone, --root shares a directory of them: give one of them")
     if root is None and (url or worker_id):
@@ -93,6 +103,7 @@ def serve(
     if not _WORKER_ID.fullmatch(worker_id or "x"):
         raise RequestError(f"--worker-id {worker_id!r}: use 1 to 64 letters, digits, '.', '_' and '-'")
     given = {} if grace_s is None else {"grace_s": grace_s}
+    doors = _doors(listen, http, advertise, read_token(token_file, KEY), tls_cert, tls_key)
     config, bounds = WorkerConfig(**given), RolloutConfig(concurrency=concurrency)
     directory = root or out or Path("runs/server")
     index = Index(url or sqlite_url(directory))
@@ -102,10 +113,9 @@ def serve(
             return make_substrate(directory, bounds, edge_url, number)
 
         parts = Parts(EmbeddedEngine(), load_tokenizer(), bounds, substrate, has_served_edge=bool(edge_url))
-        name = worker_id or (f"{socket.gethostname()}-{address.rpartition(':')[2]}" if root else _ALONE_ID)
+        name = worker_id or (f"{socket.gethostname()}-{re.split('[:/]', address)[-1]}" if root else _ALONE_ID)
         return Worker(directory, index, parts, config, name, is_alone=root is None)
 
-    doors = Doors(listen, advertise, http, _token(http_token_file))
     if not asyncio.run(_serve(directory, doors, make, root is None)):
         click.echo(f"dsec: not stopped in order within {config.grace_s:g} s; the logs have what was done", err=True)
         os._exit(_NOT_IN_ORDER)
@@ -113,35 +123,32 @@ def serve(
 
 @dataclass(frozen=True)
 class Doors:
-    """Where a worker is reached."""
+    """Where a worker is reached, and by whom."""
 
-    listen: str
+    listen: Listen
     advertise: str
-    http: str
-    http_token: str
+    http: Listen | None
+    http_certificate: tuple[Path, Path] | None
+    token: str
 
 
-def _token(file: Path | None) -> str:
-    """RequestError rather than an open port."""
-    if file is None:
-        return ""
-    try:
-        token = file.read_text().partition("\n")[0].strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"cannot read the token file {file}: {error}") from error
-    if not token:
-        raise RequestError(f"the token file {file} has no token in its first line")
-    return token
+def _doors(listen: str, http: str, advertise: str, token: str, cert: Path | None, key: Path | None) -> Doors:
+    certificate = read_certificate(cert, key)
+    grpc_at = listen_at(listen, token, certificate)
+    http_at = listen_at(http, token, certificate) if http else None
+    is_https = http_at is not None and http_at.certificate is not None
+    advertised = told(address_of(advertise).url) if advertise else ""
+    return Doors(grpc_at, advertised, http_at, (cert, key) if is_https and cert and key else None, token)
 
 
 async def _serve(directory: Path, doors: Doors, make: Callable[[str], Worker], is_alone: bool) -> bool:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    router = Router(handlers_of, REQUEST_BYTES_MAX)
+    router = Router(handlers_of, REQUEST_BYTES_MAX, doors.token)
     listening = listen_http(doors.http) if doors.http else None
     server = await start_server(None, doors.listen, [router])
-    where = f"{doors.listen.rpartition(':')[0]}:{server.port}"
+    where = server.address
     worker = make(doors.advertise or where)
     try:
         await worker.open(doors.advertise or where)
@@ -149,10 +156,12 @@ async def _serve(directory: Path, doors: Doors, make: Callable[[str], Worker], i
         await server.stop()
         raise
     router.worker = worker
-    http = start_http_server(worker.locate, listening, doors.http_token) if listening is not None else None
+    http = None
+    if listening is not None and doors.http is not None:
+        http = start_http_server(worker.locate, listening, doors.token, doors.http_certificate)
+        scheme = "https" if doors.http_certificate else "http"
+        where += f" and {scheme}://{doors.http.url_with(http.port).partition(':')[2]}"
     await server.serve()
-    if http is not None:
-        where += f" and http://{doors.http.rpartition(':')[0]}:{http.port}"
     what = f"log {directory}/wal" if is_alone else f"worker {worker.worker_id} of {directory}"
     click.echo(f"dsec: serving {where}, {what}, {worker.running_count} rollouts taken up")
     stopped, broken = asyncio.create_task(stop.wait()), asyncio.create_task(worker.failed())

@@ -4,7 +4,7 @@ Every answer comes out of the log: what is streamed is durable first, and a requ
 be sent again after any break, of the connection, of the client or of this server.  Among several workers each
 answers for its own requests; one that another has is answered with that worker's name.
 
-See: docs/operating.md, "HTTP dialects"; `rollout/dialects/` for what each field means.
+See: docs/serving.md, "HTTP dialects"; `rollout/dialects/` for what each field means.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import uvicorn
@@ -24,12 +25,14 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from dsec.edge.listen import Listen
 from dsec.errors import DsecError
 from rollout.dialects import chat, completions, vllm
 from rollout.dialects.http_guard import Guard, error_body, error_headers
 from rollout.dialects.options import StreamOptions
 from rollout.errors import NotFoundError, RequestError, RolloutError
 from rollout.generation import Ask, Drawn, Ended, context_bound, generate
+from rollout.rpc.listening import told
 from rollout.service import RolloutService
 from rollout.state import State
 from toolcall_dsl import DslError
@@ -338,20 +341,27 @@ class HttpServer:
         self._listening.close()
 
 
-def listen(address: str) -> socket.socket:
-    """A socket at `HOST:PORT` (port 0: any).  RequestError if it cannot be bound."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) >= 1 << 16:
-        raise RequestError(f"cannot listen on {address!r}: give HOST:PORT, with a port from 0 (any) to 65535")
+def listen(where: Listen) -> socket.socket:
+    """A socket there (port 0: any).  RequestError if it cannot be bound, or is none of TCP."""
+    if where.address.kind == "unix":
+        raise RequestError(f"cannot listen for HTTP on {where.address.url}: give HOST:PORT, or tls:HOST:PORT")
+    host, _, port = where.address.target.rpartition(":")
     try:
         family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
         return socket.create_server((host.strip("[]"), int(port)), family=family)
     except OSError as error:
-        raise RequestError(f"cannot listen on {address}: {error.strerror or error}; choose another") from error
+        raise RequestError(
+            f"cannot listen on {told(where.address.url)}: {error.strerror or error}; choose another"
+        ) from error
 
 
-def start_http_server(find: Find, listening: socket.socket, token: str = "") -> HttpServer:
-    """Serve open services on a socket of `listen`, which closes with the server."""
+def start_http_server(
+    find: Find, listening: socket.socket, token: str = "", certificate: tuple[Path, Path] | None = None
+) -> HttpServer:
+    """Serve open services on a socket of `listen`, which closes with the server.
+
+    `certificate`: files of the chain and of its key, for TLS.  RequestError if they are none.
+    """
     config = uvicorn.Config(
         make_app(find, token),
         http=_Connection,
@@ -361,5 +371,11 @@ def start_http_server(find: Find, listening: socket.socket, token: str = "") -> 
         lifespan="off",
         limit_concurrency=CONNECTIONS_MAX,
         timeout_graceful_shutdown=1,
+        ssl_certfile=certificate and certificate[0],
+        ssl_keyfile=certificate and certificate[1],
     )
+    try:
+        config.load()
+    except OSError as error:
+        raise RequestError(f"cannot use the certificate {certificate and certificate[0]}: {error}") from error
     return HttpServer(_Server(config), listening)

@@ -20,11 +20,13 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from dsec.edge.listen import Listen, TokenInterceptor, bind, claim_socket
 from dsec.errors import DsecError
 from dsec.wire import status_of
 from rollout.errors import RequestError, RolloutError
 from rollout.pb.v1.rollout_pb2 import DESCRIPTOR
 from rollout.rpc.calls import Calls
+from rollout.rpc.listening import told
 from rollout.rpc.messages import parse
 from rollout.service import RolloutService
 from toolcall_dsl import DslError
@@ -84,10 +86,11 @@ async def _answering(context: Context, call: str) -> AsyncIterator[None]:
 class Server:
     """A server that listens."""
 
-    def __init__(self, server: grpc.aio.Server, checks: health.aio.HealthServicer, port: int) -> None:  # type: ignore[name-defined]
+    def __init__(self, server: grpc.aio.Server, checks: health.aio.HealthServicer, where: Listen, port: int) -> None:  # type: ignore[name-defined]
         self._server = server
         self._checks = checks
         self.port = port
+        self.address = told(where.url_with(port))
 
     async def serve(self) -> None:
         """Say SERVING."""
@@ -101,22 +104,20 @@ class Server:
 
 
 async def start_server(
-    service: RolloutService | None, address: str, interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = ()
+    service: RolloutService | None, where: Listen, interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = ()
 ) -> Server:
-    """Serve an open service at `host:port` (port 0: any) with health and reflection.
+    """Serve an open service (port 0: any) with health, which needs no token, and reflection.
 
     Without a service an interceptor answers (rollout/workers/forward.py), from when `Server.serve` says so.
 
     RequestError if the address cannot be bound.
     """
-    port_asked = re.fullmatch(r"\S+:(\d{1,5})", address)
-    if port_asked is None or int(port_asked[1]) >= 1 << 16:
-        raise RequestError(f"cannot listen on {address!r}: give HOST:PORT, with a port from 0 (any) to 65535")
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
         ("grpc.so_reuseport", 0),
     ]
-    server = grpc.aio.server(options=options, interceptors=interceptors)
+    asks = [TokenInterceptor(where.token, health.SERVICE_NAME)] if where.token else []
+    server = grpc.aio.server(options=options, interceptors=[*asks, *interceptors])
     if service is not None:
         server.add_generic_rpc_handlers((handlers_of(service),))
     checks = health.aio.HealthServicer()  # type: ignore[attr-defined]  # stub lags behind the package
@@ -124,13 +125,15 @@ async def start_server(
     names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     try:
-        port = server.add_insecure_port(address)
+        with claim_socket(where):
+            port = bind(server, where)
     except RuntimeError as error:
         raise RequestError(
-            f"cannot listen on {address}: the port is in use or the host is not ours; choose another with --listen"
+            f"cannot listen on {told(where.address.url)}: the port is in use or the host is not ours; choose another "
+            "with --listen"
         ) from error
     await server.start()
-    started = Server(server, checks, port)
+    started = Server(server, checks, where, port)
     if service is not None:
         await started.serve()
     return started

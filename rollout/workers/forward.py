@@ -22,9 +22,11 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
+from dsec.client.channel import ROLLOUTS, open_channel
 from dsec.errors import UnreachableError
 from dsec.wire import status_of
 from rollout.pb.v1.rollout_pb2 import DESCRIPTOR
+from rollout.rpc.listening import address_of
 from rollout.service import RolloutService
 from rollout.workers.worker import Place, Worker
 
@@ -37,7 +39,7 @@ _CREATES = frozenset({"Submit"})
 """Methods whose request id may be new."""
 _EVERYWHERE = frozenset({"Preempt", "Resume", "UpdatePolicy"})
 """Methods that, if they name nothing, are about every log of this worker."""
-_OWN_METADATA = frozenset({"user-agent", "te", "content-type"})
+_OWN_METADATA = frozenset({"user-agent", "te", "content-type", "authorization"})
 _OWN_PREFIXES = ("grpc-", ":")
 _SERVICE = DESCRIPTOR.services_by_name["RolloutService"]
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -46,7 +48,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class to subscript at run time
     """For the server of a `worker`, which is set once it is open; `handlers_of` makes what answers for a service."""
 
-    def __init__(self, handlers_of: Callable[[RolloutService], Any], request_bytes_max: int) -> None:
+    def __init__(self, handlers_of: Callable[[RolloutService], Any], request_bytes_max: int, token: str = "") -> None:
+        """`token` is what the other workers ask for."""
+        self._token = token
         self.worker: Worker | None = None
         self._methods = {_path(method): method for method in _SERVICE.methods}
         self._handlers_of = handlers_of
@@ -55,11 +59,11 @@ class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class 
             ("grpc.max_receive_message_length", request_bytes_max),
         ]
         self._handlers: WeakKeyDictionary[RolloutService, Any] = WeakKeyDictionary()
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels: dict[str, tuple[grpc.aio.Channel, list[tuple[str, str]]]] = {}
 
     async def close(self) -> None:
         """Let go of the other workers."""
-        for channel in self._channels.values():
+        for channel, _ in self._channels.values():
             await channel.close(None)
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
@@ -151,7 +155,8 @@ class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class 
             handler = self._handler(place.service, method)
             reply: bytes = handler.response_serializer(await handler.unary_unary(data, context))
             return reply
-        call = self._channel(place.address).unary_unary(_path(method), None, None)(data, **_passed_on(place, context))
+        channel, own = self._channel(place.address)
+        call = channel.unary_unary(_path(method), None, None)(data, **_passed_on(place, context, own))
         async with self._while_there(place, call, context):
             return bytes(await call)
 
@@ -164,7 +169,8 @@ class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class 
                 async for reply in replies:
                     yield handler.response_serializer(reply)
             return
-        call = self._channel(place.address).unary_stream(_path(method), None, None)(data, **_passed_on(place, context))
+        channel, own = self._channel(place.address)
+        call = channel.unary_stream(_path(method), None, None)(data, **_passed_on(place, context, own))
         async with self._while_there(place, call, context):
             async for passed in call:
                 yield passed
@@ -192,9 +198,9 @@ class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class 
             self._handlers[service] = self._handlers_of(service)
         return self._handlers[service].service(_Details(_path(method)))
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
+    def _channel(self, address: str) -> tuple[grpc.aio.Channel, list[tuple[str, str]]]:
         if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=self._options)
+            self._channels[address] = open_channel(ROLLOUTS, address_of(address), self._token, self._options)
         return self._channels[address]
 
 
@@ -260,14 +266,14 @@ async def _pass_back(error: grpc.aio.AioRpcError, place: Place, context: Context
     raise AssertionError(details)
 
 
-def _passed_on(place: Place, context: Context) -> dict[str, Any]:
+def _passed_on(place: Place, context: Context, own: list[tuple[str, str]]) -> dict[str, Any]:
     """Of a call, for the next worker: the time that is left, the caller's own metadata, and what it is wanted for."""
     metadata = [
         (key, value)
         for key, value in context.invocation_metadata() or ()
         if key not in _OWN_METADATA and not key.startswith(_OWN_PREFIXES)
     ]
-    return {"timeout": context.time_remaining(), "metadata": (*metadata, (FORWARDED, place.partition))}
+    return {"timeout": context.time_remaining(), "metadata": (*metadata, *own, (FORWARDED, place.partition))}
 
 
 def _path(method: MethodDescriptor) -> str:

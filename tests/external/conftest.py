@@ -23,6 +23,7 @@ from rollout.config import RolloutConfig
 from rollout.dialects.http_server import listen, start_http_server
 from rollout.engine import Engine
 from rollout.main import load_tokenizer
+from rollout.rpc.listening import listen_at
 from rollout.service import RolloutService
 
 STOP_S = 60
@@ -62,7 +63,7 @@ def serve(tmp_path: Path) -> Serve:
                 async def find(_request_id: str, *, creates: bool) -> RolloutService:
                     return service
 
-                server = start_http_server(find, listen("127.0.0.1:0"), token)
+                server = start_http_server(find, listen(listen_at("127.0.0.1:0")), token)
                 ready.set_result(Served(f"http://127.0.0.1:{server.port}", service, loop))
                 await stopping.wait()
                 await server.stop()

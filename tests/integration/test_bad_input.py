@@ -213,11 +213,12 @@ def test_one_directory_has_one_writer_and_ports_one_server(dsec: Any, make_task:
 @pytest.mark.parametrize("listen", ["7710", "127.0.0.1:65536", "two words:1"])
 def test_an_address_that_is_none_is_refused(dsec: Any, tmp_path: Path, listen: str) -> None:
     ran = dsec("serve", "--out", tmp_path / "run", "--listen", listen)
-    refused(ran, f"cannot listen on {listen!r}: give HOST:PORT, with a port from 0 (any) to 65535")
+    refused(ran, f"{listen!r} is no address: give unix:PATH, tcp:HOST:PORT or tls:HOST:PORT")
 
 
 def test_an_address_of_another_machine_is_refused(dsec: Any, tmp_path: Path) -> None:
-    ran = dsec("serve", "--out", tmp_path / "run", "--listen", "192.0.2.1:7710")
+    env = {"DSEC_ROLLOUT_KEY": "correct-horse-battery"}
+    ran = dsec("serve", "--out", tmp_path / "run", "--listen", "192.0.2.1:7710", env=env)
     assert ran.code == 2
     assert "dsec: cannot listen on 192.0.2.1:7710: the port is in use or the host is not ours" in ran.err
     with socket.socket() as probe:

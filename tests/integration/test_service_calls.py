@@ -23,6 +23,7 @@ from rollout.main import load_tokenizer
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
 from rollout.rpc.grpc_server import start_server
+from rollout.rpc.listening import listen_at
 from rollout.service import RolloutService
 from rollout.testing import Reply, ScriptedEngine
 
@@ -84,7 +85,7 @@ async def serving(directory: Path, **config: Any) -> AsyncIterator[Setting]:
     service = RolloutService(directory, engine, HeldSubstrate(world), TOKENIZER, RolloutConfig(**config))
     async with service:
         await service.start()
-        server = await start_server(service, "127.0.0.1:0")
+        server = await start_server(service, listen_at("127.0.0.1:0"))
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             try:
                 yield Setting(service, world, RolloutServiceStub(channel))  # type: ignore[no-untyped-call]

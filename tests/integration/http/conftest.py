@@ -17,6 +17,7 @@ from rollout.dialects.http_server import listen, start_http_server
 from rollout.engine import Engine
 from rollout.events import Event
 from rollout.main import load_tokenizer
+from rollout.rpc.listening import listen_at
 from rollout.service import RolloutService
 
 TOKENIZER = load_tokenizer()
@@ -51,7 +52,7 @@ def serving(tmp_path: Path, seen: Seen) -> Serving:
             async def find(_request_id: str, *, creates: bool) -> RolloutService:
                 return service
 
-            server = start_http_server(find, listen("127.0.0.1:0"), token)
+            server = start_http_server(find, listen(listen_at("127.0.0.1:0")), token)
             try:
                 async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=30) as client:
                     yield client, service

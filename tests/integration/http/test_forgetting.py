@@ -24,6 +24,7 @@ from rollout.jobs import make_conversation
 from rollout.ledger import Ledger
 from rollout.main import load_tokenizer
 from rollout.rpc.grpc_server import REQUEST_BYTES_MAX, handlers_of, start_server
+from rollout.rpc.listening import listen_at
 from rollout.testing import Reply, ScriptedEngine
 from rollout.workers.forward import Router
 from rollout.workers.index import Index, sqlite_url
@@ -104,10 +105,10 @@ def serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         index = Index(sqlite_url(tmp_path / "run"))
         worker = Worker(tmp_path / "run", index, parts, WorkerConfig(lease_ttl_s=60), "a", is_alone=True)
         router = Router(handlers_of, REQUEST_BYTES_MAX)
-        server = await start_server(None, "127.0.0.1:0", [router])
+        server = await start_server(None, listen_at("127.0.0.1:0"), [router])
         await worker.open(f"127.0.0.1:{server.port}")
         router.worker = worker
-        http = start_http_server(worker.locate, listen("127.0.0.1:0"))
+        http = start_http_server(worker.locate, listen(listen_at("127.0.0.1:0")))
         try:
             async with (
                 httpx2.AsyncClient(base_url=f"http://127.0.0.1:{http.port}", timeout=60) as client,

@@ -11,6 +11,8 @@ from typing import Any
 import httpx2
 import pytest
 
+from rollout.client import RolloutClient
+
 ASK = {
     "request_id": "mine",
     "messages": [{"role": "user", "content": "Say what you like."}],
@@ -22,6 +24,7 @@ ASK = {
     "top_logprobs": 2,
 }
 PATH = "/v1/chat/completions"
+TOKEN = "correct-horse-battery"
 
 
 class Server:
@@ -109,10 +112,10 @@ def test_a_stream_that_kill_9_cut_goes_on_under_its_id_with_the_very_same_tokens
 def test_a_worker_names_the_one_that_has_a_request_and_takes_new_ones_itself(
     serve: Callable[..., Server], tmp_path: Path
 ) -> None:
-    (tmp_path / "token").write_text("secret\n")
-    options = ("--root", tmp_path / "root", "--http-token-file", tmp_path / "token")
-    one = serve(*options, "--worker-id", "one", token="secret")
-    two = serve(*options, "--worker-id", "two", token="secret")
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    options = ("--root", tmp_path / "root", "--token-file", tmp_path / "token")
+    one = serve(*options, "--worker-id", "one", token=TOKEN)
+    two = serve(*options, "--worker-id", "two", token=TOKEN)
     assert httpx2.get(f"{one.url}/v1/models").status_code == 401
     short = {**ASK, "max_tokens": 8}
     said = one.client.post(PATH, json=short).json()
@@ -124,6 +127,8 @@ def test_a_worker_names_the_one_that_has_a_request_and_takes_new_ones_itself(
     assert two.client.post(PATH, json=short).status_code == one.client.post(PATH, json=short).status_code == 200
     again = one.client.post(PATH, json={**short, "request_id": "mine"}).json()
     assert again["choices"] == said["choices"]
+    with RolloutClient(two.address, token=TOKEN) as client:  # which passes it on, with its own token
+        assert client.get("mine/chat.0").rollout_id == "mine/chat.0"
 
 
 def test_a_port_or_a_token_that_cannot_be_is_said_so(dsec: Any, serve: Callable[..., Server], tmp_path: Path) -> None:
@@ -131,10 +136,11 @@ def test_a_port_or_a_token_that_cannot_be_is_said_so(dsec: Any, serve: Callable[
     (tmp_path / "empty").write_text("\n")
     wrong: list[tuple[tuple[object, ...], str]] = [
         (("--http", taken), f"cannot listen on {taken}"),
-        (("--http", "nowhere"), "give HOST:PORT"),
-        (("--http-token-file", tmp_path / "empty"), "is for --http"),
-        (("--http", "127.0.0.1:0", "--http-token-file", tmp_path / "none"), "cannot read the token file"),
-        (("--http", "127.0.0.1:0", "--http-token-file", tmp_path / "empty"), "has no token in its first line"),
+        (("--http", "nowhere"), "give unix:PATH, tcp:HOST:PORT"),
+        (("--http", "unix:/tmp/http.sock"), "give HOST:PORT, or tls:HOST:PORT"),
+        (("--http", "0.0.0.0:0"), "needs a token"),
+        (("--token-file", tmp_path / "none"), "cannot read the token"),
+        (("--token-file", tmp_path / "empty"), "is empty"),
     ]
     for options, said in wrong:
         ran = dsec("serve", "--out", tmp_path / "two", "--listen", "127.0.0.1:0", *options)

@@ -21,6 +21,7 @@ from rollout.main import load_tokenizer
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
 from rollout.request import Conversation
 from rollout.rpc.grpc_server import start_server
+from rollout.rpc.listening import listen_at
 from rollout.service import RolloutService
 from rollout.testing import Reply, ScriptedEngine
 
@@ -66,7 +67,7 @@ async def _serving(directory: Path, port: int = 0, reply: Reply = SAID, **config
     settings = RolloutConfig(**{"concurrency": 4, "log_sync": "os", **config})
     async with RolloutService(directory, engine, FakeSubstrate(), TOKENIZER, settings) as service:
         await service.start()
-        server = await start_server(service, f"127.0.0.1:{port}")
+        server = await start_server(service, listen_at(f"127.0.0.1:{port}"))
         address = f"127.0.0.1:{server.port}"
         try:
             async with (

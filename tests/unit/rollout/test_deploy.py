@@ -43,6 +43,12 @@ def test_a_worker_is_started_with_options_that_there_are(name: str) -> None:
     assert given["advertise"].endswith(":7710")
 
 
+def test_a_worker_that_others_reach_has_a_token() -> None:
+    worker = next(each for name, each in compose()["services"].items() if name.startswith("worker"))
+    assert "DSEC_ROLLOUT_KEY" in worker["environment"]
+    assert "DSEC_ROLLOUT_KEY" in {each["name"] for each in pod()["containers"][0]["env"]}
+
+
 def test_a_supervisor_waits_longer_than_a_worker_takes_to_stop() -> None:
     grace_s = WorkerConfig.model_fields["grace_s"].default
     assert grace_s < 45

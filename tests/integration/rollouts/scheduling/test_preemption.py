@@ -19,6 +19,7 @@ from rollout.events import FinishReason, Preempted, RolloutResumed
 from rollout.ledger import Ledger
 from rollout.main import load_tokenizer
 from rollout.rpc.grpc_server import start_server
+from rollout.rpc.listening import listen_at
 from rollout.rpc.listing import standing
 from rollout.scheduling import dispatch
 from rollout.testing import Reply, ScriptedEngine
@@ -226,7 +227,7 @@ async def test_a_preempted_rollout_can_be_cancelled_and_is_not_resumed_then(worl
 async def test_a_client_preempts_and_resumes_by_rollout_by_job_and_all(world: Any) -> None:
     here = world(look_once)
     async with here.serving() as service:
-        server = await start_server(service, "127.0.0.1:0")
+        server = await start_server(service, listen_at("127.0.0.1:0"))
         async with AsyncRolloutClient(f"127.0.0.1:{server.port}") as client:
             for number, target in enumerate(
                 ({"rollout_ids": ["j0/one.0"]}, {"request_id": "j1"}, {"everything": True})

@@ -1,0 +1,135 @@
+"""Who may call a rollout service: tokens, certificates and sockets, over gRPC and over HTTP."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx2
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from dsec.edge.listen import read_certificate, read_token
+from dsec.errors import InvalidArgumentError
+from rollout.client import AsyncRolloutClient
+from rollout.dialects.http_server import listen, start_http_server
+from rollout.rpc.grpc_server import start_server
+from rollout.rpc.listening import listen_at
+from rollout.service import RolloutService
+
+TOKEN = "correct-horse-battery"
+Serve = Callable[..., Awaitable[str]]
+
+
+@pytest.fixture
+async def serve(setting: Any) -> AsyncIterator[Serve]:
+    """`await serve(where, token)`: the address of one more server of the service."""
+    async with AsyncExitStack() as stack:
+
+        async def start(*given: Any) -> str:
+            server = await start_server(setting.service, listen_at(*given))
+            stack.push_async_callback(server.stop)
+            return server.address
+
+        yield start
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """Of localhost, signed by itself."""
+    chain, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    made = ("-out", chain, "-keyout", key, "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost")
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    subprocess.run(["openssl", "req", "-x509", *curve, *map(str, made)], check=True, capture_output=True)
+    return chain, key
+
+
+async def names(client: AsyncRolloutClient) -> list[str]:
+    async with client:
+        return [each.rollout_id async for each in client.list()]
+
+
+async def test_who_has_no_token_gets_nothing_but_health(
+    setting: Any, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await setting.job()
+    address = await serve("127.0.0.1:0", TOKEN)
+    for token in ("", "wrong", "Correct-horse-battery"):
+        with pytest.raises(InvalidArgumentError, match=r"the token is missing or wrong: set DSEC_ROLLOUT_KEY"):
+            await names(AsyncRolloutClient(address, token=token))
+        async with AsyncRolloutClient(address, token=token) as client:
+            with pytest.raises(InvalidArgumentError, match="DSEC_ROLLOUT_KEY"):
+                await anext(client.attach("job"))
+    async with grpc.aio.insecure_channel(address) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[no-untyped-call]
+        assert (await check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+    assert len(await names(AsyncRolloutClient(address, token=TOKEN))) == 6
+    monkeypatch.setenv("DSEC_ROLLOUT_URL", f"tcp:{address}")
+    monkeypatch.setenv("DSEC_ROLLOUT_KEY", TOKEN)
+    assert len(await names(AsyncRolloutClient())) == 6
+
+
+async def test_a_certificate_hides_what_passes(
+    setting: Any, serve: Serve, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = await serve("tls:localhost:0", TOKEN, read_certificate(*certificate))
+    assert address.startswith("tls:localhost:")
+    monkeypatch.setenv("DSEC_ROLLOUT_CA", str(certificate[0]))
+    assert await names(AsyncRolloutClient(address, token=TOKEN)) == []
+    monkeypatch.setenv("DSEC_ROLLOUT_CA", "/no/such")
+    with pytest.raises(InvalidArgumentError, match="DSEC_ROLLOUT_CA"):
+        AsyncRolloutClient(address)
+
+    async def find(_request_id: str, *, creates: bool) -> RolloutService:
+        service: RolloutService = setting.service
+        return service
+
+    where = listen_at("tls:localhost:0", TOKEN, read_certificate(*certificate))
+    http = start_http_server(find, listen(where), TOKEN, certificate)
+    trusted = ssl.create_default_context(cafile=str(certificate[0]))
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    async with httpx2.AsyncClient(base_url=f"https://localhost:{http.port}", verify=trusted) as client:
+        assert (await client.get("/v1/models")).status_code == 401
+        assert (await client.get("/v1/models", headers=headers)).status_code == 200
+    await http.stop()
+
+
+async def test_a_socket_is_its_users_alone_and_needs_no_token(serve: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "below/rollouts.sock"
+    address = await serve(f"unix:{path}", TOKEN)
+    assert await names(AsyncRolloutClient(address)) == []
+    assert os.stat(path).st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("where", "token", "said"),
+    [
+        ("0.0.0.0:7710", "", "a token of at least 16 bytes: give --token-file, or set DSEC_ROLLOUT_KEY"),
+        ("[::]:7710", "", "a token"),
+        ("worker.example:7710", "", "a token"),
+        ("127.0.0.1.example.org:7710", "", "a token"),
+        ("127.0.0.1:7710", "short", "at least 16 bytes"),
+        ("tls:127.0.0.1:7710", TOKEN, "--tls-cert and --tls-key"),
+        ("7710", TOKEN, "no address"),
+    ],
+)
+def test_an_address_that_others_reach_has_a_token(where: str, token: str, said: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=said):
+        listen_at(where, token)
+
+
+@pytest.mark.parametrize("where", ["127.0.0.1:7710", "127.5.0.1:0", "[::1]:7710", "localhost:7710"])
+def test_a_loopback_address_may_do_without(where: str) -> None:
+    assert listen_at(where).address.url == f"tcp:{where}"
+
+
+def test_a_token_file_that_is_empty_opens_no_port(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("\n")
+    with pytest.raises(InvalidArgumentError, match="token is empty"):
+        read_token(tmp_path / "token")
