@@ -19,6 +19,7 @@ import logging
 import math
 import time
 import uuid
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +28,7 @@ import wal
 from dsec.errors import StateError, UnreachableError
 from dsec.sandbox import Substrate
 from rollout.config import WorkerConfig
-from rollout.errors import EngineError, RequestError, ResultsError, RolloutError, ShardError
+from rollout.errors import ConflictError, EngineError, RequestError, ResultsError, RolloutError, ShardError
 from rollout.events import Event
 from rollout.jobs import REQUEST_ID
 from rollout.policy import catch_up
@@ -109,15 +110,15 @@ class Worker:
             asked_at = _now()
             await self._index.join(self.owner, self.worker_id, address, self._lease.ttl_s)
             self._lease.renewed(asked_at)
+            self._begin(self._keep_lease())
             while not self.owned:
                 if not await self._turn():
                     await asyncio.sleep(self._look_s)
         except BaseException:
             await self.close()
             raise
-        self._tasks = [asyncio.create_task(self._keep()), asyncio.create_task(self._watch_lease())]
-        for task in self._tasks:
-            task.add_done_callback(self._look_at)
+        self._begin(self._keep())
+        self._begin(self._watch_lease())
 
     async def failed(self) -> None:
         """Wait until something stops the whole worker (a disk, a bug), and raise it."""
@@ -173,6 +174,15 @@ class Worker:
         if name is None and creates:
             name = await self._index.place(request_id, home.name)
         return await self.find(name or home.name)
+
+    async def place_beside(self, request_id: str, other_id: str) -> Place:
+        """Where a job is, and the one that asks about it shall be.  UnreachableError, ConflictError (it is elsewhere)."""
+        place = await self.place_of(other_id)
+        if REQUEST_ID.fullmatch(request_id):  # else it is refused there
+            placed = await self._index.place(request_id, place.partition)
+            if placed != place.partition:
+                raise ConflictError(f"request {request_id!r} was submitted before, and is in another log of the root")
+        return place
 
     async def find(self, partition: str) -> Place:
         """Who owns a partition.  UnreachableError if nobody does now."""
@@ -232,7 +242,7 @@ class Worker:
             if (lost := self.owned.get(name)) is not None:
                 await self._close(lost, hands_over=True)
         for partition in todo.open:
-            if partition.name not in self._closing:
+            if partition.name not in self._closing:  # its log is not free yet
                 await self._open(partition)
         if (given := self.owned.get(todo.release or "")) is not None:
             await self._close(given, hands_over=True)
@@ -257,6 +267,13 @@ class Worker:
             await self._index.join(self.owner, self.worker_id, self._address, self._lease.ttl_s)
         self._lease.renewed(now)
 
+    async def _keep_lease(self) -> None:
+        """Renew, whatever a turn is busy with: opening a large log takes longer than a lease."""
+        while True:
+            with suppress(UnreachableError):  # a turn says so
+                await self._renew()
+            await asyncio.sleep(self._look_s)
+
     async def _watch_lease(self) -> None:
         """Stop rollouts where they are before others may have them; what stays ours is opened again by a turn."""
         while True:
@@ -270,6 +287,7 @@ class Worker:
         """Take its log, adopt what lives of its sandboxes, take up its rollouts."""
         directory = self.root / partition.name
         try:
+            await self._follow_policy()
             service = await self._start(partition, directory, self._parts.substrate(directory, 0))
         except StateError:  # who owned it is frozen, and its Edge with it: another Edge, and a replay
             service = await self._start(partition, directory, self._parts.substrate(directory, partition.epoch))
@@ -291,6 +309,12 @@ class Worker:
         for other in list(self.owned.values()):
             await catch_up(other.service)  # this log may have brought newer weights along
         self._news.add(partition.name, service.ledger, await self._index.requests_of(partition.name))
+
+    async def _follow_policy(self) -> None:
+        """Draw with the newest weights that a log of the root names: an update came while this worker was not there."""
+        newest = await self._index.policy()
+        if newest is not None and newest[0] > self._parts.engine.info.policy_version:
+            await self._parts.lent.update(Path(newest[1]), newest[0])
 
     async def _start(self, partition: Partition, directory: Path, substrate: Substrate) -> RolloutService:
         def observe(event: Event) -> None:
@@ -326,8 +350,8 @@ class Worker:
             return
         if owned.watching is not None and owned.watching is not asyncio.current_task():
             owned.watching.cancel()
-        is_taken = newest_epoch(self.root / owned.name / "wal") > owned.epoch
         self._closing.add(owned.name)
+        is_taken = newest_epoch(self.root / owned.name / "wal") > owned.epoch
         try:
             if hands_over and not is_taken:
                 await owned.service.hand_over(f"worker {self.worker_id} lets go of it")
@@ -347,6 +371,10 @@ class Worker:
         with suppress(UnreachableError):
             self.snapshot = await self._index.snapshot() if self.owned else self.snapshot
         return bool(self.snapshot.living().keys() - {self.owner})
+
+    def _begin(self, work: Coroutine[None, None, None]) -> None:
+        self._tasks.append(asyncio.create_task(work))
+        self._tasks[-1].add_done_callback(self._look_at)
 
     def _look_at(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import shutil
-import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,60 +15,11 @@ import pytest
 
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
+from rollout.workers.testing import Postgres
 
 LEASE_TTL_S = 60  # a loaded machine may hold a worker up for seconds, and it lives
 GO_ELSEWHERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED)
 AGAIN_S = 0.05
-
-
-class Postgres:
-    """A server on a unix socket, run by an unprivileged user; killed and started as a test wants."""
-
-    def __init__(self) -> None:
-        self.home = Path(tempfile.mkdtemp(prefix="dsec-postgres-"))
-        self.user = "postgres" if os.geteuid() == 0 else None
-        if self.user is not None:
-            shutil.chown(self.home, self.user)
-        self.bin = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
-        self._run("initdb", "--pgdata", self.home / "data", "--username", "dsec", "--auth", "trust", "--no-sync")
-        self.process: subprocess.Popen[str] | None = None
-        self.start()
-
-    def _run(self, program: str, *arguments: object) -> None:
-        command = [str(self.bin / program), *map(str, arguments)]
-        subprocess.run(command, user=self.user, cwd=self.home, check=True, capture_output=True)
-
-    def start(self) -> None:
-        """What a killed one leaves running for a moment is waited for."""
-        while self.process is None:
-            command = [self.bin / "postgres", "-D", self.home / "data", "-k", self.home, "-c", "listen_addresses="]
-            process = subprocess.Popen(
-                list(map(str, command)), user=self.user, cwd=self.home, text=True, stderr=subprocess.PIPE
-            )
-            assert process.stderr is not None
-            for line in process.stderr:
-                if "ready to accept connections" in line:
-                    self.process = process
-                    break
-            else:
-                process.communicate()
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.communicate()
-        self.process = None
-
-    def close(self) -> None:
-        if self.process is not None:
-            self.process.send_signal(signal.SIGINT)
-            self.process.communicate()
-        shutil.rmtree(self.home)
-
-    def create(self, name: str) -> str:
-        """A database, and its URL."""
-        self._run("createdb", "--host", self.home, "--username", "dsec", name)
-        return f"postgresql://dsec@/{name}?host={self.home}"
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 from collections.abc import Iterator
@@ -11,9 +12,18 @@ from typing import Any
 import grpc
 import pytest
 
+from dsec.testing import FakeSubstrate
+from rollout.config import RolloutConfig, WorkerConfig
+from rollout.main import load_tokenizer
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
+from rollout.testing import Reply, ScriptedEngine
+from rollout.workers.index import Index
+from rollout.workers.leases import RENEWALS_PER_TTL
+from rollout.workers.partitions import Parts
+from rollout.workers.worker import Worker
 
+TOKENIZER = load_tokenizer()
 SAMPLED = pb.Sampling(temperature=1.0, seed=3)
 SHORT_LEASE = {"DSEC_WORKER_LEASE_TTL_S": "5"}  # of those whose lease is to lapse
 ON_SQLITE, ON_POSTGRES = (
@@ -92,14 +102,14 @@ def epochs(seen: Any) -> list[int]:
 
 
 @pytest.fixture
-def any_edge(request: pytest.FixtureRequest, root: Any, edge_process: Any, dsec: Any, tmp_path: Path) -> Iterator[None]:
-    """Sandboxes of the workers' own Edges, or of one that they share."""
+def any_edge(request: pytest.FixtureRequest, root: Any, edge_process: Any, dsec: Any, tmp_path: Path) -> Iterator[Any]:
+    """Sandboxes of the workers' own Edges, or of one that they share, which it gives."""
     if request.param == "own edges":
-        yield
+        yield None
         return
     served = edge_process(dsec, tmp_path / "edge")
     root.options = ("--edge", served.url)
-    yield
+    yield served
     for worker in root.workers:
         if worker.process.returncode is None:
             worker.stop()
@@ -297,13 +307,14 @@ def test_a_database_that_is_killed_in_mid_run_costs_nothing(
     assert {record["lineage"]["attempt"] for record in records.values()} == {1}
 
 
-@ON_POSTGRES
-def test_without_its_database_a_worker_stops_when_its_lease_ends_and_then_goes_on(
-    root: Any, postgres: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
+@pytest.mark.parametrize(("index_url", "any_edge"), [("postgresql", "served edge")], indirect=True)
+def test_without_its_database_and_its_edge_a_worker_stops_when_its_lease_ends_and_then_goes_on(
+    root: Any, postgres: Any, any_edge: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
 ) -> None:
     request_.limits.turns_count_max = 1000  # beyond the lease
-    first = root.start("a", DSEC_WORKER_LEASE_TTL_S="3")
+    first = root.start("a", DSEC_WORKER_LEASE_TTL_S="1.5")
     stream = begun(first, request_)
+    any_edge.process.send_signal(signal.SIGSTOP)  # so that what the worker lets go of takes its time
     postgres.kill()
     try:
         with pytest.raises(grpc.RpcError) as caught:
@@ -311,8 +322,40 @@ def test_without_its_database_a_worker_stops_when_its_lease_ends_and_then_goes_o
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     finally:
         postgres.start()
-    finished = root.finish(request_, first)
-    assert finished == set(untouched)
+    root.until(lambda seen: seen["workers"][0]["lease_s"] > 0)  # its own again, and not yet let go of
+    any_edge.process.send_signal(signal.SIGCONT)
+    assert root.finish(request_, first) == set(untouched)
     records = root.show()
     assert max(record["lineage"]["attempt"] for record in records.values()) >= 2
     assert {record["commands_run_twice"] for record in records.values()} == {0}
+
+
+@ON_SQLITE
+async def test_a_lease_is_kept_while_a_partition_takes_longer_than_it_to_open(index_url: str, tmp_path: Path) -> None:
+    may_open, opening = asyncio.Event(), asyncio.Event()
+
+    class SlowSubstrate(FakeSubstrate):
+        async def open(self) -> None:
+            opening.set()
+            await may_open.wait()
+            await super().open()
+
+    parts = Parts(
+        ScriptedEngine(TOKENIZER, lambda _session, _turn: Reply()),
+        TOKENIZER,
+        RolloutConfig(),
+        lambda _directory, _number: SlowSubstrate(),
+        has_served_edge=False,
+    )
+    worker = Worker(tmp_path / "root", Index(index_url), parts, WorkerConfig(lease_ttl_s=1), "a")
+    starting = asyncio.create_task(worker.open("127.0.0.1:1"))
+    await opening.wait()
+    index, renewals, left_s = Index(index_url), 0, 0.0
+    while renewals <= RENEWALS_PER_TTL:
+        ((told,)) = (await index.snapshot()).workers
+        assert told.lease_s > 0
+        renewals, left_s = renewals + (told.lease_s > left_s), told.lease_s
+    await index.close()
+    may_open.set()
+    await starting
+    assert await worker.close()
