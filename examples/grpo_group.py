@@ -2,7 +2,8 @@
 
 python examples/grpo_group.py 127.0.0.1:7710 copy-1-000 sort-1-000
 
-The request id names the job: run it again, after any crash of either side, and get the same groups.
+The request id names the job: run it again after a crash of either side, and get the same groups.  A job whose
+rollouts are all acknowledged is done with, and so is its id: the next step takes another.
 """
 
 import sys
@@ -10,9 +11,10 @@ import sys
 from rollout.client import RolloutClient
 from rollout.engine import Sampling
 
-with RolloutClient(sys.argv[1]) as client:
+address, *prompts = sys.argv[1:] or sys.exit(__doc__)
+with RolloutClient(address) as client:
     hot = Sampling(temperature=1.0, seed=7)
-    for group in client.rollouts(sys.argv[2:], group_size=8, request_id="grpo-step-1", sampling=hot):
+    for group in client.rollouts(prompts, group_size=8, request_id="grpo-step-1", sampling=hot):
         usable = [member for member in group.trajectories if member.reward is not None]  # unset is not 0
         mean = sum(member.reward for member in usable) / max(len(usable), 1)
         for member in usable:

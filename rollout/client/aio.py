@@ -4,13 +4,13 @@ A stream that breaks is taken up after the last event that came whole, so a call
 killed server had not made durable was never sent.  Requests are idempotent by their `request_id`: a
 program that was killed itself asks for the same again and gets the same from the beginning.
 
-See: docs/python.md.
+See: docs/training.md.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Literal, Self, Unpack
 
@@ -70,10 +70,10 @@ class AsyncRolloutClient:
         ended: dict[str, Trajectory] = {}
         async with aclosing(self._until_finished(request)) as updates:
             async for update in updates:
-                if update.trajectory is not None:
+                if update.trajectory is not None and not update.trajectory.record.lineage.judged_rollout_id:
                     ended[update.rollout_id] = update.trajectory
-                if update.group is not None:
-                    yield _group(update.group, ended)
+                if (group := _prompt_group(update, request)) is not None:
+                    yield _group(group, ended)
 
     async def _until_finished(self, request: pb.SubmitRequest) -> AsyncGenerator[Update, None]:
         """The job's updates until all its groups have finished; of each group the end comes once."""
@@ -84,10 +84,11 @@ class AsyncRolloutClient:
         while True:
             async with aclosing(self._updates(position.make, position)) as updates:
                 async for update in updates:
-                    if update.group is not None and update.group["group_id"] in finished:
+                    group = _prompt_group(update, request)
+                    if group is not None and group["group_id"] in finished:
                         continue  # the service failed a member, and took it up again
                     yield update
-                    finished |= {update.group["group_id"]} if update.group is not None else set()
+                    finished |= {group["group_id"]} if group is not None else set()
                     if len(finished) == left:
                         return
             await retry.wait()  # rollouts were preempted: until somebody lets them go on
@@ -265,6 +266,12 @@ class _Position:
         request = pb.AttachRequest(request_id=self.request.request_id, from_event=self.next_event)
         request.return_mask.extend(self.request.return_mask)
         return "Attach", request
+
+
+def _prompt_group(update: Update, request: pb.SubmitRequest) -> Mapping[str, Any] | None:
+    """The group of a prompt that an update ends; the judges of a rollout are a group, too, and none of these."""
+    group = update.group
+    return group if group is not None and group["group_id"].rpartition("/")[0] == request.request_id else None
 
 
 def _group(finished: Any, ended: dict[str, Trajectory]) -> Group:

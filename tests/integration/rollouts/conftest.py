@@ -28,6 +28,7 @@ from rollout.testing import Reply, ScriptedEngine
 TOKENIZER = load_tokenizer()
 PATIENCE_S = 60
 SAID = Reply(reasoning="Be kind.", content="Hello.")
+VERDICT = Reply(reasoning="Fair.", calls=[("verdict", {"score": 0.75, "reason": "well said"})])
 EVERYTHING: tuple[Any, ...] = ("live_tokens", "tokens", "logprobs", "text")
 ROUNDS_MAX = 100_000
 
@@ -62,8 +63,10 @@ class Setting:
 
 
 @contextlib.asynccontextmanager
-async def _serving(directory: Path, port: int = 0, reply: Reply = SAID, **config: Any) -> AsyncIterator[Setting]:
-    engine = ScriptedEngine(TOKENIZER, lambda _session, _turn: reply)
+async def _serving(
+    directory: Path, port: int = 0, reply: Reply = SAID, judge: Reply = VERDICT, engine: Any = None, **config: Any
+) -> AsyncIterator[Setting]:
+    engine = engine or ScriptedEngine(TOKENIZER, lambda session, _turn: judge if "/judge." in session else reply)
     settings = RolloutConfig(**{"concurrency": 4, "log_sync": "os", **config})
     async with RolloutService(directory, engine, FakeSubstrate(), TOKENIZER, settings) as service:
         await service.start()
@@ -82,7 +85,7 @@ async def _serving(directory: Path, port: int = 0, reply: Reply = SAID, **config
 
 @pytest.fixture
 def serving() -> Callable[..., contextlib.AbstractAsyncContextManager[Setting]]:
-    """Serves a directory, at a port, with a model that says `reply`."""
+    """Serves a directory, at a port, with a model that says `reply`, and as a judge `judge`."""
     return _serving
 
 

@@ -14,8 +14,11 @@ from dsec.errors import OutOfRangeError
 from rollout.client import AsyncRolloutClient, Trajectory, Update
 from rollout.errors import NotFoundError
 from rollout.record import trajectory_record
+from rollout.request import JudgeReward
+from rollout.testing import Reply
 
 PATIENCE_S = 60
+SILENT = Reply(content="I would rather not say.")
 EVERYTHING: tuple[Any, ...] = ("live_tokens", "tokens", "logprobs", "text")
 
 
@@ -200,3 +203,25 @@ async def test_a_loop_waits_for_rollouts_that_were_preempted(setting: Any) -> No
     groups = await asking
     assert sorted(group.group_id for group in groups) == ["job/one", "job/two"]
     assert {member.record.preempt_count for group in groups for member in group.trajectories} == {1}
+
+
+async def test_judges_are_groups_of_their_own_and_none_of_the_prompts(setting: Any) -> None:
+    reward = JudgeReward(rubric="Was it kind?", samples_count=2, attempts_max=2)
+    groups = await setting.groups("one", "judge", group_size=2, reward=reward)
+    assert sorted(group.group_id for group in groups) == ["job/judge", "job/one"]
+    for group in groups:
+        assert group.is_whole
+        assert group.rewards == (0.75, 0.75)
+        assert [member.rollout_id for member in group.trajectories] == [f"{group.group_id}.{n}" for n in range(2)]
+    assert await setting.client.ack(member.rollout_id for group in groups for member in group.trajectories) == 4
+    assert [each async for each in setting.client.list()] == []
+
+
+async def test_a_judge_that_gives_no_verdict_leaves_the_reward_unset_and_the_groups_whole(
+    serving: Any, tmp_path: Path
+) -> None:
+    async with serving(tmp_path / "run", judge=SILENT) as setting:
+        groups = await setting.groups("one", "two", reward=JudgeReward(rubric="Was it kind?", attempts_max=2))
+        missing = {group.group_id: dict(group.missing_reasons) for group in groups}
+        assert missing == {"job/one": {0: "JUDGE_UNAVAILABLE"}, "job/two": {0: "JUDGE_UNAVAILABLE"}}
+        assert [len(group.trajectories) for group in groups] == [1, 1]
