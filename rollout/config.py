@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, field_validator
@@ -12,7 +13,7 @@ from rollout.environment.network import Networks, parse_ceiling
 
 
 class WorkerConfig(BaseSettings):
-    """Bounds of one worker process; docs/operating.md, "Workers"."""
+    """Bounds of one worker process; docs/serving.md, "Workers"."""
 
     model_config = SettingsConfigDict(env_prefix="DSEC_WORKER_", extra="ignore")
 
@@ -64,6 +65,9 @@ class RolloutConfig(BaseSettings):
     )
     agent_network: str = Field(default="", description="where agents may connect to at most")
     verifier_network: str = Field(default="", description="where tests of tasks may connect to at most")
+    checkpoints_root: Path | None = Field(
+        default=None, description="UpdatePolicy takes weights from below this directory; unset: none"
+    )
     reward_callables: frozenset[str] = Field(
         default=frozenset(), description="JSON list of module:function that jobs may name as their reward"
     )

@@ -4,7 +4,7 @@
         for group in client.rollouts(["copy-1-000"], group_size=8, sampling=Sampling(temperature=1.0)):
             print(group.rewards)
 
-See: docs/python.md; proto/rollout/pb/v1/rollout.proto.
+See: docs/training.md; proto/rollout/pb/v1/rollout.proto.
 """
 
 from rollout.client.aio import AsyncRolloutClient

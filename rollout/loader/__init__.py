@@ -5,9 +5,10 @@
     for batch in dataset.batches(plan):
         for sequence in batch: ...
 
-See: docs/formats/shards.md, docs/python.md.
+See: docs/formats/shards.md, docs/training.md.
 """
 
+from rollout.export.side_channels import read_side_channel
 from rollout.loader.batch import Batch, Member, PackedSequence
 from rollout.loader.dataset import Dataset
 from rollout.loader.metadata import NO_VERSION, Metadata
@@ -27,4 +28,5 @@ __all__ = [
     "Rules",
     "Verdict",
     "attach",
+    "read_side_channel",
 ]

@@ -1,9 +1,10 @@
-"""Every block of the README and of docs/python.md runs as it stands; the README's beside an installed `.venv`."""
+"""Every block of the README, docs/python.md and docs/training.md runs as it stands; the README's beside a `.venv`."""
 
 from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,14 @@ PYTHON = [text for language, text in BLOCKS if language == "python"]
 def place(tmp_path: Path) -> Path:
     """What a user sees after `make`: the commands in `.venv/bin`, and no run yet."""
     (tmp_path / ".venv").symlink_to(Path(sys.prefix))
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     return tmp_path
 
 
 def test_every_block_is_a_picture_or_is_run_here() -> None:
     pictures = [text for _, text in BLOCKS if text not in SHELL + PYTHON]
     assert all("──" in text for text in pictures)
-    assert (len(SHELL), len(PYTHON)) == (3, 1)
+    assert (len(SHELL), len(PYTHON)) == (4, 1)
 
 
 def test_every_make_line_names_a_target() -> None:
@@ -68,15 +70,39 @@ def test_a_sandbox_outlives_its_edge_as_the_readme_says(dsec: Any, place: Path, 
     assert re.search(r"^1 +build +finished +0 .* bash -c ", ran.out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=["ten lines"])
-def test_the_program_of_the_readme_prints_a_reward_for_each_rollout(dsec: Any, place: Path, block: str) -> None:
-    (place / "program.py").write_text(block)
-    ran = dsec.done("program.py", command=sys.executable, cwd=place)
-    tasks = re.findall(r'"([a-z]+-\d+-\d+)"', block)
-    lines = sorted(line.split() for line in ran.out.splitlines())
-    assert [name for name, _, _ in lines] == sorted(f"{task}.{index}" for task in tasks for index in range(4))
-    assert {reward for _, reward, _ in lines} <= {"0.0", "1.0"}
-    assert all(int(count) > 0 for _, _, count in lines)
+@pytest.mark.parametrize("block", [text for text in SHELL if "dsec serve" in text], ids=["a trainer"])
+def test_a_trainer_gets_groups_from_a_service_as_the_readme_says(dsec: Any, place: Path, block: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]  # the README's own may be somebody's here
+    ran = dsec("-c", block.replace(":7710", f":{port}"), command="bash", cwd=place)
+    assert ran.code == 0, ran.out + ran.err
+    members = re.findall(r"^grpo-step-1/(\S+)\.(\d) [+-]\d\.\d\d \d+ of \d+ tokens$", ran.out, re.MULTILINE)
+    assert sorted(members) == [(name, str(n)) for name in ("copy-1-000", "sort-1-000") for n in range(8)]
+    assert len(re.findall(r"^grpo-step-1/\S+ mean \d\.\d\d whole$", ran.out, re.MULTILINE)) == 2
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=["the trainer's program"])
+def test_the_program_of_the_readme_is_the_example(block: str) -> None:
+    assert (ROOT / "examples" / "grpo_group.py").read_text().endswith(f'"""\n\n{block}')
+
+
+def test_the_page_about_training_is_one_program(dsec: Any, tmp_path: Path) -> None:
+    blocks = FENCED.findall((ROOT / "docs" / "training.md").read_text())
+    assert {language for language, _ in blocks} == {"python"}
+    server = dsec.start("serve", "--out", tmp_path / "server", "--listen", "127.0.0.1:0")
+    try:
+        address = server.stdout.readline().split()[2].rstrip(",")
+        program = tmp_path / "program.py"
+        program.write_text(f"ADDRESS = {address!r}\n" + "".join(text for _, text in blocks))
+        lines = dsec.done(program, command=sys.executable).out.splitlines()
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+    assert sorted(line.split()[0] for line in lines[:2]) == ["step-1/copy-1-000", "step-1/sort-1-000"]
+    assert re.fullmatch(r"\d+ step-2/count-1-000\.0 \d+ tokens", lines[2])
+    assert re.fullmatch(r"STOP [01]\.0 \d+", lines[3])
+    assert re.fullmatch(r"\d+ tokens, of which the last has logprob -\d.*", lines[4])
+    assert sorted(lines[5:]) == [f"step-1/{name}.{n} ended" for name in ("copy-1-000", "sort-1-000") for n in range(4)]
 
 
 def test_the_page_about_python_is_one_program_and_names_every_option(
