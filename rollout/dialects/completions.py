@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import accumulate
 from typing import Any
 
 from pydantic import Field
@@ -10,7 +11,6 @@ from pydantic import Field
 from rollout.dialects.options import (
     Options,
     StreamOptions,
-    TextStream,
     finish_of,
     request_name,
     sampling_of,
@@ -22,6 +22,7 @@ from rollout.generation import Ask, Drawn, drawn_ids, drawn_of, prompt_length
 from rollout.jobs import check_length, make_conversation
 from rollout.state import State
 from toolcall_dsl import V4, Tokenizer
+from toolcall_dsl.units import UnitsDecoder
 
 TOKENS_DEFAULT = 16
 PROMPTS_MAX = 1024
@@ -77,14 +78,16 @@ class Writer:
         self._body = body
         self._head = {"id": ask.request_id, "object": "text_completion", "created": int(time.time()), "model": model}
         self._tokenizer = tokenizer
-        self._texts: dict[int, TextStream] = {}
+        self._texts: dict[int, UnitsDecoder] = {}
+        self._offsets: dict[int, int] = {}
+        """How long the tokens of each choice are that were told."""
         self._eos = tokenizer.control(V4.eos)
 
     def whole(self, states: list[State]) -> dict[str, Any]:
         """The answer in one piece."""
         choices = []
         for index, state in enumerate(states):
-            made = self._choice(drawn_of(index, state), self._text(drawn_ids(state)))
+            made = self._choice(drawn_of(index, state), self._tokenizer.decode(self._spoken(drawn_ids(state))))
             made["finish_reason"] = finish_of(state)
             if self._body.return_token_ids:
                 made["prompt_token_ids"] = list(state.token_ids[: prompt_length(state)])
@@ -93,25 +96,30 @@ class Writer:
 
     def piece(self, drawn: Drawn) -> dict[str, Any]:
         """Some more tokens of a choice."""
-        text = self._texts.setdefault(drawn.index, TextStream(self._tokenizer)).feed(drawn.token_ids)
+        text = self._stream(drawn.index).decode("".join(map(self._tokenizer.units, self._spoken(drawn.token_ids))))
         return {**self._head, "choices": [self._choice(drawn, text)]}
 
     def end(self, index: int, state: State) -> dict[str, Any]:
         """The last piece of a choice."""
-        text = self._texts.setdefault(index, TextStream(self._tokenizer)).feed((), is_last=True)
+        text = self._stream(index).finish()
         return {**self._head, "choices": [{**self._choice(Drawn(index), text), "finish_reason": finish_of(state)}]}
 
     def counts(self, states: list[State]) -> dict[str, Any]:
         """The chunk after the last, if it was asked for."""
         return {**self._head, "choices": [], "usage": usage(states)}
 
-    def _text(self, token_ids: tuple[int, ...]) -> str:
-        return self._tokenizer.decode([token for token in token_ids if token != self._eos])
+    def _stream(self, index: int) -> UnitsDecoder:
+        return self._texts.setdefault(index, UnitsDecoder(self._tokenizer.unit_map))
+
+    def _spoken(self, token_ids: tuple[int, ...]) -> list[int]:
+        return [token for token in token_ids if token != self._eos]
 
     def _choice(self, drawn: Drawn, text: str) -> dict[str, Any]:
         made: dict[str, Any] = {"index": drawn.index, "text": text, "logprobs": None, "finish_reason": None}
         if self._body.logprobs is not None:
             tokens = [self._tokenizer.decode([token]) for token in drawn.token_ids]
+            *offsets, end = accumulate(map(len, tokens), initial=self._offsets.get(drawn.index, 0))
+            self._offsets[drawn.index] = end
             made["logprobs"] = {
                 "tokens": tokens,
                 "token_logprobs": list(drawn.logprobs),
@@ -119,7 +127,7 @@ class Writer:
                     {self._tokenizer.decode([token]): value for token, value in (*tops, (drawn_id, logprob))}
                     for drawn_id, logprob, tops in with_tops(drawn)
                 ],
-                "text_offset": [sum(map(len, tokens[:at])) for at in range(len(tokens))],
+                "text_offset": offsets,
             }
         if self._body.return_token_ids:
             made["token_ids"] = list(drawn.token_ids)

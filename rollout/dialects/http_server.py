@@ -107,7 +107,7 @@ def _add_generation(app: FastAPI, find: Find) -> None:
     async def chat_completions(body: chat.ChatRequest, request: Request) -> Response:
         service = await _find(find, body.request_id)
         model = _checked_model(body.model, service)
-        ask = chat.ask_of(body, context_bound(service))
+        ask = await asyncio.to_thread(chat.ask_of, body, context_bound(service))
         writer = chat.Writer(body, ask, model, service.tokenizer)
         return await _answer(service, ask, writer, request, stream=body.stream, options=body.stream_options)
 
@@ -115,7 +115,7 @@ def _add_generation(app: FastAPI, find: Find) -> None:
     async def text_completions(body: completions.CompletionRequest, request: Request) -> Response:
         service = await _find(find, body.request_id)
         model = _checked_model(body.model, service)
-        ask = completions.ask_of(body, service.tokenizer, context_bound(service))
+        ask = await asyncio.to_thread(completions.ask_of, body, service.tokenizer, context_bound(service))
         writer = completions.Writer(body, ask, model, service.tokenizer)
         return await _answer(service, ask, writer, request, stream=body.stream, options=body.stream_options)
 
@@ -123,7 +123,7 @@ def _add_generation(app: FastAPI, find: Find) -> None:
     async def tokens(body: vllm.GenerateRequest, request: Request) -> Response:
         service = await _find(find, body.request_id)
         _checked_model(body.model, service)
-        ask = vllm.ask_of(body, context_bound(service))
+        ask = await asyncio.to_thread(vllm.ask_of, body, context_bound(service))
         writer = vllm.Writer(body, ask)
         return await _answer(service, ask, writer, request, stream=body.stream, options=body.stream_options)
 

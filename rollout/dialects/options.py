@@ -1,4 +1,4 @@
-"""What all HTTP dialects share: options that are refused rather than ignored, sampling, ids, incremental text.
+"""What all HTTP dialects share: options that are refused rather than ignored, sampling, ids.
 
 A field that would change what is sampled and that this service cannot honour is an error that names it; a field that
 changes nothing is ignored, as the servers that these dialects come from do.
@@ -21,7 +21,6 @@ from rollout.generation import Drawn, prompt_length
 from rollout.jobs import check_sampling
 from rollout.request import Thinking
 from rollout.state import State
-from toolcall_dsl import V4, Tokenizer
 
 REFUSED: dict[str, tuple[object, ...]] = {
     "stop": (None, [], ""),
@@ -137,21 +136,3 @@ def with_tops(drawn: Drawn) -> Iterator[tuple[int, float, Tops]]:
     """Each token with its logprob and the likeliest ones at its place, if those were asked for."""
     tops = [tuple(zip(each.token_ids, each.logprobs, strict=True)) for each in drawn.top_logprobs]
     return zip(drawn.token_ids, drawn.logprobs, tops or [()] * len(drawn.token_ids), strict=True)
-
-
-class TextStream:
-    """Token ids to text as they come, control tokens left out; holds back what is not yet a whole character."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._eos = tokenizer.control(V4.eos)
-        self._held: list[int] = []
-
-    def feed(self, token_ids: tuple[int, ...], *, is_last: bool = False) -> str:
-        """The text that these ids complete."""
-        self._held += [token for token in token_ids if token != self._eos]
-        text = self._tokenizer.decode(self._held)
-        if text.endswith("\ufffd") and not is_last and len(self._held) < 8:
-            return ""
-        self._held.clear()
-        return text

@@ -12,13 +12,18 @@ import asyncio
 import importlib
 import inspect
 import math
+import threading
 from collections.abc import Callable, Mapping
 
 from rollout.errors import RequestError, VerifierError
 from rollout.record import TrajectoryRecord
 from rollout.request import CallableReward, Job
+from rollout.threads import in_thread
 
 VERIFIER_ID = "callable"
+CALLS_COUNT_MAX = 16
+"""Functions that run at once."""
+_places = threading.BoundedSemaphore(CALLS_COUNT_MAX)
 
 
 def check_allowed(job: Job, allowed: frozenset[str]) -> None:
@@ -33,16 +38,28 @@ def check_allowed(job: Job, allowed: frozenset[str]) -> None:
 
 
 async def call(target: str, record: TrajectoryRecord, timeout_s: float) -> tuple[float, dict[str, float]]:
-    """The reward and its components, from the function in a thread of its own.  VerifierError."""
+    """The reward and its components, from the function in a thread of its own.  VerifierError.
+
+    A function that hangs keeps its thread, and with it one of the CALLS_COUNT_MAX places.
+    """
     function = _load(target)
+
+    def work() -> object:
+        if not _places.acquire(timeout=timeout_s):
+            raise TimeoutError
+        try:
+            return function(record)
+        finally:
+            _places.release()
+
     try:
         async with asyncio.timeout(timeout_s):
-            found = await asyncio.to_thread(function, record)
+            found = await in_thread(work, "reward")
             if inspect.isawaitable(found):
                 found = await found
     except TimeoutError as error:
         raise VerifierError(f"{target}: no reward within {timeout_s:g} s") from error
-    except Exception as error:  # whatever somebody else's code raises
+    except (Exception, SystemExit) as error:  # whatever somebody else's code raises
         raise VerifierError(f"{target} raised {type(error).__name__}: {error}") from error
     return _read(target, found)
 

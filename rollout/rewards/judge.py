@@ -140,16 +140,17 @@ def _reward(job: Job) -> JudgeReward:
 def _messages(rubric: str, instruction: str, work: str) -> list[dict[str, object]]:
     return [
         {"role": "system", "content": SYSTEM + rubric, "tools": _TOOLS},
-        {"role": "user", "content": f"The request:\n{instruction}\n\nThe work:\n{work}"},
+        {"role": "user", "content": f"The request:\n{instruction}\n\nThe work, a JSON object a line:\n{work}"},
     ]
 
 
 def _work(state: State) -> str:
-    """What the agent said and did, without what it thought."""
-    lines = []
+    """What the agent said and did, without what it thought: a JSON object a line, as which nothing in it can pass."""
+    told: list[dict[str, object]] = []
     for number, turn in enumerate(state.turns):
-        lines.append(turn.parsed.content)
+        if turn.parsed.content:
+            told.append({"said": turn.parsed.content})
         for answered in (call for call in state.calls if call.turn == number):
-            arguments = msgspec.json.encode(answered.call.arguments).decode()
-            lines.append(f"{answered.call.name}({arguments})\n-> {answered.answer.observation}")
-    return "\n".join(line for line in lines if line)
+            call = answered.call
+            told.append({"called": call.name, "arguments": call.arguments, "printed": answered.answer.observation})
+    return "\n".join(msgspec.json.encode(each).decode() for each in told)

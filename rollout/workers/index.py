@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +32,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from dsec.errors import UnreachableError
 from rollout.errors import RequestError
+from rollout.threads import in_thread
 
 T = TypeVar("T")
 VERSION = 1
@@ -154,7 +154,7 @@ class Index:
     async def close(self) -> None:
         """Let go of the connections, unless the database keeps that waiting."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(_in_thread(self._engine.dispose), CALL_S)
+            await asyncio.wait_for(in_thread(self._engine.dispose, "index"), CALL_S)
 
     async def join(self, owner: str, worker_id: str, address: str, ttl_s: float) -> None:
         """Begin a lease, and inherit the partitions of earlier processes of this worker, who must be dead."""
@@ -303,7 +303,7 @@ class Index:
 
         async with self._threads:
             try:
-                return await asyncio.wait_for(_in_thread(transact), CALL_S)
+                return await asyncio.wait_for(in_thread(transact, "index"), CALL_S)
             except TimeoutError:
                 why = f"no answer in {CALL_S:g} s"
             except sql.exc.SQLAlchemyError as error:
@@ -337,34 +337,6 @@ def _configure_sqlite(connection: Any, _record: object) -> None:
     connection.isolation_level = None
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
-
-
-async def _in_thread(work: Callable[[], T]) -> T:
-    """As `asyncio.to_thread`, in a thread that the end of the process does not wait for."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if done.done():  # nobody waits any more
-            return
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = work()
-        except BaseException as raised:  # it is raised where the result is awaited
-            error = raised
-        try:
-            loop.call_soon_threadsafe(settle, result, error)
-        except RuntimeError:
-            return  # the loop is closed: nobody waits any more
-
-    threading.Thread(target=run, name="index", daemon=True).start()
-    return await done
 
 
 def sqlite_url(root: Path) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
 
+from rollout.dialects import chat, completions, vllm
 from rollout.main import load_tokenizer
 from rollout.testing import Reply, ScriptedEngine
 
@@ -28,3 +30,27 @@ async def test_who_asks_for_health_without_a_token_can_send_no_body(serving: Any
         writer.write(f"POST /health HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode())
         assert await reader.read(len(answer)) == answer
         writer.close()
+
+
+@pytest.mark.parametrize(
+    ("dialect", "path", "asked"),
+    [
+        (chat, "/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi."}]}),
+        (completions, "/v1/completions", {"prompt": ["Hi."]}),
+        (vllm, "/inference/v1/generate", {"token_ids": [1, 2], "sampling_params": {"max_tokens": 2}}),
+    ],
+)
+async def test_megabytes_of_prompts_are_read_beside_the_event_loop(
+    serving: Any, monkeypatch: pytest.MonkeyPatch, dialect: Any, path: str, asked: dict[str, Any]
+) -> None:
+    threads, read = [], dialect.ask_of
+
+    def seen(*arguments: Any) -> Any:
+        threads.append(threading.current_thread())
+        return read(*arguments)
+
+    monkeypatch.setattr(dialect, "ask_of", seen)
+    async with serving(model()) as (client, _):
+        assert (await client.post(path, json=asked)).status_code == 200
+    assert threading.main_thread() not in threads
+    assert len(threads) == 1
