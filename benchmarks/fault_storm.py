@@ -6,7 +6,6 @@ engine (half of the time it is back at once under its name, else its lease lapse
 Edge, on one sandbox, on all of them (their spawner), on a client, on PostgreSQL.  Each command of the model takes a
 moment, and leaves a line in its sandbox, which the tests count into the reward.  What the service failed
 by itself is resumed at the end, as a trainer would.
-
 Everything is then counted from the logs and from what the clients were told, and compared with the same jobs at a
 server that nobody disturbs: tokens, rewards, commands.
 """

@@ -46,11 +46,13 @@ def _leaves(root: type[Any]) -> dict[str, type[Exception]]:
 
 
 _ERRORS = _leaves(DsecError) | _leaves(RolloutError)
-_RETRIED = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+_RETRIED = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
+"""What the caller itself cancels is no status; a server that stops cancels what it cannot answer any more."""
 _WITHOUT_CODE: dict[grpc.StatusCode, type[DsecError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
     grpc.StatusCode.UNAVAILABLE: UnreachableError,
+    grpc.StatusCode.CANCELLED: UnreachableError,
 }
 
 

@@ -1,0 +1,68 @@
+"""What the client asks again: calls that were lost with their server, and nothing that a server answered."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+
+from dsec.errors import UnreachableError
+from rollout.client import AsyncRolloutClient
+from rollout.errors import RolloutError
+from rollout.pb.v1 import rollout_pb2 as pb
+from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceServicer, add_RolloutServiceServicer_to_server
+
+
+class Going(RolloutServiceServicer):
+    """Ends the first calls with statuses, then answers."""
+
+    def __init__(self, *statuses: grpc.StatusCode) -> None:
+        self.statuses = list(statuses)
+        self.calls_count = 0
+
+    async def _end(self, context: Any) -> None:
+        self.calls_count += 1
+        if self.statuses:
+            await context.abort(self.statuses.pop(0), "as gRPC says it")
+
+    async def Cancel(self, _request: Any, context: Any) -> Any:
+        await self._end(context)
+        return pb.CancelResponse(cancelled_count=3)
+
+    async def Attach(self, _request: Any, context: Any) -> AsyncIterator[Any]:
+        await self._end(context)
+        yield pb.Update(event=7, rollout_id="job/t.0", preempted=pb.Preempted(cause="lunch"), is_last=True)
+
+
+async def asked(service: Going, patience_s: float = 60) -> tuple[int, list[int]]:
+    """A call and a stream."""
+    server = grpc.aio.server()
+    add_RolloutServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with AsyncRolloutClient(f"127.0.0.1:{port}", patience_s=patience_s) as client:
+            return await client.cancel("job"), [update.event async for update in client.attach("job")]
+    finally:
+        await server.stop(None)
+
+
+@pytest.mark.parametrize("status", ["UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"])
+async def test_what_a_server_that_goes_cuts_short_is_asked_again(status: str) -> None:
+    code = grpc.StatusCode[status]
+    assert await asked(service := Going(code, code)) == (3, [7])
+    assert service.calls_count == 4
+
+
+async def test_a_call_that_is_always_cut_short_is_unreachable_in_the_end() -> None:
+    with pytest.raises(UnreachableError, match="as gRPC says it"):
+        await asked(Going(*[grpc.StatusCode.CANCELLED] * 2), patience_s=0)
+
+
+async def test_what_a_server_answered_is_not_asked_again() -> None:
+    service = Going(grpc.StatusCode.INTERNAL)
+    with pytest.raises(RolloutError, match="as gRPC says it"):
+        await asked(service)
+    assert service.calls_count == 1
