@@ -78,7 +78,7 @@ def drawn_of(index: int, state: State) -> Drawn:
 
 def context_bound(service: RolloutService) -> int:
     """The longest context that a generation may have."""
-    return min(service.config.context_tokens_count_max, service.engine.info.context_tokens_max)
+    return service.config.context_tokens_count_max
 
 
 async def generate(service: RolloutService, ask: Ask) -> AsyncGenerator[Drawn | Ended, None]:

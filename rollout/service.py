@@ -50,7 +50,7 @@ from rollout.policy import Awaiting, catch_up, load_policy
 from rollout.request import Conversation, Job
 from rollout.retention import LogRetention
 from rollout.runner import Runner
-from rollout.scheduling.admission import capacity_of, check_new, check_same, claims_of, rules_of
+from rollout.scheduling.admission import capacity_of, check_engine, check_new, check_same, claims_of, rules_of
 from rollout.scheduling.claims import Claim
 from rollout.scheduling.dispatch import Callbacks, Dispatcher, Order
 from rollout.scheduling.scheduler import Scheduler
@@ -149,6 +149,7 @@ class RolloutService:
             self.exporter = await self._resources.enter_async_context(exporter)
         self._resources.push_async_callback(self.engine.close)
         await self.engine.open()
+        check_engine(self.config, self.engine.info)
         await load_policy(self.engine, self.ledger)
         self._resources.push_async_callback(self._leave_substrate)
         await self.substrate.open()

@@ -24,7 +24,7 @@ from rollout.rpc.messages import MESSAGE_BYTES_MAX
 DEFAULT_URL = "tcp:127.0.0.1:7710"
 DELAY_S_MIN, DELAY_S_MAX = 0.05, 2.0
 ALIVE_S = 60.0
-"""After so long it is certain that somebody took the call: no connection, or a dead one (`_OPTIONS`), ends it sooner."""
+"""After so long somebody took the call: without a connection, or with a dead one (`_OPTIONS`), it ends sooner."""
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),

@@ -6,6 +6,7 @@ They are a shortcut: the log holds every token, and a state that is missing, or 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 from collections.abc import Iterable
@@ -27,10 +28,10 @@ class KvFiles:
 
     async def save(self, rollout_id: str) -> None:
         """Write what the engine keeps of a rollout, and have it forget that."""
-        await asyncio.to_thread(self._directory.mkdir, parents=True, exist_ok=True)
         try:
+            await asyncio.to_thread(self._directory.mkdir, parents=True, exist_ok=True)
             await self._engine.save(rollout_id, self._path(rollout_id))
-        except EngineError as error:
+        except (EngineError, OSError) as error:
             _log.warning("%s: its state is not saved, and will be computed again: %s", rollout_id, error)
         await self._engine.release(rollout_id)
 
@@ -49,18 +50,23 @@ class KvFiles:
             _log.warning("%s: its state is not restored, and will be computed again: %s", rollout_id, error)
             return False
         finally:
-            path.unlink(missing_ok=True)
+            _remove(path)
 
     def keep(self, rollout_ids: Iterable[str]) -> None:
         """Remove all files but those of these rollouts."""
         kept = {self._path(rollout_id) for rollout_id in rollout_ids}
         for path in self._directory.glob("*"):
             if path not in kept:
-                path.unlink(missing_ok=True)
+                _remove(path)
 
     def drop(self, rollout_id: str) -> None:
         """The rollout will not go on."""
-        self._path(rollout_id).unlink(missing_ok=True)
+        _remove(self._path(rollout_id))
 
     def _path(self, rollout_id: str) -> Path:
         return self._directory / hashlib.blake2b(rollout_id.encode(), digest_size=16).hexdigest()
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # one that stays does not fit, or is the state that it says
+        path.unlink()

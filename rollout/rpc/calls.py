@@ -27,6 +27,9 @@ from rollout.rpc.updates import Mask, trajectory_parts, updates_of
 from rollout.service import RolloutService
 from rollout.state import State
 
+NAMED_COUNT_MAX = 5000
+"""Rollouts that one message names, however many a call was about."""
+
 
 class Calls:
     """What the server answers with."""
@@ -98,12 +101,12 @@ class Calls:
         """Stop rollouts where they are."""
         wanted, cause = _wanted(request), request.cause or "asked"
         stopped = await self._service.preempt(wanted, request_id=request.request_id, cause=cause)
-        return pb.PreemptResponse(rollout_ids=stopped)
+        return pb.PreemptResponse(rollout_ids=stopped[:NAMED_COUNT_MAX])
 
     async def resume(self, request: pb.ResumeRequest) -> pb.ResumeResponse:
         """Let rollouts go on."""
         resumed = self._service.resume(_wanted(request), request_id=request.request_id)
-        return pb.ResumeResponse(rollout_ids=resumed)
+        return pb.ResumeResponse(rollout_ids=resumed[:NAMED_COUNT_MAX])
 
     async def pause_engine(self, request: pb.PauseEngineRequest) -> pb.PauseEngineResponse:
         """Draw no more tokens."""
@@ -118,7 +121,7 @@ class Calls:
     async def update_policy(self, request: pb.UpdatePolicyRequest) -> pb.UpdatePolicyResponse:
         """Draw with other weights."""
         engine, stale = await self._policy.update(request.checkpoint, request.policy_version)
-        response = pb.UpdatePolicyResponse(stale_rollout_ids=stale)
+        response = pb.UpdatePolicyResponse(stale_rollout_ids=stale[:NAMED_COUNT_MAX])
         fill(response.engine, engine)
         return response
 

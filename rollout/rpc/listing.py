@@ -79,7 +79,7 @@ def _from(ledger: Ledger, token: str) -> Iterator[tuple[str, int, str, Group, in
     """Members of all jobs, from the one that a token names on: its job and its number there."""
     start_id, _, start = token.partition("/")
     if token and (start_id not in ledger.jobs or not (start.isascii() and start.isdecimal())):
-        raise RequestError(f"page_token {token!r}: this log gave no such token; begin again without one")
+        raise RequestError(f"page_token {token!r}: this log gave no such token, or has let go of its job; begin again")
     has_begun = not token
     for request_id, job in ledger.jobs.items():
         if not has_begun and request_id != start_id:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Iterator
 from dsec.errors import ResourceExhaustedError
 from rollout.bench.tasks import Task, check_networks
 from rollout.config import RolloutConfig
+from rollout.engine import EngineInfo
 from rollout.errors import ConflictError, RequestError
 from rollout.jobs import check_conversations
 from rollout.ledger import Ledger
@@ -21,6 +22,15 @@ def check_same(job: Job, known: Job) -> None:
         differing = [name for name in Job.__struct_fields__ if getattr(job, name) != getattr(known, name)]
         raise ConflictError(
             f"request {job.request_id!r} was submitted before with other contents: {', '.join(differing)}"
+        )
+
+
+def check_engine(config: RolloutConfig, engine: EngineInfo) -> None:
+    """RequestError: jobs could be taken whose contexts the engine cannot hold."""
+    if config.context_tokens_count_max > engine.context_tokens_max:
+        raise RequestError(
+            f"DSEC_CONTEXT_TOKENS_COUNT_MAX is {config.context_tokens_count_max}, and a context of the engine "
+            f"{engine.name} holds {engine.context_tokens_max} tokens: lower it to that"
         )
 
 

@@ -10,14 +10,14 @@ import pytest
 
 import wal
 from dsec.errors import StateError
-from dsec.testing import FakeSandbox
 from rollout.client import AsyncRolloutClient
 from rollout.engine import Sampling
 from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.errors import NotFoundError
-from rollout.events import FinishReason, Preempted, RolloutResumed
+from rollout.events import Preempted, RolloutResumed
 from rollout.ledger import Ledger
 from rollout.main import load_tokenizer
+from rollout.rpc import calls
 from rollout.rpc.grpc_server import start_server
 from rollout.rpc.listening import listen_at
 from rollout.rpc.listing import standing
@@ -248,6 +248,39 @@ async def test_a_client_preempts_and_resumes_by_rollout_by_job_and_all(world: An
     assert here.tools_count == 3
 
 
+async def test_of_very_many_rollouts_an_answer_names_no_more_than_fit_a_message(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "NAMED_COUNT_MAX", 2)
+    here = world(look_once)
+    async with here.serving() as service:
+        server = await start_server(service, listen_at("127.0.0.1:0"))
+        await here.submit("job", "one", group_size=3)
+        await here.until(lambda: here.tools_count == 3)
+        async with AsyncRolloutClient(f"127.0.0.1:{server.port}") as client:
+            assert len(await client.preempt(everything=True)) == 2
+            assert {standing(service.ledger, f"job/one.{index}") for index in range(3)} == {"preempted"}
+            here.tool_may_end.set()
+            assert len(await client.resume(everything=True)) == 2
+        await service.wait("job")
+        assert len(here.ended()) == 3
+        await server.stop()
+
+
+async def test_where_no_state_can_be_kept_a_preemption_is_one_all_the_same(world: Any) -> None:
+    here = world(look_once)
+    here.directory.mkdir()
+    (here.directory / "kv").write_text("no directory")
+    async with here.serving() as service:
+        await here.submit("job", "one")
+        await here.until(lambda: here.tools_count == 1)
+        assert await service.preempt() == ["job/one.0"]
+        here.tool_may_end.set()
+        service.resume()
+        await service.wait("job")
+        assert [each.cause for each in here.record("job/one.0").kv_breaks] == ["rebuilt"]
+
+
 async def test_a_hanging_engine_does_not_keep_a_rollout_from_being_preempted(
     world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,44 +334,6 @@ async def test_the_embedded_engine_goes_on_bit_for_bit_after_preemptions(world: 
             assert (cut.token_ids, cut.logprobs) == (whole.token_ids, whole.logprobs)
             assert cut.tokens_regenerated == 0
         assert sum(other.record(f"job/{number}.0").preempt_count for number in range(24)) > 0
-
-
-async def test_rollouts_that_end_together_do_not_begin_in_the_room_that_one_of_them_leaves(world: Any) -> None:
-    here = world(look_once, sandboxes_count_max=1)
-    async with here.serving() as service:
-        await here.submit("job", "one", "two")
-        await here.until(lambda: here.tools_count == 1)
-        await service.preempt(["job/one.0"])
-        await here.until(lambda: here.tools_count == 2)
-        service.resume(["job/one.0"])  # it waits for the room that job/two.0 has
-        assert await service.finish("job", ["job/two.0", "job/one.0"], FinishReason.STALE) == 2
-        assert not [event for event in here.events if isinstance(event, RolloutResumed)]
-        assert (service.dispatcher.count, here.host.sandboxes) == (0, {})
-
-
-async def test_a_rollout_that_is_being_ended_is_not_resumed(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    destroy, is_ending, may_end = FakeSandbox.destroy, asyncio.Event(), asyncio.Event()
-
-    async def destroy_late(sandbox: FakeSandbox) -> None:
-        is_ending.set()
-        await may_end.wait()
-        await destroy(sandbox)
-
-    here = world(look_once)
-    async with here.serving() as service:
-        await here.submit("job", "one", group_size=2)
-        await here.until(lambda: here.tools_count == 2)
-        await service.preempt()
-        monkeypatch.setattr(FakeSandbox, "destroy", destroy_late)
-        ending = asyncio.create_task(service.finish("job", ["job/one.0"], FinishReason.STALE))
-        await is_ending.wait()
-        here.tool_may_end.set()
-        assert service.resume() == ["job/one.1"]
-        may_end.set()
-        assert await ending == 1
-        await service.wait("job")
-        assert [here.record(f"job/one.{index}").finish_reason for index in range(2)] == ["STALE", "STOP"]
-        assert [event.rollout_id for event in here.events if isinstance(event, RolloutResumed)] == ["job/one.1"]
 
 
 async def test_a_rollout_that_is_long_in_being_set_down_is_preempted_all_the_same(

@@ -13,7 +13,7 @@ from dsec.errors import ResourceExhaustedError
 from rollout.errors import RequestError
 from rollout.events import RolloutOpened
 from rollout.request import EarlyStop
-from rollout.testing import Reply
+from rollout.testing import ENGINE, Reply
 
 DONE = Reply(reasoning="Good.", content="Done.")
 LOOK = Reply(reasoning="Look.", calls=[("bash", {"command": "look"})])
@@ -45,6 +45,13 @@ async def test_a_group_that_can_never_start_is_refused_with_the_numbers(world: A
         ):
             await here.submit("job", "one", group_size=3)
         assert service.ledger.jobs == {}
+
+
+async def test_a_service_that_would_take_contexts_that_its_engine_cannot_hold_does_not_start(world: Any) -> None:
+    here = world(context_tokens_count_max=ENGINE.context_tokens_max + 1)
+    with pytest.raises(RequestError, match=r"COUNT_MAX is 1048577, and a context of the engine scripted holds 1048576"):
+        async with here.serving():
+            pass
 
 
 async def test_ten_thousand_rollouts_wait_as_rows_and_a_full_queue_says_try_again(world: Any) -> None:

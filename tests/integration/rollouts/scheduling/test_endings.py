@@ -1,0 +1,57 @@
+"""Rollouts that are ended from outside: nothing of them begins again while their ends are logged."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from dsec.testing import FakeSandbox
+from rollout.events import FinishReason, RolloutResumed
+from rollout.testing import Reply
+
+DONE = Reply(reasoning="Good.", content="Done.")
+LOOK = Reply(reasoning="Look.", calls=[("bash", {"command": "look"})])
+
+
+def look_once(_session: str, turn: int) -> Reply:
+    return DONE if turn else LOOK
+
+
+async def test_rollouts_that_end_together_do_not_begin_in_the_room_that_one_of_them_leaves(world: Any) -> None:
+    here = world(look_once, sandboxes_count_max=1)
+    async with here.serving() as service:
+        await here.submit("job", "one", "two")
+        await here.until(lambda: here.tools_count == 1)
+        await service.preempt(["job/one.0"])
+        await here.until(lambda: here.tools_count == 2)
+        service.resume(["job/one.0"])  # it waits for the room that job/two.0 has
+        assert await service.finish("job", ["job/two.0", "job/one.0"], FinishReason.STALE) == 2
+        assert not [event for event in here.events if isinstance(event, RolloutResumed)]
+        assert (service.dispatcher.count, here.host.sandboxes) == (0, {})
+
+
+async def test_a_rollout_that_is_being_ended_is_not_resumed(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    destroy, is_ending, may_end = FakeSandbox.destroy, asyncio.Event(), asyncio.Event()
+
+    async def destroy_late(sandbox: FakeSandbox) -> None:
+        is_ending.set()
+        await may_end.wait()
+        await destroy(sandbox)
+
+    here = world(look_once)
+    async with here.serving() as service:
+        await here.submit("job", "one", group_size=2)
+        await here.until(lambda: here.tools_count == 2)
+        await service.preempt()
+        monkeypatch.setattr(FakeSandbox, "destroy", destroy_late)
+        ending = asyncio.create_task(service.finish("job", ["job/one.0"], FinishReason.STALE))
+        await is_ending.wait()
+        here.tool_may_end.set()
+        assert service.resume() == ["job/one.1"]
+        may_end.set()
+        assert await ending == 1
+        await service.wait("job")
+        assert [here.record(f"job/one.{index}").finish_reason for index in range(2)] == ["STALE", "STOP"]
+        assert [event.rollout_id for event in here.events if isinstance(event, RolloutResumed)] == ["job/one.1"]
