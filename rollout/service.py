@@ -42,7 +42,7 @@ from rollout.events import (
     TaskAdmitted,
     rollout_of,
 )
-from rollout.export.exporter import SHARDS, Exporter
+from rollout.export.exporter import Exporter
 from rollout.journal import Journal
 from rollout.ledger import Ledger
 from rollout.members import Members
@@ -145,7 +145,7 @@ class RolloutService:
         ResultsError and ShardError (shards that cannot be written or gone on with).
         """
         if self.config.exports_shards:
-            exporter = Exporter(self.directory / SHARDS, self.ledger, self._epoch)
+            exporter = Exporter(self.directory, self.ledger, self._epoch)
             self.exporter = await self._resources.enter_async_context(exporter)
         self._resources.push_async_callback(self.engine.close)
         await self.engine.open()
@@ -207,7 +207,7 @@ class RolloutService:
             check_same(job, known)
             return
         tasks = list(tasks)
-        await asyncio.to_thread(check_new, job, tasks, self.ledger, self.config)
+        await asyncio.to_thread(check_new, job, tasks, self.ledger, self.config, self.engine)
         environments = self.ledger.tasks.keys() | {task.digest for task in tasks if isinstance(task, Task)}
         self._scheduler.check(claims_of(job, environments, lambda _member: True))
         known_prompts = self.ledger.tasks.keys() | self.ledger.conversations.keys()

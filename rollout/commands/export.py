@@ -27,5 +27,5 @@ def export(directory: Path, out: Path | None) -> None:
     if not (directory / "wal").is_dir():
         raise RequestError(f"{directory} holds no run: give the directory of a dsec run or dsec serve")
     target = out or directory / exporter.SHARDS
-    count = exporter.export(Ledger.read(directory / "wal", load_tokenizer()), target)
+    count = exporter.export(directory / "wal", Ledger.read(directory / "wal", load_tokenizer()), target)
     click.echo(f"{count} rollouts written to {target}")

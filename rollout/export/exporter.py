@@ -13,17 +13,21 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import msgspec
 
 import wal
-from rollout.errors import ResultsError
+from rollout.engine import EngineInfo
+from rollout.errors import ResultsError, RolloutError
 from rollout.events import Event, RolloutFinished
+from rollout.export.manifest import SideChannel
 from rollout.ledger import Ledger
 from rollout.record import TrajectoryRecord, trajectory_record
+from rollout.request import HEAVY, Returned
 
 if TYPE_CHECKING:
     from rollout.export.shards import ShardWriter
@@ -34,13 +38,22 @@ _ROWS_AT_ONCE = 16
 _log = logging.getLogger(__name__)
 
 
-def ended_record(ledger: Ledger, rollout_id: str) -> TrajectoryRecord:
-    """The record of a rollout that has ended, as it will be for ever.
+class Ended(NamedTuple):
+    """A rollout that has ended, as it will be for ever; `returns` are the side channels that stand in the log."""
+
+    record: TrajectoryRecord
+    engines: tuple[tuple[int, EngineInfo], ...]
+    returns: frozenset[Returned]
+
+
+def ended_rollout(ledger: Ledger, rollout_id: str) -> Ended:
+    """What goes to a shard.
 
     Which members of its group lack a reward is known when the last of them has ended: the rows of the group say it.
     """
-    record = trajectory_record(ledger, rollout_id)
-    return msgspec.structs.replace(record, group=msgspec.structs.replace(record.group, missing_reasons={}))
+    record, state = trajectory_record(ledger, rollout_id), ledger.rollouts[rollout_id]
+    record = msgspec.structs.replace(record, group=msgspec.structs.replace(record.group, missing_reasons={}))
+    return Ended(record, state.engines, HEAVY.intersection(state.job.returns))
 
 
 def ended(ledger: Ledger, written: Iterable[str]) -> list[str]:
@@ -49,24 +62,40 @@ def ended(ledger: Ledger, written: Iterable[str]) -> list[str]:
     return sorted((each for each in left if ledger.is_done(each)), key=lambda each: ledger.lsns[each][1])
 
 
-def export(ledger: Ledger, directory: Path) -> int:
-    """Write what a ledger holds to shards; how many rollouts were not there yet.  The errors of ShardWriter."""
+def export(log: Path, ledger: Ledger, directory: Path) -> int:
+    """Write what a log and its ledger hold to shards; how many rollouts were not there yet.
+
+    The errors of ShardWriter and of reading a log.
+    """
     from rollout.export.shards import ShardWriter  # loads pyarrow, which nobody needs before
 
     with ShardWriter.open(directory) as writer:
         ids = ended(ledger, writer.rollout_ids)
-        return writer.append(ended_record(ledger, each) for each in ids)
+        starts = range(0, len(ids), _ROWS_AT_ONCE)
+        batches = ([ended_rollout(ledger, each) for each in ids[start : start + _ROWS_AT_ONCE]] for start in starts)
+        return sum(_append(log, writer, batch) for batch in batches)
+
+
+def _append(log: Path, writer: ShardWriter, batch: list[Ended]) -> int:
+    """Write rollouts with their side channels; those of one file are laid out alike."""
+    from rollout.export.rows import layout_of, read_rows
+
+    channels, count = read_rows(log, batch), 0
+    for _, alike in groupby(batch, key=layout_of):
+        count += writer.append([each.record for each in alike], channels)
+    return count
 
 
 class Exporter:
     """Writes rollouts of a running service as they end; an async context manager, which writes the rest at its end."""
 
-    def __init__(self, directory: Path, ledger: Ledger, epoch: int | None = None) -> None:
-        """`ledger` and `epoch` are the service's; records are made in its event loop, and written by a thread."""
-        self._directory, self._ledger, self._epoch = directory, ledger, epoch
+    def __init__(self, run: Path, ledger: Ledger, epoch: int | None = None) -> None:
+        """The run, `ledger` and `epoch` are the service's; records are made in its event loop, written by a thread."""
+        self._directory, self._log, self._ledger, self._epoch = run / SHARDS, run / "wal", ledger, epoch
         self._waiting: deque[str] = deque()
         self._wake = asyncio.Event()
         self._has_taken_all = asyncio.Event()
+        self._has_written = asyncio.Event()
         self._is_closing = False
 
     async def __aenter__(self) -> Self:
@@ -100,8 +129,17 @@ class Exporter:
             self._wake.set()
 
     async def taken_all(self) -> None:
-        """Return once nothing that has ended is still looked up in the ledger, which may forget it then."""
+        """Return once nothing that has ended is still looked up in ledger or log, which may forget it then."""
         await self._has_taken_all.wait()
+
+    async def side_channels(self, rollout_id: str) -> tuple[SideChannel, ...]:
+        """Where those of a rollout that has ended lie, once they do; `uri` is a path.  ResultsError: they do not."""
+        while (found := self._writer.side_channels.get(rollout_id)) is None:
+            if self._work.done():
+                raise ResultsError(f"the side channels of {rollout_id} are not written: see the server's log")
+            await self._has_written.wait()
+        where = self._directory.absolute()
+        return tuple(msgspec.structs.replace(each, uri=str(where / each.uri)) for each in found)
 
     async def _close(self) -> None:
         self._is_closing = True
@@ -115,12 +153,17 @@ class Exporter:
                 self._wake.clear()
                 while self._waiting:
                     ids = [self._waiting.popleft() for _ in range(min(len(self._waiting), _ROWS_AT_ONCE))]
-                    records = [ended_record(self._ledger, each) for each in ids]
+                    batch = [ended_rollout(self._ledger, each) for each in ids]
+                    if not (self._waiting or any(each.returns for each in batch)):
+                        self._has_taken_all.set()
+                    await asyncio.to_thread(_append, self._log, self._writer, batch)
+                    self._has_written.set()
+                    self._has_written.clear()
                     if not self._waiting:
                         self._has_taken_all.set()
-                    await asyncio.to_thread(self._writer.append, records)
-        except (ResultsError, wal.WalError) as error:
+        except (RolloutError, wal.WalError) as error:
             _log.warning("%s; rollouts that end from now on are written by the next start", error)
         finally:
             self._has_taken_all.set()
+            self._has_written.set()
             await asyncio.to_thread(self._writer.close)

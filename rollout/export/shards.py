@@ -30,7 +30,7 @@ import msgspec
 import wal
 from rollout.errors import ResultsError, ShardError
 from rollout.export import arrow
-from rollout.export.manifest import KIND, MANIFEST, Appended, Manifest, Row, encode, shard_path
+from rollout.export.manifest import KIND, MANIFEST, Appended, Manifest, Row, SideChannel, encode, shard_path
 from rollout.export.parquet import has_schema, write_parquet
 from rollout.export.scratch import sync_directory
 from rollout.export.side_channels import Channel, write_channels
@@ -51,7 +51,8 @@ class ShardWriter:
         self._shard, self._rows = _name(log.epoch, 0), 0
         self._ends: dict[str, int] = {}
         """Bytes of each shard that are named, in the order of the shards."""
-        self._uris: set[str] = set()
+        self.side_channels: dict[str, tuple[SideChannel, ...]] = {}
+        """Of rollouts that have any."""
         self.rollout_ids: set[str] = set()
         """Everything that is written."""
         for batch in manifest:
@@ -59,7 +60,7 @@ class ShardWriter:
             self._shard = batch.shard
             self._ends[batch.shard] = batch.offset + batch.size
             self.rollout_ids.update(row.rollout_id for row in batch.rows)
-            self._uris.update(channel.uri for row in batch.rows for channel in row.side_channels)
+            self._note_channels(batch.rows)
         self._failure: Exception | None = None
 
     @classmethod
@@ -143,6 +144,10 @@ class ShardWriter:
         self._ends[self._shard] = offset + len(data)
         self._rows += len(rows)
         self.rollout_ids.update(row.rollout_id for row in rows)
+        self._note_channels(rows)
+
+    def _note_channels(self, rows: tuple[Row, ...]) -> None:
+        self.side_channels |= {row.rollout_id: row.side_channels for row in rows if row.side_channels}
 
     def _begin(self) -> None:
         """Another shard, of this writer's epoch."""
@@ -153,8 +158,9 @@ class ShardWriter:
 
     def _settle(self) -> None:
         """Cut off and remove what the manifest does not name; make the Parquet files that are missing."""
+        uris = {channel.uri for channels in self.side_channels.values() for channel in channels}
         for path in self.directory.glob("*-*.*"):
-            if path.stem not in self._ends and path.name not in self._uris:
+            if path.stem not in self._ends and path.name not in uris:
                 path.unlink()
         for shard, size in self._ends.items():
             path = shard_path(self.directory, shard)

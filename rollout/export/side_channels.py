@@ -42,10 +42,6 @@ LAYOUTS = {
     "routes": ({"U8", "U16"}, 3),
     "routes_valid": ({"U8"}, 1),
     "hidden": ({"BF16"}, 2),
-    "topk_ids": ({"U32"}, 2),
-    "topk_logprobs": ({"F32"}, 2),
-    "mask_offsets": ({"U64"}, 1),
-    "mask_ids": ({"U32"}, 1),
 }
 """Names that mean the same everywhere: dtypes and axes; any other name may be used freely."""
 
@@ -75,7 +71,6 @@ def write_channels(path: Path, offered: Mapping[str, Mapping[str, Channel]]) -> 
             _check(rollout_id, name, channel, parts.get(name))
             start = sum(len(part.array) for _, part, _ in parts.get(name, ()))
             parts.setdefault(name, []).append((rollout_id, channel, start))
-        _check_mask(rollout_id, channels)
     header, offset = {}, 0
     # The format wants tensors without holes, in the order of their offsets; wide elements first keeps them aligned.
     order = sorted(parts, key=lambda name: (-DTYPES[parts[name][0][1].dtype].itemsize, name))
@@ -139,6 +134,12 @@ def read_channel(directory: Path, channel: SideChannel) -> Array:
         raise ShardError(f"{where} cannot be read: {error!s}") from error
 
 
+def read_side_channel(channel: SideChannel) -> Array:
+    """The same where `uri` is a path: as the gRPC API says it."""
+    path = Path(channel.uri)
+    return read_channel(path.parent, msgspec.structs.replace(channel, uri=path.name))
+
+
 def _check(rollout_id: str, name: str, channel: Channel, others: list[tuple[str, Channel, int]] | None) -> None:
     where = f"side channel {name!r} of {rollout_id}"
     if (dtype := DTYPES.get(channel.dtype)) is None:
@@ -153,17 +154,6 @@ def _check(rollout_id: str, name: str, channel: Channel, others: list[tuple[str,
         raise RequestError(f"{where}: {len(channel.layer_ids)} layer ids for rows of {channel.array.shape[1:]}")
     if others and (others[0][1].array.shape[1:], others[0][1].dtype) != (channel.array.shape[1:], channel.dtype):
         raise RequestError(f"{where} differs in its layout from that of {others[0][0]}, which is written beside it")
-
-
-def _check_mask(rollout_id: str, channels: Mapping[str, Channel]) -> None:
-    """A sampling mask as CSR: token i was drawn from `mask_ids[mask_offsets[i]:mask_offsets[i + 1]]`."""
-    if "mask_offsets" not in channels and "mask_ids" not in channels:
-        return
-    offsets, ids = (channels[name].array if name in channels else None for name in ("mask_offsets", "mask_ids"))
-    if offsets is None or ids is None or not len(offsets) or offsets[0] != 0 or offsets[-1] != len(ids):
-        raise RequestError(f"sampling mask of {rollout_id}: offsets from 0 to the number of ids belong to its ids")
-    if (offsets[1:] < offsets[:-1]).any():
-        raise RequestError(f"sampling mask of {rollout_id}: its offsets decrease")
 
 
 def _bytes(array: Array) -> memoryview:

@@ -48,12 +48,26 @@ def read_tokens(metadata: Metadata, rows: Sequence[int]) -> Iterator[Tokens]:
         yield batch.tokens(row, index, metadata.rollout_ids[row], int(metadata.tokens_count[row]))
 
 
+def read_numbers(metadata: Metadata, row: int, names: Sequence[str]) -> list[Column]:
+    """Fields of one rollout that are lists of numbers, each as an array.  ShardError."""
+    place = metadata.places[int(metadata.place[row])]
+    batch, index = _read(_where(place), place, ["rollout_id", *names]), int(metadata.row_of_place[row])
+    if index >= len(batch["rollout_id"]) or batch["rollout_id"][index].as_py() != metadata.rollout_ids[row]:
+        raise ShardError(f"{_where(place)}, row {index}: it is not {metadata.rollout_ids[row]}")
+    columns = [_list(batch[name]) for name in names]
+    return [values[offsets[index] : offsets[index + 1]] for values, offsets in columns]
+
+
+def _where(place: Place) -> str:
+    return f"{shard_path(place.directory, place.shard)} at byte {place.offset}"
+
+
 class _Batch:
     """One record batch, decoded."""
 
     def __init__(self, place: Place) -> None:
-        self.where = f"{shard_path(place.directory, place.shard)} at byte {place.offset}"
-        batch = self._read(place)
+        self.where = _where(place)
+        batch = _read(self.where, place, _WANTED)
         self.rollout_ids = batch["rollout_id"].to_pylist()
         self.token_ids, self.token_ends = _list(batch["token_ids"])
         logprobs = batch["logprobs"]
@@ -88,32 +102,32 @@ class _Batch:
             versions[start : start + length] = version
         return Tokens(row, ids, logprobs, np.repeat(self.trainable[spans], lengths), versions)
 
-    def _read(self, place: Place) -> dict[str, Any]:
-        path = shard_path(place.directory, place.shard)
-        data = bytearray(place.head_bytes + place.size)
+
+def _read(where: str, place: Place, wanted: Sequence[str]) -> dict[str, Any]:
+    """Columns of a batch; every byte of it was checked."""
+    path = shard_path(place.directory, place.shard)
+    data = bytearray(place.head_bytes + place.size)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                view = memoryview(data)
-                count = os.preadv(fd, [view[: place.head_bytes]], 0)
-                count += _fill(fd, view[place.head_bytes :], place.offset)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise ShardError(f"cannot read {self.where}: {error.strerror}") from error
-        if count != len(data) or crc32(view[place.head_bytes :]) != place.crc:
-            raise ShardError(f"{self.where}: its {place.size} bytes are not those that were written")
-        try:
-            layout = pa.ipc.read_schema(pa.py_buffer(view[: place.head_bytes]))
-            columns = [layout.get_field_index(name) for name in _WANTED]
-            with pa.ipc.open_stream(
-                pa.py_buffer(data), options=pa.ipc.IpcReadOptions(included_fields=columns)
-            ) as stream:
-                batch = stream.read_next_batch()
-            batch.validate(full=True)
-            return {name: batch.column(name) for name in _WANTED}
-        except (pa.ArrowException, OSError, KeyError, StopIteration) as error:
-            raise ShardError(f"{self.where}: it is no batch of rollouts: {error}") from error
+            view = memoryview(data)
+            count = os.preadv(fd, [view[: place.head_bytes]], 0)
+            count += _fill(fd, view[place.head_bytes :], place.offset)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise ShardError(f"cannot read {where}: {error.strerror}") from error
+    if count != len(data) or crc32(view[place.head_bytes :]) != place.crc:
+        raise ShardError(f"{where}: its {place.size} bytes are not those that were written")
+    try:
+        layout = pa.ipc.read_schema(pa.py_buffer(view[: place.head_bytes]))
+        columns = [layout.get_field_index(name) for name in wanted]
+        with pa.ipc.open_stream(pa.py_buffer(data), options=pa.ipc.IpcReadOptions(included_fields=columns)) as stream:
+            batch = stream.read_next_batch()
+        batch.validate(full=True)
+        return {name: batch.column(name) for name in wanted}
+    except (pa.ArrowException, OSError, KeyError, StopIteration) as error:
+        raise ShardError(f"{where}: it is no batch of rollouts: {error}") from error
 
 
 def _fill(fd: int, view: memoryview, offset: int) -> int:

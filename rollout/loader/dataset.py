@@ -9,7 +9,8 @@ from pathlib import Path
 from rollout.errors import NotFoundError
 from rollout.export.side_channels import Array, read_channel
 from rollout.loader.batch import Batch, make_block
-from rollout.loader.metadata import Metadata
+from rollout.loader.columns import read_numbers
+from rollout.loader.metadata import Column, Metadata
 from rollout.loader.plan import Layout, Plan, Rules, make_plan
 
 
@@ -70,6 +71,25 @@ class Dataset:
                 os.close(fd)
             yield batch
             del batch
+
+    def topk(self, row: int) -> tuple[Column, Column, Column]:
+        """Offsets, one more than tokens, ids and logprobs: token i has those between two offsets.
+
+        NotFoundError if its job did not ask for them, ShardError.
+        """
+        offsets, ids, logprobs = self._ragged(row, "topk_offsets", "topk_ids", "topk_logprobs")
+        return offsets, ids, logprobs
+
+    def sampling_mask(self, row: int) -> tuple[Column, Column]:
+        """Offsets and the ids that top-k and top-p kept, as `topk` has them; none where nothing was cut."""
+        offsets, ids = self._ragged(row, "mask_offsets", "mask_ids")
+        return offsets, ids
+
+    def _ragged(self, row: int, *names: str) -> list[Column]:
+        columns = read_numbers(self.metadata, row, names)
+        if not len(columns[0]):
+            raise NotFoundError(f"{self.metadata.rollout_ids[row]} has no {names[-1]}: its job did not ask for it")
+        return columns
 
     def side_channel(self, row: int, name: str) -> Array:
         """An array of a rollout that is too big for its record, mapped.  NotFoundError, ShardError."""

@@ -9,12 +9,14 @@ See: proto/rollout/pb/v1/rollout.proto, which says what each call promises.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 
 import msgspec
 
-from rollout.errors import NotFoundError, RequestError
+from rollout.errors import NotFoundError, RequestError, ResultsError
+from rollout.events import RolloutEvent, RolloutFinished, rollout_of
+from rollout.export.manifest import SideChannel
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.policy import Policy
 from rollout.record import trajectory_record
@@ -23,7 +25,7 @@ from rollout.rpc.follow import follow, replay
 from rollout.rpc.listing import Filter, list_rollouts
 from rollout.rpc.messages import fill, parts, plain
 from rollout.rpc.quick import ask
-from rollout.rpc.updates import Mask, trajectory_parts, updates_of
+from rollout.rpc.updates import CHANNELS, Mask, trajectory_parts, updates_of
 from rollout.service import RolloutService
 from rollout.state import State
 
@@ -59,8 +61,25 @@ class Calls:
     async def _follow(self, request_id: str, from_event: int, mask: Mask) -> AsyncGenerator[pb.Update, None]:
         async with aclosing(follow(self._service, request_id, from_event)) as events:
             async for lsn, event in events:
-                for update in updates_of(lsn, event, self._service.ledger, mask):
+                for update in await self._updates(lsn, event, mask):
                     yield update
+
+    async def _updates(self, lsn: int, event: RolloutEvent, mask: Mask) -> Iterator[pb.Update]:
+        """What tells an event; an end is told once its side channels, if they are asked for, lie where it says."""
+        rollout_id = rollout_of(event)
+        is_end = isinstance(event, RolloutFinished) and rollout_id in self._service.ledger.rollouts
+        channels = await self._side_channels(rollout_id, mask) if is_end else ()
+        return updates_of(lsn, event, self._service.ledger, mask, channels)
+
+    async def _side_channels(self, rollout_id: str, mask: Mask) -> tuple[SideChannel, ...]:
+        """Of a rollout that has ended, those that are asked for.  ResultsError if they cannot be had."""
+        names = {name for field, named in CHANNELS.items() if field in mask for name in named}
+        if not names or not self._service.ledger.is_done(rollout_id):
+            return ()
+        if self._service.exporter is None:
+            raise ResultsError(f"the side channels of {rollout_id} come in shards: serve with DSEC_EXPORTS_SHARDS=1")
+        channels = await self._service.exporter.side_channels(rollout_id)
+        return tuple(channel for channel in channels if channel.name in names)
 
     async def replay(self, request: pb.ReplayRequest) -> AsyncIterator[pb.Update]:
         """The durable events of one rollout."""
@@ -68,14 +87,15 @@ class Calls:
         check_mask(mask, self._state(request.rollout_id).job)
         async with aclosing(replay(self._service, request.rollout_id, request.from_event)) as events:
             async for lsn, event in events:
-                for update in updates_of(lsn, event, self._service.ledger, mask):
+                for update in await self._updates(lsn, event, mask):
                     yield update
 
     async def get(self, request: pb.GetRequest) -> AsyncIterator[pb.Trajectory]:
         """One rollout as it is."""
         mask = frozenset(request.return_mask)
         check_mask(mask, self._state(request.rollout_id).job)
-        record = trajectory_record(self._service.ledger, request.rollout_id)
+        channels = await self._side_channels(request.rollout_id, mask)
+        record = trajectory_record(self._service.ledger, request.rollout_id, channels)
         for part in trajectory_parts(record, mask):
             yield part
 

@@ -16,6 +16,7 @@ import msgspec
 
 from rollout import events
 from rollout.events import RolloutEvent, rollout_of
+from rollout.export.manifest import SideChannel
 from rollout.ledger import Ledger
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.record import TrajectoryRecord, missing_reasons, trajectory_record
@@ -43,8 +44,10 @@ _WHAT: dict[type, str] = {
 """Event -> the field of `Update` that tells it."""
 
 
-def updates_of(lsn: int, event: RolloutEvent, ledger: Ledger, mask: Mask) -> Iterator[pb.Update]:
-    """The messages that tell a durable event; none if it was not asked for."""
+def updates_of(
+    lsn: int, event: RolloutEvent, ledger: Ledger, mask: Mask, channels: tuple[SideChannel, ...] = ()
+) -> Iterator[pb.Update]:
+    """The messages that tell a durable event, an end with its side channels; none if it was not asked for."""
     if isinstance(event, events.TopLogprobsFound | events.SideChannelsFound):
         return  # they come with the record
     if isinstance(event, TokensAppended | events.TokensForced) and pb.FIELD_LIVE_TOKENS not in mask:
@@ -56,7 +59,7 @@ def updates_of(lsn: int, event: RolloutEvent, ledger: Ledger, mask: Mask) -> Ite
     if isinstance(event, events.RolloutFinished | events.InfraFailed):
         _add_group(update, ledger)
     if isinstance(event, events.RolloutFinished):
-        record = trajectory_record(ledger, rollout_id)
+        record = trajectory_record(ledger, rollout_id, channels)
         messages = [
             pb.Update(event=lsn, rollout_id=rollout_id, finished=part) for part in trajectory_parts(record, mask)
         ]
@@ -116,6 +119,11 @@ def trajectory_parts(record: TrajectoryRecord, mask: Mask) -> Iterator[pb.Trajec
     yield from parts(message)
 
 
+CHANNELS: dict[int, tuple[str, ...]] = {
+    pb.FIELD_ROUTES: ("routes", "routes_valid"),
+    pb.FIELD_HIDDEN: ("hidden",),
+}
+"""What comes by reference."""
 _BIG_FIELDS: dict[int, tuple[str, ...]] = {
     pb.FIELD_TOKENS: ("token_ids", "spans"),
     pb.FIELD_LOGPROBS: ("logprobs",),

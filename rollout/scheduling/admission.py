@@ -7,11 +7,11 @@ from collections.abc import Callable, Container, Iterator
 from dsec.errors import ResourceExhaustedError
 from rollout.bench.tasks import Task, check_networks
 from rollout.config import RolloutConfig
-from rollout.engine import EngineInfo
+from rollout.engine import Engine, EngineInfo
 from rollout.errors import ConflictError, RequestError
 from rollout.jobs import check_conversations
 from rollout.ledger import Ledger
-from rollout.request import Conversation, Job, JudgeReward
+from rollout.request import HEAVY, Conversation, Job, JudgeReward
 from rollout.rewards.callables import check_allowed
 from rollout.scheduling.claims import Capacity, Claim, Rules
 
@@ -34,8 +34,15 @@ def check_engine(config: RolloutConfig, engine: EngineInfo) -> None:
         )
 
 
-def check_new(job: Job, tasks: list[Task | Conversation], ledger: Ledger, config: RolloutConfig) -> None:
+def check_new(
+    job: Job, tasks: list[Task | Conversation], ledger: Ledger, config: RolloutConfig, engine: Engine
+) -> None:
     """RequestError, TaskError: this service will not take the job; ResourceExhaustedError: not now."""
+    if job.request_id in ledger.used:
+        raise ConflictError(
+            f"request_id {job.request_id!r} was another's: its rollouts were all acknowledged, and it is forgotten; "
+            "choose a new one"
+        )
     if len(ledger.jobs) >= config.jobs_count_max:
         raise ResourceExhaustedError(
             f"the log holds {config.jobs_count_max} jobs that nobody acknowledged: acknowledge what you have (Ack), "
@@ -50,9 +57,20 @@ def check_new(job: Job, tasks: list[Task | Conversation], ledger: Ledger, config
         )
     if taken := [group.group_id for group in job.groups if ledger.holds_group(group.group_id)]:
         raise RequestError(f"group ids in use by another job: {', '.join(taken[:5])}")
+    if job.returns:
+        _check_returns(job, config, engine.info)
     check_conversations(job, tasks, ledger.tokenizer)
     check_allowed(job, config.reward_callables)
     check_networks((task for task in tasks if isinstance(task, Task)), config.networks)
+
+
+def _check_returns(job: Job, config: RolloutConfig, info: EngineInfo) -> None:
+    told = {"routes": info.routing is not None, "hidden": info.hidden_dim > 0}
+    for name in HEAVY.intersection(job.returns):
+        if not told[name]:
+            raise RequestError(f"return_mask: engine {info.name} tells no {name}")
+        if not config.exports_shards:
+            raise RequestError(f"return_mask: {name} come in the files of shards: serve with DSEC_EXPORTS_SHARDS=1")
 
 
 def claims_of(job: Job, environments: Container[str], is_left: Callable[[str], bool]) -> Iterator[Claim]:

@@ -213,8 +213,7 @@ def test_side_channels_are_read_by_others_and_come_back_as_they_were(tmp_path: P
         RECORDS[i].rollout_id: {
             "routes": Channel(routes[i], "U8", (3, 4, 5)),
             "hidden": Channel(hidden + i, "BF16"),
-            "mask_offsets": Channel(np.array([0, 2, 2 + i], np.uint64), "U64"),
-            "mask_ids": Channel(np.arange(2 + i, dtype=np.uint32), "U32"),
+            "mine": Channel(np.arange(2 + i, dtype=np.uint32), "U32"),
         }
         for i in range(2)
     }
@@ -237,7 +236,7 @@ def test_side_channels_are_read_by_others_and_come_back_as_they_were(tmp_path: P
 
 
 ONES = np.ones((2, 2, 2), np.uint8)
-OFFSETS, IDS = Channel(np.array([0, 2], np.uint64), "U64"), Channel(np.array([4, 5], np.uint32), "U32")
+IDS = Channel(np.array([4, 5], np.uint32), "U32")
 
 
 @pytest.mark.parametrize(
@@ -247,9 +246,6 @@ OFFSETS, IDS = Channel(np.array([0, 2], np.uint64), "U64"), Channel(np.array([4,
         ({"routes": Channel(ONES[0], "U8")}, "'routes' of g0.0: it is U16 or U8 with 3 axes, not U8 with 2"),
         ({"routes": Channel(ONES, "U8", (1, 2, 3))}, "3 layer ids for rows of "),
         ({"mine": Channel(ONES, "INT4")}, "'INT4' is none of U8, U16"),
-        ({"mask_ids": IDS}, "offsets from 0 to the number of ids"),
-        ({"mask_ids": IDS, "mask_offsets": Channel(np.array([0, 3], np.uint64), "U64")}, "offsets from 0"),
-        ({"mask_ids": IDS, "mask_offsets": Channel(np.array([0, 2, 1, 2], np.uint64), "U64")}, "its offsets decrease"),
     ],
 )
 def test_a_side_channel_that_is_not_what_it_says_is_refused(
@@ -258,7 +254,7 @@ def test_a_side_channel_that_is_not_what_it_says_is_refused(
     with ShardWriter.open(tmp_path) as writer:
         with pytest.raises(RequestError, match=error):
             writer.append(RECORDS[:1], {RECORDS[0].rollout_id: channels})
-        assert writer.append(RECORDS[:1], {RECORDS[0].rollout_id: {"mask_ids": IDS, "mask_offsets": OFFSETS}}) == 1
+        assert writer.append(RECORDS[:1], {RECORDS[0].rollout_id: {"mine": IDS}}) == 1
 
 
 def test_rows_of_different_widths_do_not_fit_into_one_tensor(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from rollout.bench.tasks import Task, task_from_files
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
 from rollout.errors import ShardError
-from rollout.export.exporter import ended_record, export
+from rollout.export.exporter import ended_rollout, export
 from rollout.export.manifest import Manifest
 from rollout.jobs import make_job
 from rollout.ledger import Ledger
@@ -78,8 +78,8 @@ async def test_rollouts_are_written_as_they_end_and_again_from_the_log_they_are_
     ledger = Ledger.read(tmp_path / "run/wal", TOKENIZER)
     written = table(tmp_path / "run/shards")
     assert written["rollout_id"].to_pylist() == sorted(ledger.rollouts)
-    assert export(ledger, tmp_path / "run/shards") == 0
-    assert export(ledger, tmp_path / "again") == 6
+    assert export(tmp_path / "run/wal", ledger, tmp_path / "run/shards") == 0
+    assert export(tmp_path / "run/wal", ledger, tmp_path / "again") == 6
     assert table(tmp_path / "again").equals(written)
     assert len(list(Manifest(tmp_path / "run/shards"))) <= 6
 
@@ -102,8 +102,8 @@ async def test_a_disk_that_refuses_stops_the_shards_and_not_the_service(
     assert "cannot write shards" in caplog.text
     assert "written by the next start" in caplog.text
     (tmp_path / "run/shards/00000000-00000000.arrows").rmdir()
-    assert export(ledger, tmp_path / "run/shards") == 2
-    assert ended_record(ledger, min(ledger.rollouts)).group.missing_reasons == {}
+    assert export(tmp_path / "run/wal", ledger, tmp_path / "run/shards") == 2
+    assert ended_rollout(ledger, min(ledger.rollouts)).record.group.missing_reasons == {}
 
 
 def test_the_command_adds_what_has_ended_and_the_example_packs_it(dsec: Any, tmp_path: Path) -> None:

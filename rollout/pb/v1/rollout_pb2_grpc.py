@@ -222,7 +222,8 @@ class RolloutServiceServicer:
 
         Use it once a batch is stored or trained on; without it the log grows.  Idempotent; ids whose records are gone
         already are ignored.  All or nothing: FAILED_PRECONDITION names rollouts that have not ended.  Once all rollouts of a
-        job are acknowledged, its `request_id` may be forgotten: never use it again.
+        job are acknowledged, it is forgotten: never use its `request_id` again.  While the log has anything of it left,
+        Submit refuses it (ALREADY_EXISTS).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

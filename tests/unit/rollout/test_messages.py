@@ -60,7 +60,7 @@ def test_a_tool_call_has_the_fields_of_its_struct_and_its_arguments_as_text() ->
 
 def test_every_job_field_can_be_asked_for() -> None:
     asked = {field.name for field in pb.SubmitRequest.DESCRIPTOR.fields}
-    of_http = {"draws_by_place"}
+    of_http = {"draws_by_place", "ends_with_caller"}
     assert {f.name for f in msgspec.structs.fields(request.Job)} - asked == {"groups", "edge_url", "returns"} | of_http
 
 
