@@ -41,6 +41,7 @@ DOORS = {
     "isal": {"wal/format.py"},
     "pyarrow": {"rollout/export/arrow.py", "rollout/export/parquet.py", "rollout/loader/columns.py"},
     "numpy": {
+        "rollout/export/rows.py",
         "rollout/export/side_channels.py",
         "rollout/loader/batch.py",
         "rollout/loader/columns.py",

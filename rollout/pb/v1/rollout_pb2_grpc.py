@@ -119,7 +119,8 @@ class RolloutServiceServicer:
         names the fields that differ.  The job runs on if the caller goes away; Cancel ends it.
 
         INVALID_ARGUMENT: a field is out of its bounds, or a task or conversation cannot be used (nothing was logged).
-        Else, and for ordering, as Attach.
+        RESOURCE_EXHAUSTED that names no event (nothing was logged): too much waits already, or too many jobs are not
+        acknowledged; submit again later.  Else, and for ordering, as Attach.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -153,7 +154,7 @@ class RolloutServiceServicer:
         """Rollouts of the log in the order of their jobs, a page at a time, also those that still wait for their turn.
 
         Only reads.  A rollout that is there throughout the paging comes exactly once, its state as of its page.
-        INVALID_ARGUMENT: `page_token` is none that this log gave.
+        INVALID_ARGUMENT: `page_token` is none that this log gave, or its job was acknowledged since.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
