@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,30 @@ def test_a_database_that_is_killed_in_mid_run_costs_nothing(
         postgres.start()
     records = check(root, untouched)
     assert {record["lineage"]["attempt"] for record in records.values()} == {1}
+
+
+@ON_SQLITE
+def test_a_worker_whose_disk_is_full_says_so_and_ends_and_with_more_room_goes_on(
+    root: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
+) -> None:
+    root.directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "none", root.directory], check=True)
+    try:
+        first = root.start("a")
+        stream = first.stub.Submit(request_, timeout=120)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stream)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        _, err = first.process.communicate(timeout=60)
+        assert first.process.returncode == 3
+        assert "No space left on device (ENOSPC); acknowledged records are safe; free some space" in err
+        subprocess.run(["mount", "-o", "remount,size=24m", root.directory], check=True)
+        again = root.start("a")
+        assert root.finish(request_, again) == set(untouched)
+        check(root, untouched)
+        again.stop()
+    finally:
+        subprocess.run(["umount", "--lazy", root.directory], check=True)
 
 
 @pytest.mark.parametrize(("index_url", "any_edge"), [("postgresql", "served edge")], indirect=True)
