@@ -56,15 +56,14 @@ class Policy:
         When it returns, all of it is durable; it is carried out to its end even if the caller goes away.
         RequestError, EngineError: nothing changed.
         """
-        if not await asyncio.to_thread(_exists, checkpoint):
-            raise RequestError(f"checkpoint {checkpoint!r}: no such absolute path on the server's host")
-        return await wal.settled(self._update(checkpoint, policy_version))
+        found = await asyncio.to_thread(_find, checkpoint, self._service.config.checkpoints_root)
+        return await wal.settled(self._update(found, policy_version))
 
-    async def _update(self, checkpoint: str, policy_version: int) -> tuple[EngineInfo, list[str]]:
+    async def _update(self, checkpoint: Path, policy_version: int) -> tuple[EngineInfo, list[str]]:
         service = self._service
         async with self._lock:
             info = await service.engine.update(
-                Path(checkpoint), policy_version, lambda new: service.note(PolicyUpdated(new, checkpoint))
+                checkpoint, policy_version, lambda new: service.note(PolicyUpdated(new, str(checkpoint)))
             )
             return info, await catch_up(service)
 
@@ -121,11 +120,27 @@ class Awaiting:
         return rollout_id not in self._ledger.rollouts and job.policy.min_version > self._engine.info.policy_version
 
 
-def _exists(checkpoint: str) -> bool:
+def _find(checkpoint: str, root: Path | None) -> Path:
+    """Where a checkpoint really is.  RequestError unless it, and all that it links to, is below the operator's root.
+
+    What is not there and what is elsewhere are told alike: nobody learns here which files the host has.
+    """
+    if root is None:
+        raise RequestError(
+            "this service takes no weights: its operator says by DSEC_CHECKPOINTS_ROOT where they may lie"
+        )
     try:
-        return Path(checkpoint).is_absolute() and Path(checkpoint).exists()
-    except (OSError, ValueError):  # a name that can be none
-        return False
+        allowed, found = root.resolve(strict=True), Path(checkpoint).resolve(strict=True)
+        parts = [found, *(each.resolve(strict=True) for each in (found.iterdir() if found.is_dir() else ()))]
+        is_allowed = Path(checkpoint).is_absolute() and all(each.is_relative_to(allowed) for each in parts)
+    except (OSError, ValueError, RuntimeError):  # a name that can be none; links in a ring
+        is_allowed = False
+    if not is_allowed:
+        raise RequestError(
+            f"checkpoint {checkpoint[:200]!r}: no such absolute path below DSEC_CHECKPOINTS_ROOT ({root}) of the "
+            "server's host"
+        )
+    return found
 
 
 async def catch_up(service: RolloutService) -> list[str]:

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 import grpc
@@ -25,6 +25,7 @@ from google.protobuf.message_factory import GetMessageClass
 from dsec.client.channel import ROLLOUTS, open_channel
 from dsec.errors import UnreachableError
 from dsec.wire import status_of
+from rollout.errors import ConflictError
 from rollout.pb.v1.rollout_pb2 import DESCRIPTOR
 from rollout.rpc.listening import address_of
 from rollout.service import RolloutService
@@ -37,12 +38,17 @@ _PUSHBACK = "grpc-retry-pushback-ms"
 """gRPC's own word for: try again after so long."""
 _CREATES = frozenset({"Submit"})
 """Methods whose request id may be new."""
-_EVERYWHERE = frozenset({"Preempt", "Resume", "UpdatePolicy"})
+_EVERYWHERE = frozenset({"Preempt", "Resume"})
 """Methods that, if they name nothing, are about every log of this worker."""
+_OF_THE_ROOT = "UpdatePolicy"
+"""The method that is about every log of every worker."""
+_ASKS_ABOUT = "QuickInstruction"
+"""The method whose request is a new job in the log that it asks about."""
 _OWN_METADATA = frozenset({"user-agent", "te", "content-type", "authorization"})
 _OWN_PREFIXES = ("grpc-", ":")
 _SERVICE = DESCRIPTOR.services_by_name["RolloutService"]
 Context = grpc.aio.ServicerContext[Any, Any]
+T = TypeVar("T")
 
 
 class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class to subscript at run time
@@ -76,7 +82,10 @@ class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class 
             if method.name == "List" and (reply := await self._list(method, data, context)) is not None:
                 return reply
             parts = await self._located(self._split(method, data, context), context)
-            return merged(method, [await self._ask(place, method, part, context) for place, part in parts])
+            answers = [await self._ask(place, method, part, context) for place, part in parts]
+            if method.name == _OF_THE_ROOT:
+                await self._located(self._opened().news.tell_policy(), context)  # who joins from now on has them, too
+            return merged(method, answers)
 
         async def stream(data: bytes, context: Context) -> AsyncIterator[bytes]:
             ((place, _),) = await self._located(self._split(method, data, context), context)
@@ -98,7 +107,11 @@ class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class 
             return [(place, data)]
         if worker.is_alone:
             return [(await worker.place_of(""), data)]
+        if method.name == _OF_THE_ROOT:
+            return [(await worker.find(name), data) for name in await worker.partitions()]
         asked = Asked(method, data)
+        if method.name == _ASKS_ABOUT:
+            return [(await worker.place_beside(asked.message.request_id, asked.first), data)]
         if not asked.request_ids and method.name in _EVERYWHERE:
             here = [Place(each.name, each.service) for each in worker.owned.values()]
             return [(place, data) for place in here or [await worker.place_of("")]]
@@ -141,13 +154,14 @@ class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class 
             raise UnreachableError("this worker is starting: ask again")
         return self.worker
 
-    async def _located(
-        self, finding: Awaitable[list[tuple[Place, bytes]]], context: Context
-    ) -> list[tuple[Place, bytes]]:
+    async def _located(self, finding: Awaitable[T], context: Context) -> T:
         try:
             return await finding
         except UnreachableError as error:
             await context.abort(*status_of(error), trailing_metadata=((_PUSHBACK, RETRY_MS),))
+            raise
+        except ConflictError as error:
+            await context.abort(*status_of(error))
             raise
 
     async def _ask(self, place: Place, method: MethodDescriptor, data: bytes, context: Context) -> bytes:
@@ -242,7 +256,7 @@ class Asked:
 
 
 def merged(method: MethodDescriptor, answers: Sequence[bytes]) -> bytes:
-    """The answers of several logs as one: lists end to end, numbers added up."""
+    """The answers of several logs as one: lists end to end, numbers added up, of what each tells whole the last."""
     if len(answers) == 1:
         return answers[0]
     numbers = [field.name for field in method.output_type.fields if field.cpp_type == field.CPPTYPE_UINT32]
@@ -250,6 +264,9 @@ def merged(method: MethodDescriptor, answers: Sequence[bytes]) -> bytes:
     for answer in answers:
         part = type(whole).FromString(answer)
         sums = {name: getattr(whole, name) + getattr(part, name) for name in numbers}
+        for field, _ in part.ListFields():
+            if field.message_type and not field.is_repeated:
+                whole.ClearField(field.name)
         whole.MergeFrom(part)
         for name, number in sums.items():
             setattr(whole, name, number)

@@ -86,6 +86,12 @@ _rollouts = sql.Table(
     sql.Column("reward", sql.Float(53)),
     sql.Column("updated_at", sql.Float(53)),
 )
+_policies = sql.Table(
+    "policies",
+    _tables,
+    sql.Column("policy_version", sql.BigInteger, primary_key=True, autoincrement=False),
+    sql.Column("checkpoint", sql.Text, nullable=False),
+)
 
 
 class Worker(msgspec.Struct, frozen=True):
@@ -244,6 +250,17 @@ class Index:
             )
         )
 
+    async def set_policy(self, policy_version: int, checkpoint: str) -> None:
+        """The weights that a log names, for workers that come later; older ones are nothing new."""
+        row = {"policy_version": policy_version, "checkpoint": checkpoint}
+        newest = sql.select(sql.func.max(_policies.c.policy_version)).scalar_subquery()
+        await self._write(self._insert(_policies, row), _policies.delete().where(_policies.c.policy_version < newest))
+
+    async def policy(self) -> tuple[int, str] | None:
+        """The newest weights that a log of the root names: their version, and where they are."""
+        rows = await self._read(sql.select(_policies.c.policy_version, _policies.c.checkpoint))
+        return max(((row[0], row[1]) for row in rows), default=None)
+
     async def rollouts(
         self, request_id: str = "", after: str = "", count_max: int = LIST_COUNT_MAX
     ) -> list[RolloutRow]:
@@ -257,7 +274,7 @@ class Index:
 
     async def forget_jobs(self) -> None:
         """Before they are all copied from the logs again."""
-        await self._write(_jobs.delete(), _rollouts.delete())
+        await self._write(_jobs.delete(), _rollouts.delete(), _policies.delete())
 
     def _insert(self, table: sql.Table, row: dict[str, Any], *updated: str) -> Any:
         """An insert that changes only `updated` of a row that is there."""

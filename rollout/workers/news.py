@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 from rollout import events
-from rollout.events import Event
+from rollout.events import Event, PolicyUpdated
 from rollout.ledger import Ledger
 from rollout.workers.index import Index, RolloutRow
 from rollout.workers.partitions import PUBLISHED_COUNT_MAX, row_of
@@ -27,6 +27,7 @@ class News:
         self._rows: dict[str, RolloutRow] = {}
         self._jobs: dict[str, dict[str, bool]] = {}
         """Partition -> request id -> whether its log holds the job."""
+        self._policy: PolicyUpdated | None = None
 
     @property
     def rows_count(self) -> int:
@@ -38,12 +39,15 @@ class News:
         jobs = {request_id: request_id in ledger.jobs for request_id in {*ledger.jobs, *request_ids}}
         self._jobs.setdefault(partition, {}).update(jobs)
         self._rows.update((id_, row_of(ledger, partition, id_)) for id_ in ledger.rollouts)
+        self._policy = ledger.policy or self._policy
 
     def observe(self, partition: str, ledger: Ledger, event: Event) -> None:
         """An event is in a log, and folded."""
         match event:
             case events.JobSubmitted():
                 self._jobs.setdefault(partition, {})[event.job.request_id] = True
+            case PolicyUpdated():
+                self._policy = event
             case events.RolloutsAcknowledged(rollout_ids=rollout_ids):
                 for request_id in {each.partition("/")[0] for each in rollout_ids} - ledger.jobs.keys():
                     self._jobs.setdefault(partition, {})[request_id] = False
@@ -55,6 +59,12 @@ class News:
                 | events.RolloutFinished(rollout_id=rollout_id)
             ):
                 self._rows[rollout_id] = row_of(ledger, partition, rollout_id)
+
+    async def tell_policy(self) -> None:
+        """Tell the index the newest weights."""
+        if (policy := self._policy) is not None:
+            await self._index.set_policy(policy.engine.policy_version, policy.checkpoint)
+            self._policy = None if self._policy is policy else self._policy
 
     async def tell(self, rows_count_max: int = PUBLISHED_COUNT_MAX) -> None:
         """Tell the index some of it; what it did not take stays to be told."""
@@ -71,6 +81,7 @@ class News:
                     del jobs[request_id]
             if not jobs:
                 del self._jobs[partition]
+        await self.tell_policy()
         rows = list(islice(self._rows.values(), rows_count_max))
         if rows:
             await self._index.publish("", (), rows)

@@ -46,18 +46,20 @@ def newest_epoch(log: Path) -> int:
     return max((segment[1] if segment else lock or 0 for segment, lock in names), default=0)
 
 
-def rows_of_log(name: str, log: Path, tokenizer: Tokenizer) -> tuple[list[str], list[RolloutRow]]:
-    """What a log says: its jobs, and how its rollouts stand.  wal.CorruptError, JournalError."""
+def rows_of_log(name: str, log: Path, tokenizer: Tokenizer) -> tuple[list[str], list[RolloutRow], PolicyUpdated | None]:
+    """What a log says: its jobs, how its rollouts stand, its weights.  wal.CorruptError, JournalError."""
     ledger = Ledger.read(log, tokenizer)
-    return list(ledger.jobs), [row_of(ledger, name, rollout_id) for rollout_id in ledger.rollouts]
+    return list(ledger.jobs), [row_of(ledger, name, rollout_id) for rollout_id in ledger.rollouts], ledger.policy
 
 
 async def copy_log(index: Index, name: str, log: Path, tokenizer: Tokenizer) -> int:
     """Make a log known to the index: its jobs, how its rollouts stand (the answer: how many), and its epoch."""
-    request_ids, rows = await asyncio.to_thread(rows_of_log, name, log, tokenizer)
+    request_ids, rows, policy = await asyncio.to_thread(rows_of_log, name, log, tokenizer)
     for start in range(0, max(len(request_ids), len(rows)), PUBLISHED_COUNT_MAX):
         span = slice(start, start + PUBLISHED_COUNT_MAX)
         await index.publish(name, request_ids[span], rows[span])
+    if policy is not None:
+        await index.set_policy(policy.engine.policy_version, policy.checkpoint)
     await index.add_partition(name, newest_epoch(log))
     return len(rows)
 

@@ -80,7 +80,7 @@ class Worker:
         self.is_alone = is_alone
         self._address = ""
         self._lease = Lease(config.lease_ttl_s)
-        self._news = News(index)
+        self.news = News(index)
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._resources = AsyncExitStack()
         self._refused: dict[str, float] = {}
@@ -141,7 +141,7 @@ class Worker:
             is_in_order = False  # what is still open is fenced by whoever takes it
         with suppress(UnreachableError):
             if self._lease.left_s(_now()) > float("-inf"):
-                await self._news.tell(self._news.rows_count)
+                await self.news.tell(self.news.rows_count)
                 await self._index.leave(self.owner)
         if is_in_order:
             await self._resources.aclose()
@@ -176,7 +176,7 @@ class Worker:
         return await self.find(name or home.name)
 
     async def place_beside(self, request_id: str, other_id: str) -> Place:
-        """Where a job is, and the one that asks about it shall be.  UnreachableError, ConflictError (it is elsewhere)."""
+        """Where a job is, and one that asks about it shall be.  UnreachableError, ConflictError (it is elsewhere)."""
         place = await self.place_of(other_id)
         if REQUEST_ID.fullmatch(request_id):  # else it is refused there
             placed = await self._index.place(request_id, place.partition)
@@ -250,7 +250,7 @@ class Worker:
         if todo.creates:
             await self._index.add_partition(ALONE if self.is_alone else f"p-{uuid.uuid4().hex[:12]}", 0)
         has_claimed = todo.claim is not None and await self._index.claim(self.owner, todo.claim)
-        await self._news.tell()
+        await self.news.tell()
         return has_claimed or todo.creates
 
     async def _renew(self) -> None:
@@ -305,10 +305,10 @@ class Worker:
             return
         owned = self.owned[partition.name] = Owned(partition, service)
         owned.watching = asyncio.create_task(self._watch(owned))
-        self._news.add(partition.name, service.ledger, ())
+        self.news.add(partition.name, service.ledger, ())
         for other in list(self.owned.values()):
             await catch_up(other.service)  # this log may have brought newer weights along
-        self._news.add(partition.name, service.ledger, await self._index.requests_of(partition.name))
+        self.news.add(partition.name, service.ledger, await self._index.requests_of(partition.name))
 
     async def _follow_policy(self) -> None:
         """Draw with the newest weights that a log of the root names: an update came while this worker was not there."""
@@ -318,7 +318,7 @@ class Worker:
 
     async def _start(self, partition: Partition, directory: Path, substrate: Substrate) -> RolloutService:
         def observe(event: Event) -> None:
-            self._news.observe(partition.name, service.ledger, event)
+            self.news.observe(partition.name, service.ledger, event)
 
         service = self._parts.service(directory, substrate, partition.epoch, observe)
         await service.__aenter__()

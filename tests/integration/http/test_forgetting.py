@@ -132,7 +132,7 @@ async def test_what_was_answered_and_acknowledged_leaves_nothing_behind(serving:
         await server.rounds(60, 300)
         await server.rest()
         after = entries(server.worker)
-        grown = {name: (before.get(name, 0), count) for name, count in after.items() if count > before.get(name, 0) + 8}
+        grown = {name: (before.get(name, 0), count) for name, count in after.items() if count > before.get(name, 0) + JOBS_MAX}
         assert grown == {}
         ledger: Ledger = server.service.ledger
         assert (ledger.jobs, ledger.rollouts, ledger.conversations, ledger.lsns) == ({}, {}, {}, {})

@@ -67,7 +67,7 @@ async def _serving(
     directory: Path, port: int = 0, reply: Reply = SAID, judge: Reply = VERDICT, engine: Any = None, **config: Any
 ) -> AsyncIterator[Setting]:
     engine = engine or ScriptedEngine(TOKENIZER, lambda session, _turn: judge if "/judge." in session else reply)
-    settings = RolloutConfig(**{"concurrency": 4, "log_sync": "os", **config})
+    settings = RolloutConfig(**{"concurrency": 4, "log_sync": "os", "checkpoints_root": directory.parent, **config})
     async with RolloutService(directory, engine, FakeSubstrate(), TOKENIZER, settings) as service:
         await service.start()
         server = await start_server(service, listen_at(f"127.0.0.1:{port}"))

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 import wal
+import wal.__main__ as wal_cli
 from dsec.errors import StateError
 from dsec.testing import FakeSubstrate
-from rollout.errors import EngineError, NotFoundError, RequestError
+from rollout.errors import ConflictError, EngineError, NotFoundError, RequestError
 from rollout.export.shards import ShardWriter
 from rollout.ledger import Ledger
 from rollout.policy import Policy
@@ -66,6 +67,24 @@ async def test_new_weights_under_a_rollout_are_recorded(
         assert setting.engine.info == info
 
 
+async def test_weights_come_from_below_the_operators_root_whatever_links_say(serving: Any, tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", Path(checkpoint(tmp_path, "outside"))
+    (root / "inside").mkdir(parents=True)
+    (root / "link").symlink_to(outside)
+    (root / "inside/weights").symlink_to(outside / "weights")
+    (root / "ring").symlink_to(root / "ring")
+    (root / "latest").symlink_to(checkpoint(root, "real"))
+    async with asyncio.timeout(60), serving(tmp_path / "run", checkpoints_root=root) as setting:
+        for where in (outside, root / "link", root / "inside", root / "ring", root / "../outside", root / "none"):
+            with pytest.raises(RequestError, match="no such absolute path below DSEC_CHECKPOINTS_ROOT"):
+                await setting.client.update_policy(str(where), 1)
+        await setting.client.update_policy(str(root / "latest"), 1)
+        assert setting.service.ledger.policy.checkpoint == str(root / "real")
+    async with asyncio.timeout(60), serving(tmp_path / "other", checkpoints_root=None) as setting:
+        with pytest.raises(RequestError, match="takes no weights"):
+            await setting.client.update_policy(str(root / "real"), 1)
+
+
 async def test_what_falls_too_far_behind_ends_as_stale_and_the_rest_goes_on(serving: Any, tmp_path: Path) -> None:
     async with asyncio.timeout(60), serving(tmp_path / "run", reply=LONG) as setting:
         asking = await begun(setting, policy=PolicyRule(max_lag=1))
@@ -107,9 +126,13 @@ async def test_an_acknowledged_job_is_forgotten_here_and_after_a_restart(serving
                 with pytest.raises(NotFoundError):
                     await call
             assert [each.request_id async for each in setting.client.list()] == ["kept"] * 6
+            with pytest.raises(ConflictError, match="request_id 'done' was another's"):
+                await setting.job("done")
         async with serving(tmp_path / "run") as setting:
             assert setting.service.ledger.jobs.keys() == {"kept"}
             assert len(setting.service.ledger.rollouts) == 6
+            with pytest.raises(ConflictError, match="request_id 'done' was another's"):
+                await setting.job("done")
             # The prompts went with the job, and are logged anew for one that names them.
             await setting.job("later")
             assert setting.service.ledger.jobs.keys() == {"kept", "later"}
@@ -148,8 +171,15 @@ async def test_the_log_stays_small_while_jobs_come_are_acknowledged_and_go(
             again = Ledger.read(log, held.tokenizer)
             assert (again.jobs, again.rollouts, again.lsns) == (held.jobs, held.rollouts, held.lsns)
             assert (again.conversations, again.policy) == (held.conversations, held.policy)
+            assert again.used == held.used
             assert again.is_cut
     assert len(list(log.glob("*.wal"))) <= 6
+    async with serving(tmp_path / "run") as setting:
+        used = setting.service.ledger.used
+        assert "job-38" in used
+        assert "job-0" not in used  # nothing of it is left: the id is as good as any
+        assert len(await setting.job("job-0")) > 0
+    assert wal_cli.main([str(log), "--verify"]) == 0
 
 
 async def test_what_is_acknowledged_at_once_is_in_the_shards_too(serving: Any, tmp_path: Path) -> None:
