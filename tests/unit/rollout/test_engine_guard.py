@@ -1,17 +1,19 @@
 """The guard between an engine and everything that believes it."""
 
 import asyncio
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import get_args
 
+import msgspec
 import pytest
 
 from rollout import context
-from rollout.engine import Sampled, SampleRequest, Sampling
+from rollout.engine import Routes, Sampled, SampleRequest, Sampling
 from rollout.engines.guard import guarded
 from rollout.errors import EngineError
 from rollout.main import load_tokenizer
-from rollout.testing import EngineFault, MisbehavingEngine, Reply
+from rollout.testing import EngineFault, MisbehavingEngine, Reply, ScriptedEngine
 from toolcall_dsl import V4
 
 TOKENIZER = load_tokenizer()
@@ -68,6 +70,47 @@ async def test_of_a_chunk_that_cannot_be_right_nothing_comes_through(fault: Engi
     good, problem = await taken(await engine_with(fault))
     assert [len(chunk.token_ids) for chunk in good] == [1, 1, 1]
     assert problem.startswith("engine scripted")
+
+
+class Telling(ScriptedEngine):
+    """Tells of its chunks what `change` makes of it."""
+
+    change: Callable[[Sampled], dict[str, object]]
+
+    async def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
+        async for chunk in super().sample(request):
+            yield msgspec.structs.replace(chunk, **self.change(chunk))
+
+
+def routes_of(chunk: Sampled, expert_ids: bytes, later: int = 0) -> dict[str, object]:
+    assert chunk.routes is not None
+    return {"routes": Routes(chunk.routes.start + later, expert_ids)}
+
+
+@pytest.mark.parametrize(
+    ("said", "change"),
+    [
+        ("routes that were not asked for, or none", lambda _: {"routes": None}),
+        ("routes that are no whole rows", lambda chunk: routes_of(chunk, b"")),
+        ("routes that are no whole rows", lambda chunk: routes_of(chunk, chunk.routes.expert_ids[:-1])),
+        ("not up to", lambda chunk: routes_of(chunk, chunk.routes.expert_ids, later=1)),
+        ("must be below experts_count = 5", lambda chunk: routes_of(chunk, b"\5" + chunk.routes.expert_ids[1:])),
+        ("must be distinct within a layer", lambda chunk: routes_of(chunk, bytes(len(chunk.routes.expert_ids)))),
+        ("not one hidden state each", lambda chunk: {"hidden": chunk.hidden[2:]}),
+        ("not one hidden state each", lambda _: {"hidden": b""}),
+    ],
+)
+async def test_side_channels_that_cannot_be_right_are_an_error_of_the_engine(
+    said: str, change: Callable[[Sampled], dict[str, object]]
+) -> None:
+    engine = Telling(TOKENIZER, lambda _session, _turn: Reply(content="Done."))
+    await engine.open()
+    asked = msgspec.structs.replace(ask(), returns_routes=True, returns_hidden=True)
+    engine.change = lambda _: {}
+    assert [chunk async for chunk in guarded(engine, asked, LONG_S)]
+    engine.change = change
+    with pytest.raises(EngineError, match=said):
+        await anext(guarded(engine, asked, LONG_S))
 
 
 async def test_an_engine_that_is_silent_for_too_long_is_given_up() -> None:

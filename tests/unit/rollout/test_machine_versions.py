@@ -4,7 +4,7 @@ import pytest
 
 from rollout import context
 from rollout.effects import Finish, Force, Sample
-from rollout.engine import TopLogprobs
+from rollout.engine import Routes, Sampled, TopLogprobs
 from rollout.errors import MachineError
 from rollout.events import (
     FinishReason,
@@ -16,15 +16,16 @@ from rollout.events import (
     RolloutOpened,
     RolloutResumed,
     SandboxPrepared,
+    SideChannelsFound,
     Spent,
     TokensForced,
     TopLogprobsFound,
 )
-from rollout.machine import TRANSITIONS, effect, step
+from rollout.machine import TRANSITIONS, effect, side_channels, step
 from rollout.record import version_runs
 from rollout.request import Conversation, Limits
 from rollout.state import KvBreak, Phase, State, start
-from rollout.testing import ENGINE, Reply, job_of_one, opened, reply_ids
+from rollout.testing import ENGINE, Reply, job_of_one, opened, reply_ids, routes_row
 from toolcall_dsl import V4, Tokenizer
 from wal.tokens import TokensAppended
 
@@ -115,6 +116,33 @@ def test_the_likeliest_tokens_of_a_chunk_that_a_crash_kept_from_the_log_come_aga
     assert draw(again, ids[6:7], tokenizer).top_logprobs == tops[:7]
     with pytest.raises(MachineError, match="the context ends at"):
         step(state, TopLogprobsFound(ID, 0, tops[:1]), tokenizer)
+
+
+def test_side_channels_are_logged_once_and_again_only_where_a_crash_fell_before_their_tokens(
+    tokenizer: Tokenizer,
+) -> None:
+    state, ids = prepared(tokenizer), reply_ids(LS, tokenizer)
+    count = state.tokens_count
+
+    def told(state: State, at: int, end: int, since: int) -> SideChannelsFound:
+        """Of drawn tokens `at` to `end`, by an engine that read everything from position `since` on."""
+        routes = Routes(since, b"".join(routes_row(i) for i in range(since, count + end - 1)))
+        masks = tuple((token,) for token in ids[at:end])
+        return side_channels(state, Sampled(token_ids=ids[at:end], logprobs=(), masks=masks, routes=routes))
+
+    first = told(state, 0, 4, 0)
+    assert first.routes == Routes(0, b"".join(map(routes_row, range(count + 3))))
+    state = draw(step(state, first, tokenizer), ids[:4], tokenizer)
+    assert (state.routes_end, state.masks) == (count + 3, first.masks)
+    lost = step(state, told(state, 4, 7, count + 3), tokenizer)
+    assert lost.routes_end == count + 6
+    again = told(lost, 4, 6, 0)  # the engine read everything anew; of that the log has all but this
+    assert again.routes == Routes(count + 3, b"".join(map(routes_row, range(count + 3, count + 5))))
+    state = draw(step(lost, again, tokenizer), ids[4:6], tokenizer)
+    assert (state.routes_end, len(state.masks)) == (count + 5, 6)
+    twice = SideChannelsFound(ID, state.tokens_count, 0, routes=Routes(0, routes_row(0)))
+    with pytest.raises(MachineError, match="routes logged again from position 0"):
+        step(state, twice, tokenizer)
 
 
 def test_a_budget_over_all_turns_ends_the_agent(tokenizer: Tokenizer) -> None:
