@@ -28,18 +28,24 @@ if TYPE_CHECKING:
 
 async def load_policy(engine: Engine, ledger: Ledger) -> None:
     """Have an engine with older weights draw with those that the log names last.  EngineError."""
-    named = ledger.policy
-    if named is None or named.engine.policy_version <= engine.info.policy_version:
+    if ledger.policy is not None:
+        named = ledger.policy.engine
+        await follow(engine, ledger.policy.checkpoint, named.policy_version, named.weights_digest)
+
+
+async def follow(engine: Engine, checkpoint: str, policy_version: int, weights_digest: str) -> None:
+    """Have an engine with older weights draw with these.  EngineError, also if the path holds others by now."""
+    if policy_version <= engine.info.policy_version:
         return
 
     async def check(found: EngineInfo) -> None:
-        if found.weights_digest != named.engine.weights_digest:
+        if found.weights_digest != weights_digest:
             raise EngineError(
-                f"{named.checkpoint} holds other weights than when they became version {found.policy_version}: "
+                f"{checkpoint} holds other weights than when they became version {found.policy_version}: "
                 "put those back, and give each version a path of its own"
             )
 
-    await engine.update(Path(named.checkpoint), named.engine.policy_version, check)
+    await engine.update(Path(checkpoint), policy_version, check)
 
 
 class Policy:

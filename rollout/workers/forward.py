@@ -41,7 +41,7 @@ _CREATES = frozenset({"Submit"})
 _EVERYWHERE = frozenset({"Preempt", "Resume"})
 """Methods that, if they name nothing, are about every log of this worker."""
 _OF_THE_ROOT = "UpdatePolicy"
-"""The method that is about every log of every worker."""
+"""The method that is about every log that somebody owns; who opens one later learns of it from the index."""
 _ASKS_ABOUT = "QuickInstruction"
 """The method whose request is a new job in the log that it asks about."""
 _OWN_METADATA = frozenset({"user-agent", "te", "content-type", "authorization"})
@@ -108,7 +108,7 @@ class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class 
         if worker.is_alone:
             return [(await worker.place_of(""), data)]
         if method.name == _OF_THE_ROOT:
-            return [(await worker.find(name), data) for name in await worker.partitions()]
+            return [(place, data) for place in await worker.places()]
         asked = Asked(method, data)
         if method.name == _ASKS_ABOUT:
             return [(await worker.place_beside(asked.message.request_id, asked.first), data)]

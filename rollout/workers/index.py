@@ -32,6 +32,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from dsec.errors import UnreachableError
 from rollout.errors import RequestError
+from rollout.events import PolicyUpdated
 from rollout.threads import in_thread
 
 T = TypeVar("T")
@@ -91,6 +92,7 @@ _policies = sql.Table(
     _tables,
     sql.Column("policy_version", sql.BigInteger, primary_key=True, autoincrement=False),
     sql.Column("checkpoint", sql.Text, nullable=False),
+    sql.Column("weights_digest", sql.String(128), nullable=False),
 )
 
 
@@ -250,16 +252,18 @@ class Index:
             )
         )
 
-    async def set_policy(self, policy_version: int, checkpoint: str) -> None:
+    async def set_policy(self, policy: PolicyUpdated) -> None:
         """The weights that a log names, for workers that come later; older ones are nothing new."""
-        row = {"policy_version": policy_version, "checkpoint": checkpoint}
+        engine = policy.engine
+        row = {"policy_version": engine.policy_version, "checkpoint": policy.checkpoint}
+        row["weights_digest"] = engine.weights_digest
         newest = sql.select(sql.func.max(_policies.c.policy_version)).scalar_subquery()
         await self._write(self._insert(_policies, row), _policies.delete().where(_policies.c.policy_version < newest))
 
-    async def policy(self) -> tuple[int, str] | None:
-        """The newest weights that a log of the root names: their version, and where they are."""
-        rows = await self._read(sql.select(_policies.c.policy_version, _policies.c.checkpoint))
-        return max(((row[0], row[1]) for row in rows), default=None)
+    async def policy(self) -> tuple[int, str, str] | None:
+        """The newest weights that a log of the root names: their version, where they are, and their digest."""
+        rows = await self._read(sql.select(_policies).order_by(_policies.c.policy_version.desc()).limit(1))
+        return (rows[0][0], rows[0][1], rows[0][2]) if rows else None
 
     async def rollouts(
         self, request_id: str = "", after: str = "", count_max: int = LIST_COUNT_MAX

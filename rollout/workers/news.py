@@ -63,7 +63,7 @@ class News:
     async def tell_policy(self) -> None:
         """Tell the index the newest weights."""
         if (policy := self._policy) is not None:
-            await self._index.set_policy(policy.engine.policy_version, policy.checkpoint)
+            await self._index.set_policy(policy)
             self._policy = None if self._policy is policy else self._policy
 
     async def tell(self, rows_count_max: int = PUBLISHED_COUNT_MAX) -> None:

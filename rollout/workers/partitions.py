@@ -22,6 +22,7 @@ from rollout.engine import Announce, Engine, EngineInfo
 from rollout.errors import RequestError
 from rollout.events import Event, PolicyUpdated
 from rollout.ledger import Ledger
+from rollout.policy import follow
 from rollout.service import RolloutService
 from rollout.workers.index import Index, RolloutRow
 from toolcall_dsl import Tokenizer
@@ -59,7 +60,7 @@ async def copy_log(index: Index, name: str, log: Path, tokenizer: Tokenizer) -> 
         span = slice(start, start + PUBLISHED_COUNT_MAX)
         await index.publish(name, request_ids[span], rows[span])
     if policy is not None:
-        await index.set_policy(policy.engine.policy_version, policy.checkpoint)
+        await index.set_policy(policy)
     await index.add_partition(name, newest_epoch(log))
     return len(rows)
 
@@ -138,6 +139,15 @@ class Parts:
         )
         self.lent.borrowers.add(service)
         return service
+
+    async def follow(self, index: Index) -> None:
+        """Draw with the newest weights that a log of the root names: the update came while this worker was not there.
+
+        UnreachableError, EngineError.
+        """
+        if (newest := await index.policy()) is not None:
+            version, checkpoint, digest = newest
+            await follow(cast("Engine", self.lent), checkpoint, version, digest)
 
 
 class Lent:

@@ -204,6 +204,12 @@ class Worker:
             if (owner := owners.get(place.partition)) is None or owner.address != place.address:
                 return
 
+    async def places(self) -> list[Place]:
+        """Every partition that somebody owns.  UnreachableError, also if one is just being opened."""
+        snapshot = await self._index.snapshot()
+        owned = [each.name for each in snapshot.partitions if each.owner in snapshot.living()]
+        return [await self.find(name) for name in owned] or [await self.place_of("")]
+
     async def partitions(self) -> list[str]:
         """The names of all partitions of the root, in order."""
         return [ALONE] if self.is_alone else [each.name for each in (await self._index.snapshot()).partitions]
@@ -287,7 +293,7 @@ class Worker:
         """Take its log, adopt what lives of its sandboxes, take up its rollouts."""
         directory = self.root / partition.name
         try:
-            await self._follow_policy()
+            await self._parts.follow(self._index)
             service = await self._start(partition, directory, self._parts.substrate(directory, 0))
         except StateError:  # who owned it is frozen, and its Edge with it: another Edge, and a replay
             service = await self._start(partition, directory, self._parts.substrate(directory, partition.epoch))
@@ -309,12 +315,6 @@ class Worker:
         for other in list(self.owned.values()):
             await catch_up(other.service)  # this log may have brought newer weights along
         self.news.add(partition.name, service.ledger, await self._index.requests_of(partition.name))
-
-    async def _follow_policy(self) -> None:
-        """Draw with the newest weights that a log of the root names: an update came while this worker was not there."""
-        newest = await self._index.policy()
-        if newest is not None and newest[0] > self._parts.engine.info.policy_version:
-            await self._parts.lent.update(Path(newest[1]), newest[0])
 
     async def _start(self, partition: Partition, directory: Path, substrate: Substrate) -> RolloutService:
         def observe(event: Event) -> None:

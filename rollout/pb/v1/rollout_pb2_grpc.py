@@ -211,8 +211,12 @@ class RolloutServiceServicer:
 
         Use it for each weight sync.  Idempotent: the last update again changes nothing.  When it returns, the engine has
         the weights, the log says so (a restart loads them again), and rollouts that fell behind `max_lag` have ended as
-        STALE.  INVALID_ARGUMENT: the version does not grow, or there is no such path.  UNAVAILABLE: the checkpoint cannot
-        be loaded, or pinned versions fill the engine.  After an error nothing has changed.
+        STALE.  INVALID_ARGUMENT: the version does not grow, or there is no such path below the operator's root.
+        UNAVAILABLE: the checkpoint cannot be loaded, or pinned versions fill the engine.  After an error nothing has changed.
+
+        Of many workers any one may be asked: all that live change, one after the other, and who comes later follows.  After
+        an error, which is UNAVAILABLE also while a log changes hands, some may have: ask again, until it is OK.  Get says
+        what drew a rollout.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -19,6 +19,7 @@ from rollout.main import load_tokenizer
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
 from rollout.rpc.grpc_server import REQUEST_BYTES_MAX, handlers_of, start_server
+from rollout.rpc.listening import listen_at
 from rollout.testing import Reply, ScriptedEngine
 from rollout.workers import index as index_of_workers
 from rollout.workers import worker as worker_module
@@ -81,6 +82,10 @@ class Served:
                 assert not [update for update in updates if update.HasField("infra_failed")], updates
                 return {update.finished.finish_reason for update in updates if update.HasField("finished")}
 
+    async def update_alone(self, checkpoint: Path, policy_version: int) -> None:
+        """As between the changes of one worker and another."""
+        await self.worker._parts.lent.update(checkpoint, policy_version)
+
     async def turns(self, count: int = 2) -> None:
         """So many looks at the index, unless the worker fails."""
         for _ in range(count):
@@ -105,8 +110,8 @@ async def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     async def start_(worker_id: str) -> Served:
         root, engine = tmp_path / "root", Engine()
         router = Router(handlers_of, REQUEST_BYTES_MAX)
-        server = await start_server(None, "127.0.0.1:0", [router])
-        bounds = RolloutConfig(log_sync="os")
+        server = await start_server(None, listen_at("127.0.0.1:0"), [router])
+        bounds = RolloutConfig(log_sync="os", checkpoints_root=tmp_path)
         parts = Parts(engine, TOKENIZER, bounds, lambda _directory, _number: FakeSubstrate(), has_served_edge=False)
         root.mkdir(exist_ok=True)
         config = WorkerConfig(lease_ttl_s=1.5, grace_s=5)
@@ -195,10 +200,8 @@ async def test_who_owns_nothing_says_so_rather_than_ok(start: Start, tmp_path: P
     for name, request in everything.items():
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await getattr(served.stub, name)(request)
-        assert (caught.value.code(), "owns no partition" in caught.value.details()) == (
-            grpc.StatusCode.UNAVAILABLE,
-            True,
-        )
+        said = "cannot be used now" if name == "UpdatePolicy" else "owns no partition"
+        assert (caught.value.code(), said in caught.value.details()) == (grpc.StatusCode.UNAVAILABLE, True)
     held.release()
     await served.engine.resume()
     assert await job == {"STOP"}
@@ -207,8 +210,7 @@ async def test_who_owns_nothing_says_so_rather_than_ok(start: Start, tmp_path: P
 async def test_a_log_whose_worker_had_older_weights_goes_on_with_newer_ones(start: Start, tmp_path: Path) -> None:
     first, second = await start("a"), await start("b")
     job = await drawing(first, "job")
-    other = str(checkpoint_of(tmp_path / "v3"))
-    await second.stub.UpdatePolicy(pb.UpdatePolicyRequest(checkpoint=other, policy_version=3))
+    await second.update_alone(checkpoint_of(tmp_path / "v3"), 3)
     job.cancel()
     await first.worker.close()
     assert await second.submit("job") == {"STOP"}
@@ -222,8 +224,7 @@ async def test_newer_weights_that_come_with_a_log_end_what_they_leave_too_far_be
 ) -> None:
     first, second = await start("a"), await start("b")
     job = await drawing(second, "job", pb.PolicyRule(max_lag=1))
-    other = str(checkpoint_of(tmp_path / "v3"))
-    await first.stub.UpdatePolicy(pb.UpdatePolicyRequest(checkpoint=other, policy_version=3))
+    await first.update_alone(checkpoint_of(tmp_path / "v3"), 3)
     await first.worker.close()
     assert await job == {"STALE"}
 
@@ -236,7 +237,7 @@ async def test_a_log_whose_weights_are_not_there_waits_for_newer_ones_and_ends_n
     first, second = await start("a"), await start("b")
     job = await drawing(first, "job")
     folder = checkpoint_of(tmp_path / "newest", "of 3")
-    await first.stub.UpdatePolicy(pb.UpdatePolicyRequest(checkpoint=str(folder), policy_version=3))
+    await first.update_alone(folder, 3)
     if what == "gone":
         (folder / "weights").unlink()
     else:
