@@ -123,3 +123,35 @@ def test_greedy_tokens_equal_those_of_generate(model: Model, oracle: DeepseekV4F
     (drawn,) = model.decode([Stream(state, token_ids[-1], Sampling(), 0, (EOS_ID,))], tokens_count)
     assert [token.token_id for token in drawn] == expected
     state.close()
+
+
+@pytest.mark.parametrize("prompt", PROMPTS[:3], ids=lambda prompt: prompt["family"])
+def test_experts_and_hidden_states_are_those_of_the_oracle(
+    model: Model, oracle: DeepseekV4ForCausalLM, prompt: dict
+) -> None:
+    token_ids, routing = prompt["token_ids"], model.routing
+    state, routes = State(model), bytearray()
+    for begin in range(0, len(token_ids) - 1, BATCH_TOKENS_MAX):
+        ids = token_ids[begin : min(begin + BATCH_TOKENS_MAX, len(token_ids) - 1)]
+        chunk = Chunk(state, ids, routes=bytearray(len(ids) * routing.row_bytes))
+        model.step([chunk])
+        routes += chunk.routes
+    stream = Stream(state, token_ids[-1], Sampling(), 0, (EOS_ID,), wants_routes=True, wants_hidden=True)
+    (drawn,) = model.decode([stream], 8)
+    state.close()
+    routes += b"".join(token.routes for token in drawn)
+    read = [*token_ids, *(token.token_id for token in drawn[:-1])]
+    chosen: list[torch.Tensor] = []
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda _, __, told: chosen.append(told[2]))
+        for layer in oracle.model.layers
+    ]
+    with torch.no_grad():
+        hidden = oracle.model(torch.tensor([read]), use_cache=False).last_hidden_state[0]
+    for hook in hooks:
+        hook.remove()
+    experts = torch.stack([indices.sort(dim=-1).values for indices in chosen], dim=1)
+    assert torch.equal(experts, torch.frombuffer(routes, dtype=torch.uint8).reshape(experts.shape).long())
+    told = torch.frombuffer(bytearray(b"".join(token.hidden for token in drawn)), dtype=torch.bfloat16)
+    expected = hidden[len(token_ids) - 1 :].to(torch.bfloat16).float()
+    assert torch.allclose(told.reshape(len(drawn), -1).float(), expected, rtol=2**-7, atol=1e-4)
