@@ -76,6 +76,8 @@ class Ledger:
         """Of the newest record of each prompt."""
         self.acknowledged: set[str] = set()
         """Of jobs that are not acknowledged whole: those are forgotten."""
+        self.used: dict[str, int] = {}
+        """Request ids of forgotten jobs that the log may still speak of: up to which lsn."""
         self.is_cut = False
         """The log's beginning was let go of: of what had ended in it, records may be left."""
         self.tokens_regenerated: Counter[str] = Counter()
@@ -114,7 +116,7 @@ class Ledger:
                 self.policy, self.policy_lsn = event, lsn
                 self._learn(event.engine)
             case RolloutsAcknowledged():
-                self._acknowledge(event.rollout_ids)
+                self._acknowledge(event.rollout_ids, lsn)
             case JobSubmitted():
                 self._submit(event.job)
                 self.submitted_s[event.job.request_id] = event.at_s
@@ -190,6 +192,10 @@ class Ledger:
         first, last = self.lsns.get(rollout_id, (lsn, lsn))
         self.lsns[rollout_id] = min(first, lsn), max(last, lsn)
 
+    def let_go(self, floor_lsn: int) -> None:
+        """The log begins at `floor_lsn` now."""
+        self.used = {request_id: lsn for request_id, lsn in self.used.items() if lsn >= floor_lsn}
+
     def _submit(self, job: Job) -> None:
         if not self.is_cut:  # else a prompt may have been logged again, further on
             self._check_prompts(job)
@@ -218,16 +224,20 @@ class Ledger:
             self.tasks.pop(digest, None)
             self.conversations.pop(digest, None)
 
-    def _acknowledge(self, rollout_ids: Iterable[str]) -> None:
-        """A job of which all rollouts are acknowledged is forgotten, with what only it needed."""
+    def _acknowledge(self, rollout_ids: Iterable[str], lsn: int) -> None:
+        """A job of which all rollouts are acknowledged is forgotten, with what only it needed, but for its id."""
         for rollout_id in rollout_ids:
-            if rollout_id in self.acknowledged or not self.asks_for(rollout_id):
+            if not self.asks_for(rollout_id):
+                self.used[rollout_id.partition("/")[0]] = lsn  # its beginning was let go of
+                continue
+            if rollout_id in self.acknowledged:
                 continue
             self.acknowledged.add(rollout_id)
             job, _, _ = self.member(rollout_id)
             self._unacknowledged[job.request_id] -= 1
             if not self._unacknowledged[job.request_id]:
                 self._forget(job)
+                self.used[job.request_id] = lsn
 
     def _forget(self, job: Job) -> None:
         for group in job.groups:

@@ -143,6 +143,7 @@ class LogRetention:
         self._holders.known_lsn = self._service.journal.last_lsn
         try:
             report = await asyncio.to_thread(self._run_pass)
+            self._service.ledger.let_go(report.floor_lsn)
             await self._renew(report)
         except wal.WalError as error:
             _log.warning("the log keeps what could go: %s", error)
