@@ -108,7 +108,7 @@ class Spent(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of one process on one rollout, by what it waited for.
 
     Its turn, a slot or a sandbox; the first token of a turn; the turn's other tokens; tools and tests in the sandbox;
-    a judge; the log.
+    a judge; the log.  `cached_tokens_count`: tokens of its turns' prompts that the engine had kept and did not compute.
     """
 
     queue_s: float = 0.0
@@ -117,6 +117,7 @@ class Spent(msgspec.Struct, frozen=True, kw_only=True):
     environment_s: float = 0.0
     judge_s: float = 0.0
     log_s: float = 0.0
+    cached_tokens_count: int = 0
 
     @property
     def agent_s(self) -> float:

@@ -72,9 +72,9 @@ class Rollout:
     order: Order = field(default_factory=Order)
     spent: Spent = field(default_factory=Spent)
 
-    def spend(self, **seconds: float) -> None:
+    def spend(self, **amounts: float) -> None:
         """Add to what this process spent; the names are those of `Spent`."""
-        more = {name: getattr(self.spent, name) + value for name, value in seconds.items()}
+        more = {name: getattr(self.spent, name) + value for name, value in amounts.items()}
         self.spent = msgspec.structs.replace(self.spent, **more)
 
     @property
@@ -264,6 +264,8 @@ class Runner:
                 async for chunk in chunks:
                     waited = time.monotonic() - began
                     rollout.spend(**{"prefill_s" if is_first else "decode_s": waited})
+                    if chunk.cached_tokens_count:
+                        rollout.spend(cached_tokens_count=chunk.cached_tokens_count)
                     is_first = False
                     slot.tokens_count += len(chunk.token_ids)
                     if chunk.kv and chunk.kv != "restored":  # that, the resume has said

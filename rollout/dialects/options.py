@@ -125,11 +125,24 @@ def finish_of(state: State, *, has_calls: bool = False) -> Finish:
     return "stop" if finish == "tool_calls" and not has_calls else finish
 
 
-def usage(states: list[State]) -> dict[str, int]:
-    """Counts in OpenAI's words; a prompt counts once."""
-    prompts = {state.opened.group_id: prompt_length(state) for state in states}
+def usage(states: list[State]) -> dict[str, object]:
+    """Counts in OpenAI's words; a prompt counts once, and as cached what nobody computed for any of its choices.
+
+    What a process that was killed had found in its cache is not known.
+    """
+    prompts: dict[str, int] = {}
+    cached: dict[str, int] = {}
+    for state in states:
+        name, length = state.opened.group_id, prompt_length(state)
+        found = state.spent[0].cached_tokens_count if state.spent else 0
+        prompts[name], cached[name] = length, min(found, cached.get(name, length))
     prompt, completion = sum(prompts.values()), sum(state.sampled_count for state in states)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
+    }
 
 
 def with_tops(drawn: Drawn) -> Iterator[tuple[int, float, Tops]]:

@@ -115,6 +115,7 @@ async def test_completions_take_texts_and_ids_and_give_both_back(serving: Any, e
             "prompt_tokens": 2 * len(ids),
             "completion_tokens": 16,
             "total_tokens": 2 * len(ids) + 16,
+            "prompt_tokens_details": {"cached_tokens": 0},
         }
         chunks = await events(client, "/v1/completions", {"prompt": ids, "max_tokens": 100})
         text = "".join(chunk["choices"][0]["text"] for chunk in chunks)

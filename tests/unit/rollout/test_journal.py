@@ -40,7 +40,7 @@ EVENTS = [
     events.SolutionApplied("r", 1, 0.5),
     events.AgentStopped("r", FinishReason.WALL_CLOCK),
     events.Judged("r", 0.5, {"reward": 0.5}, "d", 0.5),
-    events.RolloutFinished("r", FinishReason.STOP, Spent(decode_s=1.0, log_s=3.0)),
+    events.RolloutFinished("r", FinishReason.STOP, Spent(decode_s=1.0, log_s=3.0, cached_tokens_count=7)),
     events.ConversationAdmitted(Conversation(name="c", digest="d", messages_json='[{"role":"user"}]')),
     events.RolloutsAcknowledged(("r", "s")),
     events.PolicyUpdated(ENGINE, "weights/1"),
