@@ -309,7 +309,18 @@ class ScriptedEngine:
             await self._changed.wait()
 
 
-EngineFault = Literal["empty", "too many", "nan", "unknown id", "no logprobs", "early finish", "early end", "hang"]
+EngineFault = Literal[
+    "empty",
+    "too many",
+    "nan",
+    "unknown id",
+    "no logprobs",
+    "early finish",
+    "early end",
+    "hang",
+    "nan top",
+    "future weights",
+]
 
 
 class MisbehavingEngine(ScriptedEngine):
@@ -361,6 +372,10 @@ def _broken(chunk: Sampled, fault: EngineFault | None, tokens_count_max: int, vo
             return change(chunk, logprobs=())
         case "early finish":
             return change(chunk, finish="length")
+        case "nan top":
+            return change(chunk, top_logprobs=(TopLogprobs(ids[:1], (math.nan,)),) * len(ids))
+        case "future weights":
+            return change(chunk, policy_version=chunk.policy_version + 1)
     return chunk
 
 

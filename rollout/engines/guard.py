@@ -12,7 +12,7 @@ import math
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from rollout.engine import Engine, EngineInfo, Routes, Sampled, SampleRequest
+from rollout.engine import Engine, EngineInfo, Routes, Sampled, SampleRequest, TopLogprobs
 from rollout.errors import EngineError
 from wal.errors import RecordInvalidError
 from wal.token_routes import RoutesRecorded, encode_routes
@@ -24,7 +24,7 @@ async def guarded(engine: Engine, request: SampleRequest, silence_s_max: float) 
     async with aclosing(engine.sample(request)) as chunks:
         while True:
             chunk = await _Patience(engine, silence_s_max).next(chunks)
-            if problem := _problem(chunk, request, info, count):
+            if problem := _problem(chunk, request, engine.info, count):
                 raise EngineError(f"engine {info.name}, {count} tokens into its answer: {problem}")
             yield chunk
             if chunk.finish:
@@ -47,6 +47,8 @@ def _problem(chunk: Sampled, request: SampleRequest, info: EngineInfo, count: in
         ((chunk.finish == "stop") == bool(stops), "its end is not as its last token says"),
         ((chunk.finish is not None) == (bool(stops) or total == room), "an end too early, or none"),
         (len(chunk.top_logprobs) == (len(ids) if request.top_logprobs_count else 0), "not the likeliest of each token"),
+        (all(map(_is_told, chunk.top_logprobs)), "a likeliest token that is none"),
+        (0 <= chunk.policy_version <= info.policy_version, "a version of the weights that it was never given"),
         (len(chunk.masks) in (0, len(ids)), "not one mask for each token"),
         (
             len(chunk.hidden) == (2 * info.hidden_dim * len(ids) if request.returns_hidden else 0),
@@ -58,6 +60,10 @@ def _problem(chunk: Sampled, request: SampleRequest, info: EngineInfo, count: in
     if problem := next((problem for holds, problem in rules if not holds), ""):
         return problem
     return _routes_problem(chunk.routes, info, len(request.token_ids) + total - 1) if chunk.routes else ""
+
+
+def _is_told(top: TopLogprobs) -> bool:
+    return len(top.token_ids) == len(top.logprobs) and min(top.token_ids) >= 0 and all(map(math.isfinite, top.logprobs))
 
 
 def _routes_problem(routes: Routes, info: EngineInfo, end: int) -> str:

@@ -34,6 +34,7 @@ def ask(count: int = 100) -> SampleRequest:
         stream_key=0,
         tokens_count_max=count,
         stop_ids=frozenset({eos}),
+        top_logprobs_count=1,
     )
 
 
