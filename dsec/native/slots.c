@@ -37,7 +37,6 @@
 #define CGROUPS_KEPT_MAX 128 /* free slots that have cgroups */
 #define PID_BUCKETS_COUNT 8192
 #define PLAN_BYTES_MAX 2044
-#define PAGE_BYTES 4096
 
 enum slot_state { SLOT_FREE = 0, SLOT_ALIVE, SLOT_DYING, SLOT_REMOVING };
 
@@ -54,20 +53,23 @@ struct plan {
     uint8_t operations[PLAN_BYTES_MAX];
 };
 
-/* On pages of its own: one that a child had, too, would be paid for by each that is born, and by us when we write to it. */
-static struct {
-    _Alignas(PAGE_BYTES) struct slot slots[SLOTS_COUNT_MAX];
+/* Apart from our other memory: its pages would be paid for by each child that had them, and by us when we write. */
+static struct table {
+    struct slot slots[SLOTS_COUNT_MAX];
     struct plan plans[SLOTS_COUNT_MAX]; /* what the cgroups of each slot are as of */
     struct slot *by_pid[PID_BUCKETS_COUNT];
-} table;
-static struct slot *const slots = table.slots, **const by_pid = table.by_pid;
+} *table;
+static struct slot *slots; /* of the table */
 static uint32_t removing[SLOTS_COUNT_MAX], removing_count; /* in no order */
 static uint32_t dying[SLOTS_COUNT_MAX], dying_count;       /* killed by DESTROY, not reaped; in no order */
 static uint32_t users_kept, cgroups_kept;
 
 const char *open_slots(void) {
-    if (madvise(&table, sizeof table, MADV_DONTFORK) < 0) return "keep the table of slots from the sandboxes";
-    for (uint32_t i = 0; i < SLOTS_COUNT_MAX; i++) slots[i].users = slots[i].network = -1;
+    table = mmap(NULL, sizeof *table, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (table == MAP_FAILED) return "make the table of slots";
+    if (madvise(table, sizeof *table, MADV_DONTFORK) < 0) return "keep the table of slots from the sandboxes";
+    slots = table->slots;
+    for (uint32_t i = 0; i < spawner.slots_count; i++) slots[i].users = slots[i].network = -1;
     return NULL;
 }
 
@@ -108,7 +110,7 @@ static int take_users(struct slot *slot, uint32_t uid) {
 }
 
 static struct plan *plan_of(const struct slot *slot) {
-    return &table.plans[index_of(slot)];
+    return &table->plans[index_of(slot)];
 }
 
 static int remove_cgroups(struct slot *slot) {
@@ -193,8 +195,9 @@ static const char *spawn(const struct create_request *request, int *guest_socket
     if (step) return step;
     slot->pid = pid;
     slot->state = SLOT_ALIVE;
-    slot->next = by_pid[pid % PID_BUCKETS_COUNT];
-    by_pid[pid % PID_BUCKETS_COUNT] = slot;
+    struct slot **bucket = &table->by_pid[pid % PID_BUCKETS_COUNT];
+    slot->next = *bucket;
+    *bucket = slot;
     *guest_socket = pair[0];
     return NULL;
 }
@@ -277,7 +280,7 @@ int on_destroy(struct reader *in) {
 /* -- the dead ---------------------------------------------------------------------------------- */
 
 static struct slot *take_by_pid(pid_t pid) {
-    for (struct slot **at = &by_pid[pid % PID_BUCKETS_COUNT]; *at; at = &(*at)->next) {
+    for (struct slot **at = &table->by_pid[pid % PID_BUCKETS_COUNT]; *at; at = &(*at)->next) {
         struct slot *found = *at;
         if (found->pid != pid) continue;
         *at = found->next;
@@ -357,7 +360,7 @@ int on_sync(void) {
 }
 
 void end_slots(void) {
-    for (uint32_t i = 0; i < SLOTS_COUNT_MAX; i++)
+    for (uint32_t i = 0; i < spawner.slots_count; i++)
         if (slots[i].state == SLOT_ALIVE) kill(slots[i].pid, SIGKILL); /* the dying are killed already */
     while (waitpid(-1, NULL, 0) > 0 || errno == EINTR) {
     }

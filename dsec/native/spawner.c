@@ -203,11 +203,14 @@ int spawner_main(int control) {
     fcntl(control, F_SETFD, FD_CLOEXEC);
     prctl(PR_SET_NAME, "dsec-spawner");
     take_signals();
-    const char *step = open_slots();
-    if (!step) step = initialise();
-    if (step) report_failure(MSG_FAILED, NO_SLOT, step, errno);
-    else if (report_start() == 0) serve();
-    end_slots();
+    const char *step = initialise();
+    if (!step) step = open_slots();
+    if (step) {
+        report_failure(MSG_FAILED, NO_SLOT, step, errno);
+    } else {
+        if (report_start() == 0) serve();
+        end_slots();
+    }
     remove_own_cgroups();
     return step ? 1 : 0;
 }
