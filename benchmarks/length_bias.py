@@ -5,6 +5,7 @@ lot), and each kills itself with SIGKILL after a number of tokens that is drawn 
 rate per token.  `never` is never killed; `resumed` goes on from the log; `restarted` is what a service without a log of
 tokens does (also one that resumes from memory or by turns: a SIGKILL leaves neither, and a rollout here is one turn):
 what had ended is kept, the rest is drawn anew from the prompt.  Every length is that of a rollout that ended by itself.
+What is counted as drawn is what a log has: what the engine had drawn ahead of it at a kill nobody has seen, in either.
 
 The expectation (NVIDIA-NeMo/RL issue 3599 reports the effect in training): a rollout of l tokens survives a kill rate
 of lambda a token with probability e^(-lambda*l), so restarting favours short ones.

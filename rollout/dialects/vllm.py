@@ -26,6 +26,7 @@ from rollout.record import version_runs
 from rollout.state import State
 
 TOKENS_DEFAULT = 16
+ABORTS_MAX = 1024
 
 
 class SamplingParams(Options):
@@ -56,7 +57,7 @@ class GenerateRequest(Options):
 class AbortRequest(BaseModel):
     """The body of `/inference/v1/abort_requests`."""
 
-    request_ids: list[str]
+    request_ids: list[str] = Field(max_length=ABORTS_MAX)
 
 
 def ask_of(body: GenerateRequest, context_tokens_max: int) -> Ask:

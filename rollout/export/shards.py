@@ -19,6 +19,7 @@ See: docs/formats/shards.md.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,8 @@ from wal.format import crc32
 
 BATCH_ROWS_MAX = 16
 BATCH_TOKENS_MAX = 1 << 16
+_OURS = re.compile(r"\.?[0-9a-f]{8}-\d{8}(-\d{6})?\.(arrows|parquet|safetensors)(\.part)?")
+"""Names of what a writer may leave behind; anything else in the directory is somebody else's."""
 Channels = Mapping[str, Channel]
 
 
@@ -159,8 +162,8 @@ class ShardWriter:
     def _settle(self) -> None:
         """Cut off and remove what the manifest does not name; make the Parquet files that are missing."""
         uris = {channel.uri for channels in self.side_channels.values() for channel in channels}
-        for path in self.directory.glob("*-*.*"):
-            if path.stem not in self._ends and path.name not in uris:
+        for path in self.directory.iterdir():
+            if _OURS.fullmatch(path.name) and path.stem not in self._ends and path.name not in uris:
                 path.unlink()
         for shard, size in self._ends.items():
             path = shard_path(self.directory, shard)

@@ -127,11 +127,13 @@ def test_what_the_manifest_does_not_name_is_gone_after_the_next_open(tmp_path: P
         with (tmp_path / name.replace("0-", "00000000-0000000", 1)).open("ab") as file:
             file.write(rest)
     (tmp_path / "00000000-00000000.parquet").unlink()
+    (tmp_path / "train-split.json").write_text("somebody else's")
     write(tmp_path, RECORDS)
     write(tmp_path / "again", RECORDS)
     assert everything(tmp_path) == everything(tmp_path / "again")
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (tmp_path / "again").iterdir()} | {
-        "again"
+        "again",
+        "train-split.json",
     }
 
 

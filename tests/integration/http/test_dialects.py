@@ -163,6 +163,7 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("/v1/completions", {"prompt": "x " * 5000}, 400, "leave no room"),
     ("/inference/v1/generate", {"token_ids": [0]}, 400, "sampling_params"),
     ("/inference/v1/generate", {"token_ids": [0], "sampling_params": {"min_tokens": 3}}, 400, "min_tokens"),
+    ("/inference/v1/abort_requests", {"request_ids": ["x"] * 1025}, 400, "at most 1024 items"),
     ("/pause?mode=never", {}, 400, "must be keep, wait or abort"),
 ]
 

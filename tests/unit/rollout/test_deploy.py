@@ -49,6 +49,14 @@ def test_a_worker_that_others_reach_has_a_token() -> None:
     assert "DSEC_ROLLOUT_KEY" in {each["name"] for each in pod()["containers"][0]["env"]}
 
 
+def test_a_password_may_hold_what_a_url_may_not() -> None:
+    worker = compose()["services"]["worker-a"]["environment"]
+    of_pods = {each["name"]: each.get("value", "") for each in pod()["containers"][0]["env"]}
+    for given in (worker, of_pods):
+        assert "PGPASSWORD" in given
+        assert "PASSWORD" not in given["DSEC_INDEX_URL"]
+
+
 def test_a_supervisor_waits_longer_than_a_worker_takes_to_stop() -> None:
     grace_s = WorkerConfig.model_fields["grace_s"].default
     assert grace_s < 45
