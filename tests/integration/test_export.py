@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -14,7 +15,7 @@ from pyarrow import parquet
 
 from dsec.testing import FakeSubstrate
 from dsec.types import ExecResult, Output
-from rollout.bench.tasks import Task, task_from_files
+from rollout.bench.tasks import BUNDLED, Task, task_from_files
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
 from rollout.errors import ShardError
@@ -30,6 +31,7 @@ from rollout.testing import Reply, ScriptedEngine
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TOKENIZER = load_tokenizer()
+ROLLOUTS_COUNT = 24
 
 
 def tasks() -> list[Task]:
@@ -129,9 +131,12 @@ def test_the_example_says_why_it_packs_nothing(dsec: Any, tmp_path: Path) -> Non
 
 
 def test_shards_of_a_run_that_was_killed_are_those_of_its_log(dsec: Any, tmp_path: Path) -> None:
-    asked = ("run", "--resume", "--temperature", 1, "--out", tmp_path / "run")
+    (tmp_path / "tasks").mkdir()
+    for folder in sorted(path for path in BUNDLED.iterdir() if path.is_dir())[:ROLLOUTS_COUNT]:
+        shutil.copytree(folder, tmp_path / "tasks" / folder.name)
+    asked = ("run", tmp_path / "tasks", "--resume", "--temperature", 1, "--out", tmp_path / "run")
     env = {"DSEC_EXPORTS_SHARDS": "1"}
-    for wanted in (5, 25):
+    for wanted in (2, 9):
         running = dsec.start(*asked, env=env)
         while written(tmp_path / "run/shards") < wanted:
             with suppress(subprocess.TimeoutExpired):
@@ -140,8 +145,9 @@ def test_shards_of_a_run_that_was_killed_are_those_of_its_log(dsec: Any, tmp_pat
         dsec.kill(running)
     dsec.done(*asked, env=env)
     before = table(tmp_path / "run/shards")
-    assert before.num_rows == 64
-    assert dsec.done("export", tmp_path / "run", "--out", tmp_path / "again").out.startswith("64 rollouts written")
+    assert before.num_rows == ROLLOUTS_COUNT
+    said = dsec.done("export", tmp_path / "run", "--out", tmp_path / "again").out
+    assert said.startswith(f"{ROLLOUTS_COUNT} rollouts written")
     assert table(tmp_path / "again").equals(before)
 
 

@@ -249,7 +249,6 @@ def test_a_verifier_that_fails_is_told_apart_from_a_wrong_answer(serve: Any, mak
 
 def test_after_a_kill_a_restarted_server_finishes_with_equal_tokens(serve: Any, tasks: Path, dsec: Any) -> None:
     server = serve()
-    wanted = tokens_of(server.submit(group(tasks, "calm", group_size=MANY)))
     seen: list[pb.Update] = []
     with contextlib.suppress(grpc.RpcError):
         for update in server.rollouts.Submit(group(tasks, "killed", group_size=MANY), timeout=60):
@@ -269,10 +268,8 @@ def test_after_a_kill_a_restarted_server_finishes_with_equal_tokens(serve: Any, 
             assert ids[update.rollout_id][start : start + len(streamed)] == streamed
     assert all(record.commands_run_twice == 0 for record in finished_of(updates).values())
     # Noise is keyed by the group's name: the same request on a fresh directory gives the same.
-    assert wanted.keys() == {name.replace("killed", "calm") for name in ids}
     fresh = Server(dsec, Path(server.process.args[3]).with_name("fresh"))  # type: ignore[index]
     assert tokens_of(fresh.submit(group(tasks, "killed", group_size=MANY))) == ids
-    assert tokens_of(fresh.submit(group(tasks, "calm", group_size=MANY))) == wanted
     fresh.stop()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import subprocess
@@ -11,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
 
+from rollout.ledger import Ledger
+from rollout.main import load_tokenizer
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
+from rollout.record import trajectory_record
+from rollout.workers.index import Index
 from rollout.workers.testing import Postgres
 
 LEASE_TTL_S = 60  # a loaded machine may hold a worker up for seconds, and it lives
@@ -98,16 +104,27 @@ class Root:
         return self.dsec.done("workers", self.directory, "--json", *index).json()
 
     def until(self, condition: Callable[[Any], bool]) -> Any:
-        """What `dsec workers` says, once that is so."""
-        while not condition(seen := self.look()):
+        """What the index says, as `dsec workers` would, once that is so."""
+
+        async def look() -> Any:
+            index = Index(self.url)
+            await index.open()
+            try:
+                return msgspec.to_builtins(await index.snapshot())
+            finally:
+                await index.close()
+
+        while not condition(seen := asyncio.run(look())):
             pass
         return seen
 
     def show(self) -> dict[str, dict[str, Any]]:
         """Trajectories of all logs."""
-        shown = [self.dsec.show(log.parent) for log in sorted(self.directory.glob("*/wal"))]
-        assert sum(map(len, shown)) == len({rollout_id for each in shown for rollout_id in each})
-        return {rollout_id: record for each in shown for rollout_id, record in each.items()}
+        ledgers = [Ledger.read(log, load_tokenizer()) for log in sorted(self.directory.glob("*/wal"))]
+        shown = [msgspec.json.encode(trajectory_record(each, name)) for each in ledgers for name in each.rollouts]
+        records = {record["rollout_id"]: record for record in map(msgspec.json.decode, shown)}
+        assert len(records) == len(shown)
+        return records
 
 
 @pytest.fixture

@@ -26,16 +26,9 @@ from rollout.workers.worker import Worker
 
 TOKENIZER = load_tokenizer()
 SAMPLED = pb.Sampling(temperature=1.0, seed=3)
-SHORT_LEASE = {"DSEC_WORKER_LEASE_TTL_S": "5"}  # of those whose lease is to lapse
+SHORT_LEASE = {"DSEC_WORKER_LEASE_TTL_S": "3"}  # of those whose lease is to lapse
 ON_SQLITE, ON_POSTGRES = (
     pytest.mark.parametrize("index_url", [name], indirect=True) for name in ("sqlite", "postgresql")
-)
-ONE_WAY, OTHER_WAY = (
-    pytest.mark.parametrize(("index_url", "any_edge"), pairs, indirect=True)
-    for pairs in (
-        [("sqlite", "own edges"), ("postgresql", "served edge")],
-        [("postgresql", "own edges"), ("sqlite", "served edge")],
-    )
 )
 
 
@@ -103,11 +96,8 @@ def epochs(seen: Any) -> list[int]:
 
 
 @pytest.fixture
-def any_edge(request: pytest.FixtureRequest, root: Any, edge_process: Any, dsec: Any, tmp_path: Path) -> Iterator[Any]:
-    """Sandboxes of the workers' own Edges, or of one that they share, which it gives."""
-    if request.param == "own edges":
-        yield None
-        return
+def served_edge(root: Any, edge_process: Any, dsec: Any, tmp_path: Path) -> Iterator[Any]:
+    """An Edge that the workers share; each has one of its own otherwise."""
     served = edge_process(dsec, tmp_path / "edge")
     root.options = ("--edge", served.url)
     yield served
@@ -118,8 +108,7 @@ def any_edge(request: pytest.FixtureRequest, root: Any, edge_process: Any, dsec:
     served.stop()
 
 
-@ONE_WAY
-@pytest.mark.usefixtures("any_edge")
+@ON_SQLITE
 def test_what_a_killed_worker_ran_is_ended_by_another(
     root: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
 ) -> None:
@@ -136,8 +125,7 @@ def test_what_a_killed_worker_ran_is_ended_by_another(
     assert {partition["owner"].partition("#")[0] for partition in seen["partitions"]} == {"b"}
 
 
-@OTHER_WAY
-@pytest.mark.usefixtures("any_edge")
+@ON_POSTGRES
 def test_a_stopped_worker_hands_over_at_once(
     root: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
 ) -> None:
@@ -196,6 +184,7 @@ def test_a_frozen_worker_is_fenced_when_it_wakes(
     assert root.finish(request_, first) == set(untouched)
 
 
+@ON_POSTGRES
 def test_one_request_at_two_workers_is_one_job(root: Any, request_: pb.SubmitRequest) -> None:
     workers = [root.start("a"), root.start("b")]
     streams = [worker.stub.Submit(request_, timeout=120) for worker in workers for _ in range(3)]
@@ -332,14 +321,14 @@ def test_a_worker_whose_disk_is_full_says_so_and_ends_and_with_more_room_goes_on
         subprocess.run(["umount", "--lazy", root.directory], check=True)
 
 
-@pytest.mark.parametrize(("index_url", "any_edge"), [("postgresql", "served edge")], indirect=True)
+@ON_POSTGRES
 def test_without_its_database_and_its_edge_a_worker_stops_when_its_lease_ends_and_then_goes_on(
-    root: Any, postgres: Any, any_edge: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
+    root: Any, postgres: Any, served_edge: Any, request_: pb.SubmitRequest, untouched: dict[str, list[int]]
 ) -> None:
     request_.limits.turns_count_max = 1000  # beyond the lease
     first = root.start("a", DSEC_WORKER_LEASE_TTL_S="1.5")
     stream = begun(first, request_)
-    any_edge.process.send_signal(signal.SIGSTOP)  # so that what the worker lets go of takes its time
+    served_edge.process.send_signal(signal.SIGSTOP)  # so that what the worker lets go of takes its time
     postgres.kill()
     try:
         with pytest.raises(grpc.RpcError) as caught:
@@ -348,7 +337,7 @@ def test_without_its_database_and_its_edge_a_worker_stops_when_its_lease_ends_an
     finally:
         postgres.start()
     root.until(lambda seen: seen["workers"][0]["lease_s"] > 0)  # its own again, and not yet let go of
-    any_edge.process.send_signal(signal.SIGCONT)
+    served_edge.process.send_signal(signal.SIGCONT)
     assert root.finish(request_, first) == set(untouched)
     records = root.show()
     assert max(record["lineage"]["attempt"] for record in records.values()) >= 2
