@@ -1,8 +1,9 @@
 """What the log costs a decode: rollouts with the log synced at every commit, now and then, never, and with no log.
 
 The tokens are the same on all sides, which take turns; `without` keeps everything else of the service (machine, ledger,
-watchers) and drops the records.  Overhead is wall time and processor time a token beside `without`; bytes are what
-the log grew by a token, beside the same tokens and logprobs as JSON text.
+watchers) and drops the records.  Overhead is wall time and processor time a token beside `without`, the latter without
+the engine's own thread, which does the same on all sides but not in the same time; bytes are what the log grew by a
+token, beside the same tokens and logprobs as JSON text.
 """
 
 from __future__ import annotations
@@ -38,10 +39,16 @@ class Nowhere:
     def __init__(self) -> None:
         self.last = 0
 
-    async def append(self, _kind: int, _payload: bytes) -> int:
-        """The next lsn."""
+    def has_room(self) -> bool:
+        """Always."""
+        return True
+
+    def admit(self, _kind: int, _payload: bytes) -> tuple[int, asyncio.Future[None]]:
+        """The next lsn, and that it is durable."""
         self.last += 1
-        return self.last
+        durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        durable.set_result(None)
+        return self.last, durable
 
     async def close(self) -> None:
         """Nothing was opened."""
@@ -95,7 +102,9 @@ def main() -> None:
                 "us_per_token": 1e6 * statistics.median(mine["wall_s"] for mine, _ in pairs),
                 "wall_overhead": statistics.median(mine["wall_s"] / other["wall_s"] - 1 for mine, other in pairs),
                 "cpu_us_per_token": 1e6 * statistics.median(mine["process_s"] for mine, _ in pairs),
-                "cpu_overhead": statistics.median(mine["process_s"] / other["process_s"] - 1 for mine, other in pairs),
+                "cpu_overhead": statistics.median(
+                    (mine["beside_s"] - other["beside_s"]) / other["process_s"] for mine, other in pairs
+                ),
                 "bytes_per_token": 0.0 if policy == "without" else statistics.median(m["bytes"] for m, _ in pairs),
                 "json_bytes_per_token": statistics.median(mine["json"] for mine, _ in pairs),
             }

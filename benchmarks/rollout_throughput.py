@@ -2,8 +2,9 @@
 
 The rollouts are conversations (one turn, no environment), so that sampling is the work and everything else is overhead:
 scheduling, the log (synced), the machine, the record.  Both sides draw the very same tokens, in turns of this script.
-Processor time is counted for the event loop's thread, where the service lives, beside that of the whole process.
-`--sync` names the policy of the log; bytes are what the log grew by.
+What the service costs is the processor time of the process without that of the engine's own thread, less the same of
+the engine alone (its asyncio face); `share` is that beside all processor time.  Part of it is for each rollout and not
+for each token: see with `--tokens`.  `--sync` names the policy of the log; bytes are what the log grew by.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import asyncio
 import json
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -42,18 +44,24 @@ TOKENS = 96
 
 
 class Clock:
-    """Seconds since it was made: of the wall, of the event loop's thread, of the whole process."""
+    """Seconds since it was made: of the wall, and of processors: the loop's thread, the engine's, the whole process."""
 
     def __init__(self) -> None:
-        self.began = time.monotonic(), time.thread_time(), time.process_time()
+        """The engine is open."""
+        threads = [thread for thread in threading.enumerate() if thread.name == "embedded-engine"]
+        self._engine = time.pthread_getcpuclockid(threads[0].ident or 0)
+        self.began = self._now()
+
+    def _now(self) -> tuple[float, ...]:
+        return time.monotonic(), time.thread_time(), time.clock_gettime(self._engine), time.process_time()
 
     def read(self) -> dict[str, float]:
-        """All three."""
-        now = time.monotonic(), time.thread_time(), time.process_time()
-        return {name: now[n] - self.began[n] for n, name in enumerate(("wall_s", "loop_s", "process_s"))}
+        """All of them, and what of the process was not the engine."""
+        wall, loop, engine, process = (now - began for now, began in zip(self._now(), self.began, strict=True))
+        return {"wall_s": wall, "loop_s": loop, "engine_s": engine, "process_s": process, "beside_s": process - engine}
 
 
-async def of_the_service(at_once: int, sync: str) -> dict[str, Any]:
+async def of_the_service(at_once: int, tokens_count: int, sync: str) -> dict[str, Any]:
     """`at_once` rollouts through the service."""
     began: dict[str, float] = {}
     took: list[float] = []
@@ -64,7 +72,7 @@ async def of_the_service(at_once: int, sync: str) -> dict[str, Any]:
         elif isinstance(event, RolloutFinished):
             took.append(time.monotonic() - began[event.rollout_id])
 
-    limits = Limits(turns_count_max=1, turn_tokens_count_max=TOKENS)
+    limits = Limits(turns_count_max=1, turn_tokens_count_max=tokens_count)
     job = make_job(
         Job(request_id="r", sampling=SAMPLING, limits=limits, reward=NoReward()), [PROMPT], group_size=at_once
     )
@@ -83,7 +91,7 @@ async def of_the_service(at_once: int, sync: str) -> dict[str, Any]:
     return figures
 
 
-async def of_the_engine(at_once: int, _sync: str) -> dict[str, Any]:
+async def of_the_engine(at_once: int, tokens_count: int) -> dict[str, Any]:
     """The same requests, made to the engine."""
     prompt = tuple(t for s in context.conversation_prompt(PROMPT, TOKENIZER, "high") for t in s.token_ids)
     engine, took = EmbeddedEngine(), []
@@ -95,7 +103,7 @@ async def of_the_engine(at_once: int, _sync: str) -> dict[str, Any]:
             token_ids=prompt,
             sampling=SAMPLING,
             stream_key=stream_key(name),
-            tokens_count_max=TOKENS,
+            tokens_count_max=tokens_count,
             stop_ids=frozenset({TOKENIZER.control(V4.eos)}),
         )
         async for chunk in engine.sample(request):
@@ -122,7 +130,8 @@ def row_of(at_once: int, service: list[dict[str, Any]], engine: list[dict[str, A
         return float(statistics.median(run[figure] / run["tokens"] for run in runs))
 
     ratios = [s["tokens"] / s["wall_s"] / (e["tokens"] / e["wall_s"]) for s, e in zip(service, engine, strict=True)]
-    overhead = per_token(service, "process_s") / per_token(engine, "process_s") - 1
+    beside = [s["beside_s"] / s["tokens"] - e["beside_s"] / e["tokens"] for s, e in zip(service, engine, strict=True)]
+    shares = [mine / run["process_s"] * run["tokens"] for mine, run in zip(beside, service, strict=True)]
     last = [run["rollout_s"][min(len(run["rollout_s"]) - 1, int(0.99 * len(run["rollout_s"])))] for run in service]
     return {
         "at_once": at_once,
@@ -134,7 +143,8 @@ def row_of(at_once: int, service: list[dict[str, Any]], engine: list[dict[str, A
         "p99_s": statistics.median(last),
         "cpu_us_per_token": 1e6 * per_token(service, "process_s"),
         "engine_cpu_us_per_token": 1e6 * per_token(engine, "process_s"),
-        "cpu_overhead": overhead,
+        "service_cpu_us_per_token": 1e6 * statistics.median(beside),
+        "service_cpu_share": statistics.median(shares),
         "loop_cpu_us_per_token": 1e6 * per_token(service, "loop_s"),
         "log_bytes_per_token": statistics.median(run["log_bytes"] / run["tokens"] for run in service),
     }
@@ -144,6 +154,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=EXAMPLE)
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 16, 64, 256, 512])
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="the most that a rollout samples")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sync", default="always", help="when the log is synced: always, interval(MS), os")
     parser.add_argument("--quick", action="store_true", help="1 and 64 at once, one repeat")
@@ -157,12 +168,12 @@ def main() -> None:
         for at_once in options.at_once:
             runs: dict[str, list[dict[str, Any]]] = {"service": [], "engine": []}
             for _ in range(options.repeats):
-                runs["service"].append(asyncio.run(of_the_service(at_once, options.sync)))
-                runs["engine"].append(asyncio.run(of_the_engine(at_once, options.sync)))
+                runs["service"].append(asyncio.run(of_the_service(at_once, options.tokens, options.sync)))
+                runs["engine"].append(asyncio.run(of_the_engine(at_once, options.tokens)))
                 progress.advance(bar)
             rows.append(row_of(at_once, runs["service"], runs["engine"]))
     if options.json:
-        print(json.dumps({"sync": options.sync, "rows": rows}))
+        print(json.dumps({"sync": options.sync, "tokens": options.tokens, "rows": rows}))
         return
     names = {
         "at_once": "at once",
@@ -172,11 +183,12 @@ def main() -> None:
         "engine_tokens_per_s": "engine alone",
         "ratio": "ratio",
         "cpu_us_per_token": "CPU us/token",
-        "cpu_overhead": "over engine",
+        "service_cpu_us_per_token": "of it the service",
+        "service_cpu_share": "share",
         "loop_cpu_us_per_token": "loop us/token",
         "log_bytes_per_token": "log B/token",
     }
-    table = Table(*names.values(), title=f"log synced: {options.sync}")
+    table = Table(*names.values(), title=f"at most {options.tokens} tokens each, log synced: {options.sync}")
     for row in rows:
         table.add_row(*(f"{row[name]:.2f}" if name != "at_once" else str(row[name]) for name in names))
     Console().print(table)

@@ -69,6 +69,9 @@ class Ledger:
         self.rollouts: dict[str, State] = {}
         self.trajectories: dict[str, Trajectory] = {}
         self.lsns: dict[str, tuple[int, int]] = {}
+        """Of a rollout's first record, which opened it, and of its newest."""
+        self.names: dict[int, str] = {}
+        """By the lsn of what opened it, a rollout."""
         self.policy: PolicyUpdated | None = None
         self.weights: dict[int, str] = {}
         self.policy_lsn = 0
@@ -136,6 +139,7 @@ class Ledger:
                 self.extend(event.session, lsn)
             case RolloutOpened():
                 self._open(event)
+                self.names[lsn] = event.rollout_id
                 self._learn(event.engine)
                 self.extend(event.rollout_id, lsn)
             case _:
@@ -255,7 +259,7 @@ class Ledger:
     def _forget_rollout(self, rollout_id: str) -> None:
         self.rollouts.pop(rollout_id, None)
         self.trajectories.pop(rollout_id, None)
-        self.lsns.pop(rollout_id, None)
+        self.names.pop(self.lsns.pop(rollout_id, (0, 0))[0], None)
         self._logged_until.pop(rollout_id, None)
         self._sampled.pop(rollout_id, None)
         self.tokens_regenerated.pop(rollout_id, None)
@@ -302,7 +306,8 @@ class Ledger:
         end = event.start + len(event.token_ids)
         self.tokens_regenerated[event.request] += max(0, self._logged_until.get(event.request, 0) - event.start)
         self._logged_until[event.request] = end
-        pairs = array("I", (number for pair in enumerate(event.token_ids, event.start) for number in pair))
+        pairs = array("I", bytes(8 * len(event.token_ids)))
+        pairs[::2], pairs[1::2] = array("I", range(event.start, end)), array("I", event.token_ids)
         if sys.byteorder == "big":
             pairs.byteswap()
         self._sampled.setdefault(event.request, hashlib.sha256()).update(pairs)

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
+from msgspec.structs import replace
+
 from rollout import context
+from rollout.column import Column
 from rollout.context import Span, spans_of
 from rollout.effects import ApplySolution, Effect, Finish, Force, Judge, Prepare, RunTool, Sample
 from rollout.engine import Routes, Sampled, SampleRequest
@@ -226,12 +228,12 @@ def _append(state: State, event: TokensAppended, tokenizer: Tokenizer) -> State:
 
 def _note_top_logprobs(state: State, event: TopLogprobsFound, _: Tokenizer) -> State:
     _check_start(state, event.start)
-    return replace(state, top_logprobs=state.top_logprobs[: state.sampled_count] + event.top_logprobs)
+    return replace(state, top_logprobs=state.top_logprobs.first(state.sampled_count) + event.top_logprobs)
 
 
 def _note_side_channels(state: State, event: SideChannelsFound, _: Tokenizer) -> State:
     _check_start(state, event.start)
-    state = replace(state, masks=state.masks[: state.sampled_count] + event.masks)
+    state = replace(state, masks=state.masks.first(state.sampled_count) + event.masks)
     if event.routes is None:
         return state
     if event.routes.start < _routes_settled(state):
@@ -284,7 +286,8 @@ def _is_full(state: State, added_count: int = 0) -> bool:
 
 def read_turn(state: State, tokenizer: Tokenizer) -> tuple[ParsedTurn, tuple[Span, ...]]:
     """What the open turn's tokens say so far, and the spans that they take in the context."""
-    parsed = parse(state.current, tokenizer, thinking=state.job.thinking != "none", policy=state.job.parse_policy)
+    ids, thinks = tuple(state.current), state.job.thinking != "none"
+    parsed = parse(ids, tokenizer, thinking=thinks, policy=state.job.parse_policy)
     begin, number = len(state.token_ids), len(state.turns)
     kinds = [(begin + s + i, kind.value) for s, n, kind in parsed.spans for i in range(n)] if state.forced else []
     if not kinds:
@@ -310,8 +313,8 @@ def _close_turn(state: State, tokenizer: Tokenizer, cut: FinishReason | None = N
         logprobs=state.logprobs + state.current_logprobs,
         spans=state.spans + spans,
         turns=(*state.turns, Turn(len(state.token_ids), len(state.current), finish, parsed)),
-        current=(),
-        current_logprobs=(),
+        current=Column(),
+        current_logprobs=Column(),
         forced=frozenset(),
     )
     if cut is not None:

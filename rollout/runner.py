@@ -56,7 +56,6 @@ SANDBOX_LOSSES_MAX = 3
 """How many sandboxes one rollout may lose in one process before that is an infrastructure failure."""
 
 Events = AsyncGenerator[RolloutEvent, None]
-Watch = Callable[[RolloutEvent], None]
 SlotOf = Callable[[str, str, int], AbstractAsyncContextManager[Slot]]
 """An engine slot for a turn: of a rollout, in whose name, for how many tokens at most."""
 
@@ -71,6 +70,8 @@ class Rollout:
     """What earlier processes left of the agent's time."""
     order: Order = field(default_factory=Order)
     spent: Spent = field(default_factory=Spent)
+    tokens_told: asyncio.Future[int] | None = None
+    """Done once the newest tokens are durable, folded and told."""
 
     def spend(self, **amounts: float) -> None:
         """Add to what this process spent; the names are those of `Spent`."""
@@ -101,17 +102,15 @@ class Runner:
         sandboxes: Sandboxes,
         kv_files: KvFiles,
         slot: SlotOf,
-        watch: Watch,
         engine_silence_s: float,
     ) -> None:
-        """Everything is open already and closed by the owner; `watch` sees each event once it is durable."""
+        """Everything is open already and closed by the owner."""
         self.journal = journal
         self.ledger = ledger
         self.engine = engine
         self.sandboxes = sandboxes
         self.kv_files = kv_files
         self.slot = slot
-        self.watch = watch
         self.engine_silence_s = engine_silence_s
 
     async def run(self, rollout: Rollout) -> None:
@@ -143,9 +142,7 @@ class Runner:
         losses = 0
         while (effect := machine.effect(self.state(rollout), self.ledger.tokenizer)) and not rollout.order.cause:
             try:
-                async with aclosing(self.perform(effect, rollout)) as events:
-                    async for event in events:
-                        await self.record(rollout, event)
+                await self.carry_out(effect, rollout)
             except PreemptedError:
                 continue  # a turn was cut at a token boundary; the rest of it is what the rollout wants next
             except (RolloutError, DsecError, wal.RecordInvalidError, wal.RecordTooLargeError) as error:
@@ -155,6 +152,34 @@ class Runner:
                     failed = InfraFailed(rollout.id, error.code, error.fault, str(error), rollout.spent)
                     await self.record(rollout, failed)
                     return
+
+    async def carry_out(self, effect: Effect, rollout: Rollout) -> None:
+        """Perform an effect; what it led to is durable and folded when this returns or raises.
+
+        While tokens become durable the next ones are awaited: nothing acts on them before the turn ends.
+        """
+        try:
+            async with aclosing(self.perform(effect, rollout)) as events:
+                async for event in events:
+                    if isinstance(event, TokensAppended):
+                        await self.gather(rollout, event)
+                    else:
+                        await self.record(rollout, event)
+        finally:
+            await self.gathered(rollout)
+
+    async def gather(self, rollout: Rollout, event: TokensAppended) -> None:
+        """Have tokens become durable, folded and told; those before them are when this returns."""
+        await self.gathered(rollout)
+        rollout.tokens_told = await self.journal.gather(event, self.ledger.lsns[rollout.id][0])
+
+    async def gathered(self, rollout: Rollout) -> None:
+        """Wait until the tokens that were gathered are durable, folded and told, also if cancelled.  wal.WalError."""
+        told, rollout.tokens_told = rollout.tokens_told, None
+        if told is not None:
+            began = time.monotonic()
+            _ = told.result() if told.done() else await wal.settled(told)
+            rollout.spend(log_s=time.monotonic() - began)
 
     async def set_down(self, rollout: Rollout) -> None:
         """Leave a rollout so that it can be taken up again here, and (with its log) anywhere."""
@@ -177,21 +202,16 @@ class Runner:
     async def record(self, rollout: Rollout, event: RolloutEvent) -> None:
         """Append, then fold, then tell; a cancel waits until all three are done."""
         began = time.monotonic()
-        await wal.settled(self._append(event))
+        await self.journal.append(event)
         rollout.spend(log_s=time.monotonic() - began)
 
     async def log(self, event: RolloutEvent) -> None:
         """The same for an event of another rollout: a judge's."""
-        await wal.settled(self._append(event))
+        await self.journal.append(event)
 
     async def drive(self, rollout_id: str, task: Task | None, agent_left_s: float) -> None:
         """Run a rollout that is open, and of which nobody else takes care."""
         await self.run(Rollout(rollout_id, task, agent_left_s))
-
-    async def _append(self, event: RolloutEvent) -> None:
-        lsn = await self.journal.append(event)
-        self.ledger.apply(event, lsn)
-        self.watch(event)
 
     def perform(self, effect: Effect, rollout: Rollout) -> Events:
         """The events that answer an effect."""
@@ -273,6 +293,7 @@ class Runner:
                     if chunk.top_logprobs:
                         yield TopLogprobsFound(rollout.id, start, chunk.top_logprobs)
                     if chunk.masks or chunk.routes or chunk.hidden:
+                        await self.gathered(rollout)  # what is told depends on what is logged
                         yield machine.side_channels(self.state(rollout), chunk)
                     yield TokensAppended(rollout.id, start, chunk.token_ids, chunk.logprobs, chunk.policy_version)
                     if rollout.is_out_of_time:

@@ -112,13 +112,13 @@ class RolloutService:
             if log.recovery.torn_bytes:
                 cut, kept = log.recovery.torn_bytes, log.recovery.quarantine
                 _log.warning("cut %d bytes of an unfinished write off the log, kept as %s", cut, kept)
-            self.journal = Journal(wal.GroupCommit(log, wal.SyncPolicy.parse(self.config.log_sync)))
+            commit = wal.GroupCommit(log, wal.SyncPolicy.parse(self.config.log_sync))
+            self.journal = Journal(commit, self._fold, self._log_failed)
             stack.push_async_callback(self.journal.close)
             self.ledger = await asyncio.to_thread(Ledger.read, self.directory / "wal", self.tokenizer)
             self.retention = LogRetention(self)
             stack.push_async_callback(self.retention.close)
             self.sandboxes = Sandboxes(self.substrate, self.ledger, self.journal.append_record, self.config.networks)
-            self.journal.on_fenced = self.sandboxes.leave  # they are its successor's
             self.kv_files = KvFiles(self.directory / "kv", self.engine)
             self.members = Members(self.ledger, self.engine, self.sandboxes, self.kv_files, self._record)
             self.endings = Endings(self.ledger, self.finish, self._fail)
@@ -132,7 +132,6 @@ class RolloutService:
                 self.sandboxes,
                 self.kv_files,
                 self.dispatcher.slot,
-                self._publish,
                 self.config.engine_silence_s,
             )
             self._resources = stack.pop_all()
@@ -356,27 +355,26 @@ class RolloutService:
         self.endings.rest(self.ledger.jobs[request_id])
 
     async def _record(self, event: Event) -> None:
-        await wal.settled(self._append(event))
+        await self.journal.append(event)
 
-    async def _append(self, event: Event) -> None:
-        try:
-            lsn = await self.journal.append(event)
-        except (wal.StorageError, wal.PoisonedError, wal.FencedError) as error:
-            self._fail(error)
-            raise
+    def _fold(self, event: Event, lsn: int) -> None:
         self.ledger.apply(event, lsn)
-        self._publish(event)
+        self._publish(event, lsn)
+
+    def _log_failed(self, error: wal.WalError) -> None:
+        if isinstance(getattr(error, "cause", error), wal.FencedError):
+            self.sandboxes.leave()  # they are its successor's
+        self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         if not self._failed.done():
             self._failed.set_exception(error)
             self.watchers.send_away()
 
-    def _publish(self, event: Event) -> None:
+    def _publish(self, event: Event, lsn: int) -> None:
         self._observe(event)
         if not isinstance(event, JobEvent):
-            rollout_id = rollout_of(event)
-            request_id, lsn = self.ledger.rollouts[rollout_id].opened.request_id, self.ledger.lsns[rollout_id][1]
+            request_id = self.ledger.rollouts[rollout_of(event)].opened.request_id
             self.watchers.publish(request_id, event, lsn)
             if isinstance(event, RolloutFinished):
                 self.endings.note(event)

@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+import msgspec
+
+from rollout.column import Column
 from rollout.context import Span, spans_of
 from rollout.engine import EngineInfo, TopLogprobs
 from rollout.events import (
@@ -69,8 +72,7 @@ class KvBreak:
     cause: Cause
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(msgspec.Struct, frozen=True):
     """A rollout so far.  `token_ids`, `spans` and `logprobs` hold what is closed, `current*` the open turn.
 
     `logprobs` has one entry for each sampled token, in order; `forced` are the positions of the open turn whose
@@ -88,10 +90,10 @@ class State:
     token_ids: tuple[int, ...]
     spans: tuple[Span, ...]
     logprobs: tuple[float, ...] = ()
-    current: tuple[int, ...] = ()
-    current_logprobs: tuple[float, ...] = ()
-    top_logprobs: tuple[TopLogprobs, ...] = ()
-    masks: tuple[tuple[int, ...], ...] = ()
+    current: Column[int] = Column()
+    current_logprobs: Column[float] = Column()
+    top_logprobs: Column[TopLogprobs] = Column()
+    masks: Column[tuple[int, ...]] = Column()
     routes_end: int = 0
     forced: frozenset[int] = frozenset()
     turns: tuple[Turn, ...] = ()

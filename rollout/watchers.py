@@ -7,7 +7,7 @@ attaches again and reads the ledger.
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import defaultdict, deque
 from typing import Self
 
 from dsec.errors import DsecError, ResourceExhaustedError, UnreachableError
@@ -23,7 +23,8 @@ class Watch:
     def __init__(self, watchers: Watchers, request_id: str) -> None:
         self._watchers = watchers
         self._request_id = request_id
-        self._queue: asyncio.Queue[Numbered | None] = asyncio.Queue()
+        self._kept: deque[Numbered | None] = deque()
+        self._arrived = asyncio.Event()
         self._error: DsecError | None = None
 
     def __aiter__(self) -> Self:
@@ -34,12 +35,18 @@ class Watch:
 
         ResourceExhaustedError if events were lost since, and what the watch was broken off with.
         """
-        event = None if self._error is not None else await self._queue.get()
+        while not self._kept and self._error is None:
+            self._arrived.clear()
+            await self._arrived.wait()
         if self._error is not None:
             raise self._error
-        if event is None:
+        if (event := self._kept.popleft()) is None:
             raise StopAsyncIteration
         return event
+
+    def holds(self, lsn: int) -> bool:
+        """Whether the next event is of this record, too; all events of a record come at once."""
+        return bool(self._kept) and self._kept[0] is not None and self._kept[0][0] == lsn
 
     async def aclose(self) -> None:
         """No event will be kept any more."""
@@ -47,8 +54,8 @@ class Watch:
 
     def put(self, event: Numbered | None) -> None:
         """Keep an event (None: the last one was before); beyond the bound, keep nothing any more."""
-        if event is not None and self._queue.qsize() >= self._watchers.events_count_max:
-            lost = self._queue.get_nowait() or event
+        if event is not None and len(self._kept) >= self._watchers.events_count_max:
+            lost = self._kept[0] or event
             self.break_off(
                 ResourceExhaustedError(
                     f"this watcher of {self._request_id!r} fell more than {self._watchers.events_count_max} events "
@@ -57,14 +64,14 @@ class Watch:
             )
             self._watchers.drop(self._request_id, self)
         else:
-            self._queue.put_nowait(event)
+            self._kept.append(event)
+            self._arrived.set()
 
     def break_off(self, error: DsecError) -> None:
         """End with an error, now."""
         self._error = error
-        while not self._queue.empty():
-            self._queue.get_nowait()
-        self._queue.put_nowait(None)  # wakes who waits for it
+        self._kept.clear()
+        self._arrived.set()
 
 
 class Watchers:
@@ -82,8 +89,9 @@ class Watchers:
 
     def publish(self, request_id: str, event: RolloutEvent, lsn: int) -> None:
         """Hand a durable event to everyone who watches the job; events come in the order of the log."""
-        for watch in list(self._watches.get(request_id, ())):
-            watch.put((lsn, event))
+        if request_id in self._watches:
+            for watch in [*self._watches[request_id]]:
+                watch.put((lsn, event))
 
     def close(self, request_id: str) -> None:
         """No more events will come: every watch of the job ends."""

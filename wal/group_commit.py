@@ -303,7 +303,7 @@ def _own_copy(error: WalError) -> WalError:
     return copy
 
 
-async def settled(work: Coroutine[Any, Any, T]) -> T:
+async def settled(work: Coroutine[Any, Any, T] | asyncio.Future[T]) -> T:
     """Await `work` to its end however often the caller is cancelled, then let the cancellation through.
 
     For a caller that appends and then folds the record into its own state: a record may be in the log

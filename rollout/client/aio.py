@@ -12,6 +12,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from itertools import groupby
 from typing import Any, Literal, Self, Unpack
 
 from rollout.client.asking import RECORD, FieldName, JobOptions, Prompt, mask, struct_of, submit_request, target
@@ -149,10 +150,11 @@ class AsyncRolloutClient:
                 position.is_known = True
                 parts.append(message)
                 if message.is_last:
-                    update = update_of(merge(parts))
+                    updates = [update_of(merge(each)) for _, each in groupby(parts, lambda part: part.rollout_id)]
                     parts.clear()
-                    position.next_event = update.event + 1
-                    yield update
+                    position.next_event = message.event + 1
+                    for update in updates:
+                        yield update
 
     async def get(self, rollout_id: str, fields: Sequence[FieldName] = RECORD) -> Trajectory:
         """One rollout as it is now."""

@@ -22,7 +22,7 @@ from rich.live import Live
 import wal
 import wal.__main__ as wal_cli
 from dsec import trajectory
-from rollout import journal
+from rollout import journal, steps
 from rollout.batch import REQUEST_ID, Batch, Outcome, edge_of, run_batch
 from rollout.bench.tasks import Task
 from rollout.commands.screen import LiveTable, make_console, print_summary, render_overview, render_trajectory
@@ -238,7 +238,7 @@ def show(directory: Path, rollout: str | None, as_json: bool) -> None:
 def log_(directory: Path, as_json: bool, verify: bool, stats: bool) -> None:
     """Print the log of a run, record by record, with offsets; exit 1 on corruption."""
     flags = [flag for flag, is_set in (("--json", as_json), ("--verify", verify), ("--stats", stats)) if is_set]
-    ours = {kind: functools.partial(_told, kind) for kind in (journal.KIND, trajectory.KIND)}
+    ours = {kind: functools.partial(_told, kind) for kind in (journal.KIND, trajectory.KIND, steps.KIND)}
     sys.exit(wal_cli.main([str(_log_of(directory)), *flags], decoders=ours))
 
 

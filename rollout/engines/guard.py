@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, closing
 
 from rollout.engine import Engine, EngineInfo, Routes, Sampled, SampleRequest, TopLogprobs
 from rollout.errors import EngineError
@@ -21,31 +21,32 @@ from wal.token_routes import RoutesRecorded, encode_routes
 async def guarded(engine: Engine, request: SampleRequest, silence_s_max: float) -> AsyncGenerator[Sampled, None]:
     """`engine.sample(request)` up to the chunk that finishes it; EngineError as soon as it breaks the port."""
     info, count = engine.info, 0
-    async with aclosing(engine.sample(request)) as chunks:
-        while True:
-            chunk = await _Patience(engine, silence_s_max).next(chunks)
-            if problem := _problem(chunk, request, engine.info, count):
-                raise EngineError(f"engine {info.name}, {count} tokens into its answer: {problem}")
-            yield chunk
-            if chunk.finish:
-                return
-            count += len(chunk.token_ids)
+    with closing(_Patience(engine, silence_s_max)) as patience:
+        async with aclosing(engine.sample(request)) as chunks:
+            while True:
+                chunk = await patience.next(chunks)
+                if problem := _problem(chunk, request, engine.info, count):
+                    raise EngineError(f"engine {info.name}, {count} tokens into its answer: {problem}")
+                yield chunk
+                if chunk.finish:
+                    return
+                count += len(chunk.token_ids)
 
 
 def _problem(chunk: Sampled, request: SampleRequest, info: EngineInfo, count: int) -> str:
     """What is wrong with a chunk that follows `count` tokens, or nothing."""
-    ids, total = chunk.token_ids, count + len(chunk.token_ids)
+    ids, logprobs, total = chunk.token_ids, chunk.logprobs, count + len(chunk.token_ids)
     room = min(request.tokens_count_max, info.context_tokens_max - len(request.token_ids))
-    stops = [index for index, token_id in enumerate(ids) if token_id in request.stop_ids]
+    has_stop = not request.stop_ids.isdisjoint(ids)
     rules = (
         (len(ids) > 0, "a chunk without tokens"),
-        (len(ids) == len(chunk.logprobs), "not one logprob for each token"),
+        (len(ids) == len(logprobs), "not one logprob for each token"),
         (total <= room, "more tokens than were asked for"),
         (not ids or (min(ids) >= 0 and max(ids) < info.vocab_count), "a token id that the vocabulary does not have"),
-        (all(math.isfinite(value) and value <= 0 for value in chunk.logprobs), "a logprob that is none"),
-        (stops in ([], [len(ids) - 1]), "tokens after a stop id"),
-        ((chunk.finish == "stop") == bool(stops), "its end is not as its last token says"),
-        ((chunk.finish is not None) == (bool(stops) or total == room), "an end too early, or none"),
+        (not logprobs or (math.isfinite(sum(logprobs)) and max(logprobs) <= 0), "a logprob that is none"),
+        (not has_stop or request.stop_ids.isdisjoint(ids[:-1]), "tokens after a stop id"),
+        ((chunk.finish == "stop") == has_stop, "its end is not as its last token says"),
+        ((chunk.finish is not None) == (has_stop or total == room), "an end too early, or none"),
         (len(chunk.top_logprobs) == (len(ids) if request.top_logprobs_count else 0), "not the likeliest of each token"),
         (all(map(_is_told, chunk.top_logprobs)), "a likeliest token that is none"),
         (0 <= chunk.policy_version <= info.policy_version, "a version of the weights that it was never given"),
@@ -95,40 +96,49 @@ def _routes_problem(routes: Routes, info: EngineInfo, end: int) -> str:
 
 
 class _Patience:
-    """One wait for a chunk: cut short by a timer, which starts over while the engine is paused.
+    """Waits for chunks, of which each is cut short once it has lasted too long; a pause of the engine does not count.
 
-    A timer for each chunk and no task: this runs for every token.
+    One timer for all of them, which looks at the newest wait when it ends: this runs for every chunk.
     """
 
     def __init__(self, engine: Engine, silence_s_max: float) -> None:
         self._engine = engine
         self._silence_s_max = silence_s_max
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[object] | None = None
+        """Who waits."""
+        self._since = 0.0
         self._is_over = False
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - a coroutine runs in one
-        self._task, self._cancelling = task, task.cancelling()
-        self._start()
+        self._timer = self._loop.call_later(silence_s_max, self._look)
 
     async def next(self, chunks: AsyncGenerator[Sampled, None]) -> Sampled:
         """The next chunk.  EngineError if there is none."""
-        name = self._engine.info.name
+        self._task = task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a coroutine runs in one
+        cancelling = task.cancelling()
+        self._since = self._loop.time()
         try:
             return await anext(chunks)
         except StopAsyncIteration:
-            raise EngineError(f"engine {name}: the stream ended before the answer did") from None
+            raise EngineError(f"engine {self._engine.info.name}: the stream ended before the answer did") from None
         except asyncio.CancelledError:
-            if self._is_over and self._task.uncancel() <= self._cancelling:
+            if self._is_over and task.uncancel() <= cancelling:
+                name = self._engine.info.name
                 raise EngineError(f"engine {name}: silent for {self._silence_s_max:g} s") from None
             raise
         finally:
-            self._timer.cancel()
+            self._task = None
 
-    def _start(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._silence_s_max, self._end)
+    def close(self) -> None:
+        """Nobody waits any more."""
+        self._timer.cancel()
 
-    def _end(self) -> None:
-        if self._engine.is_paused:
-            self._start()
-        else:
+    def _look(self) -> None:
+        now = self._loop.time()
+        if self._task is None or self._engine.is_paused:
+            self._since = now
+        if self._task is not None and self._since + self._silence_s_max <= now:
             self._is_over = True
             self._task.cancel()
+        else:
+            self._timer = self._loop.call_at(self._since + self._silence_s_max, self._look)

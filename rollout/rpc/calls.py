@@ -9,13 +9,13 @@ See: proto/rollout/pb/v1/rollout.proto, which says what each call promises.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 
 import msgspec
 
 from rollout.errors import NotFoundError, RequestError, ResultsError
-from rollout.events import RolloutEvent, RolloutFinished, rollout_of
+from rollout.events import RolloutEvent, RolloutFinished
 from rollout.export.manifest import SideChannel
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.policy import Policy
@@ -59,17 +59,17 @@ class Calls:
                 yield update
 
     async def _follow(self, request_id: str, from_event: int, mask: Mask) -> AsyncGenerator[pb.Update, None]:
-        async with aclosing(follow(self._service, request_id, from_event)) as events:
-            async for lsn, event in events:
-                for update in await self._updates(lsn, event, mask):
+        async with aclosing(follow(self._service, request_id, from_event)) as records:
+            async for lsn, told in records:
+                for update in await self._updates(lsn, told, mask):
                     yield update
 
-    async def _updates(self, lsn: int, event: RolloutEvent, mask: Mask) -> Iterator[pb.Update]:
-        """What tells an event; an end is told once its side channels, if they are asked for, lie where it says."""
-        rollout_id = rollout_of(event)
-        is_end = isinstance(event, RolloutFinished) and rollout_id in self._service.ledger.rollouts
-        channels = await self._side_channels(rollout_id, mask) if is_end else ()
-        return updates_of(lsn, event, self._service.ledger, mask, channels)
+    async def _updates(self, lsn: int, told: Sequence[RolloutEvent], mask: Mask) -> list[pb.Update]:
+        """What tells a record; an end is told once its side channels, if they are asked for, lie where it says."""
+        ended = [event.rollout_id for event in told if isinstance(event, RolloutFinished)]
+        is_known = ended and ended[0] in self._service.ledger.rollouts
+        channels = await self._side_channels(ended[0], mask) if is_known else ()
+        return updates_of(lsn, told, self._service.ledger, mask, channels)
 
     async def _side_channels(self, rollout_id: str, mask: Mask) -> tuple[SideChannel, ...]:
         """Of a rollout that has ended, those that are asked for.  ResultsError if they cannot be had."""
@@ -85,9 +85,9 @@ class Calls:
         """The durable events of one rollout."""
         mask = frozenset(request.return_mask)
         check_mask(mask, self._state(request.rollout_id).job)
-        async with aclosing(replay(self._service, request.rollout_id, request.from_event)) as events:
-            async for lsn, event in events:
-                for update in await self._updates(lsn, event, mask):
+        async with aclosing(replay(self._service, request.rollout_id, request.from_event)) as records:
+            async for lsn, told in records:
+                for update in await self._updates(lsn, told, mask):
                     yield update
 
     async def get(self, request: pb.GetRequest) -> AsyncIterator[pb.Trajectory]:

@@ -13,25 +13,27 @@ See: proto/rollout/pb/v1/rollout.proto, "Attach"; docs/formats/events.md.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from itertools import islice
 
 import wal
 from dsec.errors import OutOfRangeError
 from dsec.trajectory import KIND as SANDBOX_KIND
-from rollout import journal
+from rollout import journal, steps
 from rollout.errors import NotFoundError
-from rollout.events import JobEvent, rollout_of
+from rollout.events import JobEvent, RolloutEvent, rollout_of
 from rollout.service import RolloutService
-from rollout.watchers import Numbered
 
 BATCH_EVENTS_MAX = 256
-"""Events that are read ahead of whoever follows."""
+"""Records that are read ahead of whoever follows."""
+
+Told = tuple[int, list[RolloutEvent]]
+"""What one record, of this lsn, says of the rollouts: one event, or tokens of several."""
 
 
-async def follow(service: RolloutService, request_id: str, from_event: int = 0) -> AsyncGenerator[Numbered, None]:
-    """The events of a job's rollouts with their numbers, until none of them runs.
+async def follow(service: RolloutService, request_id: str, from_event: int = 0) -> AsyncGenerator[Told, None]:
+    """What happens to a job's rollouts, record by record, until none of them runs.
 
     NotFoundError; OutOfRangeError if the log ends before `from_event`; ResourceExhaustedError, which
     names the event to go on from, if the caller is too slow.
@@ -49,40 +51,46 @@ async def follow(service: RolloutService, request_id: str, from_event: int = 0) 
         members = [rollout_id for rollout_id, _, _ in service.ledger.members(request_id)]
         first = [service.ledger.lsns[member][0] for member in members if member in rollouts]
         if first:
-            async for numbered in _read(service, max(from_event, min(first)), until, is_member):
-                yield numbered
+            async for told in _read(service, max(from_event, min(first)), until, is_member):
+                yield told
         async for lsn, event in watch:
+            together = [event]
+            while watch.holds(lsn):
+                together.append((await anext(watch))[1])
             if lsn > until:
-                yield lsn, event
+                yield lsn, together
 
 
-async def replay(service: RolloutService, rollout_id: str, from_event: int = 0) -> AsyncGenerator[Numbered, None]:
+async def replay(service: RolloutService, rollout_id: str, from_event: int = 0) -> AsyncGenerator[Told, None]:
     """The durable events of one rollout from an event on.  NotFoundError."""
     if rollout_id not in service.ledger.rollouts:
         raise NotFoundError(f"no rollout {rollout_id!r}")
     first, last = service.ledger.lsns[rollout_id]
-    async for numbered in _read(service, max(from_event, first), last, lambda each: each == rollout_id):
-        yield numbered
+    async for told in _read(service, max(from_event, first), last, lambda each: each == rollout_id):
+        yield told
 
 
 async def _read(
     service: RolloutService, start: int, until: int, is_wanted: Callable[[str], bool]
-) -> AsyncGenerator[Numbered, None]:
+) -> AsyncGenerator[Told, None]:
     """Events of the log from `start` to `until`; read in a thread, a batch at a time."""
-    events = _events(wal.Reader(service.directory / "wal", after_lsn=max(0, start - 1)), until, is_wanted)
-    while batch := await asyncio.to_thread(list, islice(events, BATCH_EVENTS_MAX)):
-        for numbered in batch:
-            yield numbered
+    reader = wal.Reader(service.directory / "wal", after_lsn=max(0, start - 1))
+    records = _records(reader, until, service.ledger.names, is_wanted)
+    while batch := await asyncio.to_thread(list, islice(records, BATCH_EVENTS_MAX)):
+        for told in batch:
+            yield told
 
 
-def _events(reader: wal.Reader, until: int, is_wanted: Callable[[str], bool]) -> Iterator[Numbered]:
+def _records(
+    reader: wal.Reader, until: int, names: Mapping[int, str], is_wanted: Callable[[str], bool]
+) -> Iterator[Told]:
     for record in reader:
         if record.lsn > until:
             return
         if record.kind == SANDBOX_KIND:
             continue
-        event = journal.decode(record.kind, record.payload)
-        if isinstance(event, JobEvent):
-            continue
-        if is_wanted(rollout_of(event)):  # type: ignore[arg-type]
-            yield record.lsn, event  # type: ignore[misc]
+        value = journal.decode(record.kind, record.payload)
+        events = steps.chunks(value, names) if isinstance(value, steps.Step) else (value,)
+        told = [e for e in events if not isinstance(e, JobEvent) and is_wanted(rollout_of(e))]  # type: ignore[arg-type]
+        if told:
+            yield record.lsn, told  # type: ignore[misc]

@@ -9,7 +9,7 @@ See: proto/rollout/pb/v1/rollout.proto, "Update".
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 
 import msgspec
@@ -45,9 +45,18 @@ _WHAT: dict[type, str] = {
 
 
 def updates_of(
-    lsn: int, event: RolloutEvent, ledger: Ledger, mask: Mask, channels: tuple[SideChannel, ...] = ()
+    lsn: int, told: Iterable[RolloutEvent], ledger: Ledger, mask: Mask, channels: tuple[SideChannel, ...] = ()
+) -> list[pb.Update]:
+    """The messages that tell a durable record, an end with its side channels; none if it was not asked for."""
+    messages = [message for event in told for message in _updates(lsn, event, ledger, mask, channels)]
+    if messages:
+        messages[-1].is_last = True
+    return messages
+
+
+def _updates(
+    lsn: int, event: RolloutEvent, ledger: Ledger, mask: Mask, channels: tuple[SideChannel, ...]
 ) -> Iterator[pb.Update]:
-    """The messages that tell a durable event, an end with its side channels; none if it was not asked for."""
     if isinstance(event, events.TopLogprobsFound | events.SideChannelsFound):
         return  # they come with the record
     if isinstance(event, TokensAppended | events.TokensForced) and pb.FIELD_LIVE_TOKENS not in mask:
@@ -70,7 +79,6 @@ def updates_of(
         fill(getattr(update, _WHAT[type(event)]), _told(event, ledger, mask))
         getattr(update, _WHAT[type(event)]).SetInParent()
         messages = [update]
-    messages[-1].is_last = True
     yield from messages
 
 

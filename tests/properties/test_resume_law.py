@@ -1,5 +1,6 @@
 """The law of the service: from any prefix of its log a run ends the same, and nothing logged is done again."""
 
+import asyncio
 import contextlib
 import shutil
 from collections.abc import Sequence
@@ -146,13 +147,21 @@ class LastWords:
     def __init__(self, commit: wal.GroupCommit, count: int, substrate: MortalSubstrate, *, writes_last: bool) -> None:
         self._commit, self._left, self._substrate, self._writes_last = commit, count, substrate, writes_last
 
-    async def append(self, kind: int, payload: bytes) -> int:
+    def has_room(self) -> bool:
+        return True
+
+    def admit(self, kind: int, payload: bytes) -> tuple[int, asyncio.Future[None]]:
         self._left -= 1
         if self._left > 0:
-            return await self._commit.append(kind, payload)
+            return self._commit.admit(kind, payload)
         self._substrate.is_dead = True
-        if self._left == 0 and self._writes_last:
-            await self._commit.append(kind, payload)
+        if self._left < 0 or not self._writes_last:
+            raise wal.ClosedError(Path("killed"))
+        lsn, durable = self._commit.admit(kind, payload)
+        return lsn, asyncio.ensure_future(self._die_behind(durable))
+
+    async def _die_behind(self, durable: asyncio.Future[None]) -> None:
+        await durable
         raise wal.ClosedError(Path("killed"))
 
     async def close(self) -> None:

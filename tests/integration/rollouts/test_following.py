@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dsec.errors import OutOfRangeError
+from rollout import steps
 from rollout.client import AsyncRolloutClient, Trajectory, Update
 from rollout.errors import NotFoundError
 from rollout.record import trajectory_record
@@ -44,10 +45,19 @@ def check_arrays(trajectory: Trajectory) -> None:
     assert sum(trajectory.loss_mask) == record.tokens_sampled > 0
 
 
+def check_order(updates: list[Update]) -> None:
+    """In the order of the log, and nothing twice: rollouts share an event only where it is tokens of theirs."""
+    numbers = [update.event for update in updates]
+    assert numbers == sorted(numbers)
+    assert len({(update.event, update.rollout_id) for update in updates}) == len(updates)
+    alone = [update.event for update in updates if update.what != "tokens"]
+    assert len(set(alone)) == len(alone)
+
+
 async def test_attach_from_every_event_gives_exactly_the_suffix(setting: Any) -> None:
     updates = await setting.job()
     numbers = [update.event for update in updates]
-    assert numbers == sorted(set(numbers))
+    check_order(updates)
     assert {update.what for update in updates} == {"opened", "tokens", "finished"}
     for number in range(numbers[-1] + 2):
         attached = [update async for update in setting.client.attach("job", number, EVERYTHING)]
@@ -81,16 +91,18 @@ async def test_who_attaches_while_it_runs_sees_what_who_was_there_sees(setting: 
 
 async def test_tokens_are_streamed_only_once_they_are_durable(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     may_sync = asyncio.Event()
-    append, held = setting.service.journal._commit.append, asyncio.Event()
+    admit, held = setting.service.journal._commit.admit, asyncio.Event()
 
-    async def hold(kind: int, payload: bytes) -> int:
-        lsn = await append(kind, payload)
-        if kind == 1:
-            held.set()
-            await may_sync.wait()
-        return lsn
+    async def behind(durable: asyncio.Future[None]) -> None:
+        await durable
+        held.set()
+        await may_sync.wait()
 
-    monkeypatch.setattr(setting.service.journal._commit, "append", hold)
+    def hold(kind: int, payload: bytes) -> tuple[int, asyncio.Future[None]]:
+        lsn, durable = admit(kind, payload)
+        return lsn, asyncio.ensure_future(behind(durable)) if kind == steps.KIND else durable
+
+    monkeypatch.setattr(setting.service.journal._commit, "admit", hold)
     streamed: list[Update] = []
 
     async def listen() -> None:
@@ -150,8 +162,7 @@ async def test_a_server_that_comes_and_goes_is_not_noticed(serving: Any, tmp_pat
     assert client_ is not None
     await client_.close()
     assert restarts == 8
-    numbers = [update.event for update in updates]
-    assert numbers == sorted(set(numbers))
+    check_order(updates)
     drawn: dict[str, list[int]] = {}
     for update in updates:
         if update.what == "tokens":

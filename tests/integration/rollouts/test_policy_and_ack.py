@@ -153,7 +153,7 @@ async def test_the_log_stays_small_while_jobs_come_are_acknowledged_and_go(
 ) -> None:
     """Each job overlaps the next one and asks the same prompts; at the end, and at each restart, all is there."""
     open_log = wal.Log.open
-    monkeypatch.setattr(wal.Log, "open", lambda where, **given: open_log(where, **given, segment_bytes_max=20_000))
+    monkeypatch.setattr(wal.Log, "open", lambda where, **given: open_log(where, **given, segment_bytes_max=10_000))
     log = tmp_path / "run/wal"
     async with asyncio.timeout(120):
         for start in range(0, 40, 10):
