@@ -18,6 +18,12 @@ def visible_line(text: str) -> str:
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def counted(count: int, what: str) -> str:
+    """`1 sandbox`, `2 sandboxes`; `what` is one of them."""
+    ending = "es" if what.endswith(("x", "s", "ch")) else "s"
+    return f"{count} {what}{'' if count == 1 else ending}"
+
+
 def span_text(seconds: float) -> str:
     """A span in the largest unit that it has whole: `59s`, `3m`, `5h`, `12d`."""
     for unit, name in ((86_400, "d"), (3600, "h"), (60, "m")):

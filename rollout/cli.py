@@ -14,6 +14,7 @@ import importlib
 import io
 import logging
 import os
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -59,6 +60,7 @@ class DsecGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         os.environ.setdefault("GRPC_EXPERIMENTS", GRPC_EXPERIMENTS)  # read when grpc is imported
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it says of a failure we say, and by name
         module = importlib.import_module(COMMANDS[cmd_name])
         gc.freeze()  # modules stay to the end: no collection need look at them, the last one least of all
         command: click.Command = getattr(module, f"{cmd_name}_", None) or getattr(module, cmd_name)
@@ -73,6 +75,9 @@ class DsecGroup(click.Group):
             sys.exit(0)
         except click.exceptions.Exit:
             raise
+        except KeyboardInterrupt:  # of a command with nothing to say about it
+            click.echo("dsec: interrupted", err=True)
+            sys.exit(128 + signal.SIGINT)
         except Exception as error:
             if hasattr(error, "code") and hasattr(error, "fault"):  # ours, of whichever package
                 fail(error)
@@ -96,9 +101,11 @@ def fail(error: Any) -> NoReturn:
 def fail_setting(error: Any) -> NoReturn:
     """Name the environment variables whose values are no good, and exit with 2."""
     for why in error.errors():
-        name = "_".join(map(str, why["loc"])).upper()
-        prefix = SETTING_PREFIXES.get(error.title, "")
-        click.echo(f"dsec: environment variable {prefix}{name} is {why['input']!r}: {why['msg']}", err=True)
+        if why["type"] == "default_factory_not_called":
+            continue  # another value is no good
+        name = str(why["loc"][0]).upper()
+        prefix, told = SETTING_PREFIXES.get(error.title, ""), why["msg"].removeprefix("Value error, ")
+        click.echo(f"dsec: environment variable {prefix}{name} is {why['input']!r}: {told}", err=True)
     sys.exit(2)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 import wal
 from rollout.environment.network import Networks, parse_ceiling
@@ -44,7 +45,7 @@ class RolloutConfig(BaseSettings):
     tokens_count_max: int = Field(default=1 << 22, ge=1, description="tokens of all contexts that run, together")
     queued_count_max: int = Field(default=100_000, ge=1, description="rollouts that wait to run")
     projects_count_max: int = Field(default=1000, ge=1, description="projects that have rollouts here at once")
-    project_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    project_weights: Annotated[dict[str, Annotated[float, Field(gt=0)]], NoDecode] = Field(
         default={}, description="JSON object of project to weight: its part of the tokens, 1 if it is not named"
     )
     credit_tokens_count_max: int = Field(default=65_536, ge=0, description="tokens that a project saves up by resting")
@@ -68,8 +69,9 @@ class RolloutConfig(BaseSettings):
     checkpoints_root: Path | None = Field(
         default=None, description="UpdatePolicy takes weights from below this directory; unset: none"
     )
-    reward_callables: frozenset[str] = Field(
-        default=frozenset(), description="JSON list of module:function that jobs may name as their reward"
+    reward_callables: Annotated[frozenset[str], NoDecode] = Field(
+        default=frozenset(),
+        description="module:function,module:function,… (or a JSON list) that jobs may name as their reward",
     )
     exports_shards: bool = Field(
         default=False, description="whether each rollout is written to DIR/shards when it ends, for trainers"
@@ -78,6 +80,18 @@ class RolloutConfig(BaseSettings):
         default="always",
         description="when the log is synced: always, interval(MS), or os (survives a kill, not a power cut)",
     )
+
+    @field_validator("project_weights", mode="before")
+    @classmethod
+    def _read_weights(cls, given: Any) -> Any:
+        return _decoded(given, 'write a JSON object of project to weight: {"main": 2, "side": 1}')
+
+    @field_validator("reward_callables", mode="before")
+    @classmethod
+    def _read_callables(cls, given: Any) -> Any:
+        if isinstance(given, str) and not given.lstrip().startswith("["):
+            return [name for each in given.split(",") if (name := each.strip())]
+        return _decoded(given, "write module:function,module:function")
 
     @field_validator("log_sync")
     @classmethod
@@ -99,3 +113,11 @@ class RolloutConfig(BaseSettings):
             agent=parse_ceiling(self.agent_network),
             verifier=parse_ceiling(self.verifier_network),
         )
+
+
+def _decoded(given: Any, rule: str) -> Any:
+    """What stands in a variable as JSON.  ValueError says what to write."""
+    try:
+        return msgspec.json.decode(given) if isinstance(given, str) else given
+    except msgspec.DecodeError:
+        raise ValueError(rule) from None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rollout.errors import RequestError
+from rollout.commands.run import log_of
 from rollout.export import exporter
 from rollout.ledger import Ledger
 from rollout.main import load_tokenizer
@@ -24,8 +24,7 @@ def export(directory: Path, out: Path | None) -> None:
 
     It may be called again at any time, also while the run goes on: it adds what has ended since.
     """
-    if not (directory / "wal").is_dir():
-        raise RequestError(f"{directory} holds no run: give the directory of a dsec run or dsec serve")
-    target = out or directory / exporter.SHARDS
-    count = exporter.export(directory / "wal", Ledger.read(directory / "wal", load_tokenizer()), target)
+    log = log_of(directory)
+    target = out or log.parent / exporter.SHARDS
+    count = exporter.export(log, Ledger.read(log, load_tokenizer()), target)
     click.echo(f"{count} rollouts written to {target}")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -22,14 +23,16 @@ from rich.live import Live
 import wal
 import wal.__main__ as wal_cli
 from dsec import trajectory
+from dsec.terminal import counted
 from rollout import journal, steps
 from rollout.batch import REQUEST_ID, Batch, Outcome, edge_of, run_batch
 from rollout.bench.tasks import Task
 from rollout.commands.screen import LiveTable, make_console, print_summary, render_overview, render_trajectory
+from rollout.commands.summary import SOLVED_REWARD
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
 from rollout.errors import JournalError, RequestError
-from rollout.jobs import load_any, make_job
+from rollout.jobs import check_sampling, load_any, make_job
 from rollout.ledger import Ledger
 from rollout.main import load_tokenizer
 from rollout.record import trajectory_record
@@ -45,6 +48,8 @@ _LOGGED_OPTIONS: dict[str, Callable[[Job], object]] = {
     "turns_max": lambda job: job.limits.turns_count_max,
 }
 """Options that a run keeps for its whole life, and where its job has them."""
+
+_NAMED_MAX = 8
 
 RUN_EXAMPLE = """\b
 Examples:
@@ -82,13 +87,7 @@ Examples:
     help="oracle runs the task's own solution, nop does nothing: a sound task gives them 1 and 0.",
 )
 @click.option("--group-size", type=click.IntRange(1, 1024), default=1, show_default=True, help="Rollouts of each task.")
-@click.option(
-    "--concurrency",
-    type=click.IntRange(1, 1024),
-    default=16,
-    show_default=True,
-    help="Rollouts at once.",
-)
+@click.option("--concurrency", type=click.IntRange(1, 1024), help="Rollouts at once.  [default: 16]")
 @click.option("--edge", "edge_url", metavar="URL", help=EDGE_HELP + " A resume without it takes the run's own.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling; the same seed, the same tokens.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy; else 0.001 to 10.")
@@ -109,7 +108,7 @@ def run(
     resume: bool,
     agent: AgentKind,
     group_size: int,
-    concurrency: int,
+    concurrency: int | None,
     edge_url: str | None,
     seed: int,
     temperature: float,
@@ -128,17 +127,25 @@ def run(
         raise RequestError("--resume needs --out: which run shall be finished?")
     if out == Path():
         raise RequestError("--out names no directory of its own (an unset variable?): say for example --out runs/first")
+    sampling = Sampling(temperature=temperature, seed=seed)
+    try:
+        check_sampling(sampling)
+    except RequestError as error:
+        raise RequestError(f"--{error}") from error  # it begins with the option's name
     directory = out or Path("runs") / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
 
     if edge_url is None:
         edge_url = edge_of(directory) if resume else ""
+    if resume and not (directory / "wal").is_dir():
+        what = f"the tasks of {tasks_dir}" if tasks_dir else "all bundled tasks"
+        click.echo(f"dsec: {directory} holds no run yet: it begins now, with {what}", err=True)
 
     def job_for(tasks: Sequence[Task]) -> Job:
         asked = Job(
             request_id=REQUEST_ID,
             agent=agent,
             thinking=thinking,
-            sampling=Sampling(temperature=temperature, seed=seed),
+            sampling=sampling,
             limits=Limits(turns_count_max=turns_max),
             edge_url=edge_url,
         )
@@ -150,9 +157,7 @@ def run(
         load_tasks=lambda: load_any(tasks_dir),
         check_logged=lambda job: check_same(click.get_current_context(), directory, job),
         resume=resume,
-        config=RolloutConfig(
-            concurrency=concurrency, sandboxes_count_max=max(concurrency, group_size), sandboxes_asleep_count_max=0
-        ),
+        config=_bounds(concurrency, group_size),
         edge_url=edge_url,
     )
     again = f"finish with: {_program()} {shlex.join(['run', '--resume', '--out', str(directory)])}"
@@ -169,6 +174,14 @@ def run(
         click.echo(f"stopped by {outcome.stopped_by.name}; {again}", err=True)
         sys.exit(128 + outcome.stopped_by)
     sys.exit(1 if outcome.summary.infra_failures else 0)
+
+
+def _bounds(concurrency: int | None, group_size: int) -> RolloutConfig:
+    """As the environment says, but for what the command line says; where neither does, as one run needs it."""
+    given: dict[str, Any] = {} if concurrency is None else {"concurrency": concurrency}
+    config = RolloutConfig(**given)
+    own: dict[str, Any] = {"sandboxes_count_max": max(config.concurrency, group_size), "sandboxes_asleep_count_max": 0}
+    return RolloutConfig(**given, **{name: own[name] for name in own.keys() - config.model_fields_set})
 
 
 def _run_live(batch: Batch, *, as_json: bool) -> Outcome:
@@ -213,7 +226,7 @@ def check_same(ctx: click.Context, directory: Path, job: Job) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each rollout.")
 def show(directory: Path, rollout: str | None, as_json: bool) -> None:
     """Print trajectories of a run: all in a table, or ROLLOUT (an id or a task name) turn by turn."""
-    ledger = Ledger.read(_log_of(directory), load_tokenizer())
+    ledger = Ledger.read(log_of(directory), load_tokenizer())
     chosen = sorted(ledger.rollouts) if rollout is None else [_resolve(ledger, rollout)]
     records = [trajectory_record(ledger, rollout_id) for rollout_id in chosen]
     if as_json:
@@ -221,6 +234,10 @@ def show(directory: Path, rollout: str | None, as_json: bool) -> None:
             click.echo(msgspec.json.encode(record))
     elif rollout is None:
         make_console().print(render_overview(records))
+        asked_count = sum(group.size for job in ledger.jobs.values() for group in job.groups)
+        begun_count = sum(ledger.asks_for(rollout_id) for rollout_id in ledger.rollouts)
+        solved_count = sum((record.reward.value or 0) >= SOLVED_REWARD for record in records)
+        click.echo(f"{counted(asked_count, 'rollout')}: {solved_count} solved, {asked_count - begun_count} not begun")
         click.echo(f"one of them, turn by turn: {_program()} show {shlex.quote(str(directory))} ROLLOUT")
     else:
         make_console().print(render_trajectory(records[0], ledger.tasks[records[0].task_digest].instruction))
@@ -239,7 +256,7 @@ def log_(directory: Path, as_json: bool, verify: bool, stats: bool) -> None:
     """Print the log of a run, record by record, with offsets; exit 1 on corruption."""
     flags = [flag for flag, is_set in (("--json", as_json), ("--verify", verify), ("--stats", stats)) if is_set]
     ours = {kind: functools.partial(_told, kind) for kind in (journal.KIND, trajectory.KIND, steps.KIND)}
-    sys.exit(wal_cli.main([str(_log_of(directory)), *flags], decoders=ours))
+    sys.exit(wal_cli.main([str(log_of(directory)), *flags], decoders=ours))
 
 
 def _told(kind: int, payload: bytes) -> object:
@@ -259,18 +276,27 @@ def _program() -> str:
     return shlex.quote(os.path.relpath(own) if own.is_relative_to(Path.cwd()) else str(own))
 
 
-def _log_of(directory: Path) -> Path:
+def log_of(directory: Path) -> Path:
+    """The log in a run directory.  RequestError if there is none; of a root, it names the runs."""
     log = directory if next(directory.glob("*.wal"), None) else directory / "wal"
-    if not log.is_dir():
-        raise RequestError(f"{directory} holds no run: there is no {log}")
-    return log
+    if log.is_dir():
+        return log
+    if runs := sorted(str(inner.parent) for inner in directory.glob("*/wal")):
+        more = f" and {len(runs) - _NAMED_MAX} more" if len(runs) > _NAMED_MAX else ""
+        raise RequestError(
+            f"{directory} holds {len(runs)} runs, give one of them: {', '.join(runs[:_NAMED_MAX])}{more}"
+        )
+    raise RequestError(f"{directory} holds no run: there is no {log}")
 
 
 def _resolve(ledger: Ledger, name: str) -> str:
     """The rollout that a person means by `name`: an id, its end, or a task with one rollout."""
     found = [i for i in sorted(ledger.rollouts) if f"/{i}".endswith((f"/{name}", f"/{name}.0"))]
     if len(found) != 1:
+        waiting = (each for job in ledger.jobs for each, _, _ in ledger.members(job) if each not in ledger.rollouts)
+        if not found and any(f"/{each}".endswith((f"/{name}", f"/{name}.0")) for each in waiting):
+            raise RequestError(f"{name!r} has not begun: there is nothing to show yet")
         near = found or get_close_matches(name, ledger.rollouts, n=5, cutoff=0.4) or sorted(ledger.rollouts)
-        known = ", ".join(near[:5])
+        known = ", ".join(sorted(near[:5]))
         raise RequestError(f"{name!r} names {len(found)} rollouts of this log, not one; there are {known} ...")
     return found[0]

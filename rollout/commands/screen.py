@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dsec.terminal import visible
+from dsec.terminal import counted, visible
 from rollout.commands.summary import SOLVED_REWARD, Summary, TaskRow
 from rollout.ledger import Ledger
 from rollout.record import TrajectoryRecord
@@ -32,16 +33,16 @@ LINE_INTERVAL_S = 30.0
 
 
 def make_console() -> Console:
-    """The console on stdout; what is written to a pipe or a file is not squeezed into 80 columns."""
-    return Console() if sys.stdout.isatty() else Console(width=_FILE_WIDTH)
+    """The console on stdout; a pipe or a file is as wide as COLUMNS says, and not squeezed into 80 without it."""
+    return Console() if sys.stdout.isatty() else Console(width=shutil.get_terminal_size((_FILE_WIDTH, 1)).columns)
 
 
 def make_table(title: str, *columns: str, texts: tuple[str, ...]) -> Table:
-    """A table whose figures keep their place: where there is no room, `texts` are cut."""
+    """A table whose figures keep their place: where there is no room, `texts` are folded."""
     table = Table(title=title, title_justify="left")
     for name in columns:
         if name in texts:
-            table.add_column(name, overflow="ellipsis", no_wrap=True, min_width=8)
+            table.add_column(name, overflow="fold", min_width=8)
         else:
             table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     return table
@@ -119,8 +120,11 @@ def print_summary(
     if summary.finished < summary.rollouts:
         table.add_row("unfinished", f"[yellow]{summary.rollouts - summary.finished}[/] of {summary.rollouts} rollouts")
     means = [row.reward_mean for row in summary.per_task if row.reward_mean is not None]
-    table.add_row("reward", f"mean {sum(means) / len(means):.3g} over {len(means)} tasks" if means else "none yet")
-    table.add_row("tokens", f"{summary.tokens} sampled in {summary.turns} turns, {summary.tool_calls} tool calls")
+    table.add_row(
+        "reward", f"mean {sum(means) / len(means):.3g} over {counted(len(means), 'task')}" if means else "none yet"
+    )
+    turns = f"{counted(summary.turns, 'turn')}, {counted(summary.tool_calls, 'tool call')}"
+    table.add_row("tokens", f"{summary.tokens} sampled in {turns}")
     already = "" if has_worked else "   (it had ended already: nothing was run now)"
     table.add_row("wall time", f"{summary.wall_s:.1f} s{already}")
     if waited:
@@ -134,11 +138,12 @@ def print_summary(
     if summary.resumes:
         table.add_row(
             "recovery",
-            f"{summary.resumes} rollouts resumed: {summary.tokens_replayed} context tokens fed again, "
+            f"{counted(summary.resumes, 'rollout')} resumed: {summary.tokens_replayed} context tokens fed again, "
             f"{summary.commands_replayed} commands (set-up included) applied again and compared",
         )
     if summary.infra_failures:
-        failed = f"{summary.infra_failures} rollouts got no verdict, through no answer of the model; reward unset:"
+        who = counted(summary.infra_failures, "rollout")
+        failed = f"{who} got no verdict, through no answer of the model; reward unset:"
         table.add_row("[red]failures[/]", Text(failed, style="red"))
         for rollout_id, message in list(summary.infra_failure_messages.items())[:5]:
             table.add_row("", Text(visible(f"{rollout_id}: {message}")))

@@ -13,14 +13,11 @@ from pathlib import Path
 
 import click
 import msgspec
-from rich import box
-from rich.table import Table
 
 from dsec.edge.listen import Listen, read_certificate, read_token
 from dsec.sandbox import Substrate
-from dsec.terminal import visible
+from dsec.terminal import counted, render_columns
 from rollout.commands.run import EDGE_HELP
-from rollout.commands.screen import make_console
 from rollout.config import RolloutConfig, WorkerConfig
 from rollout.dialects.http_server import listen as listen_http
 from rollout.dialects.http_server import start_http_server
@@ -67,9 +64,7 @@ _index_option = click.option("--index", "url", metavar="URL", envvar="DSEC_INDEX
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="The certificate and its chain, PEM.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key, PEM.")
 @click.option("--advertise", default="", help="URL where other workers reach this one.  [default: as --listen]")
-@click.option(
-    "--concurrency", type=click.IntRange(1, 1024), default=16, show_default=True, help="Rollouts that sample at once."
-)
+@click.option("--concurrency", type=click.IntRange(1, 1024), help="Rollouts that sample at once.  [default: 16]")
 @click.option("--grace-s", type=float, help="How long a stop may take.  [default: 30]")
 @click.option("--edge", "edge_url", metavar="URL", default="", help=EDGE_HELP)
 def serve(
@@ -83,7 +78,7 @@ def serve(
     tls_cert: Path | None,
     tls_key: Path | None,
     advertise: str,
-    concurrency: int,
+    concurrency: int | None,
     grace_s: float | None,
     edge_url: str,
 ) -> None:
@@ -102,9 +97,9 @@ def serve(
         raise RequestError("--index and --worker-id are for workers that share a directory: give --root, too")
     if not _WORKER_ID.fullmatch(worker_id or "x"):
         raise RequestError(f"--worker-id {worker_id!r}: use 1 to 64 letters, digits, '.', '_' and '-'")
-    given = {} if grace_s is None else {"grace_s": grace_s}
     doors = _doors(listen, http, advertise, read_token(token_file, KEY), tls_cert, tls_key)
-    config, bounds = WorkerConfig(**given), RolloutConfig(concurrency=concurrency)
+    config = WorkerConfig() if grace_s is None else WorkerConfig(grace_s=grace_s)
+    bounds = RolloutConfig() if concurrency is None else RolloutConfig(concurrency=concurrency)
     directory = root or out or Path("runs/server")
     index = Index(url or sqlite_url(directory))
 
@@ -163,13 +158,17 @@ async def _serve(directory: Path, doors: Doors, make: Callable[[str], Worker], i
         where += f" and {scheme}://{doors.http.url_with(http.port).partition(':')[2]}"
     await server.serve()
     what = f"log {directory}/wal" if is_alone else f"worker {worker.worker_id} of {directory}"
-    click.echo(f"dsec: serving {where}, {what}, {worker.running_count} rollouts taken up")
+    click.echo(f"dsec: serving {where}, {what}, {counted(worker.running_count, 'rollout')} taken up")
     stopped, broken = asyncio.create_task(stop.wait()), asyncio.create_task(worker.failed())
     await asyncio.wait([stopped, broken], return_when=asyncio.FIRST_COMPLETED)
     if http is not None:
         await http.stop()
+    for owned in worker.owned.values():
+        owned.service.watchers.send_away()  # while they can still be told to ask again: gRPC's own stop only cancels
     await server.stop()
+    unfinished = counted(worker.running_count, "rollout")
     is_in_order = await worker.close()
+    click.echo(f"dsec: stopped, {unfinished} unfinished", err=True)
     await router.close()
     stopped.cancel()
     if broken.done():
@@ -189,23 +188,15 @@ def workers(root: Path, url: str, as_json: bool) -> None:
         click.echo(msgspec.json.encode(snapshot))
         return
     names = {worker.owner: worker.worker_id for worker in snapshot.workers}
-    console = make_console()
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("worker", "address", "lease", "running", "partitions"):
-        table.add_column(column)
+    rows = []
     for each in snapshot.workers:
         lease = f"{each.lease_s:.0f} s" if each.lease_s > 0 else f"lapsed {-each.lease_s:.0f} s ago"
         mine = sum(partition.owner == each.owner for partition in snapshot.partitions)
-        table.add_row(visible(each.worker_id), visible(each.address), lease, str(each.running), str(mine))
-    console.print(table)
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("partition", "epoch", "owner"):
-        table.add_column(column)
-    for partition in snapshot.partitions:
-        table.add_row(
-            visible(partition.name), str(partition.epoch), visible(names.get(partition.owner or "", "nobody"))
-        )
-    console.print(table)
+        running = str(each.running) if each.lease_s > 0 else "-"  # it said so when it lived
+        rows.append((each.worker_id, each.address, lease, running, str(mine)))
+    click.echo(render_columns(("WORKER", "ADDRESS", "LEASE", "RUNNING", "PARTITIONS"), rows))
+    owned = [(each.name, str(each.epoch), names.get(each.owner or "", "nobody")) for each in snapshot.partitions]
+    click.echo("\n" + render_columns(("PARTITION", "EPOCH", "OWNER"), owned))
 
 
 async def _look(index: Index) -> Snapshot:

@@ -96,6 +96,12 @@ def test_a_setting_in_the_environment_that_is_no_good_is_named(dsec: Any, make_t
     refused(ran, "environment variable DSEC_LOG_SYNC is 'interval(0)'", "must be above 0")
     ran = dsec("run", task, "--out", tmp_path / "run", env={"DSEC_EDGE_SANDBOXES_COUNT_MAX": "many"})
     refused(ran, "environment variable DSEC_EDGE_SANDBOXES_COUNT_MAX is 'many'", "valid integer")
+    for name, value, said in (
+        ("DSEC_CONCURRENCY", "abc", "valid integer"),
+        ("DSEC_PROJECT_WEIGHTS", "abc", "write a JSON object of project to weight"),
+        ("DSEC_REWARD_CALLABLES", "[a:b", "write module:function,module:function"),
+    ):
+        refused(dsec("run", task, "--out", tmp_path / "run", env={name: value}), f"variable {name} is '{value}'", said)
 
 
 def test_a_bound_below_the_concurrency_is_named(dsec: Any, make_task: Any, tmp_path: Path) -> None:

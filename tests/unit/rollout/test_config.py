@@ -1,0 +1,32 @@
+"""Knobs of a service: what the environment says holds where the command line says nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from rollout.commands.run import _bounds
+from rollout.config import RolloutConfig
+
+
+def test_lists_and_objects_are_read_as_people_write_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("my.rewards:one, my.rewards:two", '["my.rewards:one", "my.rewards:two"]'):
+        monkeypatch.setenv("DSEC_REWARD_CALLABLES", text)
+        assert RolloutConfig().reward_callables == {"my.rewards:one", "my.rewards:two"}
+    monkeypatch.setenv("DSEC_REWARD_CALLABLES", "")
+    monkeypatch.setenv("DSEC_PROJECT_WEIGHTS", '{"main": 2}')
+    config = RolloutConfig()
+    assert (config.reward_callables, config.project_weights) == (frozenset(), {"main": 2.0})
+
+
+def test_the_bounds_of_a_run_are_the_environments_where_it_says_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(concurrency: int | None, group_size: int) -> tuple[int, int, int]:
+        bounds = _bounds(concurrency, group_size)
+        return bounds.concurrency, bounds.sandboxes_count_max, bounds.sandboxes_asleep_count_max
+
+    assert told(None, 4) == (16, 16, 0)
+    assert told(20, 64) == (20, 64, 0)
+    monkeypatch.setenv("DSEC_CONCURRENCY", "7")
+    assert told(None, 4) == (7, 7, 0)
+    assert told(20, 4) == (20, 20, 0)
+    monkeypatch.setenv("DSEC_SANDBOXES_COUNT_MAX", "99")
+    assert told(None, 4) == (7, 99, 0)
