@@ -148,6 +148,9 @@ def _download(sandbox: Sandbox, path: str, target: str, bytes_max: int) -> None:
                     left_out = unpack(pieces, root, bytes_max)
         except OSError as error:
             raise InvalidArgumentError(f"cannot write {path} to {target}: {error.strerror}") from error
+        except KeyboardInterrupt:
+            click.echo(f"dsec: {target} has what came so far" if is_tree else f"dsec: {target} is as it was", err=True)
+            raise
     for left in left_out.names:
         click.echo(f"dsec: left out {visible_line(left)}: neither a file, a directory nor a link", err=True)
     if more := left_out.count - len(left_out.names):

@@ -11,7 +11,7 @@ import msgspec
 
 from dsec.address import default_directory, default_url
 from dsec.cli_sandbox import JSON_OPTION, example
-from dsec.terminal import render_columns
+from dsec.terminal import counted, render_columns
 
 GIB = 1 << 30
 GARBAGE_COUNT = 10_000
@@ -97,12 +97,13 @@ def serve(
         if as_json:
             click.echo(msgspec.json.encode(ready))
         else:
-            click.echo(
-                f"dsec: serving {', '.join(ready.urls)}; state in {ready.directory}; {ready.adopted} sandboxes taken up"
-            )
+            taken_up = f"{counted(ready.adopted, 'sandbox')} taken up"
+            click.echo(f"dsec: serving {', '.join(ready.urls)}; state in {ready.directory}; {taken_up}")
 
     def tell_left(count: int) -> None:
-        what = f"{count} sandboxes live on; the next `dsec edge serve` takes them up" if count else "nothing is left"
+        lives = "lives" if count == 1 else "live"
+        alive = f"{counted(count, 'sandbox')} {lives} on for DSEC_EDGE_KEEP_S; the next `dsec edge serve` takes them up"
+        what = alive if count else "nothing is left"
         click.echo(f"dsec: {what}", err=True)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -46,16 +46,21 @@ def _parse_envs(context: click.Context, parameter: click.Parameter, pairs: Seque
     envs = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
-        if not separator:
-            value = os.environ.get(name, "")
         if not name:
             raise click.BadParameter(f"{pair!r} is not NAME=VALUE or NAME", context, parameter)
-        envs[name] = value
+        if separator or name in os.environ:
+            envs[name] = value if separator else os.environ[name]
     return envs
 
 
 ENV_OPTION = click.option(
-    "-e", "--env", "envs", multiple=True, metavar="NAME[=VALUE]", callback=_parse_envs, help="A variable."
+    "-e",
+    "--env",
+    "envs",
+    multiple=True,
+    metavar="NAME[=VALUE]",
+    callback=_parse_envs,
+    help="A variable; NAME alone passes ours on.",
 )
 
 

@@ -79,6 +79,7 @@ class LeasedSubstrate:
     async def close(self) -> None:
         """Destroy what is the job's, and disconnect; an Edge that is away does so when the leases lapse."""
         await self._stop()
+        has_any = bool(self._owners)
         try:
             while self._owners:
                 owner, epoch = self._owners.pop()
@@ -86,7 +87,8 @@ class LeasedSubstrate:
                     await self._remote.connection.call("EndLease", pb.EndLeaseRequest(owner=owner, epoch=epoch))
             await self._remote.close()
         except UnreachableError as error:
-            _log.warning("the sandboxes at the Edge are left to their leases: %s", error)
+            if has_any:
+                _log.warning("the sandboxes at the Edge are left to their leases: %s", error)
             await self._remote.detach()
 
     async def _stop(self) -> None:

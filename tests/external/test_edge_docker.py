@@ -48,7 +48,7 @@ def test_a_killed_edge_leaves_its_docker_sandboxes_to_the_next(docker_url: str, 
         sandbox = dsec("create").strip()
         dsec("exec", sandbox, "--", "bash", "-c", "sleep 600 & echo $! > /root/pid; seq 100000 > /root/numbers")
     with serving(tmp_path / "state", env, "--destroy-on-exit") as ready:
-        assert "1 sandboxes taken up" in ready
+        assert "1 sandbox taken up" in ready
         script = "kill -0 $(cat /root/pid) && wc -l < /root/numbers; seq 3000000"
         answer = dsec("exec", sandbox, "--", "bash", "-c", script)
         assert answer.startswith("100000\n1\n2\n")

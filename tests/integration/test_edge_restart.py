@@ -72,7 +72,7 @@ def test_a_stopped_edge_leaves_its_sandboxes_to_the_next(dsec: Any, tmp_path: Pa
     _, err = first.communicate(timeout=60)
     assert (first.returncode, err) == (
         0,
-        "dsec: 1 sandboxes live on; the next `dsec edge serve` takes them up\n",
+        "dsec: 1 sandbox lives on for DSEC_EDGE_KEEP_S; the next `dsec edge serve` takes them up\n",
     )
     second = serve("--destroy-on-exit")
     assert dsec.done("exec", sandbox, "--", "echo", "here", env=env).out == "here\n"
