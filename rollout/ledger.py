@@ -191,6 +191,13 @@ class Ledger:
         state = self.rollouts.get(rollout_id)
         return state is not None and state.phase is Phase.DONE
 
+    def is_stale(self, state: State) -> bool:
+        """Whether the rollout's oldest token is further behind the newest weights than its job allows."""
+        lag_max = state.job.policy.max_lag
+        if self.policy is None or lag_max is None or not state.versions or state.opened.judged_rollout_id:
+            return False
+        return self.policy.engine.policy_version - state.versions[0][1] > lag_max
+
     def extend(self, rollout_id: str, lsn: int) -> None:
         """Note that a record of the rollout stands at `lsn`."""
         first, last = self.lsns.get(rollout_id, (lsn, lsn))

@@ -161,12 +161,7 @@ async def catch_up(service: RolloutService) -> list[str]:
 def _stale_rollouts(ledger: Ledger) -> dict[str, list[str]]:
     """Job -> its rollouts that have not ended and whose oldest token is too far behind the newest weights."""
     stale: dict[str, list[str]] = {}
-    if ledger.policy is None:
-        return stale
     for rollout_id, state in ledger.rollouts.items():
-        lag_max = state.job.policy.max_lag
-        if lag_max is None or not state.versions or ledger.is_done(rollout_id) or state.opened.judged_rollout_id:
-            continue
-        if ledger.policy.engine.policy_version - state.versions[0][1] > lag_max:
+        if ledger.is_stale(state) and not ledger.is_done(rollout_id):
             stale.setdefault(state.opened.request_id, []).append(rollout_id)
     return stale

@@ -215,6 +215,8 @@ class Runner:
 
     def perform(self, effect: Effect, rollout: Rollout) -> Events:
         """The events that answer an effect."""
+        if self.ledger.is_stale(self.state(rollout)):  # what drew its first token, the log heard after newer weights
+            return self.finish(rollout, Finish(FinishReason.STALE))
         if isinstance(effect, Sample | RunTool) and rollout.is_out_of_time:
             return self.stop_agent(rollout)
         match effect:

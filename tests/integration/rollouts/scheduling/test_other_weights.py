@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from rollout.errors import JournalError
+from rollout.events import Event
+from rollout.policy import Policy
+from rollout.request import PolicyRule
 from rollout.rpc.listing import standing
 from rollout.testing import ENGINE, Reply, ScriptedEngine
+from wal.tokens import TokensAppended
 
 TURN = Reply(reasoning="Good.", content="Done.")
 
@@ -64,3 +71,27 @@ async def test_a_log_goes_on_with_weights_that_are_newer_than_any_it_names(world
         await service.wait("cut")
         assert here.record("cut/0.0").finish_reason == "STOP"
         assert [drawn_by(here, f"{job}/0.0") for job in ("old", "cut")] == [[(0, "0")], [(0, "0"), (7, "7")]]
+
+
+async def test_a_first_token_that_is_logged_behind_an_update_is_as_stale_as_one_before(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "weights").write_text("new")
+    here = world(checkpoints_root=tmp_path)
+    async with here.serving() as service:
+        append, is_drawn, may_be_logged = service.journal.append, asyncio.Event(), asyncio.Event()
+
+        async def append_late(event: Event) -> int:
+            if isinstance(event, TokensAppended):
+                is_drawn.set()
+                await may_be_logged.wait()
+            return await append(event)
+
+        monkeypatch.setattr(service.journal, "append", append_late)
+        await here.ask("job", 1, policy=PolicyRule(max_lag=0))
+        await is_drawn.wait()
+        await Policy(service).update(str(tmp_path / "new"), 1)
+        may_be_logged.set()
+        await service.wait("job")
+        assert here.record("job/0.0").finish_reason == "STALE"
