@@ -1,6 +1,6 @@
 """Workers, Edge, sandboxes, clients and database are killed at random under rollouts, and nobody can tell afterwards.
 
-STORM_ROLLOUTS, STORM_KILLS and STORM_SEED make it another storm (docs/operating.md, "Faults").
+STORM_ROLLOUTS, STORM_KILLS and STORM_SEED make it another storm (docs/serving.md, "Faults").
 """
 
 import json

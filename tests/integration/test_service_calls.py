@@ -220,6 +220,17 @@ async def test_a_client_that_goes_away_leaves_no_queue(request_: pb.SubmitReques
         assert setting.service.watchers.count == 0
 
 
+async def test_a_field_of_a_later_protocol_changes_nothing(request_: pb.SubmitRequest, tmp_path: Path) -> None:
+    later = pb.SubmitRequest.FromString(request_.SerializeToString() + b"\xfa\x3f\x03new")  # field 1023
+    assert later != request_
+    async with serving(tmp_path / "run") as setting:
+        setting.world.may_run.set()
+        setting.world.may_end.set()
+        first = [update async for update in setting.rollouts.Submit(later)]
+        assert len(ends(first)) == 5
+        assert first == await _listen(setting, request_)  # no other request under its id
+
+
 @pytest.mark.parametrize("call", ["Submit", "Get", "Cancel"])
 async def test_what_nobody_foresaw_is_internal_without_its_text_and_in_the_servers_log(
     request_: pb.SubmitRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture, call: str
