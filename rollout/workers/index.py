@@ -345,7 +345,13 @@ def _engine(url: str) -> Engine:
             sql.event.listen(engine, "connect", _configure_sqlite)
             sql.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
             return engine
-        limits = {"connect_timeout": int(CALL_S), "options": f"-c statement_timeout={int(CALL_S * 1000)}"}
+        limits = {
+            "connect_timeout": int(CALL_S),
+            "options": f"-c statement_timeout={int(CALL_S * 1000)}",
+            "keepalives_idle": int(CALL_S),  # a host that vanished keeps no connection, nor its place in the pool
+            "keepalives_interval": 1,
+            "tcp_user_timeout": int(CALL_S * 1000),
+        }
         return sql.create_engine(parsed, connect_args=limits, pool_pre_ping=True, **pool)
     except sql.exc.ArgumentError as error:
         raise RequestError(f"{url!r} is no index: give sqlite:///FILE or postgresql://USER@HOST/DATABASE") from error
