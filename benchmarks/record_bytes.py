@@ -69,7 +69,7 @@ FIELDS = {
     "ROUTES": Field(
         pb.FIELD_ROUTES,
         events.SideChannelsFound,
-        ("routes", "routes_valid"),
+        ("routes", "routes_valid", "routes_version"),
         (("returns", ("routes",)),),
         of_context=True,
     ),
@@ -92,14 +92,15 @@ def as_json(record: TrajectoryRecord, field: Field, channels: dict[str, Any]) ->
     return msgspec.json.encode(said)
 
 
-def sizes(record: TrajectoryRecord, field: Field, log: Path) -> tuple[float, float, float, float]:
-    """Bytes a token of one rollout: logged, over gRPC, in a shard, as JSON."""
+def logged(log: Path, event: type | None) -> int:
+    """Bytes of the records that hold events of a kind; one may hold those of several rollouts."""
+    held = {entry.lsn: len(entry.payload) for entry, each in journal.replay(log) if event and isinstance(each, event)}
+    return sum(held.values())
+
+
+def sizes(record: TrajectoryRecord, field: Field) -> tuple[int, int, int, int]:
+    """Tokens of one rollout that have the field; its bytes over gRPC, in a shard, and as JSON."""
     channels = {each.name: read_side_channel(each) for each in record.side_channels}
-    logged = [
-        len(entry.payload)
-        for entry, event in journal.replay(log)
-        if field.event and isinstance(event, field.event) and events.rollout_of(event) == record.rollout_id
-    ]
     light, asked = (
         sum(part.ByteSize() for part in trajectory_parts(each, frozenset(mask)))
         for each, mask in ((msgspec.structs.replace(record, side_channels=()), ()), (record, (field.mask,)))
@@ -108,8 +109,7 @@ def sizes(record: TrajectoryRecord, field: Field, log: Path) -> tuple[float, flo
     stored = sum(np.asarray(rows).nbytes for rows in channels.values())
     stored += sum(batch.column(name).nbytes for name in field.names if name not in channels)
     tokens = len(record.token_ids) if field.of_context else record.tokens_sampled
-    figures = (sum(logged), asked - light, stored, len(as_json(record, field, channels)))
-    return tuple(figure / tokens for figure in figures)  # type: ignore[return-value]
+    return tokens, asked - light, stored, len(as_json(record, field, channels))
 
 
 async def measure(name: str, rollouts_count: int, tokens_count: int) -> dict[str, Any]:
@@ -129,9 +129,11 @@ async def measure(name: str, rollouts_count: int, tokens_count: int) -> dict[str
             for rollout_id in service.ledger.rollouts:
                 is_heavy = name in ("ROUTES", "HIDDEN")
                 channels = await exporter.side_channels(rollout_id) if is_heavy else ()
-                found.append(sizes(trajectory_record(service.ledger, rollout_id, channels), field, Path(folder, "wal")))
-    logged, sent, stored, text = (sum(column) / len(found) for column in zip(*found, strict=True))
-    return {"field": name, "log": logged, "grpc": sent, "shard": stored, "json": text, "ratio": text / stored}
+                found.append(sizes(trajectory_record(service.ledger, rollout_id, channels), field))
+        log = logged(Path(folder, "wal"), field.event)
+    tokens, sent, stored, text = (sum(column) for column in zip(*found, strict=True))
+    figures = {"log": log, "grpc": sent, "shard": stored, "json": text}
+    return {"field": name} | {place: size / tokens for place, size in figures.items()} | {"ratio": text / stored}
 
 
 def main() -> None:

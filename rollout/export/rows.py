@@ -74,7 +74,7 @@ class _Rows:
         self._row_of = np.full(self._count, -1)
         self._row_of[sampled] = np.arange(len(sampled))
         self._routes = np.zeros((self._count, len(layout.layer_ids), layout.top_k), DTYPES[layout.dtype])
-        self._is_valid = np.zeros(self._count, "u1")
+        self._is_valid, self._versions = np.zeros(self._count, "u1"), np.zeros(self._count, DTYPES["U32"])
         self._hidden = np.zeros((len(sampled), layout.hidden_dim), DTYPES["BF16"])
 
     def add(self, event: SideChannelsFound) -> None:
@@ -85,6 +85,7 @@ class _Rows:
             told = np.frombuffer(event.routes.expert_ids, DTYPES[layout.dtype]).reshape(-1, *self._routes.shape[1:])
             start, end = event.routes.start, min(event.routes.start + len(told), self._count - 1)
             self._routes[start:end], self._is_valid[start:end] = told[: end - start], 1
+            self._versions[start:end] = event.policy_version
         if event.hidden and info.hidden_dim == layout.hidden_dim:
             hidden = np.frombuffer(event.hidden, DTYPES["BF16"]).reshape(-1, layout.hidden_dim)
             row_of = self._row_of[event.start : event.start + len(hidden)]
@@ -96,6 +97,7 @@ class _Rows:
         if self._layout.layer_ids:
             channels["routes"] = Channel(self._routes, self._layout.dtype, self._layout.layer_ids)
             channels["routes_valid"] = Channel(self._is_valid, "U8")
+            channels["routes_version"] = Channel(self._versions, "U32")
         if self._layout.hidden_dim:
             channels["hidden"] = Channel(self._hidden, "BF16")
         return channels

@@ -41,6 +41,7 @@ HEADER_BYTES_MAX = 16 << 20
 LAYOUTS = {
     "routes": ({"U8", "U16"}, 3),
     "routes_valid": ({"U8"}, 1),
+    "routes_version": ({"U32"}, 1),
     "hidden": ({"BF16"}, 2),
 }
 """Names that mean the same everywhere: dtypes and axes; any other name may be used freely."""

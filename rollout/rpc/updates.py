@@ -128,7 +128,7 @@ def trajectory_parts(record: TrajectoryRecord, mask: Mask) -> Iterator[pb.Trajec
 
 
 CHANNELS: dict[int, tuple[str, ...]] = {
-    pb.FIELD_ROUTES: ("routes", "routes_valid"),
+    pb.FIELD_ROUTES: ("routes", "routes_valid", "routes_version"),
     pb.FIELD_HIDDEN: ("hidden",),
 }
 """What comes by reference."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from rollout.engine import Sampling
 from rollout.engines.embedded.batching import Limits as EngineLimits
+from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
 from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.errors import RequestError
 from rollout.export.exporter import export
@@ -49,12 +51,12 @@ async def test_side_channels_come_by_reference_with_the_end_of_a_rollout(serving
         assert len(ended) == 6
         for said in ended:
             references = {each.name: each for each in said.record.side_channels}
-            assert list(references) == ["hidden", "routes", "routes_valid"]
+            assert list(references) == ["routes_version", "hidden", "routes", "routes_valid"]
             assert references["routes"].layer_ids == (0, 3)
             found = {name: read_side_channel(each) for name, each in references.items()}
             check(said.token_ids, said.loss_mask, found)
             again = await setting.client.get(said.rollout_id, ["routes"])
-            assert [each.name for each in again.record.side_channels] == ["routes", "routes_valid"]
+            assert [each.name for each in again.record.side_channels] == ["routes_version", "routes", "routes_valid"]
             assert (await setting.client.get(said.rollout_id)).record.side_channels == ()
         ids = [said.rollout_id for said in ended]
         assert await setting.client.ack(ids) == 6  # the log may let go of them: they are in the shards
@@ -126,3 +128,29 @@ async def test_the_embedded_engine_tells_the_same_rows_after_a_crash_bit_for_bit
     assert whole["routes_valid"][:-1].all()
     for name, rows in whole.items():
         assert np.array_equal(cut[name], rows), name
+
+
+async def test_a_rollout_that_is_preempted_and_goes_on_over_its_saved_state_has_all_rows(
+    serving: Any, tmp_path: Path
+) -> None:
+    """Two halves by two versions: each row says whose router it was, and the rows of the first are not told again."""
+    asked = {**ASKED, "sampling": Sampling(temperature=5.0, seed=3), "limits": Limits(turn_tokens_count_max=400)}
+    async with (
+        asyncio.timeout(120),
+        serving(tmp_path / "run", engine=EmbeddedEngine(limits=ONE_BY_ONE), exports_shards=True) as setting,
+    ):
+        asking = asyncio.create_task(setting.groups("one", **asked))
+        await setting.until(partial(has_sampled, setting, 20))
+        assert await setting.client.preempt(request_id="job") == ("job/one.0",)
+        (state,) = setting.service.ledger.rollouts.values()
+        await setting.client.update_policy(str(shutil.copytree(DEFAULT_CHECKPOINT, tmp_path / "new")), 3)
+        await setting.client.resume(request_id="job")
+        ((group,)) = await asking
+        ((said,)) = group.trajectories
+        assert [each.cause for each in said.record.kv_breaks] == ["restored"]
+        found = {each.name: read_side_channel(each) for each in said.record.side_channels}
+        assert found["routes_valid"].tolist() == [1] * (len(said.token_ids) - 1) + [0]
+        halves = [0] * (state.tokens_count - 1) + [3] * (len(said.token_ids) - state.tokens_count) + [0]
+        assert found["routes_version"].tolist() == halves
+        assert len(found["hidden"]) == sum(said.loss_mask)
+        assert found["hidden"].any(axis=1).all()
