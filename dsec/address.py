@@ -59,7 +59,8 @@ def parse_address(url: str, *, is_bare_tcp: bool = False) -> Address:
         found = _HOST_PORT.fullmatch(target.removeprefix("//"))
         if found is not None and int(found[2]) < 1 << 16:
             return Address("tcp" if kind == "tcp" else "tls", found[0])
-    raise InvalidArgumentError(f"{url!r} is no address: give unix:PATH, tcp:HOST:PORT or tls:HOST:PORT")
+    tcp = "HOST:PORT" if is_bare_tcp else "tcp:HOST:PORT"
+    raise InvalidArgumentError(f"{url!r} is no address: give unix:PATH, {tcp} or tls:HOST:PORT")
 
 
 def default_url() -> str:

@@ -51,6 +51,8 @@ def make_conversation(name: str, *, messages_json: str = "", token_ids: Sequence
     """A prompt without an environment: messages in OpenAI's shape, or tokens, not both.  RequestError."""
     if not REQUEST_ID.fullmatch(name):
         raise RequestError(f"conversation name {name!r}: use 1 to 128 letters, digits, '.', '_', ':' and '-'")
+    if not isinstance(messages_json, str):
+        raise RequestError(f"conversation {name}: messages_json must be JSON text: give json.dumps(messages)")
     if bool(messages_json) == bool(token_ids):
         raise RequestError(f"conversation {name}: give messages or token_ids, one of them")
     if len(messages_json.encode()) > MESSAGES_BYTES_MAX:

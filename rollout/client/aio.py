@@ -15,7 +15,18 @@ from contextlib import aclosing
 from itertools import groupby
 from typing import Any, Literal, Self, Unpack
 
-from rollout.client.asking import RECORD, FieldName, JobOptions, Prompt, mask, struct_of, submit_request, target
+from rollout.client.asking import (
+    RECORD,
+    FieldName,
+    JobOptions,
+    Prompt,
+    fill_fields,
+    ids,
+    mask,
+    struct_of,
+    submit_request,
+    target,
+)
 from rollout.client.connection import Connection, Retry
 from rollout.client.values import Group, Trajectory, Update, trajectory_of, update_of
 from rollout.engine import EngineInfo, PauseMode, Sampling, Scored
@@ -219,18 +230,19 @@ class AsyncRolloutClient:
 
     async def update_policy(self, checkpoint: str, policy_version: int) -> EngineInfo:
         """Draw with the weights of a checkpoint on the server's host from here on."""
-        request = pb.UpdatePolicyRequest(checkpoint=checkpoint, policy_version=policy_version)
+        request = fill_fields(pb.UpdatePolicyRequest(), checkpoint=checkpoint, policy_version=policy_version)
         reply = await self._connection.call("UpdatePolicy", request)
         return struct_of(reply.engine, EngineInfo)  # type: ignore[no-any-return]
 
     async def ack(self, rollout_ids: Iterable[str]) -> int:
         """Say that these records are stored: the log need not keep them; how many were new."""
-        reply = await self._connection.call("Ack", pb.AckRequest(rollout_ids=list(rollout_ids)))
+        reply = await self._connection.call("Ack", pb.AckRequest(rollout_ids=ids(rollout_ids)))
         return int(reply.acknowledged_count)
 
     async def score_tokens(self, token_ids: Sequence[int], *, top_logprobs_count: int = 0) -> Scored:
         """Logprobs of given tokens under the newest weights."""
-        request = pb.ScoreTokensRequest(token_ids=token_ids, top_logprobs_count=top_logprobs_count)
+        request = pb.ScoreTokensRequest()
+        fill_fields(request, token_ids=token_ids, top_logprobs_count=top_logprobs_count)
         return struct_of(merge(await self._connection.call("ScoreTokens", request)), Scored)  # type: ignore[no-any-return]
 
     async def quick(

@@ -22,6 +22,7 @@ from toolcall_dsl import Policy
 FieldName = Literal["live_tokens", "tokens", "logprobs", "text", "topk", "sampling_mask", "routes", "hidden"]
 RECORD: tuple[FieldName, ...] = ("tokens", "logprobs", "text")
 """Everything that every trajectory has; the last four are only there if the job was submitted with them."""
+_SHOWN_MAX = 80
 Prompt = str | os.PathLike[str] | Conversation
 """The name of a bundled task; a task's folder; a prompt without an environment."""
 
@@ -49,18 +50,46 @@ def submit_request(
     """A job as its message.  RequestError for what is none."""
     request = pb.SubmitRequest(request_id=request_id, return_mask=mask(fields))
     if unknown := sorted(set(options) - JobOptions.__annotations__.keys()):
-        raise RequestError(f"a job has no {', '.join(unknown)}")
-    try:
-        fill(request, {"group_size": group_size, **options, "reward": None})
-    except (TypeError, ValueError, KeyError) as error:
-        raise RequestError(f"this job cannot be asked for: {error}") from error
-    if (reward := options.get("reward")) is not None:
+        raise RequestError(f"a job has no {', '.join(unknown)}" + "".join(map(_hint, unknown)))
+    if isinstance(prompts, str | os.PathLike | Conversation):
+        raise RequestError("prompts: give a list of them, also of one")
+    if group_size == 0:  # which the protocol has for unset
+        raise RequestError("group_size is 0, must be 1 or more")
+    reward = options.get("reward")
+    if not isinstance(reward, Reward | None):
+        raise RequestError(f"reward is {reward!r}: give a value of rollout.request, as TestsReward()")
+    fill_fields(request, group_size=group_size, **{**options, "reward": None})
+    if reward is not None:
         kind = getattr(request.reward, str(reward.__struct_config__.tag))
         kind.SetInParent()
-        fill(kind, reward)
+        fill_fields(kind, **msgspec.structs.asdict(reward))
     for prompt in prompts:
         _add_prompt(request, prompt)
     return request
+
+
+def _hint(unknown: str) -> str:
+    for name, kind in (("sampling", Sampling), ("limits", Limits)):
+        if unknown in kind.__struct_fields__:
+            return f"; say {name}={kind.__name__}({unknown}=...)"
+    return ""
+
+
+def fill_fields(message: Any, **fields: object) -> Any:
+    """`message` with these fields.  RequestError names the one that cannot be."""
+    for name, value in fields.items():
+        try:
+            fill(message, {name: value})
+        except (TypeError, ValueError, KeyError) as error:
+            raise RequestError(f"{name} is {repr(value)[:_SHOWN_MAX]}: it cannot be asked for: {error}") from error
+    return message
+
+
+def ids(rollout_ids: Iterable[str]) -> list[str]:
+    """RequestError for an id where many are meant."""
+    if isinstance(rollout_ids, str):
+        raise RequestError("rollout_ids: give a list of them, also of one")
+    return list(rollout_ids)
 
 
 def _add_prompt(request: pb.SubmitRequest, prompt: Prompt) -> None:
@@ -94,7 +123,7 @@ def target(request: Any, rollout_ids: Sequence[str] | None, request_id: str | No
         raise RequestError("give rollout_ids, request_id or everything, one of them")
     if rollout_ids is not None:
         request.rollouts.SetInParent()
-        request.rollouts.rollout_ids.extend(rollout_ids)
+        request.rollouts.rollout_ids.extend(ids(rollout_ids))
     elif request_id is not None:
         request.request_id = request_id
     else:

@@ -6,7 +6,7 @@ See: dsec/client/loop.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, Self, Unpack
+from typing import Literal, Self, Unpack
 
 from dsec.client.loop import LOOP
 from rollout.client.aio import PATIENCE_S, AsyncRolloutClient
@@ -14,7 +14,7 @@ from rollout.client.asking import RECORD, FieldName, JobOptions, Prompt
 from rollout.client.values import Group, Trajectory, Update
 from rollout.engine import EngineInfo, PauseMode, Sampling, Scored
 from rollout.record import QuickAnswer
-from rollout.rpc.listing import RolloutSummary
+from rollout.rpc.listing import RolloutSummary, Standing
 
 
 class RolloutClient:
@@ -80,9 +80,27 @@ class RolloutClient:
         """One rollout as it is now."""
         return LOOP.run(self._client.get(rollout_id, fields))
 
-    def list(self, **filters: Any) -> Iterator[RolloutSummary]:
+    def list(
+        self,
+        *,
+        request_id: str = "",
+        group_id: str = "",
+        project: str = "",
+        states: Iterable[Standing] = (),
+        unacknowledged_only: bool = False,
+        page_size: int = 0,
+    ) -> Iterator[RolloutSummary]:
         """Rollouts of the service's log."""
-        return LOOP.iterate(self._client.list(**filters))
+        return LOOP.iterate(
+            self._client.list(
+                request_id=request_id,
+                group_id=group_id,
+                project=project,
+                states=states,
+                unacknowledged_only=unacknowledged_only,
+                page_size=page_size,
+            )
+        )
 
     def cancel(self, request_id: str) -> int:
         """End a job."""

@@ -7,7 +7,9 @@ again, after a delay that grows, until `patience_s` seconds passed without an an
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
+import socket
 import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -23,6 +25,8 @@ from rollout.rpc.messages import MESSAGE_BYTES_MAX
 
 DEFAULT_URL = "tcp:127.0.0.1:7710"
 DELAY_S_MIN, DELAY_S_MAX = 0.05, 2.0
+_SHOWN_MAX = 200
+_log = logging.getLogger(__name__)
 ALIVE_S = 60.0
 """After so long somebody took the call: without a connection, or with a dead one (`_OPTIONS`), it ends sooner."""
 _OPTIONS: list[tuple[str, Any]] = [
@@ -107,7 +111,9 @@ class Connection:
         """To where these or the environment say, else to this host's service.  InvalidArgumentError."""
         self.patience_s = patience_s
         url, token = given(ROLLOUTS, url, token, DEFAULT_URL)
-        self._channel, self._metadata = open_channel(ROLLOUTS, parse_address(url, is_bare_tcp=True), token, _OPTIONS)
+        self._address = parse_address(url, is_bare_tcp=True)
+        self._is_away = False
+        self._channel, self._metadata = open_channel(ROLLOUTS, self._address, token, _OPTIONS)
         self._stub: Any = RolloutServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def call(self, name: str, request: Any, *, retries_engine: bool = False) -> Any:
@@ -117,13 +123,15 @@ class Connection:
             retry.begin()
             try:
                 called = getattr(self._stub, name)(request, metadata=self._metadata)
-                if isinstance(called, grpc.aio.UnaryStreamCall):
-                    return [message async for message in called]
-                return await called
+                is_stream = isinstance(called, grpc.aio.UnaryStreamCall)
+                answer = [message async for message in called] if is_stream else await called
+                self._is_away = False
+                return answer
             except grpc.aio.AioRpcError as error:
                 ours = self._may_retry(error)
                 if isinstance(ours, EngineError) and not retries_engine:
                     raise ours from None
+                await self._tell(error)
                 await retry.wait(ours)
 
     async def stream(self, make: Callable[[], tuple[str, Any]], retry: Retry) -> AsyncGenerator[Any, None]:
@@ -135,9 +143,12 @@ class Connection:
             try:
                 async for message in called:
                     retry.reset()
+                    self._is_away = False
                     yield message
             except grpc.aio.AioRpcError as error:
-                await retry.wait(self._may_retry(error, is_stream=True))
+                ours = self._may_retry(error, is_stream=True)
+                await self._tell(error)
+                await retry.wait(ours)
             else:
                 return
             finally:
@@ -151,6 +162,27 @@ class Connection:
             raise ours from None
         return ours
 
+    async def _tell(self, error: grpc.aio.AioRpcError) -> None:
+        """Say once that the server is away.  InvalidArgumentError if it will never be there."""
+        if self._is_away or error.code() is not grpc.StatusCode.UNAVAILABLE:
+            return
+        details, where = str(error.details()), self._address.target
+        if "http1.x" in details or "Expected SETTINGS frame" in details:
+            raise InvalidArgumentError(f"{where} does not speak gRPC: give the address of --listen") from error
+        if "resol" in details and await _is_nobody(where.rpartition(":")[0]):
+            raise InvalidArgumentError(f"{where}: there is no host of that name") from error
+        self._is_away = True
+        _log.warning("%s: %s; it is asked again for %g s", where, details[:_SHOWN_MAX], self.patience_s)
+
     async def close(self) -> None:
         """Hang up."""
         await self._channel.close(None)
+
+
+async def _is_nobody(host: str) -> bool:
+    """Whether it is certain that no host has the name."""
+    try:
+        await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), None)
+    except socket.gaierror as error:
+        return error.errno == socket.EAI_NONAME
+    return False

@@ -207,9 +207,8 @@ def test_one_directory_has_one_writer_and_ports_one_server(dsec: Any, make_task:
             dsec("run", task, "--out", tmp_path / "run"), f"is locked by process {server.pid}: a log has one writer"
         )
         refused(dsec("serve", "--out", tmp_path / "run", "--listen", "127.0.0.1:0"), "is locked by process")
-        ran = dsec("serve", "--out", tmp_path / "other", "--listen", address)
-        assert ran.code == 2
-        assert f"\ndsec: cannot listen on {address}: the port is in use" in f"\n{ran.err}"
+        other = dsec("serve", "--out", tmp_path / "other", "--listen", address)
+        refused(other, f"cannot listen on {address}: the port is in use")
     finally:
         server.terminate()
         server.communicate(timeout=30)
@@ -219,7 +218,7 @@ def test_one_directory_has_one_writer_and_ports_one_server(dsec: Any, make_task:
 @pytest.mark.parametrize("listen", ["7710", "127.0.0.1:65536", "two words:1"])
 def test_an_address_that_is_none_is_refused(dsec: Any, tmp_path: Path, listen: str) -> None:
     ran = dsec("serve", "--out", tmp_path / "run", "--listen", listen)
-    refused(ran, f"{listen!r} is no address: give unix:PATH, tcp:HOST:PORT or tls:HOST:PORT")
+    refused(ran, f"{listen!r} is no address: give unix:PATH, HOST:PORT or tls:HOST:PORT")
 
 
 def test_an_address_of_another_machine_is_refused(dsec: Any, tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
 
-from dsec.errors import UnreachableError
+from dsec.errors import InvalidArgumentError, UnreachableError
 from rollout.client import AsyncRolloutClient
 from rollout.errors import RolloutError
 from rollout.pb.v1 import rollout_pb2 as pb
@@ -59,6 +61,41 @@ async def test_what_a_server_that_goes_cuts_short_is_asked_again(status: str) ->
 async def test_a_call_that_is_always_cut_short_is_unreachable_in_the_end() -> None:
     with pytest.raises(UnreachableError, match="as gRPC says it"):
         await asked(Going(*[grpc.StatusCode.CANCELLED] * 2), patience_s=0)
+
+
+async def test_a_server_that_is_away_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    unavailable = [grpc.StatusCode.UNAVAILABLE] * 3
+    assert await asked(Going(*unavailable)) == (3, [7])
+    assert [(record.levelname, record.args[-1]) for record in caplog.records if record.args] == [("WARNING", 60)]
+    assert caplog.messages[0].endswith("as gRPC says it; it is asked again for 60 s")
+
+
+@pytest.mark.parametrize("address", ["foo", "http://127.0.0.1:7710", "127.0.0.1", "tcp:127.0.0.1:99999"])
+async def test_what_is_no_address_is_refused_at_once(address: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="is no address: give unix:PATH, HOST:PORT or tls:HOST:PORT"):
+        AsyncRolloutClient(address)
+
+
+async def test_who_speaks_no_grpc_is_not_asked_again() -> None:
+    async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with AsyncRolloutClient(f"127.0.0.1:{port}", patience_s=60) as client:
+            with pytest.raises(InvalidArgumentError, match="does not speak gRPC: give the address of --listen"):
+                await client.cancel("job")
+
+
+async def test_a_host_that_nobody_has_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def lookup(*_: object) -> object:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", lookup, raising=False)
+    async with AsyncRolloutClient("nosuch.invalid:7710", patience_s=60) as client:
+        with pytest.raises(InvalidArgumentError, match=r"nosuch.invalid:7710: there is no host of that name"):
+            await client.cancel("job")
 
 
 async def test_what_a_server_answered_is_not_asked_again() -> None:
