@@ -17,6 +17,7 @@ from rollout.bench.tasks import Task, task_from_files
 from rollout.commands.summary import summarise
 from rollout.config import RolloutConfig
 from rollout.engine import Sampling
+from rollout.engines.testing import EngineFault, MisbehavingEngine
 from rollout.errors import EngineError
 from rollout.events import InfraFailed
 from rollout.jobs import make_job
@@ -26,7 +27,7 @@ from rollout.record import trajectory_record
 from rollout.request import Job
 from rollout.service import RolloutService
 from rollout.state import Phase
-from rollout.testing import EngineFault, MisbehavingEngine, Reply, ScriptedEngine
+from rollout.testing import Reply, ScriptedEngine
 from wal.tokens import TokensAppended
 
 ASKED = Job(request_id="run", sampling=Sampling(seed=1))

@@ -12,9 +12,10 @@ import pytest
 
 from rollout import journal
 from rollout.dialects import http_guard, http_server
+from rollout.engines.testing import MisbehavingEngine
 from rollout.events import RolloutFinished, RolloutOpened
 from rollout.main import load_tokenizer
-from rollout.testing import MisbehavingEngine, Reply, ScriptedEngine, reply_ids
+from rollout.testing import Reply, ScriptedEngine, reply_ids
 from wal.tokens import TokensAppended
 
 TOKENIZER = load_tokenizer()

@@ -11,9 +11,10 @@ import pytest
 from rollout import context
 from rollout.engine import Routes, Sampled, SampleRequest, Sampling
 from rollout.engines.guard import guarded
+from rollout.engines.testing import EngineFault, MisbehavingEngine
 from rollout.errors import EngineError
 from rollout.main import load_tokenizer
-from rollout.testing import EngineFault, MisbehavingEngine, Reply, ScriptedEngine
+from rollout.testing import Reply, ScriptedEngine
 from toolcall_dsl import V4
 
 TOKENIZER = load_tokenizer()

@@ -16,13 +16,14 @@ from dsec.testing import FakeHost, FakeSandbox, FakeSubstrate
 from dsec.types import Command, ExecResult, Output
 from rollout.bench.tasks import Task, task_from_files
 from rollout.config import RolloutConfig
+from rollout.engines.testing import EngineFault, MisbehavingEngine
 from rollout.events import Event, RolloutFinished
 from rollout.jobs import make_conversation, make_job
 from rollout.main import load_tokenizer
 from rollout.record import TrajectoryRecord, trajectory_record
 from rollout.request import Job, NoReward
 from rollout.service import RolloutService
-from rollout.testing import EngineFault, MisbehavingEngine, Reply
+from rollout.testing import Reply
 from wal.tokens import TokensAppended
 
 TOKENIZER = load_tokenizer()
