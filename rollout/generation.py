@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from rollout.engine import Sampling, TopLogprobs, check_tokens
+from rollout.engine import Sampling, TopLogprobs
 from rollout.errors import EngineError, RequestError
 from rollout.events import InfraFailed, RolloutFinished
 from rollout.jobs import make_job
@@ -88,9 +88,6 @@ async def generate(service: RolloutService, ask: Ask) -> AsyncGenerator[Drawn | 
     something else), EngineError if the service failed one of them.
     """
     bound = context_bound(service)
-    for prompt in ask.prompts:
-        if prompt.token_ids:
-            check_tokens(prompt.token_ids, service.engine.info)
     job = make_job(
         Job(
             request_id=ask.request_id,

@@ -13,7 +13,7 @@ import msgspec
 
 from rollout import context
 from rollout.bench.tasks import BUNDLED, Task, load_task, load_tasks
-from rollout.engine import Sampling, check_top_logprobs
+from rollout.engine import EngineInfo, Sampling, check_tokens, check_top_logprobs
 from rollout.errors import RequestError, TaskError
 from rollout.request import CallableReward, Conversation, Group, Job, JudgeReward, Limits
 from toolcall_dsl import DslError, Tokenizer
@@ -101,13 +101,15 @@ def make_job(asked: Job, prompts: Sequence[Task | Conversation], *, group_size: 
     return msgspec.structs.replace(asked, groups=groups)
 
 
-def check_conversations(job: Job, prompts: Iterable[Task | Conversation], tokenizer: Tokenizer) -> None:
+def check_conversations(
+    job: Job, prompts: Iterable[Task | Conversation], tokenizer: Tokenizer, engine: EngineInfo
+) -> None:
     """RequestError names a conversation that cannot be encoded, or that leaves no room to sample in."""
     for prompt in prompts:
         if isinstance(prompt, Task):
             continue
         try:
-            check_length(prompt.messages_json, tokenizer, 2 * job.limits.context_tokens_count_max)  # escapes, at worst
+            check_length(prompt.messages_json, tokenizer, job.limits.context_tokens_count_max, escaped=2)
             segments = context.conversation_prompt(prompt, tokenizer, job.thinking)
         except DslError as error:
             raise RequestError(f"conversation {prompt.name}: {error}") from error
@@ -116,11 +118,16 @@ def check_conversations(job: Job, prompts: Iterable[Task | Conversation], tokeni
             raise RequestError(
                 f"conversation {prompt.name}: {count} tokens leave no room in {job.limits.context_tokens_count_max}"
             )
+        if prompt.token_ids:
+            check_tokens(prompt.token_ids, engine)
 
 
-def check_length(text: str, tokenizer: Tokenizer, tokens_count_max: int) -> None:
-    """RequestError for a text that is too long whatever its tokens are: encoding it would take long."""
-    if len(text) > tokens_count_max * tokenizer.token_bytes_max:
+def check_length(text: str, tokenizer: Tokenizer, tokens_count_max: int, escaped: int = 1) -> None:
+    """RequestError for a text that is too long whatever its tokens are: encoding it would take long.
+
+    `escaped`: for how many of its characters one of the prompt may stand.
+    """
+    if len(text) > escaped * tokens_count_max * tokenizer.token_bytes_max:
         raise RequestError(f"a prompt of {len(text)} characters leaves no room in {tokens_count_max} tokens")
 
 

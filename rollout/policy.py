@@ -146,6 +146,8 @@ def _find(checkpoint: str, root: Path | None) -> Path:
             f"checkpoint {checkpoint[:200]!r}: no such absolute path below DSEC_CHECKPOINTS_ROOT ({root}) of the "
             "server's host"
         )
+    if not found.is_dir():
+        raise RequestError(f"checkpoint {checkpoint[:200]!r}: give the folder of the weights, not a file in it")
     return found
 
 

@@ -23,6 +23,7 @@ from rollout.dialects.options import (
     usage,
     with_tops,
 )
+from rollout.engine import TOP_LOGPROBS_MAX
 from rollout.errors import RequestError
 from rollout.generation import Ask, Drawn, drawn_ids, drawn_of, prompt_length
 from rollout.jobs import make_conversation
@@ -57,7 +58,7 @@ class ChatRequest(Options):
     seed: int | None = None
     n: int | None = Field(default=1, ge=1)
     logprobs: bool | None = False
-    top_logprobs: int | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=TOP_LOGPROBS_MAX)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     reasoning_effort: str | None = None
@@ -105,7 +106,9 @@ def _messages(body: ChatRequest) -> list[dict[str, Any]]:
 
 def _check(messages: Sequence[dict[str, Any]]) -> None:
     """Somebody asks, in text, and every call has one result: else the model would read them wrongly.  RequestError."""
-    last = messages[-1].get("role") if messages else "nobody"
+    if not messages:
+        raise RequestError("messages: give at least one")
+    last = messages[-1].get("role")
     if last not in _ASKING:
         raise RequestError(f"messages: the last is of {str(last)[:80]!r}, must be of {', '.join(_ASKING)}")
     waiting: list[object] = []

@@ -17,6 +17,7 @@ from rollout.dialects.options import (
     usage,
     with_tops,
 )
+from rollout.engine import TOP_LOGPROBS_MAX
 from rollout.errors import RequestError
 from rollout.generation import Ask, Drawn, drawn_ids, drawn_of, prompt_length
 from rollout.jobs import check_length, make_conversation
@@ -39,7 +40,7 @@ class CompletionRequest(Options):
     top_k: int | None = 0
     seed: int | None = None
     n: int = Field(default=1, ge=1)
-    logprobs: int | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=TOP_LOGPROBS_MAX)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = False

@@ -261,8 +261,10 @@ def _told(error: RolloutError | DsecError | WalError | DslError) -> tuple[dict[s
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        lines = [f"{'.'.join(map(str, each['loc'][1:])) or 'body'}: {each['msg']}" for each in error.errors()[:5]]
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        lines = [_line(each) for each in error.errors()[:5]]
+        if "json" not in request.headers.get("content-type", ""):
+            lines = ["send the body as JSON, with content-type: application/json"]
         return _error_response(error_body("; ".join(lines), "BAD_REQUEST", 400), 400)
 
     async def refused(_: Request, error: Exception) -> Response:
@@ -283,6 +285,12 @@ def _add_errors(app: FastAPI) -> None:
         app.add_exception_handler(root, ours)
     app.add_exception_handler(HTTPException, refused)
     app.add_exception_handler(Exception, broken)
+
+
+def _line(error: dict[str, Any]) -> str:
+    if error["type"] == "json_invalid":
+        return f"body: no JSON at character {error['loc'][-1]}: {error['ctx']['error']}"
+    return f"{'.'.join(map(str, error['loc'][1:])) or 'body'}: {error['msg']}"
 
 
 def _error_response(body: dict[str, Any], status: int) -> Response:
@@ -367,6 +375,7 @@ def start_http_server(
         http=_Connection,
         ws="none",
         log_config=None,
+        log_level="error",  # who sends what is no HTTP is told, and writes nothing into our log
         access_log=False,
         lifespan="off",
         limit_concurrency=CONNECTIONS_MAX,

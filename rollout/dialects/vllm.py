@@ -20,6 +20,8 @@ from rollout.dialects.options import (
     usage,
     with_tops,
 )
+from rollout.engine import TOP_LOGPROBS_MAX
+from rollout.errors import RequestError
 from rollout.generation import Ask, Drawn, drawn_of, prompt_length
 from rollout.jobs import make_conversation
 from rollout.record import version_runs
@@ -38,7 +40,7 @@ class SamplingParams(Options):
     top_k: int | None = 0
     seed: int | None = None
     max_tokens: int | None = Field(default=TOKENS_DEFAULT, ge=1)
-    logprobs: int | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=TOP_LOGPROBS_MAX)
 
 
 class GenerateRequest(Options):
@@ -65,6 +67,8 @@ def ask_of(body: GenerateRequest, context_tokens_max: int) -> Ask:
     params = body.sampling_params
     body.refuse()
     params.refuse()
+    if not body.token_ids:
+        raise RequestError("token_ids: give at least one")
     name, is_named = request_name(body.request_id, "gen")
     return Ask(
         request_id=name,

@@ -95,7 +95,7 @@ class Manifest:
         """The batches in the order in which they were written.  ShardError if there is none, or it is damaged."""
         path = self.directory / MANIFEST
         if not path.is_dir():
-            raise ShardError(f"{self.directory} holds no shards: give the directory that a ShardWriter wrote to")
+            raise ShardError(f"{self.directory} holds no shards: run `dsec export RUN` and give RUN/shards")
         reader = wal.Reader(path)
         try:
             for record in reader:

@@ -59,7 +59,7 @@ def check_new(
         raise RequestError(f"group ids in use by another job: {', '.join(taken[:5])}")
     if job.returns:
         _check_returns(job, config, engine.info)
-    check_conversations(job, tasks, ledger.tokenizer)
+    check_conversations(job, tasks, ledger.tokenizer, engine.info)
     check_allowed(job, config.reward_callables)
     check_networks((task for task in tasks if isinstance(task, Task)), config.networks)
 

@@ -54,3 +54,19 @@ async def test_megabytes_of_prompts_are_read_beside_the_event_loop(
         assert (await client.post(path, json=asked)).status_code == 200
     assert threading.main_thread() not in threads
     assert len(threads) == 1
+
+
+async def test_a_body_that_is_no_json_is_told_what_to_be(serving: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(model()) as (client, _):
+        plain = await client.post("/v1/completions", content='{"prompt": "Hi."}')
+        assert (plain.status_code, "content-type: application/json" in plain.text) == (400, True)
+        broken = await client.post(
+            "/v1/completions", content='{"prompt": ', headers={"content-type": "application/json"}
+        )
+        assert (broken.status_code, "body: no JSON at character 11: " in broken.text) == (400, True)
+        for _ in range(3):  # no line of ours for each packet of somebody else's
+            reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+            writer.write(b"\x16\x03\x01 no HTTP\r\n\r\n")
+            assert await reader.read(12) == b"HTTP/1.1 400"
+            writer.close()
+    assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []

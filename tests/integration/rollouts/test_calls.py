@@ -122,6 +122,7 @@ async def test_bad_prompts_are_named(setting: Any, tmp_path: Path) -> None:
         "conversation name 'a/b'": pb.Conversation(name="a/b", messages_json="[]"),
         "conversation one": pb.Conversation(name="one", messages_json='[{"role": "nobody"}]'),
         "leave no room": pb.Conversation(name="one", tokens=pb.TokenIds(token_ids=[1] * 5000)),
+        "token_ids: ids must be 0 to": pb.Conversation(name="one", tokens=pb.TokenIds(token_ids=[1, 1 << 30])),
     }.items():
         with pytest.raises(grpc.aio.AioRpcError, match=said) as caught:
             await setting.stub.Submit(pb.SubmitRequest(request_id="job", conversations=[conversation])).read()

@@ -62,6 +62,8 @@ async def test_new_weights_under_a_rollout_are_recorded(
         for nowhere in ("", ".", "/no/such/path", "/a\0b", "/" + "x" * 5000):
             with pytest.raises(RequestError, match="no such absolute path"):
                 await setting.client.update_policy(nowhere, 6)
+        with pytest.raises(RequestError, match="give the folder of the weights, not a file in it"):
+            await setting.client.update_policy(f"{new}/weights", 6)
         with pytest.raises(EngineError):  # at once: whether to ask again is the trainer's to say
             await setting.client.update_policy(str(tmp_path), 6)
         assert setting.engine.info == info

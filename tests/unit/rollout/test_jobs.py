@@ -1,5 +1,6 @@
 """What a caller asks for: every bound is refused by its name, and equal requests make equal jobs."""
 
+import json
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from rollout.engine import Sampling
 from rollout.errors import RequestError
 from rollout.jobs import check_conversations, load_bundled, make_conversation, make_job
 from rollout.request import CallableReward, Conversation, EarlyStop, Job, JudgeReward, Limits, PolicyRule, Reward
+from rollout.testing import ENGINE
 from toolcall_dsl import Tokenizer
 
 HELLO = make_conversation("hello", messages_json='[{"role": "user", "content": "Hi"}]')
@@ -96,10 +98,16 @@ def test_a_conversation_that_cannot_be_encoded_or_leaves_no_room_is_refused(
 ) -> None:
     wrong: Conversation = make_conversation("c", messages_json='[{"role": "wizard", "content": "x"}]')
     with pytest.raises(RequestError, match=r"conversation c: .*wizard"):
-        check_conversations(asked(), [wrong], tokenizer)
+        check_conversations(asked(), [wrong], tokenizer, ENGINE)
     long = make_conversation("long", token_ids=range(2048))
     with pytest.raises(RequestError, match="2048 tokens leave no room in 2048"):
-        check_conversations(asked(), [HELLO, long], tokenizer)
+        check_conversations(asked(), [HELLO, long], tokenizer, ENGINE)
+    huge = make_conversation("huge", messages_json=json.dumps([{"role": "user", "content": "x" * 500_000}]))
+    with pytest.raises(RequestError, match=r"a prompt of 500[0-9]* characters leaves no room in 2048 tokens"):
+        check_conversations(asked(), [huge], tokenizer, ENGINE)
+    foreign = make_conversation("foreign", token_ids=[1, ENGINE.vocab_count])
+    with pytest.raises(RequestError, match="token_ids: ids must be 0 to"):
+        check_conversations(asked(), [foreign], tokenizer, ENGINE)
 
 
 def test_who_draws_no_tokens_cannot_tell_of_them() -> None:
