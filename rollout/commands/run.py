@@ -127,11 +127,7 @@ def run(
         raise RequestError("--resume needs --out: which run shall be finished?")
     if out == Path():
         raise RequestError("--out names no directory of its own (an unset variable?): say for example --out runs/first")
-    sampling = Sampling(temperature=temperature, seed=seed)
-    try:
-        check_sampling(sampling)
-    except RequestError as error:
-        raise RequestError(f"--{error}") from error  # it begins with the option's name
+    sampling = _sampling(temperature, seed)
     directory = out or Path("runs") / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
 
     if edge_url is None:
@@ -174,6 +170,15 @@ def run(
         click.echo(f"stopped by {outcome.stopped_by.name}; {again}", err=True)
         sys.exit(128 + outcome.stopped_by)
     sys.exit(1 if outcome.summary.infra_failures else 0)
+
+
+def _sampling(temperature: float, seed: int) -> Sampling:
+    sampling = Sampling(temperature=temperature, seed=seed)
+    try:
+        check_sampling(sampling)
+    except RequestError as error:
+        raise RequestError(f"--{error}") from error  # it begins with the option's name
+    return sampling
 
 
 def _bounds(concurrency: int | None, group_size: int) -> RolloutConfig:
@@ -284,7 +289,7 @@ def log_of(directory: Path) -> Path:
     if runs := sorted(str(inner.parent) for inner in directory.glob("*/wal")):
         more = f" and {len(runs) - _NAMED_MAX} more" if len(runs) > _NAMED_MAX else ""
         raise RequestError(
-            f"{directory} holds {len(runs)} runs, give one of them: {', '.join(runs[:_NAMED_MAX])}{more}"
+            f"{directory} is no run but holds some, give one of them: {', '.join(runs[:_NAMED_MAX])}{more}"
         )
     raise RequestError(f"{directory} holds no run: there is no {log}")
 

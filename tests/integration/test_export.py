@@ -117,9 +117,11 @@ def test_the_command_adds_what_has_ended_and_the_example_packs_it(dsec: Any, tmp
     assert first == "4 rollouts, 1 sequences, dropped: none"
     assert len(steps) == 1
     assert steps[0].startswith("step 0: ")
-    refused = dsec("export", tmp_path)
-    assert (refused.code, refused.out) == (2, "")
-    assert "holds no run: give the directory of a dsec run" in refused.err
+    for command in ("export", "show", "log"):
+        refused = dsec(command, tmp_path)
+        assert (refused.code, refused.out) == (2, "")
+        assert f"is no run but holds some, give one of them: {tmp_path / 'run'}" in refused.err
+    assert "holds no run: there is no " in dsec("export", tmp_path / "run/nothing").err
 
 
 def test_the_example_says_why_it_packs_nothing(dsec: Any, tmp_path: Path) -> None:

@@ -89,13 +89,8 @@ async def test_everything_that_a_job_may_ask_for_arrives(setting: Any) -> None:
         ("conversation", {"agent": "oracle"}),
         ("Thinking: 'sometimes' is none of none, high, max", {"thinking": "sometimes"}),
         ("a job has no colour", {"colour": "red"}),
-        ("say sampling=Sampling", {"temperature": 1.0}),
         ("fields: pictures", {"fields": ["pictures"]}),
         ("priority is 'high': it cannot be asked for", {"priority": "high"}),
-        ("group_size is -1: it cannot be asked for", {"group_size": -1}),
-        ("group_size is 0, must be 1 or more", {"group_size": 0}),
-        ("policy is .*max_lag=-1", {"policy": PolicyRule(max_lag=-1)}),
-        ("reward is 'tests': give a value of rollout.request", {"reward": "tests"}),
     ],
 )
 async def test_a_bad_field_is_named_and_nothing_is_logged(setting: Any, said: str, asked: dict[str, Any]) -> None:
@@ -110,7 +105,6 @@ async def test_bad_prompts_are_named(setting: Any, tmp_path: Path) -> None:
     for said, prompts in {
         "a job needs at least one task": [],
         "no bundled task nosuch": ["nosuch"],
-        "prompts: give a list of them": "nosuch",
         "no task folder": [tmp_path / "empty"],
         "task names must differ within a job: one": [setting.ask("one"), setting.ask("one")],
     }.items():
@@ -403,18 +397,3 @@ def _fill(dice: random.Random, message: Any, depth: int) -> None:
                 getattr(message, field.name).append(value)
             else:
                 setattr(message, field.name, value)
-
-
-async def test_what_is_none_of_a_calls_arguments_is_named_by_field(setting: Any) -> None:
-    client = setting.client
-    for said, call in {
-        "rollout_ids: give a list": client.ack("job/one.0"),
-        "rollout_ids: give a list of": client.preempt(rollout_ids="job/one.0"),
-        r"token_ids is \[-1\]": client.score_tokens([-1]),
-        "token_ids is 'abc'": client.score_tokens("abc"),
-        "policy_version is -3": client.update_policy("x", -3),
-    }.items():
-        with pytest.raises(RequestError, match=said):
-            await call
-    with pytest.raises(RequestError, match="messages_json must be JSON text"):
-        make_conversation("one", messages_json=[{"role": "user", "content": "1?"}])  # type: ignore[arg-type]
