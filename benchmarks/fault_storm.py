@@ -382,6 +382,8 @@ def main() -> int:
         return 0
     if options.quick:
         options.rollouts, options.kills = 24, 9
+    if options.rollouts < GROUP_SIZE or options.kills < 0:
+        parser.error(f"--rollouts must be at least {GROUP_SIZE}, --kills at least 0")
     root = Path(tempfile.mkdtemp(prefix="dsec-storm-"))
     print(f"logs and errors are in {root} until it ends well", file=sys.stderr)
     figures = run(options, root)
@@ -389,10 +391,7 @@ def main() -> int:
         shutil.rmtree(root)
     if options.figure is not None:
         draw(figures, options.figure)
-    if options.json:
-        print(json.dumps(figures))
-    else:
-        show(figures)
+    print(json.dumps(figures)) if options.json else show(figures)
     return 1 if figures["problems"] else 0
 
 

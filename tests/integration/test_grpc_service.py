@@ -60,7 +60,7 @@ class Server:
         self.channel.close()
         self.process.terminate()
         _, err = self.process.communicate(timeout=30)
-        assert (self.process.returncode, err) == (0, "")
+        assert (self.process.returncode, err.startswith("dsec: stopped, "), err.count("\n")) == (0, True, 1), err
 
     def kill(self) -> None:
         self.channel.close()
