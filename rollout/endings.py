@@ -82,7 +82,7 @@ class Endings:
 
     def _end_job(self, job: Job) -> None:
         members = [member for group in job.groups for member in group.members]
-        self._begin(job, members, FinishReason.CANCELLED)
+        self._begin(job, members, FinishReason.DEADLINE)
 
     def _begin(self, job: Job, members: list[str], reason: FinishReason) -> None:
         task = asyncio.ensure_future(self._finish(job.request_id, members, reason))

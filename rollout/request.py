@@ -120,7 +120,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     `edge_url` is the Edge that `dsec run --edge` named, where a resume finds the sandboxes.  `project` shares the
     service with other projects; a higher `priority` goes first.  After `deadline_s` seconds from its submission (0:
-    never) what has not ended is cancelled.  With `draws_by_place` the noise depends on the seed and on the rollout's id
+    never) what is left ends as DEADLINE.  With `draws_by_place` the noise depends on the seed and on the rollout's id
     behind `{request_id}/` alone: another request with the same seed draws the same.  `top_logprobs_count` has the
     likeliest tokens at each position logged, too; `returns` says what else.  What `ends_with_caller` nobody asks for
     again: it is cancelled when its caller or the service goes, and acknowledged once it has ended.

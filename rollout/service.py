@@ -229,7 +229,8 @@ class RolloutService:
             if request_id not in self.ledger.jobs:
                 return 0  # it ended meanwhile, and was acknowledged
             with self._activity.ending(request_id):
-                if reason is FinishReason.CANCELLED and request_id not in self.ledger.cancelled:
+                ends_job = reason in {FinishReason.CANCELLED, FinishReason.DEADLINE}
+                if ends_job and request_id not in self.ledger.cancelled:
                     await self._record(JobCancelled(request_id))
                 async with self.dispatcher.ending(rollout_ids):
                     return await self.members.finish(rollout_ids, reason)

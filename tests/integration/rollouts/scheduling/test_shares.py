@@ -131,9 +131,9 @@ async def test_a_job_ends_at_its_deadline_also_what_never_began_and_after_a_rest
     async with here.serving():
         await here.submit("job", "one", "two", deadline_s=0.2)
         await here.until(lambda: len(here.ended()) == 2)
-        assert {here.record(i).finish_reason for i in here.ended()} == {"CANCELLED"}
+        assert {here.record(i).finish_reason for i in here.ended()} == {"DEADLINE"}
         assert here.service.ledger.cancelled == {"job"}
         await here.submit("late", "three", deadline_s=0.01)
     async with here.serving() as service:
         await service.wait("late")
-        assert here.record("late/three.0").finish_reason == "CANCELLED"
+        assert here.record("late/three.0").finish_reason == "DEADLINE"
