@@ -81,7 +81,8 @@ def serve(
 
     import uvloop
 
-    from dsec.edge import listen, main
+    from dsec import listen
+    from dsec.edge import main
 
     gc.set_threshold(GARBAGE_COUNT)
     options = main.ServeOptions(

@@ -23,9 +23,9 @@ from dsec.edge.attach import Chunk, attach
 from dsec.edge.calls import CallContext, Calls, RefusedCallError, read_message
 from dsec.edge.creation import CREATE_BYTES_MAX
 from dsec.edge.images.service import Images
-from dsec.edge.listen import Listen, TokenInterceptor, bind, claim_socket
 from dsec.edge.service import Edge
 from dsec.errors import DsecError, HostUnfitError, InvalidArgumentError
+from dsec.listen import Listen, TokenInterceptor, bind, claim_socket
 from dsec.pb.v1 import edge_pb2 as pb
 from dsec.pb.v1 import edge_pb2_grpc as pb_grpc
 from dsec.types import Stream

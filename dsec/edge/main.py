@@ -15,10 +15,10 @@ from dsec.edge.edge_config import EdgeConfig
 from dsec.edge.grpc_server import Server, start_server
 from dsec.edge.images.service import Images
 from dsec.edge.images.store import LayerStore
-from dsec.edge.listen import Certificate, Listen, make_listen
 from dsec.edge.service import Edge
 from dsec.edge.threads import start_threads
 from dsec.errors import InvalidArgumentError
+from dsec.listen import Certificate, Listen, make_listen
 from dsec.sandbox import Substrate
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from dsec.edge.listen import Listen, read_certificate, read_token
+from dsec.listen import Listen, read_certificate, read_token
 from dsec.sandbox import Substrate
 from dsec.terminal import counted, render_columns
 from rollout.commands.run import EDGE_HELP

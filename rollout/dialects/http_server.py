@@ -25,8 +25,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dsec.edge.listen import Listen
 from dsec.errors import DsecError
+from dsec.listen import Listen
 from rollout.dialects import chat, completions, vllm
 from rollout.dialects.http_guard import Guard, error_body, error_headers
 from rollout.dialects.options import StreamOptions

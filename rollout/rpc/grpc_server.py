@@ -20,8 +20,8 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from dsec.edge.listen import Listen, TokenInterceptor, bind, claim_socket
 from dsec.errors import DsecError
+from dsec.listen import Listen, TokenInterceptor, bind, claim_socket
 from dsec.wire import status_of
 from rollout.errors import RequestError, RolloutError
 from rollout.pb.v1.rollout_pb2 import DESCRIPTOR

@@ -3,14 +3,14 @@
 On a loopback address whoever is on the host may call unless there is a token; every other one has a token, or is a
 socket that its file's mode guards.
 
-See: dsec/edge/listen.py.
+See: dsec/listen.py.
 """
 
 from __future__ import annotations
 
 from dsec.address import Address, parse_address
 from dsec.client.channel import ROLLOUTS
-from dsec.edge.listen import Certificate, Listen, make_listen
+from dsec.listen import Certificate, Listen, make_listen
 
 KEY = f"{ROLLOUTS}_KEY"
 """The variable of the token."""

@@ -9,9 +9,9 @@ from dsec.client.substrate import RemoteSubstrate
 from dsec.conformance.check import Check
 from dsec.edge.edge_config import EdgeConfig
 from dsec.edge.grpc_server import start_server
-from dsec.edge.listen import make_listen
 from dsec.edge.main import make_substrate
 from dsec.edge.service import Edge
+from dsec.listen import make_listen
 from dsec.testing import SANDBOX_CHECKS
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

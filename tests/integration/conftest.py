@@ -27,7 +27,7 @@ from dsec.edge import service
 from dsec.edge.edge_config import EdgeConfig
 from dsec.edge.grpc_server import Server, start_server
 from dsec.edge.linux import cgroup
-from dsec.edge.listen import Certificate, make_listen
+from dsec.listen import Certificate, make_listen
 from dsec.testing import FakeHost, FakeSandbox, FakeSubstrate
 from dsec.types import Command, ExecResult, Output
 

@@ -19,11 +19,11 @@ from dsec.client.connection import Patience, connect
 from dsec.client.host import host_view
 from dsec.client.substrate import RemoteProcess, RemoteSandbox
 from dsec.edge.grpc_server import start_server
-from dsec.edge.listen import Certificate, make_listen
 from dsec.errors import (
     InvalidArgumentError,
     UnreachableError,
 )
+from dsec.listen import Certificate, make_listen
 from dsec.pb.v1 import edge_pb2 as pb
 from dsec.types import Command
 from dsec.views import CreateRequest

@@ -24,7 +24,6 @@ from dsec.edge import service
 from dsec.edge.grpc_server import start_server
 from dsec.edge.images.service import UPLOADS_COUNT_MAX, Images
 from dsec.edge.images.store import LayerStore
-from dsec.edge.listen import make_listen
 from dsec.errors import (
     HostUnfitError,
     InvalidArgumentError,
@@ -33,6 +32,7 @@ from dsec.errors import (
     StateError,
     UnreachableError,
 )
+from dsec.listen import make_listen
 from dsec.pb.v1 import edge_pb2 as pb
 from dsec.testing import FakeSubstrate
 from dsec.views import ImportOptions

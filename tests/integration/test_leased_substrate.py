@@ -9,8 +9,8 @@ import pytest
 from dsec.client.leased import LeasedSubstrate
 from dsec.edge.edge_config import EdgeConfig
 from dsec.edge.grpc_server import start_server
-from dsec.edge.listen import make_listen
 from dsec.edge.service import Edge
+from dsec.listen import make_listen
 from dsec.testing import FakeClock, FakeSubstrate
 from dsec.types import Command, SandboxSpec
 

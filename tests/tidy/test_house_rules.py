@@ -29,7 +29,7 @@ DOORS = {
         "dsec/client/calls.py",
         "dsec/client/channel.py",
         "dsec/edge/grpc_server.py",
-        "dsec/edge/listen.py",
+        "dsec/listen.py",
         "rollout/workers/forward.py",
         "rollout/client/connection.py",
         "rollout/rpc/grpc_server.py",

@@ -15,8 +15,8 @@ import httpx2
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from dsec.edge.listen import read_certificate, read_token
 from dsec.errors import InvalidArgumentError
+from dsec.listen import read_certificate, read_token
 from rollout.client import AsyncRolloutClient
 from rollout.dialects.http_server import listen, start_http_server
 from rollout.rpc.grpc_server import start_server
