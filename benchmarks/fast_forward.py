@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from plots import bars
 from rich.console import Console
 from rich.table import Table
 
@@ -98,10 +99,16 @@ def main() -> int:
     parser.add_argument("--work-ms", type=float, nargs="+", default=[0, 20])
     parser.add_argument("--quick", action="store_true", help="50 commands")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--figure", type=Path, help="where to draw the picture")
     options = parser.parse_args()
     if options.quick:
         options.commands = 50
     rows = asyncio.run(measure_all(options))
+    if options.figure is not None:
+        names = {"run_per_s": "run", "answered_per_s": "answered from the log", "rebuilt_per_s": "applied again"}
+        series = {label: [row[name] for row in rows] for name, label in names.items()}
+        places = [f"commands of {row['work_ms']:g} ms" for row in rows]
+        bars(options.figure, places, series, ylabel="commands/s", title="commands that a log has", is_log=True)
     if options.json:
         print(json.dumps({"rows": rows}))
     else:

@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from plots import panels
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -101,6 +102,20 @@ def row_of(kill_after: int, kills: int, ledger: Ledger, never: dict[str, tuple[o
     }
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """What is equal, and what each way of killing cost, over k."""
+    drawn = {
+        "of all bits equal, %": {"": [100 * row["equal_in_every_bit"] / row["rollouts"] for row in rows]},
+        "kills": {"": [row["kills"] for row in rows]},
+        "tokens, beside those drawn": {
+            "fed again": [row["tokens_fed_again"] for row in rows],
+            "drawn again": [row["tokens_drawn_again"] for row in rows],
+        },
+    }
+    over = [row["kill_after_tokens"] for row in rows]
+    panels(path, "killed after every k-th token", over, drawn, title=f"{rows[0]['rollouts']} rollouts at once")
+
+
 def main() -> int:
     """Run, print, and fail if a single bit differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=EXAMPLE)
@@ -108,6 +123,7 @@ def main() -> int:
     parser.add_argument("--rollouts", type=int, default=4, help="at once, in one process")
     parser.add_argument("--quick", action="store_true", help="k of 8 and 32")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--figure", type=Path, help="where to draw the picture")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work is not None:
@@ -128,6 +144,8 @@ def main() -> int:
                 never = outcomes(ledger)
             rows.append(row_of(kill_after, kills, ledger, never))
             bar.advance(task)
+    if options.figure is not None:
+        draw(rows[1:], options.figure)
     if options.json:
         print(json.dumps({"rows": rows}))
     else:

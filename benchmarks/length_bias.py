@@ -179,24 +179,31 @@ def figures_of(contenders: dict[str, Contender], options: argparse.Namespace) ->
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
-    """Which share of the rollouts is longer than l, for each contender: on one axis, in one picture."""
+    """Which share of the rollouts is longer than l, for each contender, and what was drawn for nothing."""
     import matplotlib.pyplot as plt
 
     styles = {"never": ("#555555", 5.0, "never killed"), "resumed": ("#1b9e77", 1.8, "killed, resumed from the log")}
     styles["restarted"] = ("#d95f02", 1.8, "killed, restarted from the prompt")
-    plot, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    plot, (axes, beside) = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained", width_ratios=(3, 1))
     for name, (colour, width, label) in styles.items():
-        values = figures["lengths"][name]
+        each, values = figures["contenders"][name], figures["lengths"][name]
         share = [1 - number / len(values) for number in range(len(values))]
-        mean = figures["contenders"][name]["mean_length"]
-        axes.step(values, share, where="post", color=colour, lw=width, label=f"{label}: mean {mean:.0f}")
+        axes.step(values, share, where="post", color=colour, lw=width, label=f"{label}: mean {each['mean_length']:.0f}")
+        kept = each["tokens_drawn"] - each["tokens_thrown_away"]
+        beside.bar(name, kept, color=colour)
+        drawn = beside.bar(name, each["tokens_thrown_away"], bottom=kept, color="white", edgecolor=colour, hatch="///")
+        beside.bar_label(drawn, [f"{each['tokens_thrown_away']:,}\nfor nothing"], fontsize="x-small", padding=2)
     axes.set(xlabel="length of a finished rollout, tokens", ylabel="share of rollouts at least as long", yscale="log")
-    axes.set_ylim(1e-3, 1.1)
-    axes.set_title(f"{figures['rollouts']} rollouts, a SIGKILL every {figures['kill_every_tokens']} tokens on average")
-    axes.grid(visible=True, alpha=0.3)
+    axes.set_ylim(1 / figures["rollouts"], 1.1)
     axes.legend(frameon=False)
+    axes.grid(visible=True, alpha=0.3)
+    beside.set(ylabel="tokens drawn")
+    beside.margins(y=0.15)
+    beside.tick_params(axis="x", labelsize="small")
+    beside.spines[["top", "right"]].set_visible(False)
+    plot.suptitle(f"{figures['rollouts']} rollouts, a SIGKILL every {figures['kill_every_tokens']} tokens on average")
     path.parent.mkdir(parents=True, exist_ok=True)
-    plot.savefig(path)
+    plot.savefig(path, metadata={"Date": None})
 
 
 def show(figures: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from plots import bars
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="two repeats of 8")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--figure", type=Path, help="where to draw the picture")
     options = parser.parse_args()
     if options.quick:
         options.at_once, options.repeats = 8, 2
@@ -109,6 +111,15 @@ def main() -> None:
                 "json_bytes_per_token": statistics.median(mine["json"] for mine, _ in pairs),
             }
         )
+    if options.figure is not None:
+        logged = rows[:-1]
+        series = {
+            "wall time": [100 * row["wall_overhead"] for row in logged],
+            "processor time": [100 * row["cpu_overhead"] for row in logged],
+        }
+        title = f"what the log costs {options.at_once} rollouts at once, by when it is synced"
+        places = [row["sync"] for row in logged]
+        bars(options.figure, places, series, ylabel="% more than without a log", title=title, is_log=False)
     if options.json:
         print(json.dumps({"at_once": options.at_once, "rows": rows}))
         return

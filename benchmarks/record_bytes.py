@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+from plots import bars
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="sampled by each at most")
     parser.add_argument("--quick", action="store_true", help="two rollouts of 32 tokens")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--figure", type=Path, help="where to draw the picture")
     options = parser.parse_args()
     if options.quick:
         options.rollouts, options.tokens = 2, 32
@@ -151,6 +153,10 @@ def main() -> None:
             asyncio.run(measure(name, options.rollouts, options.tokens))
             for name in progress.track(FIELDS, description="fields")
         ]
+    if options.figure is not None:
+        series = {place: [row[place] for row in rows] for place in ("log", "grpc", "shard", "json")}
+        places = [row["field"] for row in rows]
+        bars(options.figure, places, series, ylabel="bytes a token", title="what a field takes, where", is_log=True)
     if options.json:
         print(json.dumps({"rollouts": options.rollouts, "rows": rows}))
         return

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from plots import panels
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -150,6 +151,21 @@ def row_of(at_once: int, service: list[dict[str, Any]], engine: list[dict[str, A
     }
 
 
+def draw(rows: list[dict[str, Any]], path: Path, tokens_count: int) -> None:
+    """Speed, the slowest, and what the service costs, over how many run at once."""
+
+    def column(name: str, factor: float = 1) -> list[float]:
+        return [factor * row[name] for row in rows]
+
+    drawn = {
+        "tokens/s": {"the service": column("tokens_per_s"), "the engine alone": column("engine_tokens_per_s")},
+        "rollouts/s": {"the service": column("rollouts_per_s")},
+        "slowest of a hundred (p99), s": {"the service": column("p99_s")},
+        "service's part of the processor time, %": {"the service": column("service_cpu_share", 100)},
+    }
+    panels(path, "rollouts at once", column("at_once"), drawn, title=f"rollouts of at most {tokens_count} tokens")
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=EXAMPLE)
@@ -159,6 +175,7 @@ def main() -> None:
     parser.add_argument("--sync", default="always", help="when the log is synced: always, interval(MS), os")
     parser.add_argument("--quick", action="store_true", help="1 and 64 at once, one repeat")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--figure", type=Path, help="where to draw the picture")
     options = parser.parse_args()
     if options.quick:
         options.at_once, options.repeats = [1, 64], 1
@@ -172,11 +189,12 @@ def main() -> None:
                 runs["engine"].append(asyncio.run(of_the_engine(at_once, options.tokens)))
                 progress.advance(bar)
             rows.append(row_of(at_once, runs["service"], runs["engine"]))
+    if options.figure is not None:
+        draw(rows, options.figure, options.tokens)
     if options.json:
         print(json.dumps({"sync": options.sync, "tokens": options.tokens, "rows": rows}))
         return
     names = {
-        "at_once": "at once",
         "rollouts_per_s": "rollouts/s",
         "p99_s": "p99, s",
         "tokens_per_s": "tokens/s",
@@ -188,9 +206,10 @@ def main() -> None:
         "loop_cpu_us_per_token": "loop us/token",
         "log_bytes_per_token": "log B/token",
     }
-    table = Table(*names.values(), title=f"at most {options.tokens} tokens each, log synced: {options.sync}")
-    for row in rows:
-        table.add_row(*(f"{row[name]:.2f}" if name != "at_once" else str(row[name]) for name in names))
+    title = f"at most {options.tokens} tokens each, log synced: {options.sync}"
+    table = Table("at once", *(str(row["at_once"]) for row in rows), title=title)
+    for name, label in names.items():
+        table.add_row(label, *(f"{row[name]:,.2f}" for row in rows))
     Console().print(table)
 
 
