@@ -162,7 +162,8 @@ class Index:
     async def close(self) -> None:
         """Let go of the connections, unless the database keeps that waiting."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(in_thread(self._engine.dispose, "index"), CALL_S)
+            async with asyncio.timeout(CALL_S):
+                await in_thread(self._engine.dispose, "index")
 
     async def join(self, owner: str, worker_id: str, address: str, ttl_s: float) -> None:
         """Begin a lease, and inherit the partitions of earlier processes of this worker, who must be dead."""
@@ -324,7 +325,8 @@ class Index:
 
         async with self._threads:
             try:
-                return await asyncio.wait_for(in_thread(transact, "index"), CALL_S)
+                async with asyncio.timeout(CALL_S):  # wait_for would lose a cancel that meets the answer
+                    return await in_thread(transact, "index")
             except TimeoutError:
                 why = f"no answer in {CALL_S:g} s"
             except sql.exc.SQLAlchemyError as error:

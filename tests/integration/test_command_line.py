@@ -225,7 +225,7 @@ def test_log_prints_every_record_decoded(dsec: Any, finished: Path) -> None:
     kinds = [line["record"].get("type") for line in lines]
     assert kinds.count("rollout_opened") == kinds.count("rollout_finished") == kinds.count("judged") == 8
     assert kinds.index("job_submitted") > max(n for n, kind in enumerate(kinds) if kind == "task_admitted")
-    sampled = sum(len(line["record"]["token_ids"]) for line in lines if line["kind"] == 1)
+    sampled = sum(len(row["token_ids"]) for line in lines if line["kind"] == 6 for row in line["record"]["rows"])
     assert sampled == json.loads((finished / "summary.json").read_text())["tokens"]
     assert dsec.done("log", finished, "--verify").out.startswith(f"ok: {len(lines)} records")
 

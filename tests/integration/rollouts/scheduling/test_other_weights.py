@@ -10,7 +10,6 @@ import msgspec
 import pytest
 
 from rollout.errors import JournalError
-from rollout.events import Event
 from rollout.policy import Policy
 from rollout.request import PolicyRule
 from rollout.rpc.listing import standing
@@ -80,15 +79,14 @@ async def test_a_first_token_that_is_logged_behind_an_update_is_as_stale_as_one_
     (tmp_path / "new" / "weights").write_text("new")
     here = world(checkpoints_root=tmp_path)
     async with here.serving() as service:
-        append, is_drawn, may_be_logged = service.journal.append, asyncio.Event(), asyncio.Event()
+        gather, is_drawn, may_be_logged = service.journal.gather, asyncio.Event(), asyncio.Event()
 
-        async def append_late(event: Event) -> int:
-            if isinstance(event, TokensAppended):
-                is_drawn.set()
-                await may_be_logged.wait()
-            return await append(event)
+        async def gather_late(event: TokensAppended, opened_lsn: int) -> asyncio.Future[int]:
+            is_drawn.set()
+            await may_be_logged.wait()
+            return await gather(event, opened_lsn)
 
-        monkeypatch.setattr(service.journal, "append", append_late)
+        monkeypatch.setattr(service.journal, "gather", gather_late)
         await here.ask("job", 1, policy=PolicyRule(max_lag=0))
         await is_drawn.wait()
         await Policy(service).update(str(tmp_path / "new"), 1)
