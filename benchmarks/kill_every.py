@@ -61,9 +61,9 @@ async def work(directory: Path, rollouts: int, kill_after: int) -> None:
     engine = EmbeddedEngine(limits=batching.Limits(rounds_max=1) if kill_after else None)
     service = RolloutService(directory, engine, FakeSubstrate(), load_tokenizer(), config, observe=observe)
     async with service:
+        await service.start()
         asked = Job(request_id=JOB, sampling=SAMPLING, limits=LIMITS, reward=NoReward(), parse_policy="tolerant")
         await service.submit(make_job(asked, [PROMPT], group_size=rollouts), [PROMPT])
-        await service.start()
         await service.wait(JOB)
 
 

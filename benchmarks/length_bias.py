@@ -80,10 +80,10 @@ async def work(directory: Path, names: list[str], counts: list[int], seed: int, 
     config = RolloutConfig(concurrency=CONCURRENCY, log_sync="interval(5)")
     service = RolloutService(directory, EmbeddedEngine(), FakeSubstrate(), load_tokenizer(), config, observe=observe)
     async with service:
+        await service.start()
         for name, count in zip(names, counts, strict=True):
             job, prompt = job_of(name, count, seed)
             await service.submit(job, [prompt])
-        await service.start()
         for name in names:
             await service.wait(name)
 

@@ -88,9 +88,9 @@ async def write_log(directory: Path, length: int) -> int:
                 done.set()
 
     async with RolloutService(directory, double, FakeSubstrate(), tokenizer, CONFIG, observe=observe) as service:
+        await service.start()
         job, prompt = job_of(seed=1)
         await service.submit(job, [prompt])
-        await service.start()
         await done.wait()
     return sampled
 
@@ -119,10 +119,10 @@ async def work(directory: Path, ends: str, lost_count: int, seed: int) -> None:
     tokenizer, engine = load_tokenizer(), EmbeddedEngine()
     async with RolloutService(directory, engine, FakeSubstrate(), tokenizer, CONFIG, observe=observe) as service:
         stamps["log"] = time.monotonic()
+        await service.start()
         if not service.ledger.jobs:
             job, prompt = job_of(seed)
             await service.submit(job, [prompt])
-        await service.start()
         await over.wait()
         if ends == "by a preemption":
             await service.preempt()

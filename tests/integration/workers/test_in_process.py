@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -103,8 +104,13 @@ Start = Callable[[str], Awaitable[Served]]
 
 @pytest.fixture
 async def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
-    """`await start(worker_id)`, over one root; what is still there at the end is stopped."""
+    """`await start(worker_id)`, over one root; what is still there at the end is stopped.
+
+    The root is in memory: on a disk that other tests keep busy, one sync may take as long as a lease does here.
+    """
     monkeypatch.setattr(index_of_workers, "CALL_S", 0.5)
+    memory = tempfile.TemporaryDirectory(dir="/dev/shm")
+    (tmp_path / "root").symlink_to(memory.name)
     running: list[Served] = []
 
     async def start_(worker_id: str) -> Served:
@@ -113,10 +119,13 @@ async def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         server = await start_server(None, listen_at("127.0.0.1:0"), [router])
         bounds = RolloutConfig(log_sync="os", checkpoints_root=tmp_path)
         parts = Parts(engine, TOKENIZER, bounds, lambda _directory, _number: FakeSubstrate(), has_served_edge=False)
-        root.mkdir(exist_ok=True)
         config = WorkerConfig(lease_ttl_s=1.5, grace_s=5)
         worker = Worker(root, Index(sqlite_url(root)), parts, config, worker_id)
-        await worker.open(f"127.0.0.1:{server.port}")
+        try:
+            await worker.open(f"127.0.0.1:{server.port}")
+        except BaseException:
+            await server.stop()  # it must not outlive the loop of its test
+            raise
         router.worker = worker
         await server.serve()
         running.append(Served(worker, engine, server, router))
@@ -125,6 +134,7 @@ async def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     yield start_
     for each in running:
         await each.stop()
+    memory.cleanup()
 
 
 class Held:
