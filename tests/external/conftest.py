@@ -22,9 +22,11 @@ from dsec.testing import FakeSubstrate
 from rollout.config import RolloutConfig
 from rollout.dialects.http_server import listen, start_http_server
 from rollout.engine import Engine
+from rollout.events import Event, RolloutFinished
 from rollout.main import load_tokenizer
 from rollout.rpc.listening import listen_at
 from rollout.service import RolloutService
+from rollout.state import State
 
 STOP_S = 60
 T = TypeVar("T")
@@ -32,11 +34,13 @@ T = TypeVar("T")
 
 @dataclass
 class Served:
-    """A service in a thread of its own; its ledger may be read while no call runs."""
+    """A service in a thread of its own; its ledger, and `ended`, may be read while no call runs."""
 
     url: str
     service: RolloutService
     loop: asyncio.AbstractEventLoop
+    ended: list[State]
+    """Rollouts in the order of their ends, also those that the service forgot since."""
 
     def ask(self, work: Coroutine[Any, Any, T]) -> T:
         """What a coroutine gives, in the service's thread."""
@@ -57,14 +61,21 @@ def serve(tmp_path: Path) -> Serve:
 
         async def run() -> None:
             config = RolloutConfig(log_sync="os", **bounds)
-            async with RolloutService(tmp_path / "log", engine, FakeSubstrate(), load_tokenizer(), config) as service:
+            ended: list[State] = []
+
+            def see(event: Event) -> None:
+                if isinstance(event, RolloutFinished):
+                    ended.append(service.ledger.rollouts[event.rollout_id])
+
+            service = RolloutService(tmp_path / "log", engine, FakeSubstrate(), load_tokenizer(), config, observe=see)
+            async with service:
                 await service.start()
 
                 async def find(_request_id: str, *, creates: bool) -> RolloutService:
                     return service
 
                 server = start_http_server(find, listen(listen_at("127.0.0.1:0")), token)
-                ready.set_result(Served(f"http://127.0.0.1:{server.port}", service, loop))
+                ready.set_result(Served(f"http://127.0.0.1:{server.port}", service, loop, ended))
                 await stopping.wait()
                 await server.stop()
 

@@ -45,7 +45,7 @@ def test_it_solves_a_task(serve: Any, tmp_path: Path) -> None:
         command += ["--task", (TASK / "instruction.md").read_text()]
         ran = subprocess.run(command, cwd=app, env=env, text=True, capture_output=True, check=False)
         assert ran.returncode == 0, ran.stderr[-4000:]
-        states = list(served.service.ledger.rollouts.values())
+        states = served.ended
     told = json.loads((tmp_path / "trajectory.json").read_text())
     assert (told["info"]["exit_status"], told["info"]["model_stats"]["api_calls"]) == ("Submitted", len(REPLIES))
     assert [state.turns[0].finish for state in states] == ["TOOL_CALLS"] * len(REPLIES)
