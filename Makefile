@@ -15,7 +15,7 @@ logged = $(1) > build/setup.log 2>&1 || { tail -n 30 build/setup.log; exit 1; }
 run: setup ## set up, then run the main job on the bundled tasks; run again to finish or to see the result
 	.venv/bin/dsec run --resume --out "$(RUN_DIR)"
 
-test: setup-dev ## set up, then run the tests (root; under ten minutes on two cores)
+test: setup-dev ## set up, then run the tests (root; about ten minutes on two cores)
 	$(PY) -m pytest tests --ignore tests/external $(BESIDE) $(PYTEST_ARGS)
 
 test-external: setup ## third-party tools in a virtual environment of their own; needs the package index
