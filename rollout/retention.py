@@ -109,9 +109,11 @@ class LogRetention:
                 await self._service.wait(request_id)  # what comes behind an end still looks at the job
         if new and self._service.exporter is not None:
             await self._service.exporter.taken_all()
-        if new:
-            await self._service.note(RolloutsAcknowledged(tuple(new)))
-            self.look_after()
+        async with self._service.admission:  # a job that is let in meanwhile may name the prompt that goes with these
+            new = [each for each in new if ledger.asks_for(each) and each not in ledger.acknowledged]
+            if new:
+                await self._service.note(RolloutsAcknowledged(tuple(new)))
+                self.look_after()
         return len(new)
 
     def let_go(self, request_id: str) -> None:
@@ -144,7 +146,8 @@ class LogRetention:
         try:
             report = await asyncio.to_thread(self._run_pass)
             self._service.ledger.let_go(report.floor_lsn)
-            await self._renew(report)
+            async with self._service.admission:  # a prompt that goes meanwhile must not come back
+                await self._renew(report)
         except wal.WalError as error:
             _log.warning("the log keeps what could go: %s", error)
 

@@ -90,7 +90,8 @@ class RolloutService:
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._resources = AsyncExitStack()
         self.is_started = False
-        self._admission = asyncio.Lock()
+        self.admission = asyncio.Lock()
+        """Held while jobs and prompts come, end or go: a job that is let in finds the prompts that it was shown."""
         self._epoch = epoch
         self._observe = observe
         self._is_handed_over = False
@@ -198,7 +199,7 @@ class RolloutService:
         await wal.settled(self._submit(job, tasks))  # a caller that goes away attaches again
 
     async def _submit(self, job: Job, tasks: Iterable[Task | Conversation]) -> None:
-        async with self._admission:  # two submits of one id at once must not both find it new
+        async with self.admission:  # two submits of one id at once must not both find it new
             await self._admit(job, tasks)
 
     async def _admit(self, job: Job, tasks: Iterable[Task | Conversation]) -> None:
@@ -225,7 +226,7 @@ class RolloutService:
         return await wal.settled(self._finish_whole(request_id, rollout_ids, reason))
 
     async def _finish_whole(self, request_id: str, rollout_ids: list[str], reason: FinishReason) -> int:
-        async with self._admission:  # two ends at once must not both find a rollout open
+        async with self.admission:  # two ends at once must not both find a rollout open
             if request_id not in self.ledger.jobs:
                 return 0  # it ended meanwhile, and was acknowledged
             with self._activity.ending(request_id):
