@@ -14,6 +14,7 @@ import wal.__main__ as wal_cli
 from dsec.errors import StateError
 from dsec.testing import FakeSubstrate
 from rollout.errors import ConflictError, EngineError, NotFoundError, RequestError
+from rollout.events import Event, JobSubmitted
 from rollout.export.shards import ShardWriter
 from rollout.ledger import Ledger
 from rollout.policy import Policy
@@ -138,6 +139,32 @@ async def test_an_acknowledged_job_is_forgotten_here_and_after_a_restart(serving
             # The prompts went with the job, and are logged anew for one that names them.
             await setting.job("later")
             assert setting.service.ledger.jobs.keys() == {"kept", "later"}
+
+
+async def test_a_prompt_does_not_go_while_a_job_that_names_it_is_let_in(
+    serving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with asyncio.timeout(60):
+        async with serving(tmp_path / "run") as setting:
+            await setting.job("first")
+            record, is_checked, may_be_logged = setting.service._record, asyncio.Event(), asyncio.Event()
+
+            async def record_late(event: Event) -> None:
+                if isinstance(event, JobSubmitted):
+                    is_checked.set()
+                    await may_be_logged.wait()
+                await record(event)
+
+            monkeypatch.setattr(setting.service, "_record", record_late)
+            asking = asyncio.create_task(setting.job("next"))
+            await is_checked.wait()  # its prompts are in the log: those of the first
+            ids = [each.rollout_id async for each in setting.client.list(request_id="first")]
+            acking = asyncio.create_task(setting.client.ack(ids))
+            await asyncio.wait({acking}, timeout=0.3)
+            may_be_logged.set()
+            await asyncio.gather(asking, acking)
+        async with serving(tmp_path / "run") as setting:
+            assert setting.service.ledger.jobs.keys() == {"next"}
 
 
 async def test_what_has_not_ended_cannot_be_acknowledged(serving: Any, tmp_path: Path) -> None:
