@@ -163,6 +163,7 @@ class Model:
         self.dimensions = checkpoint.dimensions
         self.weights_digest = checkpoint.weights_digest
         self.fork_token_id = checkpoint.fork_token_id
+        self.header_token_id = checkpoint.header_token_id
         self.routing = Routing(
             layer_ids=tuple(range(self.dimensions.layers_count)),
             experts_count=self.dimensions.experts_count,

@@ -28,6 +28,7 @@ LAYERS_MAX = 64
 STREAMS = 4
 KINDS = {"sliding_attention": 0, "compressed_sparse_attention": 1, "heavily_compressed_attention": 2}
 FORK_TOKEN = "<｜User｜>"  # noqa: S105 - a token of the vocabulary, not a secret
+HEADER_TOKEN = "<｜Assistant｜>"  # noqa: S105 - the same
 
 GLOBALS = (
     "model.embed_tokens.weight",
@@ -119,7 +120,8 @@ class Tensor(msgspec.Struct, frozen=True):
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """A checked folder.  `tensors` follows the table of `v4.h`; None where a layer has no such tensor.
 
-    `fork_token_id` ends the constant prefix of a prompt (system and tools), or None.
+    `fork_token_id` ends the constant prefix of a prompt (system and tools), `header_token_id` begins the header of each
+    reply; None where the vocabulary has none.
     """
 
     folder: Path
@@ -127,6 +129,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     tensors: tuple[Tensor | None, ...]
     weights_digest: str
     fork_token_id: int | None
+    header_token_id: int | None
 
 
 def load_checkpoint(folder: Path | None = None) -> Checkpoint:
@@ -147,9 +150,15 @@ def load_checkpoint(folder: Path | None = None) -> Checkpoint:
     _check_supported(folder / "config.json", dimensions)
     weights = folder / "model.safetensors"
     tensors, digest = _read_tensors(weights, dimensions)
-    added = _read_json(folder / "tokenizer.json").get("added_tokens", [])
-    fork = next((entry["id"] for entry in added if entry["content"] == FORK_TOKEN), None)
-    return Checkpoint(folder=folder, dimensions=dimensions, tensors=tensors, weights_digest=digest, fork_token_id=fork)
+    added = {entry["content"]: entry["id"] for entry in _read_json(folder / "tokenizer.json").get("added_tokens", [])}
+    return Checkpoint(
+        folder=folder,
+        dimensions=dimensions,
+        tensors=tensors,
+        weights_digest=digest,
+        fork_token_id=added.get(FORK_TOKEN),
+        header_token_id=added.get(HEADER_TOKEN),
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def test_the_shipped_checkpoint_loads_with_its_facts() -> None:
     checkpoint = load_checkpoint()
     assert checkpoint.dimensions.context_tokens_max == 2048
     assert len(checkpoint.weights_digest) == 64
-    assert checkpoint.fork_token_id == 4034
+    assert (checkpoint.fork_token_id, checkpoint.header_token_id) == (4034, 4035)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
