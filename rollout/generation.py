@@ -28,7 +28,10 @@ from wal.tokens import TokensAppended
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """What to continue and how: `count` times each prompt; `is_named` says that the caller chose the id."""
+    """What to continue and how: `count` times each prompt; `is_named` says that the caller chose the id.
+
+    `context_tokens_count_max`: what its contexts claim, if that is less than the longest context (0: it is not).
+    """
 
     request_id: str
     prompts: tuple[Conversation, ...]
@@ -37,6 +40,8 @@ class Ask:
     sampling: Sampling
     tokens_count_max: int
     top_logprobs_count: int = 0
+    context_tokens_count_max: int = 0
+    project: str = "default"
     priority: int = 0
     parse_policy: Policy = "tolerant"
     is_named: bool = False
@@ -87,7 +92,7 @@ async def generate(service: RolloutService, ask: Ask) -> AsyncGenerator[Drawn | 
     What the service failed before under this id, it tries again.  RequestError (also for an id that asked for
     something else), EngineError if the service failed one of them.
     """
-    bound = context_bound(service)
+    bound = min(ask.context_tokens_count_max or context_bound(service), context_bound(service))
     job = make_job(
         Job(
             request_id=ask.request_id,
@@ -98,6 +103,7 @@ async def generate(service: RolloutService, ask: Ask) -> AsyncGenerator[Drawn | 
                 turn_tokens_count_max=min(ask.tokens_count_max, bound),
                 context_tokens_count_max=bound,
             ),
+            project=ask.project,
             priority=ask.priority,
             parse_policy=ask.parse_policy,
             reward=NoReward(),

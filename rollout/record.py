@@ -25,6 +25,7 @@ from rollout.machine import read_turn
 from rollout.request import Group
 from rollout.state import AnsweredCall, State, Turn, weights_at
 from toolcall_dsl import V4, SpanKind
+from toolcall_dsl.quick import Action
 
 T = TypeVar("T")
 
@@ -193,15 +194,23 @@ class TrajectoryRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class QuickAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """What a Quick Instruction was answered; not `is_complete` if it was cut off at its bound.
+    """What a Quick Instruction was answered, as text and in the field of its task (`toolcall_dsl.quick.Answer`).
 
-    `rollout_id` is the record of its own that the answer has.
+    `rollout_id` is the record of its own that the answer has.  Of the prompt's tokens `cached_tokens_count` were not
+    computed for it.
     """
 
     task: str
     text: str
     is_complete: bool
     rollout_id: str
+    action: Action | None = None
+    queries: tuple[str, ...] = ()
+    title: str | None = None
+    label: str | None = None
+    unread: str = ""
+    prompt_tokens_count: int = 0
+    cached_tokens_count: int = 0
 
 
 def trajectory_record(ledger: Ledger, rollout_id: str, side_channels: tuple[SideChannel, ...] = ()) -> TrajectoryRecord:

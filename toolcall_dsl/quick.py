@@ -15,9 +15,10 @@ See: docs/formats/toolcall_dsl.md, "Quick Instructions"; technical report, secti
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Final, Literal
 
 from toolcall_dsl.dialect import V4, Dialect
 from toolcall_dsl.errors import MessageError
@@ -26,6 +27,10 @@ from toolcall_dsl.pieces import Control, Piece, Text, segments_of
 from toolcall_dsl.render import task_pieces
 from toolcall_dsl.tokenizer import Tokenizer
 from toolcall_dsl.types import Segment, SpanKind
+
+Action = Literal["search", "answer"]
+_ACTIONS: Final[Mapping[str, Action]] = MappingProxyType({"Search": "search", "Answer": "answer"})
+"""What `action` is answered with.  Of the other tasks no answers were published: theirs are text."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,22 @@ class Instruction:
         return segments_of(self.pieces, tokenizer)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a branch answered; not `is_complete` if it was cut off before its end token."""
+    """What a branch answered: `text`, and what it says in the field of its task.
+
+    `action` of the task `action`; `queries`, one a line, of `query`; `title` of `title`; `label`, a line, of
+    `authority`, `domain` and `read_url`.  What is nothing of that (cut off before its end token, so not
+    `is_complete`, is nothing, too) has none of them, and `unread` says why.
+    """
 
     text: str
     is_complete: bool
+    action: Action | None = None
+    queries: tuple[str, ...] = ()
+    title: str | None = None
+    label: str | None = None
+    unread: str = ""
 
 
 def instruction(task: str, *, thinking: bool, url: str | None = None, dialect: Dialect = V4) -> Instruction:
@@ -92,12 +107,34 @@ def shared_prefix(prompt: Sequence[int], tokenizer: Tokenizer, *, dialect: Diale
     return prompt[:-2] if has_header else prompt
 
 
-def read_answer(token_ids: Sequence[int], tokenizer: Tokenizer, *, dialect: Dialect = V4) -> Answer:
-    """What was sampled behind an instruction: the text up to the end token.  Total: it never raises on ids.
+def read_answer(task: str, token_ids: Sequence[int], tokenizer: Tokenizer, *, dialect: Dialect = V4) -> Answer:
+    """What was sampled behind the instruction of a task, up to the end token.  Total: it never raises on ids.
 
-    Any other control token that was sampled stands in the text as it is spelled.
+    Any other control token that was sampled stands in the text as it is spelled, and makes it unread.
     """
     check_dialect(dialect)
     ids, end = list(token_ids), tokenizer.control(dialect.eos)
     count = ids.index(end) if end in ids else len(ids)
-    return Answer(tokenizer.decode(ids[:count]), is_complete=count < len(ids))
+    answer = Answer(text=tokenizer.decode(ids[:count]), is_complete=count < len(ids))
+    if not answer.is_complete:
+        return replace(answer, unread="it was cut off before its end")
+    if controls := [each for each in ids[:count] if each in tokenizer.control_ids]:
+        return replace(answer, unread=f"it holds the control token {tokenizer.decode(controls[:1])}")
+    return _read(task, answer)
+
+
+def _read(task: str, answer: Answer) -> Answer:
+    lines = tuple(line.strip() for line in answer.text.splitlines() if line.strip())
+    if not lines:
+        return replace(answer, unread="it is empty")
+    if task == "query":
+        return replace(answer, queries=lines)
+    if len(lines) > 1:
+        return replace(answer, unread=f"it has {len(lines)} lines, must be one")
+    if task == "title":
+        return replace(answer, title=lines[0])
+    if task != "action":
+        return replace(answer, label=lines[0])
+    if (action := _ACTIONS.get(lines[0])) is None:
+        return replace(answer, unread=f"{reprlib.repr(lines[0])} is neither {' nor '.join(_ACTIONS)}")
+    return replace(answer, action=action)

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from itertools import groupby
-from typing import Any, Literal, Self, Unpack
+from typing import Any, Self, Unpack
 
 from rollout.client.asking import (
     RECORD,
@@ -248,14 +248,17 @@ class AsyncRolloutClient:
     async def quick(
         self,
         rollout_id: str,
-        tasks: Iterable[str | tuple[Literal["read_url"], str]],
+        tasks: Iterable[str | tuple[str, str]],
         *,
         request_id: str = "",
         answer_tokens_count_max: int = 0,
         sampling: Sampling | None = None,
     ) -> tuple[QuickAnswer, ...]:
-        """Ask Quick Instructions about a rollout's context, in parallel; answers in the order asked."""
-        request = pb.QuickInstructionRequest(request_id=request_id or uuid.uuid4().hex, rollout_id=rollout_id)
+        """Ask Quick Instructions about a rollout's context, in parallel; answers in the order asked.
+
+        Under a `request_id` the answers stay in the log, for whoever asks again; without one they are only told.
+        """
+        request = pb.QuickInstructionRequest(request_id=request_id, rollout_id=rollout_id)
         fill(request, {"answer_tokens_count_max": answer_tokens_count_max, "sampling": sampling})
         for task in tasks:
             name, url = task if isinstance(task, tuple) else (task, None)

@@ -6,7 +6,7 @@ See: dsec/client/loop.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, Self, Unpack
+from typing import Self, Unpack
 
 from dsec.client.loop import LOOP
 from rollout.client.aio import PATIENCE_S, AsyncRolloutClient
@@ -148,7 +148,7 @@ class RolloutClient:
     def quick(
         self,
         rollout_id: str,
-        tasks: Iterable[str | tuple[Literal["read_url"], str]],
+        tasks: Iterable[str | tuple[str, str]],
         *,
         request_id: str = "",
         answer_tokens_count_max: int = 0,

@@ -19,12 +19,12 @@ from rollout.events import RolloutEvent, RolloutFinished
 from rollout.export.manifest import SideChannel
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.policy import Policy
+from rollout.quick import ask
 from rollout.record import trajectory_record
 from rollout.rpc.asked import check_mask, job_of, sampling_of
 from rollout.rpc.follow import follow, replay
 from rollout.rpc.listing import Filter, list_rollouts
 from rollout.rpc.messages import fill, parts, plain
-from rollout.rpc.quick import ask
 from rollout.rpc.updates import CHANNELS, Mask, trajectory_parts, updates_of
 from rollout.service import RolloutService
 from rollout.state import State
@@ -163,9 +163,9 @@ class Calls:
         """Small questions about a context."""
         answers = await ask(
             self._service,
-            request.request_id,
             request.rollout_id,
-            [(each.task, each.url if each.HasField("url") else None) for each in request.instructions],
+            [(each.task, each.url) if each.HasField("url") else each.task for each in request.instructions],
+            request_id=request.request_id,
             answer_tokens_count_max=request.answer_tokens_count_max,
             sampling=sampling_of(request.sampling),
         )

@@ -62,6 +62,12 @@ class RolloutState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLLOUT_STATE_FAILED: _ClassVar[RolloutState]
     ROLLOUT_STATE_ENDED: _ClassVar[RolloutState]
     ROLLOUT_STATE_AWAITING_WEIGHTS: _ClassVar[RolloutState]
+
+class QuickAction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    QUICK_ACTION_UNSPECIFIED: _ClassVar[QuickAction]
+    QUICK_ACTION_SEARCH: _ClassVar[QuickAction]
+    QUICK_ACTION_ANSWER: _ClassVar[QuickAction]
 THINKING_UNSPECIFIED: Thinking
 THINKING_NONE: Thinking
 THINKING_HIGH: Thinking
@@ -97,6 +103,9 @@ ROLLOUT_STATE_PREEMPTED: RolloutState
 ROLLOUT_STATE_FAILED: RolloutState
 ROLLOUT_STATE_ENDED: RolloutState
 ROLLOUT_STATE_AWAITING_WEIGHTS: RolloutState
+QUICK_ACTION_UNSPECIFIED: QuickAction
+QUICK_ACTION_SEARCH: QuickAction
+QUICK_ACTION_ANSWER: QuickAction
 
 class TaskFolder(_message.Message):
     __slots__ = ("name", "files")
@@ -712,16 +721,30 @@ class QuickInstructionResponse(_message.Message):
     def __init__(self, answers: _Optional[_Iterable[_Union[QuickAnswer, _Mapping]]] = ...) -> None: ...
 
 class QuickAnswer(_message.Message):
-    __slots__ = ("task", "text", "is_complete", "rollout_id")
+    __slots__ = ("task", "text", "is_complete", "rollout_id", "action", "queries", "title", "label", "unread", "prompt_tokens_count", "cached_tokens_count")
     TASK_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     IS_COMPLETE_FIELD_NUMBER: _ClassVar[int]
     ROLLOUT_ID_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    QUERIES_FIELD_NUMBER: _ClassVar[int]
+    TITLE_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    UNREAD_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_COUNT_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_COUNT_FIELD_NUMBER: _ClassVar[int]
     task: str
     text: str
     is_complete: bool
     rollout_id: str
-    def __init__(self, task: _Optional[str] = ..., text: _Optional[str] = ..., is_complete: _Optional[bool] = ..., rollout_id: _Optional[str] = ...) -> None: ...
+    action: QuickAction
+    queries: _containers.RepeatedScalarFieldContainer[str]
+    title: str
+    label: str
+    unread: str
+    prompt_tokens_count: int
+    cached_tokens_count: int
+    def __init__(self, task: _Optional[str] = ..., text: _Optional[str] = ..., is_complete: _Optional[bool] = ..., rollout_id: _Optional[str] = ..., action: _Optional[_Union[QuickAction, str]] = ..., queries: _Optional[_Iterable[str]] = ..., title: _Optional[str] = ..., label: _Optional[str] = ..., unread: _Optional[str] = ..., prompt_tokens_count: _Optional[int] = ..., cached_tokens_count: _Optional[int] = ...) -> None: ...
 
 class Span(_message.Message):
     __slots__ = ("start", "length", "kind", "turn", "trainable")

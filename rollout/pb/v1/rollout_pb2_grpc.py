@@ -257,10 +257,11 @@ class RolloutServiceServicer:
     def QuickInstruction(self, request, context):
         """Ask small questions (search query, domain, title, ...) about a rollout's context, all in parallel from one prefix.
 
-        The rollout may be running or finished; it does not notice.  Each answer is a rollout of its own in the log, of the
-        job `request_id`: the same request again gives the same answers, another one ALREADY_EXISTS.  Answers come in the
-        order asked.  NOT_FOUND: no such rollout.  FAILED_PRECONDITION: the context does not end where the instruction may
-        stand.  INVALID_ARGUMENT: an unknown instruction.
+        The rollout may be running, waiting, preempted or finished; it does not notice.  Each answer is a rollout of its own in
+        the log, of the job `request_id`: the same request again gives the same answers, another one ALREADY_EXISTS.  Without
+        an id the questions end with their caller, and the log lets go of them.  They go before every rollout.  Answers come
+        in the order asked.  NOT_FOUND: no such rollout.  FAILED_PRECONDITION: the instruction cannot stand behind this
+        context, or no answer has room there.  INVALID_ARGUMENT: an unknown instruction.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

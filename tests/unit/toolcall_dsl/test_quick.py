@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from toolcall_dsl import DIALECTS, V4, MessageError, SpanKind, Tokenizer, encode, encode_text, token_ids_of
 from toolcall_dsl.quick import Answer, instruction, read_answer, shared_prefix
@@ -85,19 +87,46 @@ def test_an_instruction_that_does_not_exist_is_refused(task: str, url: str | Non
 
 
 @pytest.mark.parametrize(
-    ("completion", "answer"),
+    ("task", "completion", "read"),
     [
-        ("Search<｜end▁of▁sentence｜>", Answer("Search", is_complete=True)),
-        ("Search", Answer("Search", is_complete=False)),
-        ("", Answer("", is_complete=False)),
-        ("<｜end▁of▁sentence｜>more", Answer("", is_complete=True)),
-        ("世界著名温泉\n</think>x<｜end▁of▁sentence｜>", Answer("世界著名温泉\n</think>x", is_complete=True)),
+        ("action", "Search", {"action": "search"}),
+        ("action", "Answer\n", {"action": "answer"}),
+        ("action", "search", {"unread": "'search' is neither Search nor Answer"}),
+        ("query", "世界著名温泉", {"queries": ("世界著名温泉",)}),
+        ("query", "hot springs\n\n  onsen ", {"queries": ("hot springs", "onsen")}),
+        ("authority", "high", {"label": "high"}),
+        ("domain", " travel", {"label": "travel"}),
+        ("read_url", "no", {"label": "no"}),
+        ("title", "Famous Springs", {"title": "Famous Springs"}),
+        ("title", "Famous\nSprings", {"unread": "it has 2 lines, must be one"}),
+        ("domain", " \n", {"unread": "it is empty"}),
+        ("domain", "a</think>", {"unread": "it holds the control token </think>"}),
+        ("domain", "<｜begin▁of▁sentence｜>", {"unread": "it holds the control token <｜begin▁of▁sentence｜>"}),
     ],
 )
-def test_an_answer_is_the_text_up_to_the_end_token(completion: str, answer: Answer, tokenizer: Tokenizer) -> None:
-    assert read_answer(sampled_ids(completion, tokenizer), tokenizer) == answer
+def test_an_answer_says_what_its_task_asks_for_or_why_it_does_not(
+    task: str, completion: str, read: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    ids = sampled_ids(f"{completion}<｜end▁of▁sentence｜>more", tokenizer)
+    assert read_answer(task, ids, tokenizer) == Answer(text=completion, is_complete=True, **read)
+
+
+@pytest.mark.parametrize("task", V4.tasks)
+@pytest.mark.parametrize("completion", ["Search", ""])
+def test_an_answer_that_was_cut_off_says_nothing(task: str, completion: str, tokenizer: Tokenizer) -> None:
+    answer = read_answer(task, sampled_ids(completion, tokenizer), tokenizer)
+    assert answer == Answer(text=completion, is_complete=False, unread="it was cut off before its end")
 
 
 def test_a_spelled_end_token_does_not_end_an_answer(tokenizer: Tokenizer) -> None:
     ids = [*tokenizer.encode_plain(f"a{V4.eos}b"), tokenizer.control(V4.eos)]
-    assert read_answer(ids, tokenizer) == Answer(f"a{V4.eos}b", is_complete=True)
+    answer = read_answer("title", ids, tokenizer)
+    assert (answer.title, answer.is_complete) == (f"a{V4.eos}b", True)
+
+
+@given(data=st.data())
+def test_whatever_was_sampled_is_read_as_something(data: st.DataObject, tokenizer: Tokenizer) -> None:
+    ids, task = data.draw(st.lists(st.integers(0, 140_000))), data.draw(st.sampled_from(sorted(V4.tasks)))
+    answer = read_answer(task, ids, tokenizer)
+    said = (answer.action, answer.title, answer.label, answer.queries or None, answer.unread or None)
+    assert sum(each is not None for each in said) == 1
