@@ -103,7 +103,8 @@ def test_the_page_about_training_is_one_program(dsec: Any, tmp_path: Path) -> No
     assert re.fullmatch(r"\d+ step-2/count-1-000\.0 \d+ tokens", lines[2])
     assert re.fullmatch(r"STOP [01]\.0 \d+", lines[3])
     assert re.fullmatch(r"\d+ tokens, of which the last has logprob -\d.*", lines[4])
-    assert sorted(lines[5:]) == [f"step-1/{name}.{n} ended" for name in ("copy-1-000", "sort-1-000") for n in range(4)]
+    assert [line.split()[0] for line in lines[5:8]] == ["action", "domain", "read_url"]
+    assert sorted(lines[8:]) == [f"step-1/{name}.{n} ended" for name in ("copy-1-000", "sort-1-000") for n in range(4)]
 
 
 def test_the_page_about_python_is_one_program_and_names_every_option(
