@@ -6,14 +6,15 @@ A job that is at rest has no entry here, so what is remembered is bounded by wha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 
 class _Job:
     def __init__(self) -> None:
         self.rollout_ids: set[str] = set()
         self.ends_count = 0
+        self.ends = asyncio.Lock()
         self.is_at_rest = asyncio.Event()
 
 
@@ -44,13 +45,14 @@ class Activity:
             job.rollout_ids.discard(rollout_id)
         self._look_at(request_id)
 
-    @contextmanager
-    def ending(self, request_id: str) -> Iterator[None]:
-        """Rollouts of the job are being ended meanwhile."""
+    @asynccontextmanager
+    async def ending(self, request_id: str) -> AsyncIterator[None]:
+        """Rollouts of the job are being ended meanwhile, by nobody else."""
         job = self._jobs.setdefault(request_id, _Job())
         job.ends_count += 1
         try:
-            yield
+            async with job.ends:
+                yield
         finally:
             job.ends_count -= 1
             self._look_at(request_id)

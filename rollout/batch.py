@@ -103,7 +103,7 @@ async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None])
             batch.check_logged(logged)
         elif service.ledger.jobs:
             raise RequestError(f"{batch.directory} holds the jobs of a server: resume them with dsec serve")
-        if logged is None or not service.is_ended(REQUEST_ID) or holds_edge(batch.directory):
+        if logged is None or not service.ledger.is_ended(REQUEST_ID) or holds_edge(batch.directory):
             await service.start()
         if logged is None:  # only now: what a host or an Edge refuses was never begun
             await service.submit(*(asked or _ask(batch)))

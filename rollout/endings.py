@@ -31,7 +31,7 @@ class Endings:
 
     def watch(self, job: Job) -> None:
         """From now on the job ends in time."""
-        if self._is_over(job):
+        if self._ledger.is_ended(job.request_id):
             return
         if job.deadline_s:
             left_s = self._ledger.submitted_s[job.request_id] + job.deadline_s - time.time()
@@ -48,7 +48,7 @@ class Endings:
 
     def rest(self, job: Job) -> None:
         """Nothing of the job runs or waits to: if all of it has ended, no timer is needed."""
-        if not self._is_over(job):
+        if not self._ledger.is_ended(job.request_id):
             return
         for name in (job.request_id, *(group.group_id for group in job.groups if job.early_stop)):
             if (timer := self._timers.pop(name, None)) is not None:
@@ -60,9 +60,6 @@ class Endings:
             timer.cancel()
         self._timers.clear()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _is_over(self, job: Job) -> bool:
-        return all(self._ledger.is_done(member) for group in job.groups for member in group.members)
 
     def _check(self, job: Job, group: Group) -> None:
         if job.early_stop is None or group.group_id in self._timers:

@@ -191,6 +191,10 @@ class Ledger:
         state = self.rollouts.get(rollout_id)
         return state is not None and state.phase is Phase.DONE
 
+    def is_ended(self, request_id: str) -> bool:
+        """Whether every rollout of the job has ended: nothing is left to start for it."""
+        return all(self.is_done(rollout_id) for rollout_id, _, _ in self.members(request_id))
+
     def is_stale(self, state: State) -> bool:
         """Whether the rollout's oldest token is further behind the newest weights than its job allows."""
         lag_max = state.job.policy.max_lag

@@ -91,8 +91,10 @@ class LogRetention:
 
     async def close(self) -> None:
         """Finish what was begun."""
-        begun = [task for task in (self._letting_go, self._pass) if task is not None]
-        await asyncio.gather(*begun, return_exceptions=True)
+        if self._letting_go is not None:
+            await asyncio.wait([self._letting_go])  # which may begin a pass
+        if self._pass is not None:
+            await asyncio.wait([self._pass])
 
     async def acknowledge(self, rollout_ids: Iterable[str]) -> int:
         """Make durable that these records are not needed any more; how many were new.
@@ -103,18 +105,27 @@ class LogRetention:
         known = [each for each in dict.fromkeys(rollout_ids) if ledger.asks_for(each)]
         if unfinished := [each for each in known if not ledger.is_done(each)]:
             raise StateError(f"not ended yet: {', '.join(unfinished[:SHOWN_MAX])} ({len(unfinished)} in all)")
-        new = [each for each in known if each not in ledger.acknowledged]
-        for request_id in {ledger.member(each)[0].request_id: None for each in new}:
-            if self._service.is_ended(request_id):
-                await self._service.wait(request_id)  # what comes behind an end still looks at the job
-        if new and self._service.exporter is not None:
-            await self._service.exporter.taken_all()
-        async with self._service.admission:  # a job that is let in meanwhile may name the prompt that goes with these
-            new = [each for each in new if ledger.asks_for(each) and each not in ledger.acknowledged]
-            if new:
-                await self._service.note(RolloutsAcknowledged(tuple(new)))
-                self.look_after()
-        return len(new)
+        while new := self._new(known):
+            for request_id in self._ending(new):
+                await self._service.wait(request_id)
+            if self._service.exporter is not None:
+                await self._service.exporter.taken_all()
+            async with self._service.admission:  # a job that is let in meanwhile may name the prompt that goes
+                if (still := self._new(new)) and not self._ending(still):
+                    await self._service.note(RolloutsAcknowledged(tuple(still)))
+                    self.look_after()
+                    return len(still)
+        return 0
+
+    def _new(self, rollout_ids: Iterable[str]) -> list[str]:
+        ledger = self._service.ledger
+        return [each for each in rollout_ids if ledger.asks_for(each) and each not in ledger.acknowledged]
+
+    def _ending(self, rollout_ids: Iterable[str]) -> list[str]:
+        """Jobs whose rollouts, these among them, have all ended, and at which something still looks."""
+        ledger = self._service.ledger
+        jobs = {ledger.member(each)[0].request_id: None for each in rollout_ids}
+        return [each for each in jobs if self._service.is_live(each) and ledger.is_ended(each)]
 
     def let_go(self, request_id: str) -> None:
         """Acknowledge an ended job soon, in one record with others; what is left at a crash, the next start does."""
@@ -126,7 +137,7 @@ class LogRetention:
         while self._leaving:
             request_ids, self._leaving = self._leaving, []
             service = self._service
-            ended = [each for each in request_ids if each in service.ledger.jobs and service.is_ended(each)]
+            ended = [each for each in request_ids if each in service.ledger.jobs and service.ledger.is_ended(each)]
             try:
                 await self.acknowledge([member for each in ended for member, _, _ in service.ledger.members(each)])
             except (wal.WalError, DsecError, RolloutError) as error:

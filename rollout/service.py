@@ -91,7 +91,7 @@ class RolloutService:
         self._resources = AsyncExitStack()
         self.is_started = False
         self.admission = asyncio.Lock()
-        """Held while jobs and prompts come, end or go: a job that is let in finds the prompts that it was shown."""
+        """Held while jobs and prompts come or go, not while rollouts end: sandboxes may take their time."""
         self._epoch = epoch
         self._observe = observe
         self._is_handed_over = False
@@ -226,15 +226,15 @@ class RolloutService:
         return await wal.settled(self._finish_whole(request_id, rollout_ids, reason))
 
     async def _finish_whole(self, request_id: str, rollout_ids: list[str], reason: FinishReason) -> int:
-        async with self.admission:  # two ends at once must not both find a rollout open
-            if request_id not in self.ledger.jobs:
-                return 0  # it ended meanwhile, and was acknowledged
-            with self._activity.ending(request_id):
+        async with self._activity.ending(request_id):  # two ends at once must not both find a rollout open
+            async with self.admission:
+                if request_id not in self.ledger.jobs:
+                    return 0  # it ended meanwhile, and was acknowledged
                 ends_job = reason in {FinishReason.CANCELLED, FinishReason.DEADLINE}
                 if ends_job and request_id not in self.ledger.cancelled:
                     await self._record(JobCancelled(request_id))
-                async with self.dispatcher.ending(rollout_ids):
-                    return await self.members.finish(rollout_ids, reason)
+            async with self.dispatcher.ending(rollout_ids):
+                return await self.members.finish(rollout_ids, reason)
 
     async def preempt(
         self, rollout_ids: Iterable[str] | None = None, *, request_id: str = "", cause: str = "asked"
@@ -284,16 +284,16 @@ class RolloutService:
             raise NotFoundError(f"no job {request_id!r} in {self.directory}")
         return [rollout_id for rollout_id, _, _ in self.ledger.members(request_id)]
 
-    def is_ended(self, request_id: str) -> bool:
-        """Whether every rollout of the job has ended: nothing is left to start for it."""
-        return all(self.ledger.is_done(rollout_id) for rollout_id, _, _ in self.ledger.members(request_id))
+    def is_live(self, request_id: str) -> bool:
+        """Whether a rollout of the job runs, waits to, or is being ended: what does still looks at the job."""
+        return self._activity.is_live(request_id)
 
     async def wait(self, request_id: str) -> None:
         """Return when no rollout of the job runs or waits to (ended, preempted, or failed by the infrastructure).
 
         Raises what stopped the service (a poisoned log, a bug); rollouts then stand in the log.
         """
-        if self._activity.is_live(request_id):
+        if self.is_live(request_id):
             resting = asyncio.ensure_future(self._activity.rest(request_id))
             try:
                 await asyncio.wait({resting, self._failed}, return_when=asyncio.FIRST_COMPLETED)
@@ -317,7 +317,7 @@ class RolloutService:
         """
         if request_id not in self.ledger.jobs:
             raise NotFoundError(f"no job {request_id!r} in {self.directory}")
-        return self.watchers.watch(request_id, is_live=self._activity.is_live(request_id))
+        return self.watchers.watch(request_id, is_live=self.is_live(request_id))
 
     @property
     def running_count(self) -> int:
@@ -354,7 +354,8 @@ class RolloutService:
 
     def _at_rest(self, request_id: str) -> None:
         self.watchers.close(request_id)
-        self.endings.rest(self.ledger.jobs[request_id])
+        if (job := self.ledger.jobs.get(request_id)) is not None:  # else its end came behind its acknowledgement
+            self.endings.rest(job)
 
     async def _record(self, event: Event) -> None:
         await self.journal.append(event)

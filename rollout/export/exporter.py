@@ -97,6 +97,8 @@ class Exporter:
         self._has_taken_all = asyncio.Event()
         self._has_written = asyncio.Event()
         self._is_closing = False
+        self._has_stopped = False
+        """Nothing is taken or written any more, and nobody waits for that."""
 
     async def __aenter__(self) -> Self:
         """Go on with the directory, and with what a crash left unwritten.
@@ -123,7 +125,7 @@ class Exporter:
 
     def observe(self, event: Event) -> None:
         """What the service calls with each event that is durable and folded."""
-        if isinstance(event, RolloutFinished) and not self._work.done():
+        if isinstance(event, RolloutFinished) and not self._has_stopped:
             self._waiting.append(event.rollout_id)
             self._has_taken_all.clear()
             self._wake.set()
@@ -135,7 +137,7 @@ class Exporter:
     async def side_channels(self, rollout_id: str) -> tuple[SideChannel, ...]:
         """Where those of a rollout that has ended lie, once they do; `uri` is a path.  ResultsError: they do not."""
         while (found := self._writer.side_channels.get(rollout_id)) is None:
-            if self._work.done():
+            if self._has_stopped:
                 raise ResultsError(f"the side channels of {rollout_id} are not written: see the server's log")
             await self._has_written.wait()
         where = self._directory.absolute()
@@ -164,6 +166,7 @@ class Exporter:
         except (RolloutError, wal.WalError) as error:
             _log.warning("%s; rollouts that end from now on are written by the next start", error)
         finally:
+            self._has_stopped = True
             self._has_taken_all.set()
             self._has_written.set()
             await asyncio.to_thread(self._writer.close)

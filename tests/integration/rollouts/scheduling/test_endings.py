@@ -55,3 +55,46 @@ async def test_a_rollout_that_is_being_ended_is_not_resumed(world: Any, monkeypa
         await service.wait("job")
         assert [here.record(f"job/one.{index}").finish_reason for index in range(2)] == ["STALE", "STOP"]
         assert [event.rollout_id for event in here.events if isinstance(event, RolloutResumed)] == ["job/one.1"]
+
+
+async def test_an_end_that_takes_its_time_keeps_no_other_job_waiting(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destroy, is_ending, may_end = FakeSandbox.destroy, asyncio.Event(), asyncio.Event()
+
+    async def destroy_late(sandbox: FakeSandbox) -> None:
+        is_ending.set()
+        await may_end.wait()
+        await destroy(sandbox)
+
+    here = world(look_once)
+    async with here.serving() as service:
+        await here.submit("slow", "one")
+        await here.until(lambda: here.tools_count == 1)
+        monkeypatch.setattr(FakeSandbox, "destroy", destroy_late)
+        ending = asyncio.create_task(service.cancel("slow"))
+        await is_ending.wait()
+        await here.ask("quick", 2)
+        await service.wait("quick")
+        assert await service.retention.acknowledge(["quick/0.0", "quick/1.0"]) == 2
+        assert "quick" not in service.ledger.jobs
+        again = asyncio.create_task(service.cancel("slow"))  # two ends of one job do not meet
+        may_end.set()
+        assert (await ending, await again) == (1, 0)
+
+
+async def test_a_job_that_is_acknowledged_while_its_end_is_said_again_is_forgotten_in_peace(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deadline, or a second Cancel, may come to a job that has just ended."""
+    here = world()
+    async with here.serving() as service:
+        await here.ask("job", 3)
+        await service.wait("job")
+        rollout_ids = [f"job/{number}.0" for number in range(3)]
+        acknowledging = asyncio.create_task(service.retention.acknowledge(rollout_ids))
+        ending = asyncio.create_task(service.cancel("job"))
+        assert (await acknowledging, await ending) == (3, 0)
+        assert service.ledger.jobs == {}
+        ending = [asyncio.create_task(service.finish("job", rollout_ids, FinishReason.DEADLINE)) for _ in range(2)]
+        assert await asyncio.gather(*ending) == [0, 0]
