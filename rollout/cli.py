@@ -29,6 +29,7 @@ COMMANDS = {
     **dict.fromkeys(("create", "pause", "resume", "snapshot", "fork", "rm", "network", "ps"), "dsec.cli_sandbox"),
     **dict.fromkeys(("exec", "logs", "trajectory"), "dsec.cli_exec"),
     "cp": "dsec.cli_cp",
+    "engine": "rollout.commands.engine",
     "edge": "dsec.cli_edge",
     "image": "dsec.cli_image",
     **dict.fromkeys(("doctor", "gc"), "dsec.cli"),

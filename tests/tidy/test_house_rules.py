@@ -43,6 +43,7 @@ DOORS = {
     "numpy": {
         "rollout/export/rows.py",
         "rollout/export/side_channels.py",
+        "rollout/engines/vllm/tiny.py",
         "rollout/loader/batch.py",
         "rollout/loader/columns.py",
         "rollout/loader/metadata.py",

@@ -1,0 +1,87 @@
+"""A tiny model with random weights, for a real vLLM on any machine: two layers of Qwen3, float32, 2.5 MB.
+
+It speaks nonsense, in the vocabulary of the embedded checkpoint, so that a service can run over it.  A seed gives the
+same bytes everywhere: nothing here needs torch.
+
+See: docs/serving.md, "Engines"; safetensors' format description.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
+
+_HIDDEN, _HEADS, _KV_HEADS, _HEAD_DIM, _INNER, _LAYERS = 64, 4, 2, 32, 128, 2
+CONTEXT_TOKENS_MAX = 2048
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "dtype": "float32",
+    "head_dim": _HEAD_DIM,
+    "hidden_act": "silu",
+    "hidden_size": _HIDDEN,
+    "intermediate_size": _INNER,
+    "max_position_embeddings": CONTEXT_TOKENS_MAX,
+    "num_attention_heads": _HEADS,
+    "num_hidden_layers": _LAYERS,
+    "num_key_value_heads": _KV_HEADS,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+_HEAD_GAIN = 3.0
+"""What the best token has before the next: float32 never confuses them, and chance still has a choice."""
+
+
+def write_tiny_model(folder: Path, seed: int = 0) -> Path:
+    """Write config, tokenizer and weights to `folder`, which is made if need be; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab_count: int = json.loads((DEFAULT_CHECKPOINT / "config.json").read_text())["vocab_size"]
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": vocab_count}, indent=1))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEFAULT_CHECKPOINT / name, folder / name)
+    chance = np.random.default_rng(seed)
+    header: dict[str, dict[str, object]] = {}
+    parts, end = [], 0
+    for name, shape in _shapes(vocab_count).items():
+        gain = _HEAD_GAIN if name.startswith("lm_head") else 1.0
+        scale = gain if "embed" in name else gain / shape[-1] ** 0.5
+        values = np.ones(shape) if len(shape) == 1 else chance.standard_normal(shape) * scale
+        parts.append(values.astype("<f4").tobytes())
+        start, end = end, end + len(parts[-1])
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"".join(parts))
+    return folder
+
+
+def _shapes(vocab_count: int) -> dict[str, tuple[int, ...]]:
+    """By tensor; the last dimension of a matrix is what it takes in."""
+    query, pair = _HEADS * _HEAD_DIM, _KV_HEADS * _HEAD_DIM
+    layer = {
+        "input_layernorm": (_HIDDEN,),
+        "self_attn.q_proj": (query, _HIDDEN),
+        "self_attn.k_proj": (pair, _HIDDEN),
+        "self_attn.v_proj": (pair, _HIDDEN),
+        "self_attn.o_proj": (_HIDDEN, query),
+        "self_attn.q_norm": (_HEAD_DIM,),
+        "self_attn.k_norm": (_HEAD_DIM,),
+        "post_attention_layernorm": (_HIDDEN,),
+        "mlp.gate_proj": (_INNER, _HIDDEN),
+        "mlp.up_proj": (_INNER, _HIDDEN),
+        "mlp.down_proj": (_HIDDEN, _INNER),
+    }
+    names = {f"model.layers.{i}.{name}": shape for i in range(_LAYERS) for name, shape in layer.items()}
+    outer = {"model.embed_tokens": (vocab_count, _HIDDEN), "model.norm": (_HIDDEN,), "lm_head": (vocab_count, _HIDDEN)}
+    return {f"{name}.weight": shape for name, shape in (outer | names).items()}

@@ -1,0 +1,101 @@
+"""What `dsec engine serve-vllm` prints; tests/external/vllm/ has a real vLLM parse and run it."""
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from rollout.cli import main
+from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
+from rollout.engines.vllm.tiny import write_tiny_model
+
+
+def ask(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["engine", "serve-vllm", *arguments])
+
+
+def launched(*arguments: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Environment and flags."""
+    said = ask("--json", *arguments)
+    assert said.exit_code == 0, said.output
+    launch = json.loads(said.output)
+    assert launch["arguments"][:3] == ["python3", "-m", "vllm.entrypoints.openai.api_server"]
+    pairs = (flag.partition("=") for flag in launch["arguments"][3:])
+    return launch["environment"], {name: value for name, _, value in pairs}
+
+
+def test_what_is_printed_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    key = tmp_path / "a key"
+    key.write_text("0123456789abcdef\n")
+    spy = tmp_path / "python 3"
+    spy.write_text('#!/bin/sh\nenv; printf "%s\\n" "$@"\n')
+    spy.chmod(0o755)
+    said = ask("v4-pro", "--offload", str(tmp_path / "k v"), "--api-key-file", str(key), "--python", str(spy))
+    ran = subprocess.run(["sh", "-c", said.output], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert {"VLLM_API_KEY=0123456789abcdef", "VLLM_SERVER_DEV_MODE=1", "PYTHONHASHSEED=0"} <= set(ran)
+    words = [word for word in shlex.split(said.output, comments=True) if word.strip()]
+    assert ran[-len(words) + words.index("-m") :] == words[words.index("-m") :]
+    assert "0123456789abcdef" not in said.output
+
+
+def test_the_models_have_what_they_need_and_all_have_what_the_adapter_needs(tmp_path: Path) -> None:
+    own = write_tiny_model(tmp_path / "own")
+    tiny = ("tiny", "--tiny-dir", str(tmp_path / "tiny"))
+    for asked in (("v4-flash",), ("v4-pro",), tiny, (str(own),), (str(own), "--device", "cpu")):
+        environment, flags = launched(*asked)
+        assert {"--enable-scale-out", "--enable-prompt-tokens-details"} <= flags.keys()
+        assert (flags["--logprobs-mode"], flags["--scheduling-policy"]) == ("processed_logprobs", "priority")
+        assert (flags["--host"], flags["--port"]) == ("127.0.0.1", "8000")
+        assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+        assert ("HF_HUB_OFFLINE" in environment) == (not asked[0].startswith("v4-"))
+        assert ("VLLM_CPU_KVCACHE_SPACE" in environment) == (asked[0] == "tiny" or "cpu" in asked)
+    assert launched("v4-flash")[1]["--data-parallel-size"] == "4"
+    assert launched("v4-pro", "--gpus", "16")[1]["--data-parallel-size"] == "16"
+    assert launched("v4-pro", "--context-tokens", "4096")[1]["--max-model-len"] == "4096"
+    assert launched("v4-pro", "--routes", "--", "--port=9")[1]["--port"] == "9"
+
+
+def test_each_version_of_the_weights_keeps_its_kv_in_a_folder_of_its_own() -> None:
+    folders = []
+    for version in ("0", "1"):
+        _, flags = launched("v4-flash", "--offload", "/nvme/kv", "--weight-version", version, "--memory-gib", "3")
+        extra = json.loads(flags["--kv-transfer-config"])["kv_connector_extra_config"]
+        assert (extra["cpu_bytes_to_use"], extra["offload_prompt_only"]) == (3 << 30, False)
+        folders.append(extra["secondary_tiers"][0]["root_dir"])
+    assert folders == ["/nvme/kv/0", "/nvme/kv/1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("gpt-5",), "none of v4-flash, v4-pro, tiny"),
+        (("v4-flash", "--host", "0.0.0.0"), "needs --api-key-file"),
+        (("v4-flash", "--offload", "/nvme/kv", "--device", "cpu"), "from a GPU only"),
+        (("v4-flash", "--offload", "/nvme/kv", "--weight-version", "../1"), "name of a directory"),
+        (("v4-flash", "--run", "--python", "/no/such/python"), "No such file"),
+        (("v4-flash", "--api-key-file", "/no/such/key"), "cannot read the token"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(arguments: tuple[str, ...], said: str) -> None:
+    result = ask(*arguments)
+    assert result.exit_code == 2
+    assert said in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+def test_who_lets_others_connect_is_warned_that_the_key_does_not_guard_everything(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("0123456789abcdef")
+    result = ask("v4-flash", "--host", "0.0.0.0", "--api-key-file", str(key))
+    assert result.exit_code == 0
+    assert "can pause and change this engine, key or not" in result.stderr
+
+
+def test_a_seed_gives_the_same_tiny_model_in_the_vocabulary_of_the_service(tmp_path: Path) -> None:
+    one, same, other = (write_tiny_model(tmp_path / name, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (one, same, other)]
+    assert weights[0] == weights[1] != weights[2]
+    assert (one / "tokenizer.json").read_bytes() == (DEFAULT_CHECKPOINT / "tokenizer.json").read_bytes()
