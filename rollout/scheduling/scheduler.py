@@ -128,18 +128,19 @@ class Scheduler:
         return singles
 
     def check(self, claims: Iterable[Claim]) -> None:
-        """Whether these may be queued.  RequestError: one can never start; ResourceExhaustedError: not now."""
-        count, projects = 0, set(self._rollouts_of)
+        """Whether these may be queued, or start at once.  RequestError: never; ResourceExhaustedError: not now."""
+        claims = list(claims)
         for claim in claims:
-            count += len(claim.members)
-            projects.add(claim.project)
             self._check_fit(claim)
-        if self.queued_count + count > self.capacity.queued:
+        count, lowest = sum(len(claim.members) for claim in claims), min(claim.priority for claim in claims)
+        tokens, sandboxes = map(sum, zip(*(claim.shape for claim in claims), strict=True))
+        is_first = all(priority < lowest for _, priority in self._queue.classes)
+        if self.queued_count + count > self.capacity.queued and not (is_first and self._fits((tokens, sandboxes))):
             raise ResourceExhaustedError(
                 f"{self.queued_count} rollouts are queued, {count} more would exceed {self.capacity.queued}: "
                 "submit again when some have started"
             )
-        if len(projects) > self.capacity.projects:
+        if len(self._rollouts_of.keys() | {claim.project for claim in claims}) > self.capacity.projects:
             raise ResourceExhaustedError(
                 f"{self.capacity.projects} projects have rollouts here: submit again when one of them is through"
             )

@@ -63,6 +63,17 @@ def test_a_full_queue_and_too_many_projects_are_refused_for_now() -> None:
     table.check([claim("x", project="q"), claim("y", project="r")])
 
 
+def test_what_goes_before_all_that_waits_and_fits_needs_no_place_in_a_full_queue() -> None:
+    table = make()
+    after(table, claim("a"), claim("b"), *(claim(str(number)) for number in range(5)))
+    first = claim("first", priority=1, sandboxes=0)
+    for waits in (claim("second", sandboxes=0), claim("large", priority=1)):
+        with pytest.raises(ResourceExhaustedError, match="5 rollouts are queued, 1 more"):
+            table.check([waits])
+    table.check([first])
+    assert after(table, first) == (Start(("first",)),)
+
+
 def test_a_group_that_was_admitted_where_there_was_more_goes_on_one_by_one() -> None:
     table, whole = make(), claim("g.0", "g.1", "g.2")
     assert table.fitting(claim("a", "b")) == [claim("a", "b")]
