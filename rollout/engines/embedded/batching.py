@@ -6,7 +6,9 @@ long prompt delays the others by one chunk, not by its length; tokens to score g
 of their own.  This is plain synchronous code; a turn returns what it drew and who is done.
 
 A request starts from the longest retained state that fits.  While another request still prefills
-tokens it could share, it waits: a group of samples of one prompt pays for the prompt once.
+tokens it could share, it waits: a group of samples of one prompt pays for the prompt once.  States are
+left behind where contexts part: at the end of the constant prefix, before the header of the reply (where
+a Quick Instruction stands), where a request leaves what others went through, and at its end.
 
 Invariants: 1 and 2 of `rollout/engine.py`, because the model's arithmetic does not depend on what
 shares a step (v4.h) and a retained state equals a recomputed one; where it does not, because other
@@ -25,8 +27,9 @@ from rollout.engine import KvBreak
 from rollout.engines.embedded.binding import Chunk, Model, State, Stream
 from rollout.engines.embedded.jobs import Job, Outcome, Scoring
 from rollout.engines.embedded.library import build_digest
+from rollout.engines.embedded.prefix_tree import shared_count
 from rollout.engines.embedded.retained import RetainedStates
-from rollout.engines.kept_state import TOKEN_BYTES, KeptState
+from rollout.engines.kept_state import KeptState
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,8 +94,7 @@ class Batch:
             self._waiting.remove(job)
         elif job in self._running:
             self._running.remove(job)
-            if not job.session.is_released:
-                self._retain(job.request.session, job)
+            self._retain(job, "" if job.session.is_released else job.request.session)
             self._discard(job)
 
     def hand_over(self, job: Job | Scoring, to: Batch) -> None:
@@ -154,14 +156,15 @@ class Batch:
         for job in self._running:
             if budget <= 0:
                 return
-            if job.state is not None:
+            if job.state is not None or job.awaits_state:
                 continue
-            entry = self._origin(job)
+            entry, known_count = self._origin(job)
             if self._is_shared(job, entry):
                 continue
             job.state = self._take_state()
             job.weights = self._weights
             job.routes_start = entry.tokens_count if entry else 0
+            job.plan_places(self.model.fork_token_id, self.model.header_token_id, job.routes_start, known_count)
             if entry:
                 job.state.unpack(entry.packed)
                 job.weights = entry.weights if entry.weights[-1:] == self._weights else (*entry.weights, *self._weights)
@@ -170,26 +173,31 @@ class Batch:
             job.kv = self._kv(job, entry)
             budget -= job.pending_count - 1
 
-    def _origin(self, job: Job) -> KeptState | None:
-        """The retained state to start a job from: the longest, or its session's own over a change of weights."""
+    def _origin(self, job: Job) -> tuple[KeptState | None, int]:
+        """The retained state to start a job from, and how many of its tokens others went through.
+
+        That is the longest, or its session's own over a change of weights.
+        """
         tokens, own = job.tokens.tobytes(), self.retained.own(job.request.session)
         if own and own.weights != self._weights:
             may_go_on = own.weights[-1:] == self._weights or job.request.on_update == "keep"
             if may_go_on and len(own.tokens) < len(tokens) and tokens.startswith(own.tokens):
-                return own
+                return own, 0
         if job.request.returns_routes:  # of what others computed nobody would tell it
             is_ours = own is not None and own.weights == self._weights and len(own.tokens) < len(tokens)
-            return own if own and is_ours and tokens.startswith(own.tokens) else None
+            return (own if own and is_ours and tokens.startswith(own.tokens) else None), 0
         return self.retained.longest_prefix(tokens, self.model.weights_digest)
 
     def _is_shared(self, job: Job, entry: KeptState | None) -> bool:
-        """Whether another job computes more of the same than the entry has, with these weights alone."""
-        if job.request.returns_routes or (entry and entry.weights != self._weights):
+        """Whether another job is about to leave behind more of the same than the entry has, by these weights alone."""
+        is_alone = job.request.returns_routes or not self.retained.bytes_max
+        if is_alone or (entry and entry.weights != self._weights):
             return False
-        shared = job.tokens.tobytes()[: (entry.tokens_count if entry else 0) * TOKEN_BYTES + TOKEN_BYTES]
+        start, tokens = entry.tokens_count if entry else 0, job.tokens.tobytes()
         return any(
-            other.prefills and other.weights == self._weights and other.tokens.tobytes().startswith(shared)
+            other.leaves(start, min(shared_count(tokens, other.tokens.tobytes()), len(job.tokens) - 1))
             for other in self._running
+            if other.prefills and other.weights == self._weights
         )
 
     def _kv(self, job: Job, entry: KeptState | None) -> KvBreak:
@@ -207,10 +215,7 @@ class Batch:
             if budget <= 0 or job.state is None or job.pending_count <= 1:
                 continue
             begin = job.state.position
-            end = min(len(job.tokens) - 1, begin + budget)
-            fork = self._fork_index(job)
-            if begin < fork < end:
-                end = fork
+            end = min(len(job.tokens) - 1, begin + budget, *(place for place in job.places if place > begin))
             routes = bytearray((end - begin) * self.model.routing.row_bytes if job.request.returns_routes else 0)
             chunks.append((job, Chunk(job.state, job.tokens[begin:end], routes=routes)))
             budget -= end - begin
@@ -219,16 +224,8 @@ class Batch:
         self.model.step([chunk for _, chunk in chunks])
         for job, chunk in chunks:
             job.routes += chunk.routes
-            position = chunk.state.position
-            if position == self._fork_index(job) and job.weights == self._weights:
-                self._retain(job.tokens[:position].tobytes(), job)
-            if job.pending_count == 1 and not job.session.is_released:
-                self._retain(job.request.session, job)
-
-    def _fork_index(self, job: Job) -> int:
-        """Where the constant prefix of the prompt ends (before the first user turn), or -1."""
-        prompt, fork_token_id = job.request.token_ids, self.model.fork_token_id
-        return prompt.index(fork_token_id) if fork_token_id in prompt else -1
+            if chunk.state.position in job.places:
+                self._retain(job)
 
     def _decode(self) -> list[Outcome]:
         jobs = [job for job in self._running if job.state is not None and job.pending_count == 1]
@@ -282,12 +279,16 @@ class Batch:
         """A running job's state as it is now, if it has taken in anything, and all that is asked for of it was told."""
         if job.state is None or job.state.position == 0 or job.routes:
             return None
-        tokens = job.tokens[: job.state.position].tobytes()
-        return KeptState(build_digest(), job.weights, tokens, job.state.pack())
+        return KeptState(build_digest(), job.weights, job.taken_tokens, job.state.pack())
 
-    def _retain(self, owner: str | bytes, job: Job) -> None:
-        if self.retained.bytes_max > 0 and (entry := self.keep(job)):
-            self.retained.put(owner, entry)
+    def _retain(self, job: Job, session: str = "") -> None:
+        """Leave a job's state to all who begin alike, and to a session as its newest if one is named."""
+        if job.state is None or job.state.position == 0 or not self.retained.bytes_max:
+            return
+        if (session and job.routes) or (not session and len(job.weights) > 1):
+            return  # what was not told must be computed again; nobody else may go on over two versions
+        if not self.retained.claim(job.taken_tokens, job.weights, session):
+            self.retained.put(KeptState(build_digest(), job.weights, job.taken_tokens, job.state.pack()), session)
 
     def _take_state(self) -> State:
         state = self._idle_states.pop() if self._idle_states else State(self.model)

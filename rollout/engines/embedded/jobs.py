@@ -11,6 +11,9 @@ import msgspec
 from rollout.engine import KvBreak, OnUpdate, Routes, SampleRequest
 from rollout.engines.embedded.binding import Drawn, State
 
+BRANCH_TOKENS_MIN = 32
+"""A state is left behind where contexts part if it spares at least so many tokens (5 ms), since it may cost 1 MB."""
+
 
 class Session:
     """What is remembered of a session from its first request until it is released."""
@@ -39,6 +42,10 @@ class Job:
         self.weights: tuple[str, ...] = ()
         self.kv: KvBreak = ""
         self.cached_count = 0
+        self.awaits_state = False
+        """A state that it could start from is being read."""
+        self.places: set[int] = set()
+        """Where in its prompt it leaves a state behind."""
         self.routes = bytearray()
         """Of the tokens that the state took in and nobody was told of."""
         self.routes_start = 0
@@ -57,6 +64,34 @@ class Job:
     def prefills(self) -> bool:
         """Whether it holds a state that has not yet taken in all but the last token."""
         return self.state is not None and self.pending_count > 1
+
+    @property
+    def taken_tokens(self) -> bytes:
+        """Those that its state has taken in."""
+        return self.tokens[: self.state.position if self.state else 0].tobytes()
+
+    def plan_places(self, fork_token_id: int | None, header_token_id: int | None, start: int, known_count: int) -> None:
+        """It starts with `start` tokens computed, of `known_count` that others went through.
+
+        `fork_token_id` ends the constant prefix of a prompt, `header_token_id` begins the header of each reply.
+        """
+        prompt = self.request.token_ids
+        self.places = {prompt.index(fork_token_id)} if fork_token_id in prompt else set()
+        if header_token_id in prompt:
+            self.places.add(len(prompt) - 1 - prompt[::-1].index(header_token_id))
+        self._part_at(known_count, start)
+
+    def leaves(self, start: int, shared_count: int) -> bool:
+        """Whether it will leave behind more than `start` tokens, for one that begins with `shared_count` of its own."""
+        self._part_at(min(shared_count, len(self.tokens) - 1), start)
+        position = self.state.position if self.state else 0
+        return any(max(start, position) < place <= shared_count for place in self.places)
+
+    def _part_at(self, place: int, start: int) -> None:
+        """Leave a state behind there, too, if that spares enough for one that has `start` tokens."""
+        nearest = max((each for each in self.places if each <= place), default=0)
+        if place - max(start, nearest) >= BRANCH_TOKENS_MIN:
+            self.places.add(place)
 
     def take_routes(self, drawn: list[Drawn], row_bytes: int) -> Routes:
         """What nobody was told of yet, of the tokens that were read for these draws, too."""
@@ -79,6 +114,7 @@ class Scoring:
         self.token_ids = tuple(token_ids)
         self.top_count = top_count
         self.state: State | None = None
+        self.awaits_state = False
         self.told: list[Drawn] = []
 
 

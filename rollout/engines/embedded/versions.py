@@ -101,8 +101,8 @@ class Versions:
         self._paused = None
 
     def release(self, session: str) -> None:
-        """Forget what is kept for a session, now and when its running jobs end."""
-        self.retained.drop(session)
+        """A session has ended, or will with its running jobs: what is kept of it is left to others, and to chance."""
+        self.retained.release(session)
         if session in self._sessions:
             self._sessions.pop(session).is_released = True
         self._unpin(session)
@@ -149,8 +149,8 @@ class Versions:
             state.close()
         if position != entry.tokens_count:
             raise NoStateError(f"a packed state of {position} tokens, and not of {entry.tokens_count}")
-        self.retained.put(session, entry)
-        if session not in self.retained:
+        self.retained.put(entry, session)
+        if self.retained.own(session) is None:
             raise NoStateError("the engine has no room for it")
         restored = self._sessions.setdefault(session, Session())
         restored.drew_with, restored.is_restored = entry.weights[-1], True

@@ -13,7 +13,7 @@ from rollout.engines.embedded.batching import Batch, Limits
 from rollout.engines.embedded.binding import Chunk, Model
 from rollout.engines.embedded.checkpoint import load_checkpoint
 from rollout.engines.embedded.engine import EmbeddedEngine
-from rollout.engines.embedded.jobs import Job, Outcome
+from rollout.engines.embedded.jobs import BRANCH_TOKENS_MIN, Job, Outcome
 from rollout.engines.embedded.retained import RetainedStates
 from rollout.engines.embedded.versions import Versions
 from rollout.errors import EngineError, RequestError
@@ -86,7 +86,55 @@ def test_samples_of_one_prompt_pay_for_it_once_even_when_they_come_together(
     batch: Batch, model: RecordingModel
 ) -> None:
     run(batch, *(job(PROMPTS[0], session=f"s{i}") for i in range(6)))
-    assert model.prefilled_count == len(PROMPTS[0]) - 1
+    assert PROMPTS[0][-2] == CHECKPOINT.header_token_id
+    assert model.prefilled_count == len(PROMPTS[0]) - 1 + 5, "and each its own header"
+
+
+def test_prompts_that_part_in_the_middle_share_what_they_have_in_common_even_when_they_come_together(
+    batch: Batch, model: RecordingModel
+) -> None:
+    common = tuple(range(5, 105))
+    run(batch, *(job((*common, 200 + i, *range(300, 310)), session=f"s{i}") for i in range(4)))
+    assert model.prefilled_count == len(common) + 4 * 10
+
+
+def test_where_a_prompt_leaves_what_another_went_through_the_next_one_goes_on(
+    batch: Batch, model: RecordingModel
+) -> None:
+    common, counts = tuple(range(5, 105)), []
+    for i in range(4):
+        model.prefilled_count = 0
+        run(batch, job((*common, 200 + i, *range(300, 310)), session=f"s{i}"))
+        counts.append(model.prefilled_count)
+    assert counts == [110, 110, 10, 10]
+
+
+def test_few_tokens_in_common_are_not_worth_a_state(batch: Batch, model: RecordingModel) -> None:
+    run(batch, *(job((*range(5, 5 + BRANCH_TOKENS_MIN - 1), 200 + i), session=f"s{i}") for i in range(4)))
+    assert model.prefilled_count == 4 * (BRANCH_TOKENS_MIN - 1)
+    assert len(batch.retained) == 4
+
+
+def test_a_question_about_a_context_computes_only_itself(batch: Batch, model: RecordingModel) -> None:
+    first = job(PROMPTS[0], count=20)
+    run(batch, first)
+    model.prefilled_count = 0
+    asked = [job((*PROMPTS[0][:-2], 100 + i, 101), session=f"q{i}") for i in range(3)]
+    behind = [job((*first.tokens, 100 + i, 101), session=f"a{i}") for i in range(3)]
+    run(batch, *asked, *behind)
+    assert model.prefilled_count == 3 * 1 + 3 * 2
+    assert [each.cached_count for each in asked] == [0] * 3, "told with the first tokens"
+
+
+def test_what_a_session_leaves_behind_serves_others(model: RecordingModel) -> None:
+    versions = Versions(model, Limits())
+    first = job(PROMPTS[0], count=20)
+    run(versions, first)
+    versions.release("s")
+    model.prefilled_count = 0
+    run(versions, job((*first.tokens, 100, 101), session="other"))
+    assert model.prefilled_count == 2
+    versions.newest.close()
 
 
 def test_the_next_turn_of_a_session_computes_only_what_is_new(batch: Batch, model: RecordingModel) -> None:
@@ -111,15 +159,15 @@ def test_a_stopped_request_keeps_what_it_computed(batch: Batch, model: Recording
 def test_a_released_session_is_forgotten_now_and_when_its_request_ends() -> None:
     versions = Versions(Model(CHECKPOINT), Limits())
     run(versions, job(PROMPTS[0]))
-    assert "s" in versions.retained
+    assert versions.retained.own("s") is not None
     versions.release("s")
-    assert "s" not in versions.retained
+    assert versions.retained.own("s") is None
     running = job(PROMPTS[0], count=5)
     versions.add(running)
     versions.turn()
     versions.release("s")
     run(versions)
-    assert "s" not in versions.retained
+    assert versions.retained.own("s") is None
     versions.close()
 
 
@@ -128,7 +176,7 @@ def test_retained_states_stay_within_their_bytes_and_the_oldest_goes_first(model
     for i in range(6):
         run(batch, job((0, 100 + i, *PROMPTS[0][1:80]), session=f"s{i}"))
         assert batch.retained.bytes_held <= 400_000
-    assert [f"s{i}" in batch.retained for i in range(6)] == [False, False, False, False, True, True]
+    assert [batch.retained.own(f"s{i}") is not None for i in range(6)] == [False, False, False, False, True, True]
     batch.close()
 
 
