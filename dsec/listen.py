@@ -12,6 +12,7 @@ import contextlib
 import hmac
 import os
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,17 @@ def make_listen(url: str, token: str, certificate: Certificate | None, variable:
 
 
 def read_certificate(chain: Path | None, key: Path | None) -> Certificate | None:
-    """The pair, or None for none.  InvalidArgumentError for half of one, or a file that cannot be read."""
+    """The pair, or None for none.  InvalidArgumentError for half of one, or files that hold none."""
     if chain is None and key is None:
         return None
     if chain is None or key is None:
         raise InvalidArgumentError("--tls-cert and --tls-key belong together")
     try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(chain, key, password="")  # else it would ask for one
         return Certificate(chain.read_bytes(), key.read_bytes())
+    except ssl.SSLError as error:
+        why = f"{chain} and {key} are no chain and its unencrypted key in PEM"
+        raise InvalidArgumentError(f"cannot use the certificate: {why}: {error}") from error
     except OSError as error:
         raise InvalidArgumentError(f"cannot read the certificate: {error}") from error
 

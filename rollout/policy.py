@@ -100,7 +100,8 @@ class Awaiting:
         held: list[str] = []
         ready: list[str] = []
         for rollout_id in rollout_ids:
-            (held if self._is_early(rollout_id) else ready).append(rollout_id)
+            if not self._dispatcher.is_ending(rollout_id):
+                (held if self._is_early(rollout_id) else ready).append(rollout_id)
         new = [rollout_id for rollout_id in held if rollout_id not in self._held]
         self._held |= dict.fromkeys(new)
         return [*new, *self._dispatcher.resume(ready)]
@@ -114,9 +115,14 @@ class Awaiting:
             self._rests(rollout_id)
         return [*stopped, *await self._dispatcher.preempt(rollout_ids, cause)]
 
+    def forget(self, rollout_ids: Iterable[str]) -> None:
+        """They are being ended."""
+        for rollout_id in rollout_ids:
+            self._held.pop(rollout_id, None)
+
     def look_again(self) -> None:
         """The engine may have other weights: queue those that waited for them."""
-        ready = [each for each in self._held if not (self._ledger.asks_for(each) and self._is_early(each))]
+        ready = [each for each in self._held if not self._is_early(each)]
         for rollout_id in ready:
             del self._held[rollout_id]
         self._dispatcher.resume(ready)

@@ -233,6 +233,7 @@ class RolloutService:
                 ends_job = reason in {FinishReason.CANCELLED, FinishReason.DEADLINE}
                 if ends_job and request_id not in self.ledger.cancelled:
                     await self._record(JobCancelled(request_id))
+            self.awaiting.forget(rollout_ids)
             async with self.dispatcher.ending(rollout_ids):
                 return await self.members.finish(rollout_ids, reason)
 

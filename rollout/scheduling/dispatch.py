@@ -103,7 +103,11 @@ class Dispatcher:
 
     def knows(self, rollout_id: str) -> bool:
         """Whether it runs, waits to run, is set aside, or is being ended."""
-        return rollout_id in self._running or self.scheduler.is_queued(rollout_id) or rollout_id in self._ending
+        return rollout_id in self._running or self.scheduler.is_queued(rollout_id) or self.is_ending(rollout_id)
+
+    def is_ending(self, rollout_id: str) -> bool:
+        """Whether it is being ended: it does not begin again."""
+        return rollout_id in self._ending
 
     def enqueue(self, claims: Iterable[Claim], *, is_aside: bool = False) -> None:
         """Have rollouts run as soon as it is their turn; if they are set aside, not before `resume`."""
@@ -170,11 +174,9 @@ class Dispatcher:
         return list(stopped)
 
     def resume(self, rollout_ids: Collection[str]) -> list[str]:
-        """Let what was set aside wait for its turn again; whom that concerns."""
+        """Let what was set aside, and is not being ended, wait for its turn again; whom that concerns."""
         resumed: dict[str, None] = {}
         for rollout_id in rollout_ids:
-            if rollout_id in self._ending:
-                continue
             resumed |= dict.fromkeys(self.scheduler.bring_back(rollout_id, time.monotonic()))
             if (running := self._running.get(rollout_id)) is not None and running.order.is_aside:
                 running.order.is_aside = False  # it is on its way to a stop, and goes on after that

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import types
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -23,6 +24,7 @@ from rollout.events import JobSubmitted
 from rollout.jobs import make_conversation
 from rollout.ledger import Ledger
 from rollout.main import load_tokenizer
+from rollout.request import PolicyRule
 from rollout.rpc.grpc_server import REQUEST_BYTES_MAX, handlers_of, start_server
 from rollout.rpc.listening import listen_at
 from rollout.testing import Reply, ScriptedEngine
@@ -73,10 +75,22 @@ class Server:
         ids = [member.rollout_id async for group in asked for member in group.trajectories]
         assert await self.grpc.ack(ids) == 2
 
+    async def early(self, number: int) -> None:
+        """A trainer's that waits for weights which never come."""
+        request_id, prompts = f"early-{number}", [make_conversation("p", messages_json=json.dumps(MESSAGES))]
+        asked = self.grpc.rollouts(prompts, request_id=request_id, group_size=2, policy=PolicyRule(min_version=1))
+        asking = asyncio.ensure_future(anext(asked))
+        await self.until(lambda: request_id in self.service.ledger.jobs)
+        assert await self.grpc.cancel(request_id) == 2
+        assert await self.grpc.ack([member.rollout_id for member in (await asking).trajectories]) == 2
+        await asked.aclose()
+
     async def rounds(self, start: int, end: int) -> None:
+        jobs = (self.job, self.early, None)
         for first in range(start, end, AT_ONCE):
             numbers = range(first, min(end, first + AT_ONCE))
-            await asyncio.gather(*map(self.generate, numbers), *(self.job(each) for each in numbers if each % 3 == 0))
+            asked = [job(each) for each in numbers if (job := jobs[each % 3]) is not None]
+            await asyncio.gather(*map(self.generate, numbers), *asked)
 
     async def rest(self) -> None:
         """Until all that comes behind the last answer is done too."""

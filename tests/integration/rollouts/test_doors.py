@@ -129,6 +129,16 @@ def test_a_loopback_address_may_do_without(where: str) -> None:
     assert listen_at(where).address.url == f"tcp:{where}"
 
 
+def test_files_that_hold_no_certificate_and_its_key_are_named(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    chain, key = certificate
+    (other := tmp_path / "other.pem").write_text("no PEM")
+    for pair in ((chain, other), (other, key), (key, chain)):
+        with pytest.raises(InvalidArgumentError, match=f"{pair[0]} and {pair[1]} are no chain"):
+            read_certificate(*pair)
+    with pytest.raises(InvalidArgumentError, match="No such file"):
+        read_certificate(chain, tmp_path / "none.pem")
+
+
 def test_a_token_file_that_is_empty_opens_no_port(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("\n")
     with pytest.raises(InvalidArgumentError, match="token is empty"):

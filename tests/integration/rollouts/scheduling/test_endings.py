@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from dsec.testing import FakeSandbox
-from rollout.events import FinishReason, RolloutResumed
+from rollout.events import FinishReason, RolloutOpened, RolloutResumed
+from rollout.request import PolicyRule
 from rollout.testing import Reply
 
 DONE = Reply(reasoning="Good.", content="Done.")
@@ -98,3 +99,15 @@ async def test_a_job_that_is_acknowledged_while_its_end_is_said_again_is_forgott
         assert service.ledger.jobs == {}
         ending = [asyncio.create_task(service.finish("job", rollout_ids, FinishReason.DEADLINE)) for _ in range(2)]
         assert await asyncio.gather(*ending) == [0, 0]
+
+
+async def test_what_waits_for_weights_and_is_being_ended_does_not_wait_again(world: Any) -> None:
+    here = world()
+    async with here.serving() as service:
+        await here.ask("job", 300, policy=PolicyRule(min_version=1))
+        ending = asyncio.create_task(service.cancel("job"))
+        await here.until(lambda: any(isinstance(event, RolloutOpened) for event in here.events))
+        assert "job/299.0" not in service.ledger.rollouts  # they end in batches
+        assert service.resume(["job/299.0"]) == []
+        assert await ending == 300
+        await service.wait("job")
