@@ -83,6 +83,11 @@ def reply_ids(reply: Reply, tokenizer: Tokenizer) -> tuple[int, ...]:
     return _ids(whole)[len(_ids(prefix)) :]
 
 
+def answer_ids(reply: Reply, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens of a reply to a Quick Instruction: its content, EOS included."""
+    return (*tokenizer.encode_plain(reply.content), tokenizer.control(V4.eos))
+
+
 class _Session:
     """What the double keeps of a session: the tokens that its state has taken in, and who drew last."""
 
@@ -174,7 +179,7 @@ class ScriptedEngine:
                     cached_tokens_count=0 if begin or kv == "rebuilt" else cached_count,
                     kv=kv,
                     top_logprobs=_tops(chunk, request.top_logprobs_count),
-                    masks=tuple((token,) for token in chunk) if request.returns_mask and _cuts(request) else (),
+                    masks=tuple((token,) for token in chunk) if request.returns_mask and request.cuts else (),
                     routes=_routes(read_count, seen) if request.returns_routes else None,
                     hidden=b"".join(map(hidden_row, chunk)) if request.returns_hidden else b"",
                 )
@@ -187,11 +192,14 @@ class ScriptedEngine:
     def _rest(self, request: SampleRequest) -> tuple[int, ...]:
         openers = dict.fromkeys(map(self._tokenizer.control, V4.tasks.values()), 1)
         openers[self._tokenizer.control(V4.assistant)] = 2  # with the token behind it, which opens or closes thinking
-        begun = (i + openers[token] for i, token in enumerate(request.token_ids) if token in openers)
+        begun = [(i + openers[token], openers[token]) for i, token in enumerate(request.token_ids) if token in openers]
         turn = sum(token == self._eos for token in request.token_ids)
-        done = len(request.token_ids) - max(begun, default=len(request.token_ids))
+        start, length = max(begun, default=(len(request.token_ids), 2))
         room = min(request.tokens_count_max, self._info.context_tokens_max - len(request.token_ids))
-        rest = reply_ids(self._script(request.session, turn), self._tokenizer)[done:][:room]
+        reply = self._script(request.session, turn)
+        is_reply = length == 2  # else the answer to a Quick Instruction, which nobody thinks about
+        ids = reply_ids(reply, self._tokenizer) if is_reply else answer_ids(reply, self._tokenizer)
+        rest = ids[len(request.token_ids) - start :][:room]
         stops = [index for index, token_id in enumerate(rest) if token_id in request.stop_ids]
         return rest[: stops[0] + 1] if stops else rest
 
@@ -326,10 +334,6 @@ def hidden_row(token_id: int) -> bytes:
 def _routes(read_count: int, seen: tuple[int, ...]) -> Routes:
     """Of what was read since, the tokens of the prompt that were not kept among it."""
     return Routes(read_count, b"".join(map(routes_row, seen[read_count:-1])))
-
-
-def _cuts(request: SampleRequest) -> bool:
-    return request.sampling.temperature > 0 and (request.sampling.top_k > 0 or request.sampling.top_p < 1)
 
 
 def _tops(token_ids: tuple[int, ...], count: int) -> tuple[TopLogprobs, ...]:
