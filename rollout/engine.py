@@ -53,7 +53,8 @@ class SampleRequest(msgspec.Struct, frozen=True, kw_only=True):
     `tokens_count_max` tokens were.  Noise is a pure function of (`sampling.seed`, `stream_key`,
     position of the token in the context).  `session` names a context that will be continued
     later: the engine may keep its state until `release(session)`.  `on_update` holds until the
-    session's next request.  The last four ask for more about each token.
+    session's next request.  Of requests that wait in the engine those of a higher `priority` go first.
+    The last four ask for more about each token.
     """
 
     session: str
@@ -63,10 +64,16 @@ class SampleRequest(msgspec.Struct, frozen=True, kw_only=True):
     tokens_count_max: int
     stop_ids: frozenset[int]
     on_update: OnUpdate = "keep"
+    priority: int = 0
     top_logprobs_count: int = 0
     returns_mask: bool = False
     returns_routes: bool = False
     returns_hidden: bool = False
+
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens may have no chance at all."""
+        return self.sampling.temperature > 0 and (self.sampling.top_k > 0 or self.sampling.top_p < 1)
 
 
 class Routing(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,7 +118,8 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
     """At least one new token; `logprobs` under the processed distribution (after temperature and cuts).
 
     `finish` is set on the last chunk: "stop" (a stop id was drawn) or "length".
-    `cached_tokens_count`, on the first chunk: tokens of the prompt that were not computed for it.
+    `cached_tokens_count`, on the first chunk (or on the last, if it is told at the end): tokens of the prompt that
+    were not computed for it.
     `kv`, on the first chunk after a break: the state was kept from before a change of weights, or
     computed again because of one, or taken from a file by `restore`.
     `top_logprobs`, if asked for: for each token the likeliest of the distribution that it was drawn

@@ -197,6 +197,7 @@ def _request(state: State, tokenizer: Tokenizer) -> SampleRequest:
         tokens_count_max=min(bounds),
         stop_ids=frozenset({tokenizer.control(V4.eos)}),
         on_update=state.job.policy.on_update,
+        priority=state.job.priority,
         top_logprobs_count=state.job.top_logprobs_count,
         returns_mask="sampling_mask" in state.job.returns,
         returns_routes="routes" in state.job.returns,

@@ -15,6 +15,7 @@ MODULE_LINES_MAX = 400
 FUNCTION_LINES_MAX = 70
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "stuff", "lib"}
 DOORS = {
+    "aiohttp": {"rollout/engines/vllm/connection.py", "rollout/engines/vllm/testing.py"},
     "docker": {"dsec/edge/substrates/docker.py", "dsec/edge/substrates/docker_engine.py"},
     "fastapi": {"rollout/dialects/http_server.py"},
     "uvicorn": {"rollout/dialects/http_server.py"},
@@ -44,6 +45,7 @@ DOORS = {
         "rollout/export/rows.py",
         "rollout/export/side_channels.py",
         "rollout/engines/vllm/tiny.py",
+        "rollout/engines/vllm/wire.py",
         "rollout/loader/batch.py",
         "rollout/loader/columns.py",
         "rollout/loader/metadata.py",

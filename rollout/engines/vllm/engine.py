@@ -1,0 +1,399 @@
+"""vLLM over HTTP as an engine: one request for what is left of an answer, however often it is cut.
+
+A stream that is cut (by a preemption, a pause, new weights) ends at the server with all that it sent; what comes after
+is another request, of the prompt and what was drawn.  So each HTTP request draws with one version of the weights, which
+is known when it begins and checked against what the server says when it ends.
+
+Invariants:
+1. No request is open at the server while its weights change.
+2. Nothing is handed over between `pause("keep")` and `resume`.
+3. A prefix cache is used by requests of the same weights only: their digest is the salt.
+
+See: docs/adr/0027-engines-over-http.md; docs/architecture.md, "Engine".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
+from pathlib import Path
+
+import msgspec
+
+from rollout.engine import (
+    Announce,
+    EngineInfo,
+    KvBreak,
+    PauseMode,
+    Sampled,
+    SampleRequest,
+    Scored,
+    check_request,
+    check_tokens,
+    check_top_logprobs,
+    check_version,
+)
+from rollout.engines.vllm import wire
+from rollout.engines.vllm.connection import CALL_S_MAX, Connection
+from rollout.engines.vllm.facts import Facts, read_facts, read_label
+from rollout.engines.vllm.stream import Run, finish_of, joined, read_chunks
+from rollout.engines.vllm.weights import Label, Weights, check_fits, parse_label, read_weights
+from rollout.errors import EngineError, PreemptedError, RequestError, RolloutError
+
+LINE_BYTES_MAX = 16 << 20
+"""Of an event without routes: a few tokens, each with the ids that a cut kept."""
+ROUTED_TOKENS_MAX = 256
+"""Tokens of an answer whose routes come at once: the server tells them with a request's last token only."""
+ABORT_EVERY_S = 0.5
+LOAD_S_MAX = 3600.0
+_PROMPT_ROW_BYTES = 128
+
+
+class VllmEngine:
+    """An Engine over one server; see the port for what its methods promise."""
+
+    def __init__(self, url: str, *, key: str = "", vocab_count: int | None = None) -> None:
+        """RequestError for a URL that cannot be one.  `vocab_count`: where the model's config.json is not seen here."""
+        self._connection = Connection(url, key)
+        self._vocab_count = vocab_count
+        self._facts: Facts | None = None
+        self._failure: RolloutError | None = None
+        """Why an open engine cannot draw any more."""
+        self._paused: PauseMode | None = None
+        self._updates = asyncio.Lock()
+        self._is_updating = False
+        self._runs: set[Run] = set()
+        self._scores_count = 0
+        self._drew_with: dict[str, str] = {}
+        """Session -> the digest of the weights that drew for it last, until it is released."""
+        self._pinned: set[str] = set()
+        self._changed = asyncio.Event()
+
+    @property
+    def url(self) -> str:
+        """Where the server is."""
+        return self._connection.url
+
+    @property
+    def info(self) -> EngineInfo:
+        """See Engine."""
+        return self._known.info
+
+    @property
+    def is_paused(self) -> bool:
+        """See Engine; also while weights change."""
+        return self._paused is not None or self._is_updating
+
+    @property
+    def _known(self) -> Facts:
+        if self._facts is None:
+            raise EngineError(f"{self.url}: the engine was never open")
+        return self._facts
+
+    async def open(self) -> None:
+        """Ask the server for its facts, and have it draw one token.  A pause that somebody left ends.  EngineError."""
+        if self._is_open:
+            raise EngineError(f"{self.url}: the engine is already open")
+        await self._connection.open()
+        try:
+            await self._connection.post("/resume")
+            self._facts = await read_facts(self._connection, self._vocab_count)
+        except BaseException:
+            await self._connection.close()
+            raise
+        self._failure = None
+
+    @property
+    def _is_open(self) -> bool:
+        return self._connection.is_open
+
+    async def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
+        """See Engine."""
+        self._check()
+        check_request(request, self.info)
+        self._check_request(request)
+        run = Run(request.session)
+        self._runs.add(run)
+        room = min(request.tokens_count_max, self.info.context_tokens_max - len(request.token_ids))
+        drawn: tuple[int, ...] = ()
+        try:
+            while True:
+                await self._until(lambda: self._may_draw or run.is_preempted)
+                self._check(run)
+                run.is_cut = False
+                rest = msgspec.structs.replace(request, token_ids=request.token_ids + drawn)
+                kv = self._enter(request)
+                told_count = len(rest.token_ids) - 1 if drawn else 0
+                async with aclosing(self._request(run, rest, room - len(drawn), told_count)) as chunks:
+                    async for chunk in chunks:
+                        await self._until(lambda: self._paused != "keep" or run.is_preempted)
+                        self._check()
+                        drawn += chunk.token_ids
+                        finish = finish_of(chunk, request.stop_ids, room - len(drawn))
+                        yield msgspec.structs.replace(chunk, kv=kv, finish=finish)
+                        kv = ""
+                        if finish:
+                            return
+        finally:
+            self._runs.discard(run)
+            self._changed.set()
+
+    def _check_request(self, request: SampleRequest) -> None:
+        """RequestError for what this server cannot do."""
+        facts = self._known
+        if 0 < request.sampling.temperature < wire.TEMPERATURE_MIN:
+            raise RequestError(f"temperature is {request.sampling.temperature:g}: vLLM draws at 0.01 or above, or at 0")
+        if 0 <= facts.logprobs_max < request.top_logprobs_count + 1 and request.top_logprobs_count:
+            raise RequestError(
+                f"top_logprobs_count is {request.top_logprobs_count}: serve vLLM with --max-logprobs "
+                f"{request.top_logprobs_count + 1}, or ask for less than {facts.logprobs_max}"
+            )
+        if request.returns_mask and not facts.tells_masks:
+            raise RequestError("returns_mask: serve vLLM with --return-sampling-mask")
+
+    def _enter(self, request: SampleRequest) -> KvBreak:
+        """Note who draws for a session; "rebuilt" if that was somebody else before: another salt, another KV."""
+        session, digest = request.session, self.info.weights_digest
+        before = self._drew_with.get(session, digest)
+        self._drew_with[session] = digest
+        (self._pinned.add if request.on_update == "pin" else self._pinned.discard)(session)
+        return "" if before == digest else "rebuilt"
+
+    async def _request(
+        self, run: Run, request: SampleRequest, count: int, told_count: int
+    ) -> AsyncGenerator[Sampled, None]:
+        """What one HTTP request draws: with the weights of now, and to its end or until it is cut.
+
+        With routes it is a part of the answer, in one chunk: they come with its last token.  Those of the first
+        `told_count` tokens are left out.
+        """
+        facts = self._known
+        parts: list[Sampled] = []
+        line_bytes_max = LINE_BYTES_MAX
+        if request.returns_routes and facts.info.routing is not None:
+            count = min(count, ROUTED_TOKENS_MAX)
+            line_bytes_max += (len(request.token_ids) + count) * facts.info.routing.row_bytes * 4 * 3
+        request_id = uuid.uuid4().hex
+        body = wire.body_of(request, request_id, count, facts.info.weights_digest, has_priorities=facts.has_priorities)
+        if told_count and request.returns_routes:
+            body["sampling_params"]["routed_experts_prompt_start"] = told_count
+        run.request_id, run.has_begun = request_id, False
+        try:
+            async with self._connection.stream(wire.GENERATE, body, line_bytes_max) as payloads:
+                if run.is_preempted or run.is_cut:
+                    self._abort(run)
+                async for chunk in read_chunks(payloads, run, request, told_count, facts):
+                    if not request.returns_routes:
+                        yield chunk
+                    else:
+                        parts.append(chunk)
+        except (EngineError, RequestError) as error:
+            self._check()  # a closed engine says that it is
+            raise type(error)(f"{self.url}: {error}") from error
+        finally:
+            run.request_id = ""
+            if run.aborting is not None:
+                run.aborting.cancel()
+                run.aborting = None
+            self._changed.set()
+        if parts and parts[-1].routes is not None:
+            yield joined(parts)
+
+    async def score(self, token_ids: Sequence[int], *, top_logprobs_count: int = 0) -> Scored:
+        """See Engine; a context that is full cannot be scored, since the server draws a token behind it."""
+        self._check()
+        check_tokens(token_ids, self.info)
+        check_top_logprobs(top_logprobs_count)
+        if len(token_ids) == self.info.context_tokens_max:
+            raise RequestError(f"token_ids: vLLM scores at most {len(token_ids) - 1} tokens of this context")
+        await self._until(lambda: self._may_draw)
+        self._check()
+        info = self.info
+        if len(token_ids) == 1:
+            return Scored(logprobs=(), policy_version=info.policy_version)
+        self._scores_count += 1
+        try:
+            told = await self._connection.post(
+                wire.GENERATE,
+                wire.score_body(token_ids, uuid.uuid4().hex, info.weights_digest, top_logprobs_count),
+                call_s_max=None,
+                bytes_max=LINE_BYTES_MAX + len(token_ids) * (top_logprobs_count + 1) * _PROMPT_ROW_BYTES,
+            )
+        except (EngineError, RequestError):
+            self._check()
+            raise
+        finally:
+            self._scores_count -= 1
+            self._changed.set()
+        return wire.scored_of(told, token_ids, top_logprobs_count, info.policy_version)
+
+    async def preempt(self, session: str) -> None:
+        """See Engine."""
+        self._interrupt(run for run in self._runs if run.session == session)
+
+    def _interrupt(self, runs: Iterable[Run]) -> None:
+        for run in runs:
+            run.is_preempted = True
+            self._abort(run)
+        self._changed.set()
+
+    def _abort(self, run: Run) -> None:
+        """Have the server end a run's open request, of which it may not know yet."""
+        if run.request_id and run.aborting is None:
+            run.aborting = asyncio.create_task(self._keep_aborting(wire.ID_PREFIX + run.request_id))
+
+    async def _keep_aborting(self, name: str) -> None:
+        while True:
+            with contextlib.suppress(RolloutError):  # a server that is gone ends the stream
+                await self._connection.post(wire.ABORT, {"request_ids": [name]})
+            await asyncio.sleep(ABORT_EVERY_S)
+
+    async def release(self, session: str) -> None:
+        """See Engine."""
+        self._drew_with.pop(session, None)
+        self._pinned.discard(session)
+
+    async def pause(self, mode: PauseMode) -> None:
+        """See Engine; it holds for all who use the server."""
+        self._check()
+        before, self._paused = self._paused, mode
+        self._changed.set()
+        if mode == "abort":
+            self._interrupt(self._runs)
+        if mode == "wait":
+            await self._until(lambda: self._paused != "wait" or not any(run.request_id for run in self._runs))
+        try:
+            if self._paused == mode:
+                await self._pause(mode)
+        except BaseException:
+            self._paused = before
+            self._changed.set()
+            raise
+
+    async def _pause(self, mode: PauseMode) -> None:
+        """At the server; without the flag it would forget its prefix cache."""
+        await self._connection.post(f"/pause?mode={mode}&clear_cache=false", call_s_max=None)
+
+    async def resume(self) -> None:
+        """See Engine."""
+        if self._paused is not None and not self._is_updating:
+            await self._connection.post("/resume")
+        self._paused = None
+        self._changed.set()
+
+    async def update(self, checkpoint: Path, policy_version: int, announce: Announce | None = None) -> EngineInfo:
+        """See Engine: nothing is drawn while the server loads.
+
+        Weights that a trainer put there itself, and labelled with this version, are taken as they are.
+
+        EngineError, and nothing changed; but if the server fails while it loads, it may have no weights at all: then
+        nothing is drawn any more until the engine is opened again.
+        """
+        async with self._updates:
+            self._check()
+            info = self.info
+            new = await asyncio.to_thread(read_weights, checkpoint)
+            if (policy_version, new.digest) == (info.policy_version, info.weights_digest):
+                return info
+            check_version(info, policy_version)
+            changed = msgspec.structs.replace(info, policy_version=policy_version, weights_digest=new.digest)
+            if self._pinned:
+                raise EngineError(
+                    f"{len(self._pinned)} sessions pin the weights, and vLLM holds one version: release them first"
+                )
+            if self._known.weights is not None:
+                check_fits(checkpoint, new, self._known.weights)
+            self._is_updating = True
+            try:
+                await self._cut()
+                await self._change(checkpoint, new, changed, announce)
+            finally:
+                if self._is_open and self._failure is None and self._paused is None:
+                    with contextlib.suppress(RolloutError):
+                        await self._connection.post("/resume")
+                self._is_updating = False
+                self._changed.set()
+        return self.info
+
+    async def _cut(self) -> None:
+        """End every request at the server; those that it did not know yet have ended when this returns."""
+        await self._until(lambda: not self._scores_count)
+        for run in self._runs:
+            run.is_cut = True
+            self._abort(run)
+        await self._pause("abort")
+        await self._until(lambda: all(run.has_begun or not run.request_id for run in self._runs))
+        self._check()
+
+    async def _change(self, checkpoint: Path, new: Weights, changed: EngineInfo, announce: Announce | None) -> None:
+        """Load, announce, label.  Who raises finds the old weights there, or a failed engine."""
+        facts = self._known
+        found = parse_label(await read_label(self._connection)).policy_version
+        if found not in (facts.info.policy_version, changed.policy_version):
+            raise EngineError(f"{self.url}: its weights are version {found}, of which nobody told")
+        is_there = found == changed.policy_version or changed.weights_digest == facts.info.weights_digest
+        label = Label(changed.policy_version, changed.weights_digest)
+        try:
+            if not is_there:
+                await self._load(checkpoint)
+            if announce is not None:
+                await announce(changed)
+            await self._connection.post("/update_weight_version", {"new_version": str(label)})
+        except BaseException as error:
+            if not is_there:
+                await self._take_back(facts, error)
+            raise
+        self._facts = msgspec.structs.replace(facts, info=changed, folder=checkpoint, weights=new)
+
+    async def _load(self, folder: Path) -> None:
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        await self._connection.post("/collective_rpc", body, call_s_max=LOAD_S_MAX)
+
+    async def _take_back(self, facts: Facts, cause: BaseException) -> None:
+        """Have the server load the old weights again, or be failed."""
+        try:
+            if facts.folder is None:
+                raise EngineError("the checkpoint that it had is not known")
+            await self._load(facts.folder)
+        except RolloutError as error:
+            self._failure = EngineError(f"{self.url}: it has no weights any more ({cause}; {error}): start it again")
+
+    async def save(self, session: str, path: Path) -> int:
+        """0: vLLM gives no state away; what it has of a prefix it keeps while there is room, or in its KV offload."""
+        return 0
+
+    async def restore(self, session: str, path: Path) -> int:
+        """0, as `save`."""
+        return 0
+
+    async def close(self) -> None:
+        """See Engine: streams break, which ends their requests at the server; a pause of ours ends, too."""
+        if self._paused is not None:
+            with contextlib.suppress(RolloutError):
+                await self._connection.post("/resume", call_s_max=CALL_S_MAX / 10)
+        self._paused = None
+        self._drew_with.clear()
+        self._pinned.clear()
+        await self._connection.close()
+        self._changed.set()
+
+    @property
+    def _may_draw(self) -> bool:
+        return self._paused is None and not self._is_updating
+
+    def _check(self, run: Run | None = None) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if not self._is_open:
+            raise EngineError(f"{self.url}: the engine is closed")
+        if run is not None and run.is_preempted:
+            raise PreemptedError("the request was preempted")
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        """Wait for a change that makes it hold, or for the end of the engine."""
+        while not holds() and self._is_open and self._failure is None:
+            self._changed.clear()
+            await self._changed.wait()

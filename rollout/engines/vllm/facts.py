@@ -1,0 +1,182 @@
+"""What a running vLLM says of itself, and what follows for the port.
+
+Read once, when it is opened: a server that cannot be used (its token route or its development routes are shut, its
+logprobs are of another distribution than the one it draws from) is refused then, with the flag that opens it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dsec.terminal import shortened, visible_line
+from rollout.engine import EngineInfo, Routing, SampleRequest, Sampling
+from rollout.engines.vllm.connection import Connection
+from rollout.engines.vllm.weights import (
+    UNLABELLED,
+    Label,
+    Weights,
+    digest_of_name,
+    parse_label,
+    read_config,
+    read_weights,
+)
+from rollout.engines.vllm.wire import GENERATE, body_of, read_npy
+from rollout.errors import EngineError, RequestError
+
+_NAME_MAX = 120
+_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
+
+
+class _ModelConfig(msgspec.Struct, frozen=True):
+    model: str
+    max_model_len: int
+    logprobs_mode: str
+    max_logprobs: int
+    dtype: str = ""
+    return_sampling_mask: bool = False
+
+
+class _Scheduler(msgspec.Struct, frozen=True):
+    policy: str = "fcfs"
+
+
+class _Aux(msgspec.Struct, frozen=True):
+    enable_return_routed_experts: bool = False
+
+
+class _Config(msgspec.Struct, frozen=True):
+    model_config: _ModelConfig
+    scheduler_config: _Scheduler = _Scheduler()
+    aux_output_config: _Aux = _Aux()
+
+
+class _ServerInfo(msgspec.Struct, frozen=True):
+    vllm_config: _Config
+
+
+class _Model(msgspec.Struct, frozen=True):
+    id: str
+    max_model_len: int
+    root: str = ""
+
+
+class _Models(msgspec.Struct, frozen=True):
+    data: tuple[_Model, ...]
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """`weights` and `folder` are of the checkpoint that draws, None where this host does not see it."""
+
+    info: EngineInfo
+    folder: Path | None
+    weights: Weights | None
+    has_priorities: bool
+    logprobs_max: int
+    tells_masks: bool
+
+
+async def read_facts(connection: Connection, vocab_count: int | None) -> Facts:
+    """Ask the server everything.  EngineError: it is not there, or not as it must be.
+
+    `vocab_count` is believed where the model's config.json is not to be seen here.
+    """
+    try:
+        version = str((await connection.get("/version"))["version"])
+        model = _read(_Models, await connection.get("/v1/models")).data[0]
+        config = _read(_ServerInfo, await connection.get("/server_info?config_format=json")).vllm_config
+        label = parse_label(await read_label(connection))
+    except (KeyError, TypeError, IndexError, msgspec.ValidationError) as error:
+        raise EngineError(f"{connection.url}: not the answers of a vLLM: {error}") from error
+    except (EngineError, RequestError) as error:
+        if "answered 404" in str(error):
+            raise EngineError(
+                f"{connection.url}: {error}; serve it with VLLM_SERVER_DEV_MODE=1 (`dsec engine serve-vllm` does)"
+            ) from error
+        raise
+    if config.model_config.logprobs_mode != "processed_logprobs":
+        raise EngineError(
+            f"{connection.url}: its logprobs are not those that it draws by: serve it with --logprobs-mode "
+            "processed_logprobs"
+        )
+    root = Path(model.root or config.model_config.model)
+    weights = await _weights(root, label)
+    described = _described(root)
+    count = described.get("vocab_size", vocab_count)
+    if not isinstance(count, int) or count < 1:
+        raise EngineError(f"{connection.url}: the size of the vocabulary is not known: {root}/config.json is not here")
+    digest = label.weights_digest or (weights.digest if weights else digest_of_name(str(root), label.policy_version))
+    info = EngineInfo(
+        name=shortened(visible_line(f"vllm/{model.id}"), _NAME_MAX),
+        build=shortened(visible_line(f"vllm {version} {config.model_config.dtype}".strip()), _NAME_MAX),
+        weights_digest=digest,
+        vocab_count=count,
+        context_tokens_max=model.max_model_len,
+        policy_version=label.policy_version,
+    )
+    tells_routes = config.aux_output_config.enable_return_routed_experts
+    probed = await _probe(connection, info)
+    return Facts(
+        info=msgspec.structs.replace(info, routing=_routing(probed, described) if tells_routes else None),
+        folder=root if weights else None,
+        weights=weights,
+        has_priorities=config.scheduler_config.policy == "priority",
+        logprobs_max=config.model_config.max_logprobs,
+        tells_masks=config.model_config.return_sampling_mask,
+    )
+
+
+async def read_label(connection: Connection) -> str:
+    """What the server calls its weights now."""
+    told = await connection.get("/weight_info")
+    return str(told.get("weight_version", UNLABELLED)) if isinstance(told, dict) else UNLABELLED
+
+
+def _read(kind: type[Any], told: Any) -> Any:
+    return msgspec.convert(told, kind)
+
+
+async def _weights(root: Path, label: Label) -> Weights | None:
+    """Of the folder that the server was started with, unless it has drawn with others since, or it is not here."""
+    if label.weights_digest or label.policy_version or not root.is_dir():
+        return None
+    return await asyncio.to_thread(read_weights, root)
+
+
+def _described(root: Path) -> dict[str, Any]:
+    try:
+        return read_config(root)
+    except EngineError:
+        return {}
+
+
+async def _probe(connection: Connection, info: EngineInfo) -> dict[str, Any]:
+    """One token, to see that the route of token ids is open; the choice that it came in."""
+    request = SampleRequest(
+        session="", token_ids=(0,), sampling=Sampling(), stream_key=0, tokens_count_max=1, stop_ids=frozenset()
+    )
+    body = body_of(request, "probe", 1, info.weights_digest, has_priorities=False)
+    del body["stream"], body["stream_options"]
+    try:
+        told = await connection.post(GENERATE, body)
+        choice: dict[str, Any] = told["choices"][0]
+    except (EngineError, RequestError) as error:
+        hint = (
+            "; serve it with --enable-scale-out" if "answered 403" in str(error) or "answered 404" in str(error) else ""
+        )
+        raise EngineError(f"{connection.url}: it draws nothing: {error}{hint}") from error
+    except (KeyError, TypeError, IndexError) as error:
+        raise EngineError(f"{connection.url}: not the answer of a vLLM to {GENERATE}") from error
+    return choice
+
+
+def _routing(choice: dict[str, Any], described: dict[str, Any]) -> Routing | None:
+    """What rows of routes mean, from the shape of one and the model's config; None where it cannot be known."""
+    experts = next((described[name] for name in _EXPERTS if isinstance(described.get(name), int)), None)
+    layers, shape = described.get("num_hidden_layers"), read_npy(choice.get("routed_experts")).shape
+    if experts is None or not isinstance(layers, int) or len(shape) != 3 or not 0 < shape[1] <= layers:
+        return None
+    return Routing(layer_ids=tuple(range(layers - shape[1], layers)), experts_count=experts, top_k=shape[2])

@@ -1,0 +1,104 @@
+"""One HTTP request to vLLM, from its first event to its end.
+
+The last chunk is held back until what stands behind it has been read: how much of the prompt was cached.  What the
+server says with it, which weights drew and what experts the tokens went through, is checked before it is handed over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Literal
+
+import msgspec
+
+from rollout.engine import EngineInfo, Sampled, SampleRequest
+from rollout.engines.vllm import wire
+from rollout.engines.vllm.facts import Facts
+from rollout.engines.vllm.weights import parse_label
+from rollout.errors import EngineError
+
+
+class Run:
+    """An answer that is being drawn, by one HTTP request after the other."""
+
+    def __init__(self, session: str) -> None:
+        self.session = session
+        self.request_id = ""
+        """Of the request that is open at the server; "" if none is."""
+        self.has_begun = False
+        """The server has answered it: it knows it for sure."""
+        self.is_preempted = False
+        self.is_cut = False
+        """The open request is to end; the answer goes on."""
+        self.aborting: asyncio.Task[None] | None = None
+
+
+async def read_chunks(
+    payloads: AsyncGenerator[bytes, None], run: Run, request: SampleRequest, told_count: int, facts: Facts
+) -> AsyncGenerator[Sampled, None]:
+    """The chunks of a stream, with the routes from token `told_count` on at its end.  EngineError."""
+    tokens_count = len(request.token_ids)
+    last: Sampled | None = None
+    has_ended = False
+    async for payload in payloads:
+        if payload == b"[DONE]":
+            continue  # to the end of the body: then the connection serves another request
+        event = wire.event_of(payload)
+        run.has_begun = True
+        if event.usage and event.usage.prompt_tokens_details and last is not None:
+            cached_count = event.usage.prompt_tokens_details.cached_tokens or 0
+            last = msgspec.structs.replace(last, cached_tokens_count=min(cached_count, len(request.token_ids)))
+        for choice in event.choices:
+            if has_ended:
+                raise EngineError("tokens behind the end of an answer")
+            chunk = wire.sampled_of(choice, request.top_logprobs_count, facts.info.policy_version)
+            if not (request.returns_mask and request.cuts):
+                chunk = msgspec.structs.replace(chunk, masks=())
+            tokens_count += len(chunk.token_ids)
+            if choice.finish_reason is None:
+                if chunk.token_ids:
+                    yield chunk
+                continue
+            has_ended = True
+            _check_end(run, choice, facts.info)
+            if request.returns_routes and facts.info.routing is not None and choice.finish_reason != "abort":
+                routes = wire.routes_of(choice.routed_experts or "", told_count, tokens_count - 1, facts.info.routing)
+                chunk = msgspec.structs.replace(chunk, routes=routes)
+            last = chunk
+    if last is None:
+        raise EngineError("the stream ended before the answer did")
+    if last.token_ids or last.finish:
+        yield last
+
+
+def _check_end(run: Run, choice: wire.Choice, info: EngineInfo) -> None:
+    """EngineError if a request ended as nobody here wanted, or was drawn by other weights than those known."""
+    if choice.finish_reason not in {"stop", "length", "abort"}:
+        raise EngineError(f"a request ended by {choice.finish_reason!r}"[:200])
+    if choice.finish_reason == "abort" and not (run.is_preempted or run.is_cut):
+        raise EngineError("somebody else aborted the request at the server")
+    for each in choice.weight_versions or ():
+        if parse_label(each.version).policy_version != info.policy_version:
+            raise EngineError(
+                f"its weights were changed to {each.version!r} behind this service, which knows version "
+                f"{info.policy_version}: change them by UpdatePolicy"
+            )
+
+
+def finish_of(chunk: Sampled, stop_ids: frozenset[int], left_count: int) -> Literal["stop", "length"] | None:
+    """How an answer ends with a chunk: a request's own end is none if there is more to draw."""
+    if chunk.finish == "stop" or not stop_ids.isdisjoint(chunk.token_ids):
+        return "stop"
+    return None if left_count > 0 else "length"
+
+
+def joined(parts: list[Sampled]) -> Sampled:
+    """One chunk of all of them; what comes at the end is of the last."""
+    return msgspec.structs.replace(
+        parts[-1],
+        token_ids=tuple(i for part in parts for i in part.token_ids),
+        logprobs=tuple(p for part in parts for p in part.logprobs),
+        top_logprobs=tuple(top for part in parts for top in part.top_logprobs),
+        masks=tuple(mask for part in parts for mask in part.masks),
+    )

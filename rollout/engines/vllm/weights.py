@@ -1,0 +1,127 @@
+"""Which weights a vLLM draws with, as far as that can be known from outside.
+
+The server tells a label of its weights, and nothing of their contents that holds for every backend (its own checksums
+leave out what a CPU packs).  So a digest is made here: over the files of the checkpoint where this host sees them, else
+over the name that the server has for it.  It is put into the label with the trainer's number, `7@<sha256>`: there the
+next service finds both.
+
+See: docs/adr/0027-engines-over-http.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from rollout.errors import EngineError
+
+UNLABELLED = "default"
+HEADER_BYTES_MAX = 256 << 20
+FILES_MAX = 4096
+_READERS = 4
+_LABEL = re.compile(r"(\d{1,18})(?:@([0-9a-f]{64}))?")
+
+
+class Label(NamedTuple):
+    """What a server calls its weights: the trainer's number, and their digest if it is known ("")."""
+
+    policy_version: int
+    weights_digest: str = ""
+
+    def __str__(self) -> str:
+        """As the server keeps it."""
+        return f"{self.policy_version}@{self.weights_digest}"
+
+
+class Weights(NamedTuple):
+    """The files of a checkpoint: sha256 over their names and sums, and dtype and shape of each tensor."""
+
+    digest: str
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+
+
+def parse_label(text: str) -> Label:
+    """A server's label; what no trainer numbered is version 0."""
+    match = _LABEL.fullmatch(text)
+    return Label(int(match[1]), match[2] or "") if match else Label(0)
+
+
+def digest_of_name(root: str, policy_version: int) -> str:
+    """Of weights that this host cannot see."""
+    return hashlib.sha256(f"{root}@{policy_version}".encode()).hexdigest()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The model's config.json, its text model's where there are several.  EngineError."""
+    path = folder / "config.json"
+    try:
+        config = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError) as error:
+        raise EngineError(f"{folder}: no checkpoint: {error}") from error
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def read_weights(folder: Path) -> Weights:
+    """What is in the .safetensors of a folder; reads all of it, once for as long as no file changes.  EngineError."""
+    try:
+        files = sorted(folder.glob("*.safetensors"))
+        if not files or len(files) > FILES_MAX:
+            raise EngineError(f"{folder}: no checkpoint: it holds {len(files)} .safetensors files")
+        read_config(folder)
+        stats = [path.stat() for path in files]
+        return _read(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in zip(files, stats, strict=True)))
+    except OSError as error:
+        raise EngineError(f"{folder}: no checkpoint: {error}") from error
+
+
+@lru_cache(maxsize=8)
+def _read(files: tuple[tuple[Path, int, int], ...]) -> Weights:
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for path, size, _ in files:
+        tensors |= _tensors(path, size)
+    with ThreadPoolExecutor(_READERS) as readers:
+        sums = list(readers.map(_sum, (path for path, _, _ in files)))
+    named = zip((path.name for path, _, _ in files), sums, strict=True)
+    return Weights(hashlib.sha256("\n".join(f"{each} {name}" for name, each in named).encode()).hexdigest(), tensors)
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tensors(path: Path, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What a file says that it holds, if it is as long as that takes."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 0 < length <= min(HEADER_BYTES_MAX, size - 8):
+            raise EngineError(f"{path}: no .safetensors: its header is cut short")
+        header = file.read(length)
+    try:
+        entries = msgspec.json.decode(header, type=dict[str, dict[str, Any]])
+        entries.pop("__metadata__", None)
+        end = max((each["data_offsets"][1] for each in entries.values()), default=0)
+        tensors = {name: (str(each["dtype"]), tuple(each["shape"])) for name, each in entries.items()}
+    except (msgspec.DecodeError, KeyError, TypeError, IndexError) as error:
+        raise EngineError(f"{path}: no .safetensors: {error}") from error
+    if end != size - 8 - length:
+        raise EngineError(f"{path}: its tensors take {end} bytes, and it has {size - 8 - length}")
+    return tensors
+
+
+def check_fits(folder: Path, new: Weights, old: Weights) -> None:
+    """EngineError unless the new tensors are those of the old weights: a server that fails to load has neither."""
+    if differing := sorted(name for name, _ in set(new.tensors.items()) ^ set(old.tensors.items())):
+        raise EngineError(
+            f"{folder}: not a checkpoint of this model: {len(differing)} tensors are missing, extra, or of another "
+            f"shape, {differing[0]} among them"
+        )
