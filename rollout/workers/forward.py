@@ -84,7 +84,11 @@ class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class 
             parts = await self._located(self._split(method, data, context), context)
             answers = [await self._ask(place, method, part, context) for place, part in parts]
             if method.name == _OF_THE_ROOT:
-                await self._located(self._opened().news.tell_policy(), context)  # who joins from now on has them, too
+                await self._located(self._opened().news.tell_policy(), context)  # who opens a log from now on has them
+                asked = {place.partition for place, _ in parts}
+                parts = await self._located(self._split(method, data, context), context)
+                opened = [(place, part) for place, part in parts if place.partition not in asked]
+                answers += [await self._ask(place, method, part, context) for place, part in opened]
             return merged(method, answers)
 
         async def stream(data: bytes, context: Context) -> AsyncIterator[bytes]:

@@ -96,6 +96,30 @@ async def test_new_weights_given_to_one_worker_draw_at_all_and_at_those_that_com
         assert owned.service.ledger.policy.engine == info
 
 
+async def test_who_comes_while_new_weights_are_given_has_them_when_that_is_done(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights take long to load: long enough for a worker to look at the index, and to open a log."""
+    async with asyncio.timeout(120):
+        one, is_loading, may_load = await start("one"), asyncio.Event(), asyncio.Event()
+        update = one.engine.update
+
+        async def update_late(*given: Any) -> Any:
+            is_loading.set()
+            await may_load.wait()
+            return await update(*given)
+
+        monkeypatch.setattr(one.engine, "update", update_late)
+        updating = asyncio.create_task(one.client.update_policy(checkpoint(tmp_path, "new"), 5))
+        await is_loading.wait()
+        two = await start("two")
+        may_load.set()
+        info = await updating
+        assert two.engine.info == info
+        (owned,) = two.worker.owned.values()
+        assert owned.service.ledger.policy.engine == info
+
+
 async def test_a_question_is_placed_beside_what_it_asks_about(start: Start) -> None:
     async with asyncio.timeout(120):
         one, two = await start("one"), await start("two")
