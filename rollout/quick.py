@@ -149,11 +149,12 @@ def _answered(asked: Instruction, state: State, tokenizer: Tokenizer) -> tuple[i
 
 
 def _answer(task: str, state: State, tokenizer: Tokenizer) -> QuickAnswer:
-    answer = read_answer(task, drawn_ids(state), tokenizer)
+    drawn = drawn_ids(state)
     return QuickAnswer(
         task=task,
         rollout_id=state.opened.rollout_id,
         prompt_tokens_count=prompt_length(state),
         cached_tokens_count=state.spent[0].cached_tokens_count if state.spent else 0,
-        **asdict(answer),
+        answer_tokens_count=len(drawn),
+        **asdict(read_answer(task, drawn, tokenizer)),
     )

@@ -211,6 +211,7 @@ class QuickAnswer(msgspec.Struct, frozen=True, kw_only=True):
     unread: str = ""
     prompt_tokens_count: int = 0
     cached_tokens_count: int = 0
+    answer_tokens_count: int = 0
 
 
 def trajectory_record(ledger: Ledger, rollout_id: str, side_channels: tuple[SideChannel, ...] = ()) -> TrajectoryRecord:

@@ -1,4 +1,4 @@
-"""HTTP in front of rollout services: the dialects of OpenAI and vLLM on one port; translation only.
+"""HTTP in front of rollout services: the dialects of OpenAI and vLLM, and Quick Instructions; translation only.
 
 Every answer comes out of the log: what is streamed is durable first, and a request under an id of its caller's can
 be sent again after any break, of the connection, of the client or of this server.  Among several workers each
@@ -27,7 +27,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dsec.errors import DsecError
 from dsec.listen import Listen
-from rollout.dialects import chat, completions, vllm
+from rollout.dialects import chat, completions, quick, vllm
 from rollout.dialects.http_guard import Guard, error_body, error_headers
 from rollout.dialects.options import StreamOptions
 from rollout.errors import NotFoundError, RequestError, RolloutError
@@ -48,6 +48,7 @@ STATUS: dict[str, int] = {
     "INVALID_ARGUMENT": 400,
     "NOT_FOUND": 404,
     "ALREADY_EXISTS": 409,
+    "FAILED_PRECONDITION": 409,
     "RESOURCE_EXHAUSTED": 429,
     "ENGINE_ERROR": 503,
     "PREEMPTED": 503,
@@ -82,7 +83,7 @@ class Writer(Protocol):
 
 
 Find = Callable[..., Awaitable[RolloutService | str]]
-"""`find(request_id, creates=...)`: who has a request or takes a new one, or the address of the worker that has it."""
+"""`find(request_id, creates=..., beside=...)`: who has or takes a request, or one about another; or where that is."""
 
 
 def make_app(find: Find, token: str = "") -> Guard:
@@ -94,11 +95,12 @@ def make_app(find: Find, token: str = "") -> Guard:
     return Guard(app, token)
 
 
-async def _find(find: Find, request_id: str | None, *, creates: bool = True) -> RolloutService:
+async def _find(find: Find, request_id: str | None, *, creates: bool = True, beside: str = "") -> RolloutService:
     """The service for a request; one without a name is for whoever is asked."""
-    where = await find(request_id or "", creates=creates and bool(request_id))
+    where = await find(request_id or "", creates=creates and bool(request_id), beside=beside)
     if isinstance(where, str):
-        raise HTTPException(421, f"request {str(request_id)[:128]!r} is with the worker at {where}: ask that one")
+        name = beside or str(request_id)
+        raise HTTPException(421, f"request {name[:128]!r} is with the worker at {where}: ask that one")
     return where
 
 
@@ -126,6 +128,13 @@ def _add_generation(app: FastAPI, find: Find) -> None:
         ask = await asyncio.to_thread(vllm.ask_of, body, context_bound(service))
         writer = vllm.Writer(body, ask)
         return await _answer(service, ask, writer, request, stream=body.stream, options=body.stream_options)
+
+    @app.post("/v1/quick_instructions")
+    async def quick_instructions(body: quick.QuickRequest, request: Request) -> Response:
+        service = await _find(find, body.request_id, beside=body.rollout_id.partition("/")[0])
+        work = quick.answer(body, service, _checked_model(body.model, service))
+        said = await _unless_gone(request, work)
+        return Response(status_code=CLIENT_GONE) if said is None else JSONResponse(said)
 
     @app.post("/inference/v1/abort_requests")
     async def abort(body: vllm.AbortRequest) -> Response:

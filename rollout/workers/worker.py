@@ -154,9 +154,10 @@ class Worker:
         """Rollouts that are queued or running."""
         return sum(each.service.running_count for each in self.owned.values())
 
-    async def locate(self, request_id: str, *, creates: bool) -> RolloutService | str:
-        """As `place_of`; the service, or the address."""
-        place = await self.place_of(request_id, creates=creates)
+    async def locate(self, request_id: str, *, creates: bool, beside: str = "") -> RolloutService | str:
+        """As `place_of`, or `place_beside` that other request; the service, or the address."""
+        finding = self.place_beside(request_id, beside) if beside else self.place_of(request_id, creates=creates)
+        place = await finding
         return place.service or place.address
 
     async def place_of(self, request_id: str, *, creates: bool = False) -> Place:

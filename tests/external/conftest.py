@@ -71,7 +71,7 @@ def serve(tmp_path: Path) -> Serve:
             async with service:
                 await service.start()
 
-                async def find(_request_id: str, *, creates: bool) -> RolloutService:
+                async def find(_request_id: str, **_options: Any) -> RolloutService:
                     return service
 
                 server = start_http_server(find, listen(listen_at("127.0.0.1:0")), token)

@@ -721,7 +721,7 @@ class QuickInstructionResponse(_message.Message):
     def __init__(self, answers: _Optional[_Iterable[_Union[QuickAnswer, _Mapping]]] = ...) -> None: ...
 
 class QuickAnswer(_message.Message):
-    __slots__ = ("task", "text", "is_complete", "rollout_id", "action", "queries", "title", "label", "unread", "prompt_tokens_count", "cached_tokens_count")
+    __slots__ = ("task", "text", "is_complete", "rollout_id", "action", "queries", "title", "label", "unread", "prompt_tokens_count", "cached_tokens_count", "answer_tokens_count")
     TASK_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     IS_COMPLETE_FIELD_NUMBER: _ClassVar[int]
@@ -733,6 +733,7 @@ class QuickAnswer(_message.Message):
     UNREAD_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_COUNT_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_COUNT_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_TOKENS_COUNT_FIELD_NUMBER: _ClassVar[int]
     task: str
     text: str
     is_complete: bool
@@ -744,7 +745,8 @@ class QuickAnswer(_message.Message):
     unread: str
     prompt_tokens_count: int
     cached_tokens_count: int
-    def __init__(self, task: _Optional[str] = ..., text: _Optional[str] = ..., is_complete: _Optional[bool] = ..., rollout_id: _Optional[str] = ..., action: _Optional[_Union[QuickAction, str]] = ..., queries: _Optional[_Iterable[str]] = ..., title: _Optional[str] = ..., label: _Optional[str] = ..., unread: _Optional[str] = ..., prompt_tokens_count: _Optional[int] = ..., cached_tokens_count: _Optional[int] = ...) -> None: ...
+    answer_tokens_count: int
+    def __init__(self, task: _Optional[str] = ..., text: _Optional[str] = ..., is_complete: _Optional[bool] = ..., rollout_id: _Optional[str] = ..., action: _Optional[_Union[QuickAction, str]] = ..., queries: _Optional[_Iterable[str]] = ..., title: _Optional[str] = ..., label: _Optional[str] = ..., unread: _Optional[str] = ..., prompt_tokens_count: _Optional[int] = ..., cached_tokens_count: _Optional[int] = ..., answer_tokens_count: _Optional[int] = ...) -> None: ...
 
 class Span(_message.Message):
     __slots__ = ("start", "length", "kind", "turn", "trainable")

@@ -49,7 +49,7 @@ def serving(tmp_path: Path, seen: Seen) -> Serving:
         async with RolloutService(directory, engine, FakeSubstrate(), TOKENIZER, config, observe=observe) as service:
             await service.start()
 
-            async def find(_request_id: str, *, creates: bool) -> RolloutService:
+            async def find(_request_id: str, **_options: Any) -> RolloutService:
                 return service
 
             server = start_http_server(find, listen(listen_at("127.0.0.1:0")), token)

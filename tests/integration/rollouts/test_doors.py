@@ -86,7 +86,7 @@ async def test_a_certificate_hides_what_passes(
     with pytest.raises(InvalidArgumentError, match="DSEC_ROLLOUT_CA"):
         AsyncRolloutClient(address)
 
-    async def find(_request_id: str, *, creates: bool) -> RolloutService:
+    async def find(_request_id: str, **_options: Any) -> RolloutService:
         service: RolloutService = setting.service
         return service
 

@@ -127,6 +127,8 @@ async def test_a_question_is_placed_beside_what_it_asks_about(start: Start) -> N
         await two.job("elsewhere")
         said = await two.client.quick(member.rollout_id, ["title"], request_id="question")
         index = one.worker._index
+        assert isinstance(await two.worker.locate("by-http", creates=False, beside="asked-about"), str)
+        assert await index.partition_of("by-http") == await index.partition_of("asked-about")
         assert await index.partition_of("question") == await index.partition_of("asked-about")
         drawn = one.engine.drawn_count
         assert await one.client.quick(member.rollout_id, ["title"], request_id="question") == said
