@@ -8,7 +8,7 @@ See: rollout/conformance/suite.py, the list.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,12 @@ from dsec.conformance.check import NotConformingError, require
 from rollout.engine import Engine, Sampled, SampleRequest, Sampling
 from rollout.errors import RolloutError
 
-Trait = Literal["draws", "keeps"]
-"""It draws by chance as `Sampling` says; it keeps states between requests."""
+Trait = Literal["draws", "keeps", "exact", "versions", "masks"]
+"""It draws by chance as `Sampling` says; it keeps states between requests; it gives the same bits whatever was batched,
+kept or computed again, by chance too; it holds several weights at once; it tells what a cut kept."""
 WARM = Sampling(temperature=1.5, top_p=0.95, seed=4)
+CLOSE = 1e-3
+"""How far logprobs of the same tokens may lie apart where an engine is not exact."""
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +33,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     `make` gives a new one, closed, on weights that are always the same; `checkpoint(n)` a folder with other weights
     for it, n = 1, 2, ...  `prompts` are at least four contexts after which it has 20 tokens and more to say,
     `stop_id` not among them; after `vague` no token is likely (where it draws).  `folder` is scratch space.
+    What need not be exact is compared for the likeliest tokens alone: nobody else draws them again.
     """
 
     make: Callable[[], Engine]
@@ -38,7 +42,36 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     prompts: tuple[tuple[int, ...], ...]
     stop_id: int
     vague: tuple[int, ...] = ()
-    traits: frozenset[Trait] = frozenset({"draws", "keeps"})
+    traits: frozenset[Trait] = frozenset({"draws", "keeps", "exact", "versions", "masks"})
+
+    def ask(
+        self, token_ids: tuple[int, ...], count: int, stop_ids: frozenset[int] = frozenset(), **more: Any
+    ) -> SampleRequest:
+        """A request; `more` are fields of SampleRequest."""
+        fields: dict[str, Any] = {"session": "s", "sampling": self.repeatable(WARM), "stream_key": 1}
+        return SampleRequest(token_ids=token_ids, tokens_count_max=count, stop_ids=stop_ids, **fields | more)
+
+    def repeatable(self, sampling: Sampling) -> Sampling:
+        """So, or as a request must draw that is compared with another one."""
+        return sampling if "exact" in self.traits else Sampling()
+
+    def same(self, *outputs: Sampled) -> bool:
+        """Whether these are one answer."""
+        first = outputs[0]
+        if "exact" in self.traits:
+            return all(each == first for each in outputs)
+        return all(
+            (each.token_ids, each.finish) == (first.token_ids, first.finish)
+            and self.close(each.logprobs, first.logprobs)
+            for each in outputs
+        )
+
+    def close(self, logprobs: Sequence[float], others: Sequence[float]) -> bool:
+        """Whether these are the same logprobs."""
+        distance = 0.0 if "exact" in self.traits else CLOSE
+        return len(logprobs) == len(others) and all(
+            abs(one - other) <= distance for one, other in zip(logprobs, others, strict=True)
+        )
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -65,12 +98,6 @@ async def opened(subject: Subject) -> AsyncIterator[Engine]:
         await engine.close()
 
 
-def ask(token_ids: tuple[int, ...], count: int, stop_ids: frozenset[int] = frozenset(), **more: Any) -> SampleRequest:
-    """A request; `more` are fields of SampleRequest."""
-    fields: dict[str, Any] = {"session": "s", "sampling": WARM, "stream_key": 1}
-    return SampleRequest(token_ids=token_ids, tokens_count_max=count, stop_ids=stop_ids, **fields | more)
-
-
 def joined(chunks: list[Sampled]) -> Sampled:
     """The tokens of all chunks as one, each checked against the port."""
     require(all(len(chunk.token_ids) == len(chunk.logprobs) >= 1 for chunk in chunks), chunks)
@@ -80,6 +107,11 @@ def joined(chunks: list[Sampled]) -> Sampled:
         logprobs=tuple(p for chunk in chunks for p in chunk.logprobs),
         finish=chunks[-1].finish,
     )
+
+
+def after(output: Sampled, count: int) -> Sampled:
+    """What is left of an answer behind its first tokens."""
+    return Sampled(token_ids=output.token_ids[count:], logprobs=output.logprobs[count:], finish=output.finish)
 
 
 async def chunks_of(engine: Engine, request: SampleRequest) -> list[Sampled]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rollout import context
-from rollout.conformance.check import Check, Subject
+from rollout.conformance.check import Check, Subject, Trait
 from rollout.conformance.suite import checks_for
 from rollout.engines.embedded.batching import Limits
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
@@ -22,6 +22,7 @@ PROMPTS = [tuple(prompt["token_ids"]) for prompt in json.loads(GOLDEN.read_text(
 TOKENIZER = load_tokenizer()
 STORY = " ".join(f"line {number} of the file says so" for number in range(12))
 EOS_ID = 1
+ALL: frozenset[Trait] = frozenset({"draws", "keeps", "exact", "versions", "masks"})
 LIMITS = {
     "embedded": Limits(),
     "embedded, one at a time and nothing kept": Limits(
@@ -66,7 +67,7 @@ def embedded(folder: Path, limits: Limits) -> Subject:
         prompts=(PROMPTS[0], *prompts),
         stop_id=EOS_ID,
         vague=(0, 17, 900),
-        traits=frozenset({"draws", "keeps"} if limits.state_bytes_max else {"draws"}),
+        traits=ALL if limits.state_bytes_max else ALL - {"keeps"},
     )
 
 
@@ -79,7 +80,7 @@ def scripted(folder: Path) -> Subject:
         folder=folder,
         prompts=tuple(tuple(i for s in context.prompt(text, TOKENIZER, "high") for i in s.token_ids) for text in texts),
         stop_id=EOS_ID,
-        traits=frozenset({"keeps"}),
+        traits=ALL - {"draws"},
     )
 
 
