@@ -31,8 +31,14 @@ static void rotate_lanes(float *x, const float *rope, int dim, int rope_dim, flo
     }
 }
 
+/* What one token attends to, and its rotation. */
+typedef struct {
+    const float *window, *entries, *rope;
+    int window_count, entries_count, rope_dim;
+} v4_view;
+
 /* Eight heads of one query: to lanes, divided by each head's rms, rotated. */
-static void load_query(const float *heads, const float *rope, const v4_config *config, float *lanes) {
+static void load_query(const float *heads, const v4_view *view, const v4_config *config, float *lanes) {
     int dim = config->head_dim;
     f8 squares = f8_splat(0.0f);
     for (int d = 0; d < dim; d++) {
@@ -44,7 +50,7 @@ static void load_query(const float *heads, const float *rope, const v4_config *c
     f8 scale, mean = squares / (float)dim + config->norm_eps;
     for (int h = 0; h < LANES; h++) scale[h] = 1.0f / __builtin_sqrtf(mean[h]);
     for (int d = 0; d < dim; d++) f8_store(lanes + d * LANES, f8_load(lanes + d * LANES) * scale);
-    rotate_lanes(lanes, rope, dim, config->rope_dim, 1.0f);
+    rotate_lanes(lanes, view->rope, dim, view->rope_dim, 1.0f);
 }
 
 V4_INLINE void score_tile(int keys, const float *query, const float *rows, int dim, f8 scale, float *scores) {
@@ -94,11 +100,6 @@ static f8 exponentiate(float *scores, int count, f8 sink) {
     return total;
 }
 
-typedef struct {
-    const float *window, *entries, *rope;
-    int window_count, entries_count;
-} v4_view;
-
 static void attend(v4_model *model, const v4_layer *layer, const v4_view *view, const float *query, float *out) {
     const v4_config *config = &model->config;
     int dim = config->head_dim;
@@ -106,7 +107,7 @@ static void attend(v4_model *model, const v4_layer *layer, const v4_view *view, 
     float *lanes = model->scratch.lanes;
     f8 scale = f8_splat(1.0f / __builtin_sqrtf((float)dim));
     for (int first = 0; first < config->heads_count; first += LANES) {
-        load_query(query + first * dim, view->rope, config, lanes);
+        load_query(query + first * dim, view, config, lanes);
         score_rows(lanes, view->window, view->window_count, dim, scale, scores);
         score_rows(lanes, view->entries, view->entries_count, dim, scale, entry_scores);
         f8 total = exponentiate(scores, view->window_count + view->entries_count, f8_load(layer->sinks + first));
@@ -114,7 +115,7 @@ static void attend(v4_model *model, const v4_layer *layer, const v4_view *view, 
         add_rows(scores, view->window, view->window_count, dim, lanes);
         add_rows(entry_scores, view->entries, view->entries_count, dim, lanes);
         for (int d = 0; d < dim; d++) f8_store(lanes + d * LANES, f8_load(lanes + d * LANES) / total);
-        rotate_lanes(lanes, view->rope, dim, config->rope_dim, -1.0f);
+        rotate_lanes(lanes, view->rope, dim, view->rope_dim, -1.0f);
         for (int h = 0; h < LANES; h++)
             for (int d = 0; d < dim; d++) out[(first + h) * dim + d] = lanes[d * LANES + h];
     }
@@ -124,14 +125,15 @@ static void attend(v4_model *model, const v4_layer *layer, const v4_view *view, 
 static void advance(v4_model *model, const v4_layer *layer, float *floats, int token, uint32_t position) {
     const v4_config *config = &model->config;
     v4_scratch *scratch = &model->scratch;
-    int dim = config->head_dim, width = config->heads_count * dim;
+    int dim = config->head_dim, width = model->heads_width;
     const float *row = scratch->projected + (size_t)token * (size_t)layer->input.rows;
     uint32_t slots = (uint32_t)model->window_slots;
     float *window = floats + layer->window_offset, *key = window + (size_t)(position % slots) * (size_t)dim;
     v4_view view = {.window = window, .window_count = (int)(position < slots ? position + 1 : slots)};
-    view.rope = layer->rope + (size_t)position * (size_t)config->rope_dim;
+    view.rope_dim = layer->rope_dim;
+    view.rope = layer->rope + (size_t)position * (size_t)layer->rope_dim;
     v4_rms_norm(row + config->query_rank, layer->kv_norm, dim, config->norm_eps, key);
-    v4_rotate(key, view.rope, dim, config->rope_dim, 1.0f);
+    v4_rotate(key, view.rope, dim, layer->rope_dim, 1.0f);
     if (layer->kind != V4_SLIDING) {
         v4_pool_append(model, &layer->pool, floats, row, position);
         view.entries = floats + layer->pool.entries_offset;
@@ -149,8 +151,9 @@ static void advance(v4_model *model, const v4_layer *layer, float *floats, int t
 void v4_attention(v4_model *model, const v4_layer *layer, const v4_chunk *chunks, int chunks_count, int tokens) {
     const v4_config *config = &model->config;
     v4_scratch *scratch = &model->scratch;
-    int columns = layer->input.rows, width = config->heads_count * config->head_dim, token = 0;
+    int columns = layer->input.rows, width = model->heads_width, token = 0;
     int groups = config->output_groups, rank = config->output_rank;
+    int per_group = config->heads_count * config->head_dim / groups;
     v4_linear(&layer->input, tokens, scratch->normed, config->hidden_dim, scratch->projected, columns);
     for (int t = 0; t < tokens; t++) {
         float *row = scratch->projected + (size_t)t * (size_t)columns;
@@ -164,7 +167,7 @@ void v4_attention(v4_model *model, const v4_layer *layer, const v4_chunk *chunks
         for (int i = 0; i < chunks[c].tokens_count; i++)
             advance(model, layer, chunks[c].state->floats, token++, chunks[c].state->position + (uint32_t)i);
     for (int g = 0; g < groups; g++)
-        v4_linear(&layer->output_a[g], tokens, scratch->attended + g * (width / groups), width,
+        v4_linear(&layer->output_a[g], tokens, scratch->attended + g * per_group, width,
                   scratch->low_rank + g * rank, groups * rank);
     v4_linear(&layer->output_b, tokens, scratch->low_rank, groups * rank, scratch->output, config->hidden_dim);
 }

@@ -11,7 +11,6 @@ See: `v4.h`, docs/formats/engine_state.md.
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Sequence
 
 import msgspec
@@ -19,6 +18,7 @@ import msgspec
 from rollout.engine import Routing, Sampling, TopLogprobs
 from rollout.engines.embedded.checkpoint import Checkpoint
 from rollout.engines.embedded.library import CChunk, CConfig, CReport, CSampling, CStream, load_library
+from rollout.engines.embedded.weights import mapped
 from rollout.errors import EngineError
 
 BATCH_TOKENS_MAX = 128
@@ -177,25 +177,14 @@ class Model:
             else:
                 setattr(config, name, value)
         path = checkpoint.folder / "model.safetensors"
-        try:
-            with path.open("rb") as file:
-                # copy-on-write: ctypes takes addresses only of writable buffers, and nothing writes here
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            raise EngineError(f"{path}: cannot be mapped: {error}") from error
-        anchor = ctypes.c_char.from_buffer(data)
-        base = ctypes.addressof(anchor)
-        table = (ctypes.c_void_p * len(checkpoint.tensors))(
-            *(None if tensor is None else base + tensor.begin for tensor in checkpoint.tensors)
-        )
-        odd = [
-            tensor.name
-            for tensor in checkpoint.tensors
-            if tensor and not self.library.v4_is_finite(base + tensor.begin, (tensor.end - tensor.begin) // 2)
-        ]
-        self.pointer = None if odd else self.library.v4_create(ctypes.byref(config), table)
-        del anchor
-        data.close()
+        with mapped(path, checkpoint.tensors) as addresses:
+            odd = [
+                tensor.name
+                for tensor, address in zip(checkpoint.tensors, addresses, strict=True)
+                if tensor and not self.library.v4_is_finite(address, tensor.words_count)
+            ]
+            table = (ctypes.c_void_p * len(addresses))(*addresses)
+            self.pointer = None if odd else self.library.v4_create(ctypes.byref(config), table)
         if odd:
             raise EngineError(f"{path}: tensor {odd[0]} holds NaN or infinity, and so do {len(odd) - 1} others")
         if not self.pointer:

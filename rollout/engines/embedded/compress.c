@@ -50,7 +50,7 @@ void v4_pool_append(const v4_model *model, const v4_compressor *pool, float *flo
     for (int d = 0; d < dim; d += 8) f8_store(out + d, f8_load(current + 2 * dim + d) / f8_load(current + dim + d));
     v4_rms_norm(out, pool->norm, dim, config->norm_eps, out);
     size_t start = (size_t)entry * (size_t)pool->rate;
-    v4_rotate(out, model->rope_compress + start * (size_t)config->rope_dim, dim, config->rope_dim, 1.0f);
+    v4_rotate(out, model->rope_compress + start * (size_t)config->rope_dim_compress, dim, config->rope_dim_compress, 1.0f);
     if (pool->overlap) {
         memcpy(current, next, (size_t)(3 * dim) * sizeof(float));
         pool_clear(next, dim);
@@ -102,9 +102,9 @@ int v4_index_select(v4_model *model, const v4_layer *layer, const float *floats,
     int n = (int)((position + 1) / (uint32_t)config->csa_rate), k = config->index_topk, kept = 0;
     if (!model->indexed) return 0;
     float *query = scratch->index_query + (size_t)token * (size_t)(config->index_heads * config->index_dim);
-    const float *rope = model->rope_compress + (size_t)position * (size_t)config->rope_dim;
+    const float *rope = model->rope_compress + (size_t)position * (size_t)config->rope_dim_compress;
     for (int h = 0; h < config->index_heads; h++)
-        v4_rotate(query + h * config->index_dim, rope, config->index_dim, config->rope_dim, 1.0f);
+        v4_rotate(query + h * config->index_dim, rope, config->index_dim, config->rope_dim_compress, 1.0f);
     if (n <= k) return 0;
     score_entries(model, layer, floats + layer->index_pool.entries_offset, n, token);
     uint32_t threshold = kth_largest(scratch->index_scores, n, k);

@@ -89,7 +89,7 @@ class EmbeddedEngine:
     def _load(self) -> Versions:
         checkpoint = load_checkpoint(self._folder)
         model = Model(checkpoint)
-        self._shape = (checkpoint.dimensions, checkpoint.fork_token_id)
+        self._shape = (checkpoint.dimensions, checkpoint.vocabulary_digest)
         self._info = EngineInfo(
             name="embedded",
             build=build_digest(),
@@ -197,7 +197,7 @@ class EmbeddedEngine:
     def _load_alike(self, folder: Path) -> Model:
         """A model whose tokens and states mean the same as those of the model that draws."""
         checkpoint = load_checkpoint(folder)
-        if (checkpoint.dimensions, checkpoint.fork_token_id) != self._shape:
+        if (checkpoint.dimensions, checkpoint.vocabulary_digest) != self._shape:
             raise EngineError(f"{folder}: a model of another shape or vocabulary; open another engine for it")
         return Model(checkpoint)
 

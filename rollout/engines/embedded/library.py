@@ -12,7 +12,8 @@ import functools
 from pathlib import Path
 
 from rollout.engine import STOP_IDS_MAX
-from rollout.engines.embedded.checkpoint import LAYERS_MAX
+from rollout.engines.embedded.config import LAYERS_MAX
+from rollout.engines.embedded.rope import PAIRS_MAX
 from rollout.errors import EngineError
 
 LIBRARY = Path(__file__).parent / "v4.so"
@@ -27,10 +28,12 @@ class CConfig(ctypes.Structure):
             for name in (
                 "vocab_count",
                 "hidden_dim",
+                "streams_count",
                 "layers_count",
                 "heads_count",
                 "head_dim",
-                "rope_dim",
+                "rope_dim_main",
+                "rope_dim_compress",
                 "query_rank",
                 "output_groups",
                 "output_rank",
@@ -43,13 +46,25 @@ class CConfig(ctypes.Structure):
                 "experts_count",
                 "experts_active",
                 "expert_dim",
+                "scoring",
                 "sinkhorn_rounds",
                 "context_tokens_max",
                 "batch_tokens_max",
             )
         ),
-        *((name, ctypes.c_float) for name in ("norm_eps", "mix_eps", "swiglu_limit", "route_scale")),
-        *((name, ctypes.c_double) for name in ("theta_main", "theta_compress")),
+        *(
+            (name, ctypes.c_float)
+            for name in (
+                "norm_eps",
+                "mix_eps",
+                "swiglu_limit",
+                "route_scale",
+                "rope_scale_main",
+                "rope_scale_compress",
+            )
+        ),
+        ("frequencies_main", ctypes.c_float * PAIRS_MAX),
+        ("frequencies_compress", ctypes.c_float * PAIRS_MAX),
         ("attention_kinds", ctypes.c_int32 * LAYERS_MAX),
         ("hash_routed", ctypes.c_int32 * LAYERS_MAX),
     )

@@ -40,7 +40,7 @@ static int load_mix(v4_model *model, v4_mix *mix, const void *const *tensors, in
     mix->base = floats_of(model, tensors[1], rows);
     mix->scale = floats_of(model, tensors[2], scales);
     if (!mix->base || !mix->scale) return -1;
-    return matrix_of(model, &mix->weights, tensors[0], rows, V4_STREAMS * model->config.hidden_dim);
+    return matrix_of(model, &mix->weights, tensors[0], rows, model->config.streams_count * model->config.hidden_dim);
 }
 
 static int load_compressor(v4_model *model, v4_compressor *pool, const void *const *tensors, int kind, int dim) {
@@ -98,17 +98,18 @@ static int load_attention(v4_model *model, v4_layer *layer, const void *const *t
     layer->kv_norm = floats_of(model, tensors[V4_L_KV_NORM], config->head_dim);
     layer->sinks = floats_of(model, tensors[V4_L_SINKS], config->heads_count);
     layer->rope = layer->kind == V4_SLIDING ? model->rope_main : model->rope_compress;
+    layer->rope_dim = layer->kind == V4_SLIDING ? config->rope_dim_main : config->rope_dim_compress;
     return bad || !layer->query_norm || !layer->kv_norm || !layer->sinks ? -1 : 0;
 }
 
 static int load_router_table(v4_model *model, v4_layer *layer, const int64_t *source) {
     int active = model->config.experts_active;
-    layer->router_table = v4_take(model, (size_t)model->config.vocab_count * (size_t)active);
+    layer->router_table = v4_take(model, (size_t)model->config.vocab_count * (size_t)active * sizeof(uint16_t));
     if (!layer->router_table) return -1;
     for (int token = 0; token < model->config.vocab_count; token++) {
-        uint8_t *ids = layer->router_table + (size_t)token * (size_t)active;
+        uint16_t *ids = layer->router_table + (size_t)token * (size_t)active;
         for (int k = 0; k < active; k++) {
-            uint8_t id = (uint8_t)source[(size_t)token * (size_t)active + (size_t)k];
+            uint16_t id = (uint16_t)source[(size_t)token * (size_t)active + (size_t)k];
             int at = k;
             for (; at > 0 && ids[at - 1] > id; at--) ids[at] = ids[at - 1];
             ids[at] = id;
@@ -138,7 +139,7 @@ static int load_experts(v4_model *model, v4_layer *layer, const void *const *ten
 static int load_layer(v4_model *model, int index, const void *const *tensors) {
     const v4_config *config = &model->config;
     v4_layer *layer = &model->layers[index];
-    int rows = 2 * V4_STREAMS + V4_STREAMS * V4_STREAMS;
+    int rows = (2 + config->streams_count) * config->streams_count;
     layer->kind = config->attention_kinds[index];
     layer->attention_norm = floats_of(model, tensors[V4_L_ATTN_NORM], config->hidden_dim);
     layer->ffn_norm = floats_of(model, tensors[V4_L_FFN_NORM], config->hidden_dim);
@@ -175,12 +176,13 @@ v4_model *v4_create(const v4_config *config, const void *const *tensors) {
     int context = config->context_tokens_max, hidden = config->hidden_dim;
     size_t embedding_bytes = (size_t)config->vocab_count * (size_t)hidden * sizeof(uint16_t);
     model->config = *config;
+    model->heads_width = v4_padded(config->heads_count) * config->head_dim;
     model->window_slots = config->window_tokens < context ? config->window_tokens : context;
     model->indexed = context / config->csa_rate > config->index_topk;
     int bad = v4_rope_create(model);
     for (int l = 0; l < config->layers_count && !bad; l++)
         bad = load_layer(model, l, tensors + V4_T_COUNT + (ptrdiff_t)l * V4_L_COUNT);
-    bad = bad || load_mix(model, &model->head_mix, tensors + V4_T_MIX, V4_STREAMS, 1);
+    bad = bad || load_mix(model, &model->head_mix, tensors + V4_T_MIX, config->streams_count, 1);
     bad = bad || matrix_of(model, &model->head, tensors[V4_T_HEAD], config->vocab_count, hidden);
     bad = bad || !(model->norm = floats_of(model, tensors[V4_T_NORM], hidden));
     bad = bad || !(model->embedding = v4_take(model, embedding_bytes));

@@ -1,13 +1,11 @@
-/* Manifold-constrained hyper-connections: four residual streams, read into one, written back.
+/* Manifold-constrained hyper-connections: a few residual streams, read into one, written back.
  *
  * A block reads a weighted sum of the streams; its output returns to every stream with a weight,
- * and the streams are mixed by a nearly doubly stochastic 4 x 4 matrix (Sinkhorn rounds keep its
+ * and the streams are mixed by a nearly doubly stochastic matrix (Sinkhorn rounds keep its
  * rows and columns near 1). All weights come from one projection of the streams themselves.
  */
 #include "model.h"
 #include "simd.h"
-
-enum { STREAMS = V4_STREAMS, PAIRS = STREAMS * STREAMS };
 
 V4_INLINE float root(float x) { return __builtin_sqrtf(x); }
 
@@ -20,102 +18,119 @@ void v4_rms_norm(const float *x, const float *weight, int n, float eps, float *o
     }
 }
 
-static void normalize_columns(float *comb, float eps) {
-    for (int k = 0; k < STREAMS; k++) {
-        float sum = ((comb[k] + comb[4 + k]) + (comb[8 + k] + comb[12 + k])) + eps;
-        for (int j = 0; j < STREAMS; j++) comb[j * 4 + k] /= sum;
+V4_INLINE void normalize_columns(float *comb, int n, float eps) {
+    float sums[V4_STREAMS_MAX] = {0};
+    for (int j = 0; j < n; j++)
+        for (int k = 0; k < n; k++) sums[k] += comb[j * n + k];
+    for (int j = 0; j < n; j++)
+        for (int k = 0; k < n; k++) comb[j * n + k] /= sums[k] + eps;
+}
+
+V4_INLINE void normalize_rows(float *comb, int n, float eps) {
+    for (int j = 0; j < n; j++) {
+        float *row = comb + j * n, sum = 0.0f;
+        for (int k = 0; k < n; k++) sum += row[k];
+        for (int k = 0; k < n; k++) row[k] /= sum + eps;
     }
 }
 
-static void normalize_rows(float *comb, float eps) {
-    for (int j = 0; j < STREAMS; j++) {
-        float *row = comb + j * 4, sum = ((row[0] + row[2]) + (row[1] + row[3])) + eps;
-        for (int k = 0; k < STREAMS; k++) row[k] /= sum;
+/* Softmax of each row plus eps, then the Sinkhorn rounds. comb holds the logits, n x n, and room up to a vector. */
+V4_INLINE void sinkhorn(float *comb, int n, int rounds, float eps) {
+    for (int j = 0; j < n; j++) {
+        float *row = comb + j * n, top = row[0];
+        for (int k = 1; k < n; k++) top = row[k] > top ? row[k] : top;
+        for (int k = 0; k < n; k++) row[k] -= top;
     }
-}
-
-/* Softmax of each row plus eps, then the Sinkhorn rounds. comb holds the logits, 4 x 4. */
-static void sinkhorn(float *comb, int rounds, float eps) {
-    for (int j = 0; j < STREAMS; j++) {
-        float *row = comb + j * 4, top = row[0];
-        for (int k = 1; k < STREAMS; k++) top = row[k] > top ? row[k] : top;
-        for (int k = 0; k < STREAMS; k++) row[k] -= top;
-    }
-    f8_store(comb, f8_exp(f8_load(comb)));
-    f8_store(comb + 8, f8_exp(f8_load(comb + 8)));
-    normalize_rows(comb, 0.0f);
-    for (int i = 0; i < PAIRS; i++) comb[i] += eps;
-    normalize_columns(comb, eps);
+    for (int i = 0; i < n * n; i += 8) f8_store(comb + i, f8_exp(f8_load(comb + i)));
+    normalize_rows(comb, n, 0.0f);
+    for (int i = 0; i < n * n; i++) comb[i] += eps;
+    normalize_columns(comb, n, eps);
     for (int round = 1; round < rounds; round++) {
-        normalize_rows(comb, eps);
-        normalize_columns(comb, eps);
+        normalize_rows(comb, n, eps);
+        normalize_columns(comb, n, eps);
     }
 }
 
-static void weighted_sum(const float *streams, const float *weights, int dim, float *out) {
+V4_INLINE void weighted_sum(const float *streams, const float *weights, int n, int dim, float *out) {
     for (int d = 0; d < dim; d += 8) {
         f8 sum = f8_splat(weights[0]) * f8_load(streams + d);
-        for (int s = 1; s < STREAMS; s++) sum = f8_fma(f8_splat(weights[s]), f8_load(streams + s * dim + d), sum);
+        for (int s = 1; s < n; s++) sum = f8_fma(f8_splat(weights[s]), f8_load(streams + s * dim + d), sum);
         f8_store(out + d, sum);
     }
 }
 
-/* Streams -> scratch.normed (the block's input, normalised), scratch.post and scratch.comb. */
-void v4_mix_read(v4_model *model, const v4_mix *mix, const float *norm, int tokens) {
+/* gates = sigmoid(gates), n of them, and room up to a vector. */
+V4_INLINE void open_gates(float *gates, int n) {
+    for (int i = 0; i < n; i += 8) f8_store(gates + i, f8_sigmoid(f8_load(gates + i)));
+}
+
+V4_INLINE void read_streams(v4_model *model, const v4_mix *mix, const float *norm, int tokens, int n) {
     const v4_config *config = &model->config;
     v4_scratch *scratch = &model->scratch;
-    int dim = config->hidden_dim, width = STREAMS * dim;
-    v4_linear(&mix->weights, tokens, scratch->streams, width, scratch->mixed, 2 * STREAMS + PAIRS);
+    int dim = config->hidden_dim, width = n * dim, rows = (2 + n) * n, pairs = n * n;
+    v4_linear(&mix->weights, tokens, scratch->streams, width, scratch->mixed, rows);
     for (int t = 0; t < tokens; t++) {
-        const float *streams = scratch->streams + (size_t)t * (size_t)width;
-        const float *mixed = scratch->mixed + t * (2 * STREAMS + PAIRS);
-        float *comb = scratch->comb + t * PAIRS, *normed = scratch->normed + (size_t)t * (size_t)dim;
-        float rms = 1.0f / root(f8_dot(streams, streams, width) / (float)width + config->norm_eps), gates[8];
-        for (int i = 0; i < 2 * STREAMS; i++) gates[i] = mixed[i] * rms * mix->scale[i / STREAMS] + mix->base[i];
-        for (int i = 0; i < PAIRS; i++) comb[i] = mixed[8 + i] * rms * mix->scale[2] + mix->base[8 + i];
-        f8_store(gates, f8_sigmoid(f8_load(gates)));
-        for (int i = 0; i < STREAMS; i++) gates[i] += config->mix_eps;
-        for (int i = 0; i < STREAMS; i++) scratch->post[t * STREAMS + i] = 2.0f * gates[STREAMS + i];
-        sinkhorn(comb, config->sinkhorn_rounds, config->mix_eps);
-        weighted_sum(streams, gates, dim, normed);
+        const float *streams = scratch->streams + (size_t)t * (size_t)width, *mixed = scratch->mixed + t * rows;
+        float *comb = scratch->comb + t * v4_padded(pairs), *normed = scratch->normed + (size_t)t * (size_t)dim;
+        float rms = 1.0f / root(f8_dot(streams, streams, width) / (float)width + config->norm_eps);
+        float gates[2 * V4_STREAMS_MAX] = {0};
+        for (int i = 0; i < 2 * n; i++) gates[i] = mixed[i] * rms * mix->scale[i / n] + mix->base[i];
+        for (int i = 0; i < pairs; i++) comb[i] = mixed[2 * n + i] * rms * mix->scale[2] + mix->base[2 * n + i];
+        open_gates(gates, 2 * n);
+        for (int i = 0; i < n; i++) gates[i] += config->mix_eps;
+        for (int i = 0; i < n; i++) scratch->post[t * n + i] = 2.0f * gates[n + i];
+        sinkhorn(comb, n, config->sinkhorn_rounds, config->mix_eps);
+        weighted_sum(streams, gates, n, dim, normed);
         v4_rms_norm(normed, norm, dim, config->norm_eps, normed);
     }
 }
 
-/* streams[k] = post[k] * output + sum over j of comb[j][k] * streams[j], in place. */
-void v4_mix_write(v4_model *model, int tokens) {
+V4_INLINE void write_streams(v4_model *model, int tokens, int n) {
     v4_scratch *scratch = &model->scratch;
     int dim = model->config.hidden_dim;
     for (int t = 0; t < tokens; t++) {
-        float *streams = scratch->streams + (size_t)t * (size_t)(STREAMS * dim);
+        float *streams = scratch->streams + (size_t)t * (size_t)(n * dim);
         const float *output = scratch->output + (size_t)t * (size_t)dim;
-        const float *post = scratch->post + t * STREAMS, *comb = scratch->comb + t * PAIRS;
+        const float *post = scratch->post + t * n, *comb = scratch->comb + t * v4_padded(n * n);
         for (int d = 0; d < dim; d += 8) {
-            f8 old[STREAMS], out = f8_load(output + d);
-            for (int j = 0; j < STREAMS; j++) old[j] = f8_load(streams + j * dim + d);
-            for (int k = 0; k < STREAMS; k++) {
+            f8 old[V4_STREAMS_MAX], out = f8_load(output + d);
+            for (int j = 0; j < n; j++) old[j] = f8_load(streams + j * dim + d);
+            for (int k = 0; k < n; k++) {
                 f8 sum = f8_splat(post[k]) * out;
-                for (int j = 0; j < STREAMS; j++) sum = f8_fma(f8_splat(comb[j * 4 + k]), old[j], sum);
+                for (int j = 0; j < n; j++) sum = f8_fma(f8_splat(comb[j * n + k]), old[j], sum);
                 f8_store(streams + k * dim + d, sum);
             }
         }
     }
 }
 
+/* Four streams, the number of all models so far, are unrolled. */
+void v4_mix_read(v4_model *model, const v4_mix *mix, const float *norm, int tokens) {
+    int n = model->config.streams_count;
+    if (n == 4) read_streams(model, mix, norm, tokens, 4);
+    else read_streams(model, mix, norm, tokens, n);
+}
+
+/* streams[k] = post[k] * output + sum over j of comb[j][k] * streams[j], in place. */
+void v4_mix_write(v4_model *model, int tokens) {
+    int n = model->config.streams_count;
+    if (n == 4) write_streams(model, tokens, 4);
+    else write_streams(model, tokens, n);
+}
+
 /* The last collapse: streams of `tokens` tokens -> normalised hidden vectors for the head. */
 void v4_mix_head(v4_model *model, int tokens, const float *streams, float *out) {
     const v4_config *config = &model->config;
-    int dim = config->hidden_dim, width = STREAMS * dim;
-    v4_linear(&model->head_mix.weights, tokens, streams, width, model->scratch.mixed, STREAMS);
+    int n = config->streams_count, dim = config->hidden_dim, width = n * dim;
+    v4_linear(&model->head_mix.weights, tokens, streams, width, model->scratch.mixed, n);
     for (int t = 0; t < tokens; t++) {
-        const float *from = streams + (size_t)t * (size_t)width, *mixed = model->scratch.mixed + t * STREAMS;
-        float rms = 1.0f / root(f8_dot(from, from, width) / (float)width + config->norm_eps), gates[8] = {0};
-        float *to = out + (size_t)t * (size_t)dim;
-        for (int i = 0; i < STREAMS; i++)
-            gates[i] = mixed[i] * rms * model->head_mix.scale[0] + model->head_mix.base[i];
-        f8_store(gates, f8_sigmoid(f8_load(gates)));
-        for (int i = 0; i < STREAMS; i++) gates[i] += config->mix_eps;
-        weighted_sum(from, gates, dim, to);
+        const float *from = streams + (size_t)t * (size_t)width, *mixed = model->scratch.mixed + t * n;
+        float rms = 1.0f / root(f8_dot(from, from, width) / (float)width + config->norm_eps);
+        float gates[V4_STREAMS_MAX] = {0}, *to = out + (size_t)t * (size_t)dim;
+        for (int i = 0; i < n; i++) gates[i] = mixed[i] * rms * model->head_mix.scale[0] + model->head_mix.base[i];
+        open_gates(gates, n);
+        for (int i = 0; i < n; i++) gates[i] += config->mix_eps;
+        weighted_sum(from, gates, n, dim, to);
         v4_rms_norm(to, model->norm, dim, config->norm_eps, to);
     }
 }

@@ -31,13 +31,14 @@ typedef struct {
     v4_mix attention_mix, ffn_mix;
     float *attention_norm, *ffn_norm, *query_norm, *kv_norm, *sinks, *router_bias;
     v4_matrix input;                 /* query_a | kv | compressor kv, gate | indexer kv, gate, weights */
-    v4_matrix query, index_query, output_a[8], output_b, router;
+    v4_matrix query, index_query, output_a[V4_GROUPS_MAX], output_b, router;
     v4_matrix gate_up[V4_EXPERTS_MAX + 1], down[V4_EXPERTS_MAX + 1]; /* the shared expert comes last */
-    uint8_t *router_table;           /* hash routing: experts_active ids a token id, ascending */
+    uint16_t *router_table;          /* hash routing: experts_active ids a token id, ascending */
     v4_compressor pool, index_pool;
     int32_t kind, index_weights;     /* index_weights: column in the input projection */
     size_t window_offset;
     const float *rope;               /* cos, sin pairs: [position][rope_dim / 2][2] */
+    int32_t rope_dim;
 } v4_layer;
 
 typedef struct {
@@ -49,7 +50,7 @@ typedef struct {
     uint32_t *token_ids;
 } v4_scratch;
 
-enum { V4_BLOCKS_MAX = 64 };
+enum { V4_BLOCKS_MAX = 4096 };
 
 struct v4_model {
     v4_config config;
@@ -60,6 +61,7 @@ struct v4_model {
     float *norm, *rope_main, *rope_compress;
     v4_scratch scratch;
     size_t state_floats;
+    int32_t heads_width;             /* floats of a token's heads, with empty ones up to a multiple of eight */
     int32_t window_slots, indexed;   /* indexed: contexts can hold more CSA entries than index_topk */
     void *blocks[V4_BLOCKS_MAX];
     size_t blocks_count, block_used, block_bytes;
@@ -88,6 +90,9 @@ int v4_rope_create(v4_model *model);
 
 /* step.c */
 int v4_scratch_create(v4_model *model);
+
+/* Rounded up to a whole number of vectors. */
+static inline int v4_padded(int n) { return (n + 7) / 8 * 8; }
 
 /* sample.c: of one token at temperature 1 without cuts; report may be NULL. */
 float v4_logprob(v4_model *model, const float *logits, uint32_t token_id, v4_report *report);

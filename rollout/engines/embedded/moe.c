@@ -6,9 +6,13 @@
 #include "model.h"
 #include "simd.h"
 
-/* scores[i] = sqrt(softplus(logits[i])); both hold experts_count floats rounded up to eight. */
-static void score_experts(const float *logits, int count, float *scores) {
+/* scores[i] = sqrt(softplus(logits[i])), or its sigmoid; both hold experts_count floats rounded up to eight. */
+static void score_experts(const float *logits, int count, int scoring, float *scores) {
     for (int e = 0; e < count; e += 8) {
+        if (scoring == V4_SIGMOID) {
+            f8_store(scores + e, f8_sigmoid(f8_load(logits + e)));
+            continue;
+        }
         f8 value = f8_softplus(f8_load(logits + e));
         for (int i = 0; i < 8; i++) scores[e + i] = __builtin_sqrtf(value[i]);
     }
@@ -31,12 +35,12 @@ static void route(v4_model *model, const v4_layer *layer, const uint32_t *token_
     const v4_config *config = &model->config;
     v4_scratch *scratch = &model->scratch;
     int count = config->experts_count, active = config->experts_active;
-    v4_linear(&layer->router, tokens, scratch->normed, config->hidden_dim, scratch->routed, V4_EXPERTS_MAX);
+    v4_linear(&layer->router, tokens, scratch->normed, config->hidden_dim, scratch->routed, v4_padded(count));
     for (int t = 0; t < tokens; t++) {
         float scores[V4_EXPERTS_MAX], sum = 0.0f;
         int32_t *ids = scratch->route_ids + t * active;
         float *weights = scratch->route_weights + t * active;
-        score_experts(scratch->routed + t * V4_EXPERTS_MAX, count, scores);
+        score_experts(scratch->routed + t * v4_padded(count), count, config->scoring, scores);
         if (layer->router_table)
             for (int k = 0; k < active; k++) ids[k] = layer->router_table[token_ids[t] * (uint32_t)active + (uint32_t)k];
         else

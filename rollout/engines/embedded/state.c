@@ -14,14 +14,11 @@ typedef struct {
     uint32_t magic, position, floats_count, shape;
 } header;
 
-/* A digest of everything the layout depends on (FNV-1a over the dimensions). */
+/* A digest of everything that decides what the floats mean (FNV-1a over the words of the config). */
 static uint32_t shape_of(const v4_model *model) {
-    const v4_config *c = &model->config;
-    const int32_t dims[] = {c->layers_count, c->head_dim,  model->window_slots,   c->csa_rate,   c->hca_rate,
-                            c->rope_dim,     c->index_dim, c->context_tokens_max, model->indexed};
-    uint32_t digest = 2166136261u;
-    for (size_t i = 0; i < sizeof dims / sizeof *dims; i++) digest = (digest ^ (uint32_t)dims[i]) * 16777619u;
-    for (int l = 0; l < c->layers_count; l++) digest = (digest ^ (uint32_t)c->attention_kinds[l]) * 16777619u;
+    uint32_t digest = 2166136261u, words[sizeof model->config / sizeof(uint32_t)];
+    memcpy(words, &model->config, sizeof words);
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++) digest = (digest ^ words[i]) * 16777619u;
     return digest;
 }
 

@@ -12,21 +12,22 @@ int v4_scratch_create(v4_model *model) {
     const v4_config *c = &model->config;
     v4_scratch *s = &model->scratch;
     size_t n = (size_t)c->batch_tokens_max, hidden = (size_t)c->hidden_dim, f = sizeof(float), columns = 0;
-    size_t width = (size_t)(c->heads_count * c->head_dim), entries = (size_t)(c->context_tokens_max / c->csa_rate) + 1;
-    size_t active = n * (size_t)c->experts_active, vocab = (size_t)c->vocab_count;
+    size_t width = (size_t)model->heads_width, entries = (size_t)(c->context_tokens_max / c->csa_rate) + 1;
+    size_t active = n * (size_t)c->experts_active, vocab = (size_t)c->vocab_count, streams = (size_t)c->streams_count;
+    size_t chosen = (size_t)c->index_topk < entries ? (size_t)c->index_topk : entries;
     for (int l = 0; l < c->layers_count; l++)
         if ((size_t)model->layers[l].input.rows > columns) columns = (size_t)model->layers[l].input.rows;
     const need needs[] = {
-        {&s->streams, n * V4_STREAMS * hidden * f}, {&s->finals, n * V4_STREAMS * hidden * f},
-        {&s->mixed, n * (2 + V4_STREAMS) * V4_STREAMS * f}, {&s->post, n * V4_STREAMS * f},
-        {&s->comb, n * V4_STREAMS * V4_STREAMS * f}, {&s->normed, n * hidden * f}, {&s->projected, n * columns * f},
+        {&s->streams, n * streams * hidden * f}, {&s->finals, n * streams * hidden * f},
+        {&s->mixed, n * (2 + streams) * streams * f}, {&s->post, n * streams * f},
+        {&s->comb, n * (size_t)v4_padded(c->streams_count * c->streams_count) * f}, {&s->normed, n * hidden * f}, {&s->projected, n * columns * f},
         {&s->query, n * width * f}, {&s->attended, n * width * f}, {&s->output, n * hidden * f},
         {&s->index_query, n * (size_t)(c->index_heads * c->index_dim) * f},
         {&s->low_rank, n * (size_t)(c->output_groups * c->output_rank) * f},
-        {&s->routed, n * V4_EXPERTS_MAX * f}, {&s->hidden, n * 2 * (size_t)c->expert_dim * f},
+        {&s->routed, n * (size_t)v4_padded(c->experts_count) * f}, {&s->hidden, n * 2 * (size_t)c->expert_dim * f},
         {&s->gathered, n * hidden * f}, {&s->slots, n * hidden * f}, {&s->route_weights, active * f},
         {&s->scores, ((size_t)model->window_slots + entries) * 8 * f},
-        {&s->selected, (size_t)c->index_topk * (size_t)c->head_dim * f}, {&s->index_scores, entries * f},
+        {&s->selected, chosen * (size_t)c->head_dim * f}, {&s->index_scores, entries * f},
         {&s->logits, n * vocab * f}, {&s->weights, vocab * f}, {&s->lanes, (size_t)c->head_dim * 8 * f},
         {&s->route_ids, active * sizeof(int32_t)}, {&s->members, active * sizeof(int32_t)},
         {&s->heap, vocab * sizeof(int32_t)}, {&s->chunks, n * sizeof(v4_chunk)},
@@ -43,14 +44,14 @@ int v4_scratch_create(v4_model *model) {
 /* Token ids to streams (every stream starts as the embedding); returns the number of tokens. */
 static int embed(v4_model *model, const v4_chunk *chunks, int chunks_count) {
     v4_scratch *scratch = &model->scratch;
-    int tokens = 0, dim = model->config.hidden_dim;
+    int tokens = 0, dim = model->config.hidden_dim, count = model->config.streams_count;
     for (int c = 0; c < chunks_count; c++)
         for (int i = 0; i < chunks[c].tokens_count; i++, tokens++) {
             uint32_t id = scratch->token_ids[tokens] = chunks[c].token_ids[i];
             const uint16_t *row = model->embedding + (size_t)id * (size_t)dim;
-            float *streams = scratch->streams + (size_t)tokens * (size_t)(V4_STREAMS * dim);
+            float *streams = scratch->streams + (size_t)tokens * (size_t)(count * dim);
             for (int d = 0; d < dim; d++) streams[d] = bf16_to_float(row[d]);
-            for (int s = 1; s < V4_STREAMS; s++) memcpy(streams + s * dim, streams, (size_t)dim * sizeof(float));
+            for (int s = 1; s < count; s++) memcpy(streams + s * dim, streams, (size_t)dim * sizeof(float));
         }
     return tokens;
 }
@@ -58,7 +59,7 @@ static int embed(v4_model *model, const v4_chunk *chunks, int chunks_count) {
 /* Logits of the last tokens of every chunk that asks for them. */
 static void project_logits(v4_model *model, const v4_chunk *chunks, int chunks_count) {
     v4_scratch *scratch = &model->scratch;
-    size_t width = (size_t)(V4_STREAMS * model->config.hidden_dim), vocab = (size_t)model->config.vocab_count;
+    size_t width = (size_t)(model->config.streams_count * model->config.hidden_dim), vocab = (size_t)model->config.vocab_count;
     int token = 0, wanted = 0;
     for (int c = 0; c < chunks_count; c++) {
         size_t count = (size_t)chunks[c].logits_count;
@@ -80,12 +81,14 @@ static void project_logits(v4_model *model, const v4_chunk *chunks, int chunks_c
 
 /* The experts that a layer has just sent the batch's tokens to, to the chunks that want them. */
 static void tell_routes(const v4_model *model, int layer, const v4_chunk *chunks, int chunks_count) {
-    int active = model->config.experts_active, row = model->config.layers_count * active;
+    int active = model->config.experts_active, bytes = model->config.experts_count > 256 ? 2 : 1;
+    int row = model->config.layers_count * active * bytes;
     const int32_t *ids = model->scratch.route_ids;
     for (int c = 0; c < chunks_count; c++) {
-        uint8_t *to = chunks[c].routes ? chunks[c].routes + layer * active : NULL;
+        uint8_t *to = chunks[c].routes ? chunks[c].routes + layer * active * bytes : NULL;
         for (int i = 0; to && i < chunks[c].tokens_count; i++)
-            for (int k = 0; k < active; k++) to[i * row + k] = (uint8_t)ids[i * active + k];
+            for (int k = 0; k < active * bytes; k++)
+                to[i * row + k] = (uint8_t)(ids[i * active + k / bytes] >> 8 * (k % bytes));
         ids += chunks[c].tokens_count * active;
     }
 }

@@ -1,7 +1,7 @@
-/* Double precision log, exp, sine and cosine of our own, and the rotary tables built from them.
+/* Double precision log, sine and cosine of our own, and the rotary tables built from them.
  *
- * The tables follow the oracle: inverse frequencies and angles are rounded to float first, so
- * that a late position has the angle transformers would use. Accuracy is a few 1e-16, far below
+ * The tables follow the oracle: angles are rounded to float first, so that a late position has the
+ * angle transformers would use. Accuracy is a few 1e-16, far below
  * the float it is rounded to.
  */
 #include <string.h>
@@ -26,18 +26,7 @@ double v4_log(double x) {
     return exponent * LN2_HIGH + (2.0 * s * p + exponent * LN2_LOW);
 }
 
-/* e^x for |x| < 700. */
-static double exp_double(double x) {
-    int n = (int)(x * 1.4426950408889634 + (x < 0 ? -0.5 : 0.5));
-    double r = x - n * LN2_HIGH - n * LN2_LOW, p = 1.0;
-    for (int k = 14; k >= 1; k--) p = p * r / k + 1.0;
-    uint64_t bits = (uint64_t)(n + 1023) << 52;
-    double scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return p * scale;
-}
-
-/* Sine and cosine of 0 <= x < 1e6. */
+/* Sine and cosine of 0 <= x <= 2^20. */
 static void sine_cosine(double x, double *sine, double *cosine) {
     int quarter = (int)(x * 0.63661977236758134 + 0.5);
     double r = x - quarter * 1.57079632673412561417 - quarter * 6.07710050650619224932e-11;
@@ -55,27 +44,23 @@ static void sine_cosine(double x, double *sine, double *cosine) {
     }
 }
 
-static float *rope_table(v4_model *model, double theta) {
-    int pairs = model->config.rope_dim / 2, positions = model->config.context_tokens_max;
-    float *table = v4_take(model, (size_t)positions * (size_t)pairs * 2 * sizeof(float));
-    if (!table) return NULL;
-    double log_theta = v4_log(theta);
-    for (int i = 0; i < pairs; i++) {
-        float exponent = (float)(2 * i) / (float)model->config.rope_dim;
-        float frequency = 1.0f / (float)exp_double(log_theta * (double)exponent);
-        for (int position = 0; position < positions; position++) {
+static float *rope_table(v4_model *model, const float *frequencies, int pairs, float scale) {
+    int positions = model->config.context_tokens_max;
+    float *table = v4_take(model, (size_t)positions * (size_t)pairs * 2 * sizeof(float)), *row = table;
+    for (int position = 0; table && position < positions; position++, row += 2 * pairs)
+        for (int i = 0; i < pairs; i++) {
             double sine, cosine;
-            float angle = (float)position * frequency;
+            float angle = (float)position * frequencies[i];
             sine_cosine((double)angle, &sine, &cosine);
-            table[((size_t)position * (size_t)pairs + (size_t)i) * 2] = (float)cosine;
-            table[((size_t)position * (size_t)pairs + (size_t)i) * 2 + 1] = (float)sine;
+            row[2 * i] = (float)cosine * scale;
+            row[2 * i + 1] = (float)sine * scale;
         }
-    }
     return table;
 }
 
 int v4_rope_create(v4_model *model) {
-    model->rope_main = rope_table(model, model->config.theta_main);
-    model->rope_compress = rope_table(model, model->config.theta_compress);
+    const v4_config *c = &model->config;
+    model->rope_main = rope_table(model, c->frequencies_main, c->rope_dim_main / 2, c->rope_scale_main);
+    model->rope_compress = rope_table(model, c->frequencies_compress, c->rope_dim_compress / 2, c->rope_scale_compress);
     return model->rope_main && model->rope_compress ? 0 : -1;
 }

@@ -20,19 +20,24 @@
 
 #define V4_API __attribute__((visibility("default")))
 
-enum { V4_LAYERS_MAX = 64, V4_EXPERTS_MAX = 64, V4_ACTIVE_MAX = 8, V4_STOPS_MAX = 16, V4_STREAMS = 4 };
+enum { V4_LAYERS_MAX = 128, V4_EXPERTS_MAX = 512, V4_GROUPS_MAX = 16, V4_STREAMS_MAX = 8, V4_PAIRS_MAX = 256 };
+enum { V4_STOPS_MAX = 16 };
 
 /* What a layer attends to besides its sliding window. */
 enum { V4_SLIDING = 0, V4_CSA = 1, V4_HCA = 2 };
 
+/* What makes a score of a router's logit. */
+enum { V4_SQRT_SOFTPLUS = 0, V4_SIGMOID = 1 };
+
 typedef struct {
-    int32_t vocab_count, hidden_dim, layers_count;
-    int32_t heads_count, head_dim, rope_dim, query_rank, output_groups, output_rank, window_tokens;
+    int32_t vocab_count, hidden_dim, streams_count, layers_count;
+    int32_t heads_count, head_dim, rope_dim_main, rope_dim_compress, query_rank, output_groups, output_rank, window_tokens;
     int32_t index_heads, index_dim, index_topk, csa_rate, hca_rate;
-    int32_t experts_count, experts_active, expert_dim;
+    int32_t experts_count, experts_active, expert_dim, scoring;
     int32_t sinkhorn_rounds, context_tokens_max, batch_tokens_max;
     float norm_eps, mix_eps, swiglu_limit, route_scale;
-    double theta_main, theta_compress;
+    float rope_scale_main, rope_scale_compress; /* of sine and cosine */
+    float frequencies_main[V4_PAIRS_MAX], frequencies_compress[V4_PAIRS_MAX]; /* radians a position, for each pair */
     int32_t attention_kinds[V4_LAYERS_MAX];
     int32_t hash_routed[V4_LAYERS_MAX];
 } v4_config;
@@ -54,7 +59,8 @@ typedef struct v4_state v4_state;
 
 /* One sequence's part of a forward pass: tokens_count ids appended to its state.
  * logits: vocab_count floats for each of the last logits_count of them.
- * routes: NULL, or room for the experts of each token: experts_active ids a layer, ascending, layer after layer. */
+ * routes: NULL, or room for the experts of each token: experts_active ids a layer, ascending, layer after layer;
+ * one byte each, or two (little-endian) where there are more than 256 experts. */
 typedef struct {
     v4_state *state;
     const uint32_t *token_ids;

@@ -83,20 +83,70 @@ def test_a_route_to_an_expert_that_does_not_exist_is_refused(folder: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"model_type": "llama"}, "model_type"),
-        ({"hc_mult": 2}, "hc_mult 4"),
-        ({"hidden_size": 250}, "multiples of 16"),
-        ({"num_attention_heads": 4}, "multiples of 8"),
-        ({"num_hidden_layers": 5}, "a kind for every layer"),
-        ({"n_routed_experts": 6}, "experts"),
-        ({"layer_types": ["full_attention"] * 6}, "full_attention"),
-        ({"hidden_size": 512}, "model.embed_tokens.weight"),
+        ({"model_type": "llama"}, "model_type is 'llama': must be 'deepseek_v4'"),
+        ({"hc_mult": 9}, "hc_mult is 9: must be an integer from 1 to 8"),
+        ({"hc_mult": True}, "hc_mult is True"),
+        ({"hidden_size": 250}, "hidden_size is 250: must be a multiple of 16 from 16 to 16384"),
+        ({"vocab_size": "4096"}, "vocab_size is '4096'"),
+        ({"num_hidden_layers": 7}, "layer_types is .*: must be a list with a kind for each of num_hidden_layers = 7"),
+        ({"num_hidden_layers": 5}, "27 tensors are none of this model's: model.layers.5.attn_hc.base"),
+        ({"n_routed_experts": 513}, "n_routed_experts is 513"),
+        ({"n_routed_experts": 6}, r"model.layers.0.mlp.gate.weight is BF16 \[8, 256\], not BF16 \[6, 256\]"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9: must be at most n_routed_experts = 8"),
+        ({"o_groups": 3}, "o_groups is 3: num_attention_heads [*] head_dim = 512 must be a multiple of 16 times it"),
+        ({"o_lora_rank": 4}, "o_lora_rank is 4: times o_groups = 2 it must be a multiple of 16"),
+        ({"layer_types": ["full_attention"] * 6}, "layer_types is .* holds 'full_attention'"),
+        ({"mlp_layer_types": 3}, "mlp_layer_types is 3"),
+        ({"hidden_size": 512}, "tensor model.embed_tokens.weight is BF16"),
+        ({"index_head_dim": 16}, "index_head_dim is 16: must hold the rotary part, 32"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0: must be a number from 1e-12 to 1"),
+        ({"swiglu_limit": float("nan")}, "swiglu_limit is nan"),
+        ({"routed_scaling_factor": float("inf")}, "routed_scaling_factor is inf"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu': must be 'silu' or 'swish'"),
+        ({"scoring_func": "softmax"}, "scoring_func is 'softmax': must be 'sqrtsoftplus' or 'sigmoid'"),
+        ({"norm_topk_prob": False}, "norm_topk_prob is False: must be True"),
+        ({"n_shared_experts": 2}, "n_shared_experts is 2: must be 1"),
+        ({"attention_bias": True}, "attention_bias is True: must be False"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is .*: must be None"),
+        ({"tie_word_embeddings": True}, r"lm_head.weight \(tie_word_embeddings is true\)"),
+        (
+            {"compress_rates": {"heavily_compressed_attention": 8}},
+            "compress_rates.compressed_sparse_attention is missing",
+        ),
+        ({"max_position_embeddings": 1}, "max_position_embeddings is 1: must be an integer from 2 to 1048576"),
+        ({"softcap": 30.0}, "softcap is 30.0: this engine does not know the field"),
     ],
     ids=str,
 )
-def test_a_config_that_the_kernels_cannot_run_is_refused(folder: Path, changes: dict, rule: str) -> None:
+def test_a_config_beyond_the_bounds_is_refused_with_file_field_value_and_bound(
+    folder: Path, changes: dict, rule: str
+) -> None:
     change_config(folder, **changes)
-    with pytest.raises(EngineError, match=rule):
+    with pytest.raises(EngineError, match=rf"^{folder}/(config.json|model.safetensors): .*{rule}"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("rope", "rule"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "compress.rope_type is 'dynamic': must be 'default' or 'linear'"),
+        ({"rope_type": "longrope"}, "compress.rope_type is 'longrope'"),
+        ({"rope_type": "linear"}, "compress.factor is missing: must be a number from 1 to 1e"),
+        ({"rope_type": "yarn", "factor": 0.5}, "compress.factor is 0.5"),
+        ({"rope_type": "yarn", "factor": 4, "truncate": False}, "compress.truncate is False: must be True"),
+        ({"rope_type": "default", "factor": 4.0}, "compress.factor is 4.0: this engine does not know the field"),
+        (
+            {"rope_type": "default", "partial_rotary_factor": 0.3},
+            "compress.partial_rotary_factor is 0.3: head_dim",
+        ),
+        ({"rope_type": "default", "rope_theta": 0}, "compress.rope_theta is 0"),
+    ],
+    ids=str,
+)
+def test_rotary_parameters_that_cannot_be_carried_out_are_refused_by_name(folder: Path, rope: dict, rule: str) -> None:
+    part = {"rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    change_config(folder, rope_parameters={"main": {"rope_type": "default", **part}, "compress": part | rope})
+    with pytest.raises(EngineError, match=rf"^{folder}/config.json: rope_parameters.{rule}"):
         load_checkpoint(folder)
 
 

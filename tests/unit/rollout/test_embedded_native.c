@@ -13,12 +13,14 @@
 
 enum { VOCAB = 64, LAYERS = 3, CONTEXT = 64, BATCH = 16, WORDS = 1 << 15, TOKENS = 50, HIDDEN = 32, ROUTES = LAYERS * 2 };
 
-static const v4_config CONFIG = {
-    .vocab_count = VOCAB, .hidden_dim = HIDDEN, .layers_count = LAYERS, .heads_count = 8, .head_dim = 16, .rope_dim = 8,
+static v4_config config = {
+    .vocab_count = VOCAB, .hidden_dim = HIDDEN, .streams_count = 4, .layers_count = LAYERS, .heads_count = 8,
+    .head_dim = 16, .rope_dim_main = 4, .rope_dim_compress = 8,
     .query_rank = 16, .output_groups = 2, .output_rank = 16, .window_tokens = 12, .index_heads = 3, .index_dim = 8,
     .index_topk = 3, .csa_rate = 4, .hca_rate = 8, .experts_count = 8, .experts_active = 2, .expert_dim = 16,
     .sinkhorn_rounds = 3, .context_tokens_max = CONTEXT, .batch_tokens_max = BATCH, .norm_eps = 1e-6f,
-    .mix_eps = 1e-6f, .swiglu_limit = 10.0f, .route_scale = 1.5f, .theta_main = 1e4, .theta_compress = 1.6e5,
+    .mix_eps = 1e-6f, .swiglu_limit = 10.0f, .route_scale = 1.5f, .rope_scale_main = 1.0f, .rope_scale_compress = 1.25f,
+    .frequencies_main = {1.0f, 0.01f}, .frequencies_compress = {1.0f, 0.1f, 0.01f, 0.0f},
     .attention_kinds = {V4_SLIDING, V4_CSA, V4_HCA}, .hash_routed = {1, 0, 0},
 };
 
@@ -49,7 +51,7 @@ static v4_model *random_model(void) {
         int slot = i - V4_T_COUNT;
         tensors[i] = slot >= 0 && slot % V4_L_COUNT == V4_L_ROUTER_TABLE ? (void *)routes : (void *)(words + i * 131);
     }
-    v4_model *model = v4_create(&CONFIG, tensors);
+    v4_model *model = v4_create(&config, tensors);
     expect(model != NULL, "a model is created");
     free(words);
     free(routes);
@@ -66,7 +68,7 @@ static void feed(v4_model *model, v4_state *state, const uint32_t *ids, int size
         v4_chunk chunk = {state, ids + begin, out, count, 1, compare && begin % 2 ? NULL : routes};
         v4_step(model, &chunk, 1);
         for (int i = 0; chunk.routes && i < count * ROUTES; i++) {
-            expect(routes[i] < CONFIG.experts_count && (i % 2 == 0 || routes[i - 1] < routes[i]), "two experts a layer");
+            expect(routes[i] < config.experts_count && (i % 2 == 0 || routes[i - 1] < routes[i]), "two experts a layer");
             expect(!compare || routes[i] == seen[begin * ROUTES + i], "routes do not depend on chunks");
             seen[begin * ROUTES + i] = routes[i];
         }
@@ -143,7 +145,7 @@ static void sample_extremes(v4_model *model) {
     }
 }
 
-int main(void) {
+static void run(void) {
     static float logits[TOKENS][VOCAB];
     v4_model *model = random_model();
     v4_state *states[3];
@@ -166,6 +168,12 @@ int main(void) {
     sample_extremes(model);
     for (int s = 0; s < 3; s++) v4_state_destroy(states[s]);
     v4_destroy(model);
+}
+
+int main(void) {
+    run();
+    config.streams_count = 3, config.heads_count = 6, config.experts_count = 11, config.scoring = V4_SIGMOID;
+    run(); /* nothing a multiple of a vector */
     printf("%016llx\n", (unsigned long long)digest);
     return 0;
 }
