@@ -21,7 +21,7 @@ from dsec.edge.local import EdgeSubstrate
 from dsec.edge.service import Edge
 from dsec.edge.substrates.container import ContainerSubstrate
 from dsec.errors import ResourceExhaustedError, SandboxLostError, SpawnError
-from dsec.types import SandboxSpec
+from dsec.types import SandboxId, SandboxSpec
 
 pytestmark = pytest.mark.usefixtures("own_cgroups")
 
@@ -120,6 +120,22 @@ async def test_after_a_kill_of_the_whole_tree_the_next_open_sweeps_and_spares_th
     await later.close()
     await living.close()
     assert cgroup.sweep(SubstrateConfig().cgroup_parent) == 0
+
+
+async def test_sandboxes_that_a_killed_spawner_was_making_are_made_by_the_next() -> None:
+    substrate = ContainerSubstrate()
+    await substrate.open()
+    dying, free_count = substrate.spawner, substrate.seats.free_count
+    os.kill(dying.pid, signal.SIGSTOP)
+    making = [asyncio.create_task(substrate.create(SandboxSpec(), SandboxId(f"made-{n}"))) for n in range(4)]
+    while substrate.seats.free_count > free_count - 4:
+        await asyncio.sleep(0)
+    os.kill(dying.pid, signal.SIGKILL)
+    made = await asyncio.gather(*making)
+    assert [sandbox.id for sandbox in made] == [f"made-{n}" for n in range(4)]
+    assert [(await shell(each, "echo alive")).stdout.data for each in made] == [b"alive\n"] * 4
+    await substrate.close()
+    assert cgroups_named(dying.name) == []
 
 
 async def test_a_killed_spawner_loses_its_sandboxes_and_is_replaced() -> None:

@@ -162,12 +162,13 @@ class ContainerSubstrate:
         self._adopted.clear()
         self._warm.forget()
 
-    async def _require_spawner(self) -> None:
-        """A dead spawner took its sandboxes along and is replaced, with slots all free."""
+    async def _require_spawner(self) -> Spawner:
+        """One that lives: a dead one took its sandboxes along and is replaced, with slots all free."""
         async with self._restart:
             if not self.spawner.is_alive:
                 await self._stop()
                 await self._start()
+            return self.spawner
 
     async def _prove(self) -> None:
         try:
@@ -194,7 +195,8 @@ class ContainerSubstrate:
     async def create(self, spec: SandboxSpec, sandbox_id: SandboxId | None = None) -> ContainerSandbox:
         """See `dsec.sandbox.Substrate.create`.
 
-        Also InvalidArgumentError for limits that cannot be, and StateError for an id that is in use.
+        Also InvalidArgumentError for limits that cannot be, and StateError for an id that is in use.  If the spawner
+        dies meanwhile the next one makes it.
         """
         check_spec(spec)
         name = name_sandbox(sandbox_id)
@@ -204,7 +206,13 @@ class ContainerSubstrate:
         try:
             with self._warm.asking():
                 async with self._creates:
-                    await self._require_spawner()
+                    spawner = await self._require_spawner()
+                    try:
+                        return await self._give(spec, name)
+                    except (SpawnError, SandboxLostError):
+                        if spawner.is_alive:
+                            raise
+                    await self._require_spawner()  # that one died meanwhile, and nothing has run yet
                     return await self._give(spec, name)
         finally:
             self._asked.discard(name)
@@ -214,13 +222,17 @@ class ContainerSubstrate:
         self._warm.ask(spec)
         while (warm := self._warm.take(spec)) is not None:
             with contextlib.suppress(SandboxLostError, SpawnError):  # it died while it waited, or cannot be this
-                await warm.hand_out(name, spec)
-                self._given[name] = warm
-                return warm
+                return await self._hand_out(warm, spec, name)
         if self.seats.free_count == 0:
             await self._warm.evict()
-        sandbox = await self._make(spec)
-        await sandbox.hand_out(name, spec)
+        return await self._hand_out(await self._make(spec), spec, name)
+
+    async def _hand_out(self, sandbox: ContainerSandbox, spec: SandboxSpec, name: SandboxId) -> ContainerSandbox:
+        try:
+            await sandbox.hand_out(name, spec)
+        except DsecError:
+            await sandbox.destroy()  # its name is free again when the next one is to have it
+            raise
         self._given[name] = sandbox
         return sandbox
 
