@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import random
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class Storm:
         self.source = source
         self.tokens = list(PROMPTS)
         self.scores: list[Scored] = []
+        self.cached_count = 0
 
     async def live(self, number: int) -> None:
         """One session: it takes what comes and goes on after each interruption, sometimes in a new session."""
@@ -49,6 +51,7 @@ class Storm:
             with contextlib.suppress(PreemptedError):
                 async for chunk in self.engine.sample(request(number, self.tokens[number])):
                     self.tokens[number] += chunk.token_ids
+                    self.cached_count += chunk.cached_tokens_count
             if self.source.random() < 0.5:
                 await self.engine.save(str(number), path)
                 await self.engine.release(str(number))
@@ -75,6 +78,24 @@ class Storm:
                     number = self.source.randrange(len(PROMPTS))
                     await self.engine.release(str(number))
 
+    async def damage(self, cache: Path) -> None:
+        """What a disk, or another process on it, does to the files of a cache, for as long as it is let."""
+        while True:
+            await asyncio.sleep(0.001)
+            with contextlib.suppress(OSError, IndexError):
+                path = self.source.choice([*cache.iterdir()])
+                data = bytearray(path.read_bytes())
+                match self.source.randrange(4):
+                    case 0:
+                        data[self.source.randrange(len(data))] ^= 1
+                        path.write_bytes(data)
+                    case 1:
+                        path.write_bytes(data[: len(data) // 2])
+                    case 2:
+                        path.unlink()
+                    case _:
+                        shutil.rmtree(cache)
+
 
 @pytest.fixture
 async def expected() -> AsyncIterator[tuple[list[tuple[int, ...]], Scored]]:
@@ -86,6 +107,29 @@ async def expected() -> AsyncIterator[tuple[list[tuple[int, ...]], Scored]]:
         whole.append(prompt + tuple(token for chunk in chunks for token in chunk.token_ids))
     yield whole, await engine.score(PROMPTS[0])
     await engine.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_tokens_do_not_depend_on_what_became_of_states_on_disk(
+    tmp_path: Path, expected: tuple[list[tuple[int, ...]], Scored], seed: int
+) -> None:
+    cache, limits = tmp_path / "cache", Limits(running_max=4, state_bytes_max=400_000, prefill_tokens_max=16)
+    cached_count = 0
+    for is_damaged in (False, False, True):
+        engine = EmbeddedEngine(limits=limits, cache=cache)
+        await engine.open()
+        storm = Storm(engine, tmp_path, random.Random(seed))
+        disturbers = [asyncio.create_task(storm.disturb())]
+        if is_damaged:
+            disturbers.append(asyncio.create_task(storm.damage(cache)))
+        await asyncio.gather(*(storm.live(number) for number in range(len(PROMPTS))))
+        for disturber in disturbers:
+            disturber.cancel()
+        await asyncio.wait(disturbers)
+        await engine.close()
+        assert storm.tokens == expected[0]
+        cached_count += storm.cached_count
+    assert cached_count > 0
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -116,15 +116,18 @@ def test_what_is_spare_goes_first_and_what_was_used_longest_ago_next() -> None:
 
     evicted: list[KeptState] = []
     states = RetainedStates(400, evicted.append)
-    live, longer = state(1, 2), state(1, 2, 3)
-    states.put(live, "live")
+    newest = state(1, 2, 3)
+    states.put(state(1), "live")
     states.put(state(9), "ended")
-    states.put(longer, "live")
+    states.put(state(1, 2))
+    states.put(newest, "live")
     states.release("ended")
-    states.put(state(5))
-    states.put(state(6))
-    assert [each.tokens[0] for each in states] == [9, 1, 5, 6], "the shorter one went, and nobody was told"
+    assert [each.tokens[0] for each in states] == [9, 1, 1], "the shortest is spare now"
+    for number in (5, 6):
+        states.put(state(number))
+    assert [each.tokens[0] for each in states] == [1, 1, 5, 6]
+    assert not evicted, "of spare ones nobody is told"
     states.put(state(7))
-    assert not evicted
     states.put(state(8))
-    assert evicted == [longer]
+    assert [each.tokens[0] for each in states] == [5, 6, 7, 8]
+    assert evicted == [state(1, 2), newest]

@@ -38,8 +38,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     `running_max` requests step together (each holds about 1 MB), `queue_max` more may wait.
     `prefill_tokens_max` tokens a turn (at most 128) go to prompts; `rounds_max` tokens a request
     are drawn in one call unless a prompt or a scoring waits.  `state_bytes_max` bounds what is kept between
-    requests; 0 keeps nothing.  `versions_max` versions of the weights are in memory at once, and
-    `sessions_max` sessions are remembered until they are released.
+    requests; 0 keeps nothing.  `cache_bytes_max` bounds the files of a cache directory.  `versions_max` versions of the
+    weights are in memory at once, and `sessions_max` sessions are remembered until they are released.
     """
 
     running_max: int = 32
@@ -47,6 +47,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens_max: int = 64
     rounds_max: int = 8
     state_bytes_max: int = 256 << 20
+    cache_bytes_max: int = 1 << 30
     versions_max: int = 4
     sessions_max: int = 1 << 16
 
@@ -158,7 +159,7 @@ class Batch:
                 return
             if job.state is not None or job.awaits_state:
                 continue
-            entry, known_count = self._origin(job)
+            entry, known_count = self.origin(job)
             if self._is_shared(job, entry):
                 continue
             job.state = self._take_state()
@@ -173,7 +174,7 @@ class Batch:
             job.kv = self._kv(job, entry)
             budget -= job.pending_count - 1
 
-    def _origin(self, job: Job) -> tuple[KeptState | None, int]:
+    def origin(self, job: Job) -> tuple[KeptState | None, int]:
         """The retained state to start a job from, and how many of its tokens others went through.
 
         That is the longest, or its session's own over a change of weights.

@@ -7,6 +7,7 @@ See: docs/architecture.md, "Engine".
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -30,12 +31,14 @@ from rollout.engine import (
 from rollout.engines.embedded.batching import Limits
 from rollout.engines.embedded.binding import BATCH_TOKENS_MAX, Model
 from rollout.engines.embedded.checkpoint import load_checkpoint
+from rollout.engines.embedded.disk_tier import DiskTier
 from rollout.engines.embedded.jobs import Job, Outcome, Scoring
 from rollout.engines.embedded.library import build_digest
 from rollout.engines.embedded.mailbox import Mailbox
 from rollout.engines.embedded.stepping import CLOSED, SteppingThread
 from rollout.engines.embedded.versions import Versions
-from rollout.engines.kept_state import NoStateError, read_state, write_state
+from rollout.engines.kept_state import KeptState, NoStateError, read_state, write_state
+from rollout.engines.state_cache import StateCache
 from rollout.errors import EngineError, RequestError
 
 _log = logging.getLogger(__name__)
@@ -48,10 +51,22 @@ class EmbeddedEngine:
     with the package.  All methods belong to the event loop that called `open`.  A context holds
     at most `info.context_tokens_max` tokens: a longer prompt is a RequestError, and an output that
     fills it ends with "length".  `seed` and `stream_key` count modulo 2**64.
+
+    `cache` is a directory for states that memory has no room for, and for those that are left when the engine
+    closes; the next engine on it, of the same build and weights, goes on from them.  Without one there are none.
     """
 
-    def __init__(self, checkpoint: Path | None = None, limits: Limits | None = None, policy_version: int = 0) -> None:
+    def __init__(
+        self,
+        checkpoint: Path | None = None,
+        limits: Limits | None = None,
+        policy_version: int = 0,
+        *,
+        cache: Path | None = None,
+    ) -> None:
         self._folder = checkpoint
+        self._cache = cache
+        self._tier: DiskTier | None = None
         self._policy_version = policy_version
         self._limits = limits or Limits()
         if not 1 <= self._limits.prefill_tokens_max <= BATCH_TOKENS_MAX:
@@ -83,8 +98,14 @@ class EmbeddedEngine:
         """Check and load the checkpoint (about 0.2 s), start the thread.  EngineError names what is wrong."""
         if self._thread is not None:
             raise EngineError("the engine is already open")
+        if self._cache is not None:
+            self._tier = DiskTier(StateCache(self._cache, self._limits.cache_bytes_max, build_digest()))
         versions = await asyncio.to_thread(self._load)
+        if self._tier is not None:
+            await self._tier.open()
         self._thread = SteppingThread(versions, self._deliver, self._fail_all)
+        if self._tier is not None:
+            self._tier.thread = self._thread
 
     def _load(self) -> Versions:
         checkpoint = load_checkpoint(self._folder)
@@ -100,7 +121,8 @@ class EmbeddedEngine:
             routing=model.routing,
             hidden_dim=checkpoint.dimensions.hidden_dim,
         )
-        return Versions(model, self._limits, self._policy_version)
+        tier = (self._tier.evicted, self._tier.wanted) if self._tier else ()
+        return Versions(model, self._limits, self._policy_version, *tier)
 
     def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
         """Stream the continuation; closing the iterator early stops it between two turns.
@@ -131,7 +153,8 @@ class EmbeddedEngine:
         if len(self._mailboxes) >= self._limits.running_max + self._limits.queue_max:
             raise EngineError(f"the engine's queue is full ({len(self._mailboxes)} requests); try again later")
         mailbox = self._mailboxes[job] = Mailbox()
-        thread.post(lambda versions: versions.add(job))
+        stored = self._stored(job)
+        thread.post(lambda versions: versions.add(job, stored))
         try:
             finish = None
             while finish is None:
@@ -142,12 +165,18 @@ class EmbeddedEngine:
             del self._mailboxes[job]
             thread.post(lambda versions: versions.remove(job))
 
+    def _stored(self, job: Job | Scoring) -> bytes:
+        """The tokens of the longest state on disk that could serve a job."""
+        if self._tier is None or isinstance(job, Scoring) or job.request.returns_routes:
+            return b""  # of the routes of what others computed nobody would tell
+        return self._tier.stored(job.tokens.tobytes(), self.info.weights_digest)
+
     async def preempt(self, session: str) -> None:
         """See Engine."""
         await self._open_thread().tell(lambda versions: versions.preempt(session))
 
     async def release(self, session: str) -> None:
-        """Forget what was kept for a session; unknown sessions are ignored."""
+        """See Engine."""
         self._sessions.discard(session)
         if self._thread is not None:
             self._thread.post(lambda versions: versions.release(session))
@@ -225,8 +254,15 @@ class EmbeddedEngine:
         """Stop the thread and free everything; running requests end with EngineError.  Idempotent."""
         if self._thread is None:
             return
+        kept: list[KeptState] = []
+        if self._tier is not None and self._thread.error is None:
+            with contextlib.suppress(EngineError):  # it failed just now
+                kept = await self._thread.call(Versions.kept)
         await self._thread.stop()
         self._thread = self._info = None
+        if self._tier is not None:
+            await self._tier.close(kept)
+            self._tier = None
         self._is_paused = False
         self._sessions.clear()
 

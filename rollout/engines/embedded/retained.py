@@ -7,8 +7,8 @@ Instruction.  What is kept therefore decides how fast an answer comes, never whi
 that more than one version of the weights computed belongs to its own session alone.
 
 A session that ends leaves its state to others, for as long as there is room.  Room is made by what is
-spare (the states of sessions that ended, and what a longer state of the same line supersedes), and then
-by what was used longest ago.
+spare, and then by what was used longest ago.  Spare are the states of sessions that ended, and what two
+longer states of the same line supersede: where its newest request parted from others, and where it ended.
 
 Invariants:
 1. The bytes held never exceed `bytes_max`.
@@ -52,10 +52,9 @@ class RetainedStates:
         return len(self._spare) + len(self._used)
 
     def __iter__(self) -> Iterator[KeptState]:
-        """All but what a longer one supersedes; what would go first comes first."""
-        for held in (*self._spare, *self._used):
-            if held.node is None or len(held.node.children) != 1:
-                yield held.entry
+        """All but what longer ones supersede; what would go first comes first."""
+        yield from (held.entry for held in self._spare if held.node and not held.node.children)
+        yield from (held.entry for held in self._used)
 
     def put(self, entry: KeptState, session: str = "") -> None:
         """Keep a state, as the newest of a session if one is named; others make room."""
@@ -120,8 +119,9 @@ class RetainedStates:
         held = _Held(entry, node)
         if node is not None:
             node.value = held
-            if (above := node.above) is not None and above.value is not None:
-                self._demote(above.value)
+            before = node.above and node.above.above
+            if before is not None and before.value is not None:
+                self._demote(before.value)
         self.bytes_held += size
         self._used[held] = None
         return held

@@ -12,28 +12,43 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 
 from rollout.engine import PauseMode
 from rollout.engines.embedded.batching import Batch, Limits
 from rollout.engines.embedded.binding import Model, State
 from rollout.engines.embedded.jobs import Job, Outcome, Scoring, Session
 from rollout.engines.embedded.retained import RetainedStates
-from rollout.engines.kept_state import KeptState, NoStateError
+from rollout.engines.kept_state import TOKEN_BYTES, KeptState, NoStateError
+from rollout.engines.state_cache import TOKENS_MIN
 from rollout.errors import EngineError
+
+_log = logging.getLogger(__name__)
 
 
 class Versions:
     """The newest version and those that sessions pin; all share one store of retained states."""
 
-    def __init__(self, model: Model, limits: Limits, policy_version: int = 0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        limits: Limits,
+        policy_version: int = 0,
+        evicted: Callable[[KeptState], object] = lambda _entry: None,
+        wanted: Callable[[bytes, str], object] = lambda _tokens, _digest: None,
+    ) -> None:
+        """`evicted` is told of states that memory has no room for; `wanted` is asked to have one admitted."""
         self.limits = limits
-        self.retained = RetainedStates(limits.state_bytes_max)
+        self.retained = RetainedStates(limits.state_bytes_max, self._evict)
         self.newest = Batch(model, limits, self.retained, policy_version)
         self._pins: dict[Batch, set[str]] = {}
         """Older versions, and the sessions that each is kept for."""
         self._sessions: dict[str, Session] = {}
         self._paused: PauseMode | None = None
+        self._evicted, self._wanted = evicted, wanted
+        self._awaiting: dict[bytes, list[Job]] = {}
+        """Tokens of a state that was wanted, and who begins when it has come."""
 
     @property
     def jobs(self) -> Iterator[Job | Scoring]:
@@ -50,7 +65,7 @@ class Versions:
     def stands(self) -> bool:
         """Whether a turn would do nothing: there is no work, or a pause forbids it."""
         if self._paused is None:
-            return not any(self.jobs)
+            return all(job.awaits_state for job in self.jobs)
         return self._paused != "wait" or not any(batch.is_running for batch in self._batches())
 
     def turn(self) -> list[Outcome]:
@@ -63,8 +78,8 @@ class Versions:
         self._close_unneeded()
         return outcomes
 
-    def add(self, job: Job | Scoring) -> None:
-        """Queue a job with the version that is its own."""
+    def add(self, job: Job | Scoring, stored: bytes = b"") -> None:
+        """Queue a job with the version that is its own; a state of the tokens `stored` could be had for it."""
         if isinstance(job, Scoring):
             self.newest.add(job)
             return
@@ -74,7 +89,36 @@ class Versions:
         if job.request.on_update != "pin":
             self._unpin(name)
         pinned = next((batch for batch, sessions in self._pins.items() if name in sessions), None)
+        if pinned is None and stored:
+            self._await(job, stored)
         (pinned or self.newest).add(job)
+
+    def _await(self, job: Job, stored: bytes) -> None:
+        """Have a job wait for a state, if that spares enough."""
+        start, _ = self.newest.origin(job)
+        if len(stored) // TOKEN_BYTES - (start.tokens_count if start else 0) < TOKENS_MIN:
+            return
+        job.awaits_state = True
+        waiting = self._awaiting.setdefault(stored, [])
+        waiting.append(job)
+        if len(waiting) == 1:
+            self._wanted(stored, self.newest.model.weights_digest)
+
+    def admit(self, tokens: bytes, entry: KeptState | None) -> None:
+        """What was wanted has come, or cannot be had: who waited for it begins."""
+        if entry is not None:
+            try:
+                self._check(entry)
+            except NoStateError as error:
+                _log.warning("a cached state is not used: %s; the context is computed again", error)
+            else:
+                self.retained.put(entry)
+        for job in self._awaiting.pop(tokens, ()):
+            job.awaits_state = False
+
+    def kept(self) -> list[KeptState]:
+        """The states of the newest weights that may serve others; what would go first comes first."""
+        return [entry for entry in self.retained if entry.weights == (self.newest.model.weights_digest,)]
 
     def remove(self, job: Job | Scoring) -> None:
         """End a job, done or not; its state may be retained.  Unknown jobs are ignored."""
@@ -137,6 +181,16 @@ class Versions:
 
     def restore(self, session: str, entry: KeptState) -> int:
         """Retain a state of the newest weights that comes from outside; returns the tokens it covers.  NoStateError."""
+        self._check(entry)
+        self.retained.put(entry, session)
+        if self.retained.own(session) is None:
+            raise NoStateError("the engine has no room for it")
+        restored = self._sessions.setdefault(session, Session())
+        restored.drew_with, restored.is_restored = entry.weights[-1], True
+        return entry.tokens_count
+
+    def _check(self, entry: KeptState) -> None:
+        """NoStateError unless the newest weights can go on from a state that comes from outside."""
         if entry.weights[-1] != self.newest.model.weights_digest:
             raise NoStateError("the weights have changed since")
         state = State(self.newest.model)
@@ -149,18 +203,16 @@ class Versions:
             state.close()
         if position != entry.tokens_count:
             raise NoStateError(f"a packed state of {position} tokens, and not of {entry.tokens_count}")
-        self.retained.put(entry, session)
-        if self.retained.own(session) is None:
-            raise NoStateError("the engine has no room for it")
-        restored = self._sessions.setdefault(session, Session())
-        restored.drew_with, restored.is_restored = entry.weights[-1], True
-        return entry.tokens_count
 
     def close(self) -> None:
         """Free everything."""
         for batch in self._batches():
             batch.close()
             batch.model.close()
+
+    def _evict(self, entry: KeptState) -> None:
+        if entry.weights == (self.newest.model.weights_digest,):
+            self._evicted(entry)
 
     def _batches(self) -> Iterator[Batch]:
         yield self.newest
