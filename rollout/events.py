@@ -59,9 +59,10 @@ class JobSubmitted(msgspec.Struct, frozen=True, tag="job_submitted"):
 
 
 class JobCancelled(msgspec.Struct, frozen=True, tag="job_cancelled"):
-    """The caller no longer wants the job; its unfinished rollouts end as CANCELLED."""
+    """Nobody wants the job any longer; its unfinished rollouts end as CANCELLED, or as DEADLINE."""
 
     request_id: str
+    reason: FinishReason = FinishReason.CANCELLED
 
 
 class JobWorked(msgspec.Struct, frozen=True, tag="job_worked"):

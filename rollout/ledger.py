@@ -36,6 +36,7 @@ from rollout.errors import JournalError
 from rollout.events import (
     ConversationAdmitted,
     Event,
+    FinishReason,
     JobCancelled,
     JobEvent,
     JobSubmitted,
@@ -65,7 +66,8 @@ class Ledger:
         self.tasks: dict[str, Task] = {}
         self.conversations: dict[str, Conversation] = {}
         self.jobs: dict[str, Job] = {}
-        self.cancelled: set[str] = set()
+        self.cancelled: dict[str, FinishReason] = {}
+        """Jobs that nobody wants any longer: as what their rollouts end."""
         self.rollouts: dict[str, State] = {}
         self.trajectories: dict[str, Trajectory] = {}
         self.lsns: dict[str, tuple[int, int]] = {}
@@ -124,7 +126,7 @@ class Ledger:
                 self._submit(event.job)
                 self.submitted_s[event.job.request_id] = event.at_s
             case JobCancelled():
-                self.cancelled.add(event.request_id)
+                self.cancelled.setdefault(event.request_id, event.reason)
             case JobWorked():
                 self.worked_s += event.wall_s
             case (
@@ -265,7 +267,7 @@ class Ledger:
             self._named[group.task_digest] -= 1
             self._drop_prompt(group.task_digest)
         del self.jobs[job.request_id], self.submitted_s[job.request_id], self._unacknowledged[job.request_id]
-        self.cancelled.discard(job.request_id)
+        self.cancelled.pop(job.request_id, None)
 
     def _forget_rollout(self, rollout_id: str) -> None:
         self.rollouts.pop(rollout_id, None)

@@ -160,7 +160,8 @@ class RolloutService:
         self.is_started = True
         for job in list(self.ledger.jobs.values()):
             if job.ends_with_caller or job.request_id in self.ledger.cancelled:
-                await self.finish(job.request_id, self._members_of(job.request_id), FinishReason.CANCELLED)
+                reason = self.ledger.cancelled.get(job.request_id, FinishReason.CANCELLED)
+                await self.finish(job.request_id, self._members_of(job.request_id), reason)
             else:
                 self._enqueue(job)
             if job.ends_with_caller:
@@ -232,7 +233,7 @@ class RolloutService:
                     return 0  # it ended meanwhile, and was acknowledged
                 ends_job = reason in {FinishReason.CANCELLED, FinishReason.DEADLINE}
                 if ends_job and request_id not in self.ledger.cancelled:
-                    await self._record(JobCancelled(request_id))
+                    await self._record(JobCancelled(request_id, reason))
             self.awaiting.forget(rollout_ids)
             async with self.dispatcher.ending(rollout_ids):
                 return await self.members.finish(rollout_ids, reason)

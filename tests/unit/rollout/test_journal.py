@@ -32,7 +32,7 @@ TASK = task_from_files(
 EVENTS = [
     events.TaskAdmitted(TASK),
     events.JobSubmitted(job_of_one()),
-    events.JobCancelled("run"),
+    events.JobCancelled("run", events.FinishReason.DEADLINE),
     events.JobWorked("run", 1.5),
     events.RolloutOpened("r", "run", "run/t", 0, (PromptSegment("SYSTEM", (0, 5)),), "digest", ENGINE),
     events.RolloutResumed("r", 2, 100),

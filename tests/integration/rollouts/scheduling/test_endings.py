@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import wal
 from dsec.testing import FakeSandbox
-from rollout.events import FinishReason, RolloutOpened, RolloutResumed
+from rollout import journal
+from rollout.events import FinishReason, JobCancelled, RolloutOpened, RolloutResumed
 from rollout.request import PolicyRule
 from rollout.testing import Reply
 
@@ -111,3 +114,21 @@ async def test_what_waits_for_weights_and_is_being_ended_does_not_wait_again(wor
         assert service.resume(["job/299.0"]) == []
         assert await ending == 300
         await service.wait("job")
+
+
+async def test_a_deadline_that_a_crash_cut_short_is_no_cancel_after_it(world: Any, tmp_path: Path) -> None:
+    here = world(look_once)
+    async with here.serving() as service:
+        await here.submit("job", "one", group_size=2)
+        await here.until(lambda: here.tools_count == 2)
+        rollout_ids = [f"job/one.{index}" for index in range(2)]
+        assert await service.finish("job", rollout_ids, FinishReason.DEADLINE) == 2
+    with wal.Log.open(tmp_path / "cut") as log:  # as it stood when the process was killed
+        for record in wal.read(here.directory / "wal"):
+            log.append(record.kind, record.payload)
+            if isinstance(journal.decode(record.kind, record.payload), JobCancelled):
+                break
+    (here.directory / "wal").rename(tmp_path / "whole")
+    (tmp_path / "cut").rename(here.directory / "wal")
+    async with here.serving():
+        assert [here.record(each).finish_reason for each in rollout_ids] == ["DEADLINE"] * 2

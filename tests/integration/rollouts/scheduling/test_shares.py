@@ -132,7 +132,7 @@ async def test_a_job_ends_at_its_deadline_also_what_never_began_and_after_a_rest
         await here.submit("job", "one", "two", deadline_s=0.2)
         await here.until(lambda: len(here.ended()) == 2)
         assert {here.record(i).finish_reason for i in here.ended()} == {"DEADLINE"}
-        assert here.service.ledger.cancelled == {"job"}
+        assert here.service.ledger.cancelled == {"job": "DEADLINE"}
         await here.submit("late", "three", deadline_s=0.01)
     async with here.serving() as service:
         await service.wait("late")
