@@ -33,7 +33,8 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     `make` gives a new one, closed, on weights that are always the same; `checkpoint(n)` a folder with other weights
     for it, n = 1, 2, ...  `prompts` are at least four contexts after which it has 20 tokens and more to say,
     `stop_id` not among them; after `vague` no token is likely (where it draws).  `folder` is scratch space.
-    What need not be exact is compared for the likeliest tokens alone: nobody else draws them again.
+    Answers that a check interrupts have `long_count` tokens: enough that it comes in time.  What need not be exact is
+    compared for the likeliest tokens alone: nobody else draws them again.
     """
 
     make: Callable[[], Engine]
@@ -42,6 +43,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     prompts: tuple[tuple[int, ...], ...]
     stop_id: int
     vague: tuple[int, ...] = ()
+    long_count: int = 60
     traits: frozenset[Trait] = frozenset({"draws", "keeps", "exact", "versions", "masks"})
 
     def ask(

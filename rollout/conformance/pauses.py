@@ -12,8 +12,6 @@ from rollout.conformance.check import Check, Subject, after, check, chunks_of, c
 from rollout.engine import Engine, Sampled, SampleRequest
 from rollout.errors import PreemptedError
 
-COUNT = 60
-
 
 class Taker:
     """A consumer that takes all that it gets."""
@@ -44,8 +42,8 @@ async def settled(engine: Engine) -> None:
 @check()
 async def a_paused_engine_stands_still_between_two_tokens_and_goes_on(subject: Subject) -> None:
     async with opened(subject) as engine:
-        whole = await collect(engine, subject.ask(subject.prompts[0], COUNT, session="alone"))
-        running = Taker(engine, subject.ask(subject.prompts[0], COUNT))
+        whole = await collect(engine, subject.ask(subject.prompts[0], subject.long_count, session="alone"))
+        running = Taker(engine, subject.ask(subject.prompts[0], subject.long_count))
         await running.has_begun.wait()
         await engine.pause("keep")
         await engine.pause("keep")
@@ -65,11 +63,11 @@ async def a_paused_engine_stands_still_between_two_tokens_and_goes_on(subject: S
 @check()
 async def a_pause_that_waits_lets_running_requests_finish_and_starts_no_other(subject: Subject) -> None:
     async with opened(subject) as engine:
-        running = Taker(engine, subject.ask(subject.prompts[0], COUNT))
+        running = Taker(engine, subject.ask(subject.prompts[0], subject.long_count))
         await running.has_begun.wait()
         await engine.pause("wait")
         await settled(engine)
-        require(len(joined(running.chunks).token_ids) == COUNT)
+        require(len(joined(running.chunks).token_ids) == subject.long_count)
         late = Taker(engine, subject.ask(subject.prompts[1], 4, session="late"))
         await settled(engine)
         require(not late.chunks)
@@ -81,8 +79,10 @@ async def a_pause_that_waits_lets_running_requests_finish_and_starts_no_other(su
 @check()
 async def a_pause_that_aborts_hands_over_what_was_drawn_and_then_says_so(subject: Subject) -> None:
     async with opened(subject) as engine:
-        whole = await collect(engine, subject.ask(subject.prompts[0], COUNT, session="alone"))
-        running = [Taker(engine, subject.ask(subject.prompts[0], COUNT, session=f"s{i}")) for i in range(3)]
+        whole = await collect(engine, subject.ask(subject.prompts[0], subject.long_count, session="alone"))
+        running = [
+            Taker(engine, subject.ask(subject.prompts[0], subject.long_count, session=f"s{i}")) for i in range(3)
+        ]
         await running[0].has_begun.wait()
         await engine.pause("abort")
         ended = await asyncio.gather(*(taker.task for taker in running), return_exceptions=True)
@@ -96,7 +96,8 @@ async def a_pause_that_aborts_hands_over_what_was_drawn_and_then_says_so(subject
             count = len(taker.token_ids)
             require(taker.token_ids == whole.token_ids[:count])
             rest = await collect(
-                engine, subject.ask(subject.prompts[0] + taker.token_ids, COUNT - count, session=f"s{number}")
+                engine,
+                subject.ask(subject.prompts[0] + taker.token_ids, subject.long_count - count, session=f"s{number}"),
             )
             require(subject.same(rest, after(whole, count)), (rest, whole))
 
@@ -104,9 +105,9 @@ async def a_pause_that_aborts_hands_over_what_was_drawn_and_then_says_so(subject
 @check()
 async def a_preempted_session_ends_alone(subject: Subject) -> None:
     async with opened(subject) as engine:
-        whole = await collect(engine, subject.ask(subject.prompts[0], COUNT, session="alone"))
-        ended = Taker(engine, subject.ask(subject.prompts[0], COUNT))
-        other = Taker(engine, subject.ask(subject.prompts[0], COUNT, session="other"))
+        whole = await collect(engine, subject.ask(subject.prompts[0], subject.long_count, session="alone"))
+        ended = Taker(engine, subject.ask(subject.prompts[0], subject.long_count))
+        other = Taker(engine, subject.ask(subject.prompts[0], subject.long_count, session="other"))
         await ended.has_begun.wait()
         await engine.preempt("s")
         await engine.preempt("never seen")
@@ -121,8 +122,8 @@ async def a_preempted_session_ends_alone(subject: Subject) -> None:
 async def a_preempted_session_is_saved_up_to_its_last_token_and_goes_on_elsewhere(subject: Subject) -> None:
     path = subject.folder / "preempted"
     async with opened(subject) as engine:
-        whole = await collect(engine, subject.ask(subject.prompts[0], COUNT, session="alone"))
-        running = Taker(engine, subject.ask(subject.prompts[0], COUNT))
+        whole = await collect(engine, subject.ask(subject.prompts[0], subject.long_count, session="alone"))
+        running = Taker(engine, subject.ask(subject.prompts[0], subject.long_count))
         await running.has_begun.wait()
         await engine.preempt("s")
         await asyncio.wait([running.task])
@@ -132,7 +133,7 @@ async def a_preempted_session_is_saved_up_to_its_last_token_and_goes_on_elsewher
         require(saved == len(context) - 1, (saved, len(context)))
     async with opened(subject) as engine:
         require(await engine.restore("s", path) == saved)
-        chunks = await chunks_of(engine, subject.ask(context, COUNT - len(running.token_ids)))
+        chunks = await chunks_of(engine, subject.ask(context, subject.long_count - len(running.token_ids)))
         require((chunks[0].kv, chunks[0].cached_tokens_count) == ("restored", saved), chunks[0])
         require(joined(chunks).logprobs == whole.logprobs[len(running.token_ids) :])
 
@@ -140,7 +141,7 @@ async def a_preempted_session_is_saved_up_to_its_last_token_and_goes_on_elsewher
 @check()
 async def a_preemption_happens_even_if_nobody_waits_for_it(subject: Subject) -> None:
     async with opened(subject) as engine:
-        running = Taker(engine, subject.ask(subject.prompts[0], COUNT))
+        running = Taker(engine, subject.ask(subject.prompts[0], subject.long_count))
         await running.has_begun.wait()
         asking = asyncio.ensure_future(engine.preempt("s"))
         await asyncio.sleep(0)
@@ -152,10 +153,10 @@ async def a_preemption_happens_even_if_nobody_waits_for_it(subject: Subject) -> 
 @check()
 async def a_paused_request_can_be_preempted(subject: Subject) -> None:
     async with opened(subject) as engine:
-        running = Taker(engine, subject.ask(subject.prompts[0], COUNT))
+        running = Taker(engine, subject.ask(subject.prompts[0], subject.long_count))
         await running.has_begun.wait()
         await engine.pause("keep")
-        queued = Taker(engine, subject.ask(subject.prompts[1], COUNT, session="queued"))
+        queued = Taker(engine, subject.ask(subject.prompts[1], subject.long_count, session="queued"))
         await settled(engine)
         await engine.preempt("s")
         await engine.preempt("queued")
@@ -168,7 +169,7 @@ async def a_paused_request_can_be_preempted(subject: Subject) -> None:
 async def an_engine_closes_while_it_is_paused_and_opens_to_run(subject: Subject) -> None:
     async with opened(subject) as engine:
         await engine.pause("keep")
-        running = Taker(engine, subject.ask(subject.prompts[0], COUNT))
+        running = Taker(engine, subject.ask(subject.prompts[0], subject.long_count))
         await settled(engine)
         await engine.close()
         await asyncio.wait([running.task])

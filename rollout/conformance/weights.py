@@ -23,12 +23,10 @@ from rollout.conformance.check import (
 from rollout.engine import Engine, EngineInfo, OnUpdate, Sampled
 from rollout.errors import EngineError, RequestError
 
-COUNT = 60
-
 
 async def across(engine: Engine, subject: Subject, on_update: OnUpdate, session: str = "s") -> list[Sampled]:
     """The chunks of a request that gets other weights in mid-flight."""
-    request = subject.ask(subject.prompts[0], COUNT, session=session, on_update=on_update)
+    request = subject.ask(subject.prompts[0], subject.long_count, session=session, on_update=on_update)
     async with aclosing(engine.sample(request)) as stream:
         chunks = [await anext(stream)]
         await engine.pause("keep")
@@ -66,7 +64,7 @@ async def a_request_goes_on_over_its_kv_or_over_a_new_one_and_says_which(subject
             first = versions.index(1)
             expected = ["" if index != first else kv for index in range(len(chunks))]
             require([chunk.kv for chunk in chunks] == expected, chunks)
-            require(len(joined(chunks).token_ids) == COUNT, chunks)
+            require(len(joined(chunks).token_ids) == subject.long_count, chunks)
 
 
 @check("draws")
@@ -76,22 +74,22 @@ async def what_is_cut_goes_on_as_if_the_new_weights_had_read_everything(subject:
     old, new = drawn_by(chunks, 0), drawn_by(chunks, 1)
     async with opened(subject) as engine:
         await engine.update(subject.checkpoint(1), 1)
-        rest = await collect(engine, subject.ask(subject.prompts[0] + old, COUNT - len(old)))
+        rest = await collect(engine, subject.ask(subject.prompts[0] + old, subject.long_count - len(old)))
     require(rest.token_ids == new and subject.same(rest, after(joined(chunks), len(old))), (rest, new))
 
 
 @check("versions")
 async def what_is_pinned_goes_on_with_the_old_weights_until_it_is_released(subject: Subject) -> None:
     async with opened(subject) as engine:
-        whole = await collect(engine, subject.ask(subject.prompts[0], COUNT + 5))
+        whole = await collect(engine, subject.ask(subject.prompts[0], subject.long_count + 5))
         await engine.release("s")
         chunks = await across(engine, subject, "pin")
         require({chunk.policy_version for chunk in chunks} == {0} and not any(c.kv for c in chunks), chunks)
-        require(joined(chunks).token_ids == whole.token_ids[:COUNT])
-        more = subject.ask(subject.prompts[0] + whole.token_ids[:COUNT], 5, on_update="pin")
+        require(joined(chunks).token_ids == whole.token_ids[: subject.long_count])
+        more = subject.ask(subject.prompts[0] + whole.token_ids[: subject.long_count], 5, on_update="pin")
         later = await chunks_of(engine, more)
         require({chunk.policy_version for chunk in later} == {0}, later)
-        require(joined(later).logprobs == whole.logprobs[COUNT:], later)
+        require(joined(later).logprobs == whole.logprobs[subject.long_count :], later)
         fresh = await chunks_of(engine, subject.ask(subject.prompts[0], 5, session="fresh", on_update="pin"))
         require({chunk.policy_version for chunk in fresh} == {1}, fresh)
         await engine.release("s")
@@ -147,7 +145,7 @@ async def a_checkpoint_that_cannot_be_used_changes_nothing(subject: Subject) -> 
 async def new_weights_are_announced_before_they_draw_and_what_that_raises_stops_them(subject: Subject) -> None:
     async with opened(subject) as engine:
         before, said = engine.info, []
-        running = asyncio.ensure_future(chunks_of(engine, subject.ask(subject.prompts[0], COUNT)))
+        running = asyncio.ensure_future(chunks_of(engine, subject.ask(subject.prompts[0], subject.long_count)))
 
         async def announce(info: EngineInfo) -> None:
             said.append((info, engine.info))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import shutil
 import struct
 from pathlib import Path
@@ -14,6 +15,8 @@ from rollout.conformance.suite import checks_for
 from rollout.engines.embedded.batching import Limits
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
 from rollout.engines.embedded.engine import EmbeddedEngine
+from rollout.engines.vllm.engine import VllmEngine
+from rollout.engines.vllm.testing import VOCAB_COUNT, WireDouble, write_checkpoint
 from rollout.main import load_tokenizer
 from rollout.testing import Reply, ScriptedEngine
 
@@ -84,8 +87,42 @@ def scripted(folder: Path) -> Subject:
     )
 
 
+def vllm(folder: Path) -> Subject:
+    """Over the double of its wire; tests/external/vllm has the server itself."""
+    source = random.Random(5)
+    base = folder / "hash-0"
+    prompts = tuple((0, *(source.randrange(2, VOCAB_COUNT) for _ in range(210 + 30 * i))) for i in range(4))
+    return Subject(
+        make=lambda: EngineWithServer(write_checkpoint(base, 0)),
+        checkpoint=lambda number: write_checkpoint(folder / f"hash-{number}", number),
+        folder=folder,
+        prompts=prompts,
+        stop_id=EOS_ID,
+        vague=(0, 17, 300),
+        traits=ALL - {"keeps", "versions"},
+    )
+
+
+class EngineWithServer(VllmEngine):
+    """An adapter that has a server of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("http://127.0.0.1:1")
+        self.server = WireDouble(folder, tells_routes=True)
+
+    async def open(self) -> None:
+        await self.server.start()
+        self._connection.url = self.server.url
+        await super().open()
+
+    async def close(self) -> None:
+        await super().close()
+        await self.server.stop()
+
+
 def subjects(folder: Path) -> dict[str, Subject]:
-    return {name: embedded(folder, limits) for name, limits in LIMITS.items()} | {"scripted": scripted(folder)}
+    others = {"scripted": scripted(folder), "vllm": vllm(folder)}
+    return {name: embedded(folder, limits) for name, limits in LIMITS.items()} | others
 
 
 CASES = [

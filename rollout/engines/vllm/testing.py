@@ -1,0 +1,400 @@
+"""A double of a vLLM server: its wire as a real one was seen to speak it, over a model that is a hash.
+
+What the model says is a function of its weights and the context alone, so every answer can be checked to the bit; the
+server may be told to break in one way.  Real exchanges that its answers must look like: tests/golden/vllm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import math
+import random
+import struct
+from array import array
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from aiohttp import web
+
+VOCAB_COUNT, CONTEXT_TOKENS_MAX, BLOCK_TOKENS = 512, 1024, 32
+LAYERS, EXPERTS_COUNT, TOP_K = 3, 8, 2
+NO_LOGPROB = -9999.0
+TOKEN_S = 0.002
+"""How long a token takes: whoever interrupts an answer is to find some of it left."""
+WireFault = Literal[
+    "error in stream",
+    "cut",
+    "no end",
+    "too many",
+    "nan",
+    "unknown id",
+    "endless line",
+    "noise",
+    "hang",
+    "status 500",
+    "aborts",
+    "other version",
+    "no routes",
+]
+
+
+def write_checkpoint(folder: Path, number: int) -> Path:
+    """Weights for the double; each number has its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"vocab_size": VOCAB_COUNT, "num_hidden_layers": LAYERS, "num_experts": EXPERTS_COUNT}
+    (folder / "config.json").write_text(json.dumps(config))
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}).encode()
+    data = hashlib.sha256(bytes([number])).digest()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+    return folder
+
+
+@lru_cache(maxsize=1 << 14)
+def _logprobs(weights: bytes, context: bytes) -> tuple[float, ...]:
+    """Of all tokens, at temperature 1."""
+    source = random.Random(hashlib.sha256(weights + context).digest())  # noqa: S311 - a model, no secret
+    logits = [4 * source.random() for _ in range(VOCAB_COUNT)]
+    total = math.log(math.fsum(map(math.exp, logits)))
+    return tuple(logit - total for logit in logits)
+
+
+def _processed(logprobs: Sequence[float], params: dict[str, Any]) -> list[float]:
+    """After temperature and cuts; what a cut left no chance has `NO_LOGPROB`."""
+    temperature = params.get("temperature", 1.0) or 1.0
+    order = sorted(range(len(logprobs)), key=lambda i: (-logprobs[i], i))
+    scaled = [each / temperature for each in logprobs]
+    total = math.fsum(map(math.exp, scaled))
+    kept, mass = [], 0.0
+    for i in order[: params.get("top_k") or None]:
+        kept.append(i)
+        mass += math.exp(scaled[i]) / total
+        if mass >= params.get("top_p", 1.0):
+            break
+    norm = math.log(math.fsum(math.exp(scaled[i]) for i in kept))
+    cut = [NO_LOGPROB] * len(logprobs)
+    for i in kept:
+        cut[i] = scaled[i] - norm
+    return list(logprobs) if temperature == 1.0 and len(kept) == len(order) else cut
+
+
+def _draw(logprobs: Sequence[float], params: dict[str, Any], position: int) -> int:
+    """As vLLM's newer runner: the noise is a function of seed and position."""
+    if not params.get("temperature"):
+        return max(range(len(logprobs)), key=lambda i: (logprobs[i], -i))
+    left = random.Random(f"{params.get('seed')}/{position}").random()  # noqa: S311 - noise that comes again
+    for i, logprob in enumerate(logprobs):
+        left -= math.exp(logprob) if logprob > NO_LOGPROB else 0.0
+        if left <= 0:
+            return i
+    return max(range(len(logprobs)), key=lambda i: logprobs[i])
+
+
+def route_of(token_id: int) -> bytes:
+    """The experts of a token, layer after layer."""
+    return bytes((token_id + layer + nth) % EXPERTS_COUNT for layer in range(LAYERS) for nth in range(TOP_K))
+
+
+def _npy(rows: bytes) -> str:
+    count = len(rows) // (LAYERS * TOP_K)
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({count}, {LAYERS}, {TOP_K}), }}".ljust(117) + "\n"
+    return base64.b64encode(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + rows).decode()
+
+
+async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
+    await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+
+
+class _Request:
+    """One that runs."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self.body = body
+        self.aborted = asyncio.Event()
+
+
+class WireDouble:
+    """A server on a free port of this host, from `start` to `stop`; started again it has the same port."""
+
+    def __init__(self, folder: Path, *, tells_routes: bool = False, key: str = "", shows_folder: bool = True) -> None:
+        """`folder`: a checkpoint; without `shows_folder` its name is one that no host has."""
+        self.folder, self._key, self._tells_routes = folder, key, tells_routes
+        self._root = str(folder) if shows_folder else "somebody/model"
+        self.port = 0
+        self.fault: WireFault | None = None
+        self.fault_at = 2
+        """Events of a stream before the fault."""
+        self.calls: list[tuple[str, Any]] = []
+        """What was asked: path with query, and body."""
+        self._runner: web.AppRunner | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._weights = (self.folder / "model.safetensors").read_bytes()
+        self.label = "default"
+        self.paused: str | None = None
+        self._running: dict[str, _Request] = {}
+        self._cached: set[bytes] = set()
+        self._changed = asyncio.Event()
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def open_count(self) -> int:
+        """Requests that it has not ended."""
+        return len(self._running)
+
+    async def start(self) -> None:
+        """As a new process: with its first weights, and nothing kept."""
+        self._forget()
+        app = web.Application(client_max_size=1 << 26)
+        app.router.add_route("*", "/{path:.*}", self._answer)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.01)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        """As a kill: streams break where they are."""
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            for connection in list(runner.server.connections) if runner.server else []:
+                if connection.transport is not None:
+                    connection.transport.abort()
+            await runner.cleanup()
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        body: Any = await request.json() if request.can_read_body else None
+        self.calls.append((request.path_qs, body))
+        is_guarded = request.path.startswith(("/v1", "/inference"))
+        if self._key and is_guarded and request.headers.get("authorization") != f"Bearer {self._key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        match request.path.strip("/"):
+            case "version":
+                return web.json_response({"version": "0.32.0"})
+            case "v1/models":
+                model = {"id": "hash", "root": self._root, "max_model_len": CONTEXT_TOKENS_MAX}
+                return web.json_response({"object": "list", "data": [model]})
+            case "server_info":
+                return web.json_response(self._server_info())
+            case "weight_info":
+                return web.json_response({"weight_version": self.label})
+            case "update_weight_version":
+                self.label = body["new_version"]
+                return web.json_response({"success": True, "new_version": self.label})
+            case "collective_rpc":
+                return self._reload(Path(body["kwargs"]["weights_path"]))
+            case "pause":
+                return await self._pause(request.query.get("mode", "abort"), request.query.get("clear_cache", "true"))
+            case "resume":
+                self.paused = None
+                self._changed.set()
+                return web.json_response({"status": "resumed"})
+            case "inference/v1/abort_requests":
+                for name in body["request_ids"]:
+                    if name in self._running:
+                        self._running[name].aborted.set()
+                self._changed.set()
+                return web.Response()
+            case "inference/v1/generate":
+                return await self._generate(request, body)
+        return web.json_response({"detail": "Not Found"}, status=404)
+
+    def _server_info(self) -> dict[str, Any]:
+        model = {"model": self._root, "max_model_len": CONTEXT_TOKENS_MAX, "dtype": "torch.float32"}
+        model |= {"logprobs_mode": "processed_logprobs", "max_logprobs": 33, "return_sampling_mask": True}
+        aux = {"enable_return_routed_experts": self._tells_routes}
+        return {
+            "vllm_config": {"model_config": model, "scheduler_config": {"policy": "priority"}, "aux_output_config": aux}
+        }
+
+    def _reload(self, folder: Path) -> web.Response:
+        try:
+            self._weights = (folder / "model.safetensors").read_bytes()
+        except OSError as error:
+            message = f"Call to collective_rpc method failed: {error}"
+            return web.json_response({"error": {"message": message, "code": 500}}, status=500)
+        return web.json_response({"results": [None]})
+
+    async def _pause(self, mode: str, clears: str) -> web.Response:
+        self.paused = mode
+        if mode == "abort":
+            for running in self._running.values():
+                running.aborted.set()
+        self._changed.set()
+        if mode == "wait":
+            await self._until(lambda: self.paused != "wait" or not self._running)
+        if clears != "false" and mode != "keep":
+            self._cached.clear()
+        return web.json_response({"status": "paused"})
+
+    async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        params = body["sampling_params"]
+        if self.fault == "status 500":
+            return web.json_response({"error": {"message": "EngineCore \x1b[31mdied", "code": 500}}, status=500)
+        if max(body["token_ids"]) >= VOCAB_COUNT:
+            return web.json_response({"error": {"message": "out of vocabulary", "code": 400}}, status=400)
+        if not body.get("stream"):
+            await self._until(lambda: self.paused is None)
+            return web.json_response(self._whole(body, params))
+        name = f"generate-tokens-{body['request_id']}"
+        running = self._running[name] = _Request(body)
+        response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
+        try:
+            await response.prepare(request)
+            await self._stream(response, name, running)
+        except (ConnectionError, asyncio.CancelledError):
+            with contextlib.suppress(ConnectionError):
+                await response.write_eof()
+        finally:
+            del self._running[name]
+            self._changed.set()
+        return response
+
+    def _whole(self, body: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+        """The answer in one piece, of one token: what scores and probes ask for."""
+        ids, count = body["token_ids"], params.get("prompt_logprobs")
+        choice, _ = self._choice(list(ids), params, [], len(ids))
+        choice |= {"finish_reason": "length", "routed_experts": self._routes(ids, 0)}
+        answer: dict[str, Any] = {"choices": [choice], "prompt_logprobs": None}
+        if count is not None:
+            rows: list[Any] = [None]
+            for at in range(1, len(ids)):
+                row = _logprobs(self._weights, array("I", ids[:at]).tobytes())
+                best = sorted(range(VOCAB_COUNT), key=lambda i: (-row[i], i))[:count]
+                rows.append({str(i): {"logprob": row[i], "rank": 1} for i in (ids[at], *best)})
+            answer["prompt_logprobs"] = rows
+        return answer
+
+    async def _stream(self, response: web.StreamResponse, name: str, running: _Request) -> None:
+        body, params = running.body, running.body["sampling_params"]
+        ids: list[int] = list(body["token_ids"])
+        prompt_count, events_count = len(ids), 0
+        room = min(params["max_tokens"], CONTEXT_TOKENS_MAX - prompt_count)
+        await self._until(lambda: self.paused is None or running.aborted.is_set())
+        cached_count = self._cached_count(body.get("cache_salt", ""), ids)
+        spans: list[dict[str, Any]] = []
+        reason: str | None = None
+        while reason is None:
+            await asyncio.sleep(TOKEN_S)
+            await self._until(lambda: self.paused != "keep" or running.aborted.is_set())
+            choice: dict[str, Any] = {"index": 0, "token_ids": [], "logprobs": {"content": []}}
+            if running.aborted.is_set() or (self.fault == "aborts" and events_count == self.fault_at):
+                reason = "abort"
+            else:
+                count = min(1 + (len(ids) % 5 == 0), room - (len(ids) - prompt_count))
+                choice, has_stopped = self._choice(ids, params, spans, prompt_count, count)
+                is_full = len(ids) - prompt_count == room
+                reason = "stop" if has_stopped else "length" if is_full else None
+            choice["finish_reason"] = reason
+            choice |= {
+                "weight_versions": spans if reason else None,
+                "routed_experts": None,
+                "sampling_mask": choice.get("sampling_mask"),
+            }
+            if reason in {"stop", "length"}:
+                choice["routed_experts"] = self._routes(ids[:-1], params.get("routed_experts_prompt_start", 0))
+            if self.fault is not None and events_count == self.fault_at and not await self._break(response, choice):
+                return
+            await _send(response, {"request_id": name, "usage": None, "choices": [choice]})
+            events_count += 1
+        self._cached.update(self._blocks(body.get("cache_salt", ""), ids))
+        details = {"cached_tokens": cached_count}
+        usage = {
+            "prompt_tokens": prompt_count,
+            "completion_tokens": len(ids) - prompt_count,
+            "prompt_tokens_details": details,
+        }
+        await _send(response, {"request_id": name, "usage": usage, "choices": []})
+        await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+
+    def _choice(
+        self, ids: list[int], params: dict[str, Any], spans: list[dict[str, Any]], prompt_count: int, count: int = 1
+    ) -> tuple[dict[str, Any], bool]:
+        """Draw up to `count` tokens behind `ids`, into which they go; whether the last is a stop id."""
+        drawn: list[int] = []
+        content: list[Any] = []
+        masks: list[list[int]] = []
+        has_stopped = False
+        while len(drawn) < count and not has_stopped:
+            logprobs = _processed(_logprobs(self._weights, array("I", ids).tobytes()), params)
+            token = _draw(logprobs, params, len(ids))
+            ranked = sorted(range(VOCAB_COUNT), key=lambda i: (i != token, -logprobs[i], i))
+            tops = [{"token_id": i, "logprob": logprobs[i]} for i in ranked[: max(params.get("logprobs") or 1, 1)]]
+            content.append({"token_id": token, "logprob": logprobs[token], "rank": 1, "top_logprobs": tops})
+            masks.append([i for i in ranked if logprobs[i] > NO_LOGPROB])
+            if not spans or spans[-1]["version"] != self.label:
+                spans.append({"version": self.label, "start": len(ids) - prompt_count, "end": 0})
+            ids.append(token)
+            spans[-1]["end"] = len(ids) - prompt_count
+            drawn.append(token)
+            has_stopped = token in params.get("stop_token_ids", ())
+        return {"index": 0, "token_ids": drawn, "logprobs": {"content": content}, "sampling_mask": masks}, has_stopped
+
+    def _routes(self, ids: Sequence[int], start: int) -> str | None:
+        return _npy(b"".join(map(route_of, ids[start:]))) if self._tells_routes and self.fault != "no routes" else None
+
+    async def _break(self, response: web.StreamResponse, choice: dict[str, Any]) -> bool:
+        """Do as the fault says with an event; False if nothing comes behind it."""
+        content = choice["logprobs"]["content"]
+        match self.fault:
+            case "error in stream":
+                await _send(response, {"error": {"message": "EngineCore \x1b[31mdied", "code": 500}})
+                await response.write(b"data: [DONE]\n\n")
+            case "cut":
+                await response.write(b'data: {"request_id": "x", "choices": [{"ind')
+                if response._req is not None and response._req.transport is not None:  # noqa: SLF001
+                    response._req.transport.abort()  # noqa: SLF001
+            case "no end":
+                await response.write_eof()
+            case "hang":
+                await asyncio.Event().wait()
+            case "noise":
+                await response.write(b"data: {\xff\xfe\x1b[2J}\n\n")
+            case "endless line":
+                with contextlib.suppress(ConnectionError):
+                    while True:
+                        await response.write(b"data: " + b"x" * (1 << 20))
+            case "too many":
+                choice["token_ids"] *= 5000
+                choice["logprobs"]["content"] = content * 5000
+                return True
+            case "nan":
+                content[-1]["logprob"] = NO_LOGPROB
+                return True
+            case "unknown id":
+                choice["token_ids"][-1] = content[-1]["token_id"] = VOCAB_COUNT
+                return True
+            case "other version":
+                self.label = "77"
+                return True
+            case _:
+                return True
+        return False
+
+    def _blocks(self, salt: str, ids: Sequence[int]) -> list[bytes]:
+        ends = range(BLOCK_TOKENS, len(ids) + 1, BLOCK_TOKENS)
+        return [hashlib.sha256(salt.encode() + array("I", ids[:end]).tobytes()).digest() for end in ends]
+
+    def _cached_count(self, salt: str, ids: Sequence[int]) -> int:
+        count = 0
+        for block in self._blocks(salt, ids[:-1]):
+            if block not in self._cached:
+                break
+            count += BLOCK_TOKENS
+        return count
+
+    async def _until(self, holds: Any) -> None:
+        while not holds():
+            self._changed.clear()
+            await self._changed.wait()
