@@ -39,21 +39,35 @@ CONFIG = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
+_EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": _INNER,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 2,
+}
 _HEAD_GAIN = 3.0
 """What the best token has before the next: float32 never confuses them, and chance still has a choice."""
 
 
-def write_tiny_model(folder: Path, seed: int = 0) -> Path:
-    """Write config, tokenizer and weights to `folder`, which is made if need be; returns it."""
+def write_tiny_model(folder: Path, seed: int = 0, experts_count: int = 0) -> Path:
+    """Write config, tokenizer and weights to `folder`, which is made if need be; returns it.
+
+    With `experts_count` each layer has that many, and two of them for a token: the model to see routes with.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     vocab_count: int = json.loads((DEFAULT_CHECKPOINT / "config.json").read_text())["vocab_size"]
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": vocab_count}, indent=1))
+    routed = {**_EXPERTS, "num_experts": experts_count} if experts_count else {}
+    config = CONFIG | routed | {"vocab_size": vocab_count}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEFAULT_CHECKPOINT / name, folder / name)
     chance = np.random.default_rng(seed)
     header: dict[str, dict[str, object]] = {}
     parts, end = [], 0
-    for name, shape in _shapes(vocab_count).items():
+    for name, shape in _shapes(vocab_count, experts_count).items():
         gain = _HEAD_GAIN if name.startswith("lm_head") else 1.0
         scale = gain if "embed" in name else gain / shape[-1] ** 0.5
         values = np.ones(shape) if len(shape) == 1 else chance.standard_normal(shape) * scale
@@ -66,10 +80,10 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def _shapes(vocab_count: int) -> dict[str, tuple[int, ...]]:
+def _shapes(vocab_count: int, experts_count: int) -> dict[str, tuple[int, ...]]:
     """By tensor; the last dimension of a matrix is what it takes in."""
     query, pair = _HEADS * _HEAD_DIM, _KV_HEADS * _HEAD_DIM
-    layer = {
+    layer: dict[str, tuple[int, ...]] = {
         "input_layernorm": (_HIDDEN,),
         "self_attn.q_proj": (query, _HIDDEN),
         "self_attn.k_proj": (pair, _HIDDEN),
@@ -78,10 +92,12 @@ def _shapes(vocab_count: int) -> dict[str, tuple[int, ...]]:
         "self_attn.q_norm": (_HEAD_DIM,),
         "self_attn.k_norm": (_HEAD_DIM,),
         "post_attention_layernorm": (_HIDDEN,),
-        "mlp.gate_proj": (_INNER, _HIDDEN),
-        "mlp.up_proj": (_INNER, _HIDDEN),
-        "mlp.down_proj": (_HIDDEN, _INNER),
     }
+    inner = {"gate_proj": (_INNER, _HIDDEN), "up_proj": (_INNER, _HIDDEN), "down_proj": (_HIDDEN, _INNER)}
+    for block in [f"mlp.experts.{i}" for i in range(experts_count)] or ["mlp"]:
+        layer |= {f"{block}.{name}": shape for name, shape in inner.items()}
+    if experts_count:
+        layer["mlp.gate"] = (experts_count, _HIDDEN)
     names = {f"model.layers.{i}.{name}": shape for i in range(_LAYERS) for name, shape in layer.items()}
     outer = {"model.embed_tokens": (vocab_count, _HIDDEN), "model.norm": (_HIDDEN,), "lm_head": (vocab_count, _HIDDEN)}
     return {f"{name}.weight": shape for name, shape in (outer | names).items()}

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from rollout.cli import main
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
-from rollout.engines.vllm.tiny import write_tiny_model
+from rollout.engines.vllm.tiny import CONFIG, write_tiny_model
 
 
 def ask(*arguments: str) -> Result:
@@ -99,3 +99,13 @@ def test_a_seed_gives_the_same_tiny_model_in_the_vocabulary_of_the_service(tmp_p
     weights = [(folder / "model.safetensors").read_bytes() for folder in (one, same, other)]
     assert weights[0] == weights[1] != weights[2]
     assert (one / "tokenizer.json").read_bytes() == (DEFAULT_CHECKPOINT / "tokenizer.json").read_bytes()
+
+
+def test_the_tiny_model_with_experts_has_a_gate_and_that_many_of_them_in_each_layer(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, experts_count=3)
+    data = (folder / "model.safetensors").read_bytes()
+    tensors = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    gate, experts = "model.layers.1.mlp.gate.weight", [name for name in tensors if ".layers.1.mlp.experts." in name]
+    assert tensors[gate]["shape"] == [3, CONFIG["hidden_size"]]
+    assert len(experts) == 3 * 3
+    assert json.loads((folder / "config.json").read_text())["num_experts"] == 3
