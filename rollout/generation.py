@@ -132,6 +132,11 @@ async def generate(service: RolloutService, ask: Ask) -> AsyncGenerator[Drawn | 
                 service.retention.let_go(job.request_id)
 
 
+async def acknowledge(service: RolloutService, request_id: str) -> int:
+    """Nobody needs a generation that has ended any longer.  StateError: it has not."""
+    return await service.retention.acknowledge([member for member, _, _ in service.ledger.members(request_id)])
+
+
 def _failed(service: RolloutService, job: Job) -> list[str]:
     states = [service.ledger.rollouts.get(rollout_id) for rollout_id, _, _ in service.ledger.members(job.request_id)]
     return [each.opened.rollout_id for each in states if each and each.failure and not each.finished]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -20,15 +19,16 @@ from typing import Any, Protocol, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dsec.errors import DsecError
 from dsec.listen import Listen
+from rollout import generation
 from rollout.dialects import chat, completions, quick, vllm
-from rollout.dialects.http_guard import Guard, error_body, error_headers
+from rollout.dialects.http_errors import add_errors, told_of
+from rollout.dialects.http_guard import Guard
 from rollout.dialects.options import StreamOptions
 from rollout.errors import NotFoundError, RequestError, RolloutError
 from rollout.generation import Ask, Drawn, Ended, context_bound, generate
@@ -41,23 +41,8 @@ from wal import WalError
 CONNECTIONS_MAX = 1024
 HEAD_S = 10.0
 """For the head of a request to arrive in."""
-STATUS: dict[str, int] = {
-    "BAD_REQUEST": 400,
-    "BAD_MESSAGES": 400,
-    "BAD_TASK": 400,
-    "INVALID_ARGUMENT": 400,
-    "NOT_FOUND": 404,
-    "ALREADY_EXISTS": 409,
-    "FAILED_PRECONDITION": 409,
-    "RESOURCE_EXHAUSTED": 429,
-    "ENGINE_ERROR": 503,
-    "PREEMPTED": 503,
-    "UNREACHABLE": 503,
-}
-"""Of our error codes; any other is a 500."""
 CLIENT_GONE = 499
 """Nobody reads it; nginx's word for it."""
-_log = logging.getLogger(__name__)
 Piece = Drawn | Ended
 T = TypeVar("T")
 
@@ -89,7 +74,7 @@ Find = Callable[..., Awaitable[RolloutService | str]]
 def make_app(find: Find, token: str = "") -> Guard:
     """The application over services that are open; `find` is `Worker.locate`."""
     app = FastAPI(title="dsec", docs_url=None, redoc_url=None, openapi_url=None)
-    _add_errors(app)
+    add_errors(app)
     _add_generation(app, find)
     _add_engine(app, find)
     return Guard(app, token)
@@ -137,14 +122,23 @@ def _add_generation(app: FastAPI, find: Find) -> None:
         return Response(status_code=CLIENT_GONE) if said is None else JSONResponse(said)
 
     @app.post("/inference/v1/abort_requests")
-    async def abort(body: vllm.AbortRequest) -> Response:
-        aborted = []
-        for name in body.request_ids:
-            service = await _find(find, name, creates=False)
-            if name in service.ledger.jobs:
-                await service.cancel(name)
-                aborted.append(name)
-        return JSONResponse({"aborted": aborted})
+    async def abort(body: vllm.RequestIds) -> Response:
+        return JSONResponse({"aborted": [name async for name in _done(find, body, RolloutService.cancel)]})
+
+    @app.post("/inference/v1/ack_requests")
+    async def acknowledge(body: vllm.RequestIds) -> Response:
+        return JSONResponse({"acknowledged": [name async for name in _done(find, body, generation.acknowledge)]})
+
+
+async def _done(
+    find: Find, body: vllm.RequestIds, do: Callable[[RolloutService, str], Awaitable[int]]
+) -> AsyncIterator[str]:
+    """Those of the requests that there are, once it was done."""
+    for name in body.request_ids:
+        service = await _find(find, name, creates=False)
+        if name in service.ledger.jobs:
+            await do(service, name)
+            yield name
 
 
 def _add_engine(app: FastAPI, find: Find) -> None:
@@ -255,55 +249,12 @@ async def _events(
             if counts:
                 yield _event(writer.counts([states[index] for index in sorted(states)]))
         except (RolloutError, DsecError, WalError, DslError) as error:
-            yield _event(_told(error)[0])
+            yield _event(told_of(error)[0])
     yield b"data: [DONE]\n\n"
 
 
 def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
-
-
-def _told(error: RolloutError | DsecError | WalError | DslError) -> tuple[dict[str, Any], int]:
-    status = STATUS.get(error.code, 500)
-    return error_body(str(error), error.code, status), status
-
-
-def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        lines = [_line(each) for each in error.errors()[:5]]
-        if "json" not in request.headers.get("content-type", ""):
-            lines = ["send the body as JSON, with content-type: application/json"]
-        return _error_response(error_body("; ".join(lines), "BAD_REQUEST", 400), 400)
-
-    async def refused(_: Request, error: Exception) -> Response:
-        if not isinstance(error, HTTPException):
-            raise error
-        return _error_response(error_body(str(error.detail), "REFUSED", error.status_code), error.status_code)
-
-    async def broken(_: Request, error: Exception) -> Response:
-        _log.error("a request failed", exc_info=error)
-        return _error_response(error_body("internal error; the server's log has it", "INTERNAL", 500), 500)
-
-    async def ours(_: Request, error: Exception) -> Response:
-        if not isinstance(error, RolloutError | DsecError | WalError | DslError):
-            raise error
-        return _error_response(*_told(error))
-
-    for root in (RolloutError, DsecError, WalError, DslError):
-        app.add_exception_handler(root, ours)
-    app.add_exception_handler(HTTPException, refused)
-    app.add_exception_handler(Exception, broken)
-
-
-def _line(error: dict[str, Any]) -> str:
-    if error["type"] == "json_invalid":
-        return f"body: no JSON at character {error['loc'][-1]}: {error['ctx']['error']}"
-    return f"{'.'.join(map(str, error['loc'][1:])) or 'body'}: {error['msg']}"
-
-
-def _error_response(body: dict[str, Any], status: int) -> Response:
-    return JSONResponse(body, status_code=status, headers=error_headers(status))
 
 
 class _Connection(H11Protocol):

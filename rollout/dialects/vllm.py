@@ -1,4 +1,4 @@
-"""vLLM's tokens-in, tokens-out route, `/inference/v1/generate`, and its way to give up requests.
+"""vLLM's tokens-in, tokens-out route, `/inference/v1/generate`, and its way to give up requests by their names.
 
 Fields and their meaning are vLLM's (0.33, entrypoints/serve/disagg); ids are never decoded on the way.
 """
@@ -28,7 +28,7 @@ from rollout.record import version_runs
 from rollout.state import State
 
 TOKENS_DEFAULT = 16
-ABORTS_MAX = 1024
+NAMES_MAX = 1024
 
 
 class SamplingParams(Options):
@@ -56,10 +56,10 @@ class GenerateRequest(Options):
     cache_salt: str | None = None
 
 
-class AbortRequest(BaseModel):
-    """The body of `/inference/v1/abort_requests`."""
+class RequestIds(BaseModel):
+    """The body of `/inference/v1/abort_requests`, and of `ack_requests`, which vLLM does not need."""
 
-    request_ids: list[str] = Field(max_length=ABORTS_MAX)
+    request_ids: list[str] = Field(max_length=NAMES_MAX)
 
 
 def ask_of(body: GenerateRequest, context_tokens_max: int) -> Ask:

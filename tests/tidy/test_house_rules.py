@@ -17,7 +17,7 @@ BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager
 DOORS = {
     "aiohttp": {"rollout/engines/vllm/connection.py", "rollout/engines/vllm/testing.py"},
     "docker": {"dsec/edge/substrates/docker.py", "dsec/edge/substrates/docker_engine.py"},
-    "fastapi": {"rollout/dialects/http_server.py"},
+    "fastapi": {"rollout/dialects/http_errors.py", "rollout/dialects/http_server.py"},
     "uvicorn": {"rollout/dialects/http_server.py"},
     "redis": set(),
     "sqlalchemy": {"rollout/workers/index.py"},

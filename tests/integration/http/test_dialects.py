@@ -12,7 +12,7 @@ import wal
 from rollout import journal
 from rollout.dialects.http_guard import BODY_BYTES_MAX
 from rollout.engine import Sampled, SampleRequest
-from rollout.events import RolloutFinished, RolloutOpened, RolloutsAcknowledged
+from rollout.events import JobSubmitted, RolloutFinished, RolloutOpened, RolloutsAcknowledged
 from rollout.main import load_tokenizer
 from rollout.testing import Reply, ScriptedEngine, reply_ids
 from wal.tokens import TokensAppended
@@ -247,6 +247,26 @@ async def test_requests_are_given_up_by_their_names(serving: Any, seen: Any) -> 
         assert gone.json() == {"aborted": ["mine"]}
         (choice,) = (await asking).json()["choices"]
         assert (choice["finish_reason"], choice["token_ids"]) == ("abort", [])
+
+
+async def test_what_was_taken_under_a_name_is_acknowledged_over_http_and_forgotten(serving: Any, seen: Any) -> None:
+    async with serving(model()) as (client, service):
+        body = {"token_ids": list(_header()), "sampling_params": {"max_tokens": 3, "n": 2}, "request_id": "mine"}
+        taken = (await client.post("/inference/v1/generate", json=body)).json()
+        assert (await client.post("/inference/v1/generate", json=body)).json() == taken
+        await service.engine.pause("keep")
+        seen[JobSubmitted].clear()
+        asking = asyncio.create_task(client.post("/inference/v1/generate", json={**body, "request_id": "other"}))
+        await seen[JobSubmitted].wait()
+        said = await client.post("/inference/v1/ack_requests", json={"request_ids": ["other"]})
+        assert said.status_code == 409
+        assert "not ended yet: other/" in said.json()["error"]["message"]
+        said = await client.post("/inference/v1/ack_requests", json={"request_ids": ["unknown", "mine"]})
+        assert said.json() == {"acknowledged": ["mine"]}
+        assert service.ledger.jobs.keys() == {"other"}
+        assert (await client.post("/inference/v1/generate", json=body)).status_code == 409
+        await service.engine.resume()
+        assert (await asking).status_code == 200
 
 
 async def test_a_seed_draws_the_same_for_every_request_and_other_members_draw_otherwise(serving: Any) -> None:
