@@ -54,6 +54,11 @@ class RolloutConfig(BaseSettings):
     engine_silence_s: float = Field(
         default=600.0, gt=0, description="an engine that is not paused and says nothing for so long has failed"
     )
+    engine_cache: Path | None = Field(
+        default=None,
+        description="where states of contexts lie that memory has no room for; unset: DIR/states under dsec serve",
+    )
+    engine_cache_bytes_max: int = Field(default=1 << 30, ge=0, description="bytes of these states; 0: none are kept")
     jobs_count_max: int = Field(default=10_000, ge=1, description="jobs that one log may hold")
     rollouts_count_max: int = Field(default=100_000, ge=1, description="rollouts that one job may ask for")
     context_tokens_count_max: int = Field(default=2048, ge=1, description="longest context that a job may ask for")
@@ -92,6 +97,11 @@ class RolloutConfig(BaseSettings):
         if isinstance(given, str) and not given.lstrip().startswith("["):
             return [name for each in given.split(",") if (name := each.strip())]
         return _decoded(given, "write module:function,module:function")
+
+    @field_validator("engine_cache", "checkpoints_root", mode="before")
+    @classmethod
+    def _is_set(cls, given: Any) -> Any:
+        return given or None  # an empty variable is unset, and no path to where this happens to run
 
     @field_validator("log_sync")
     @classmethod

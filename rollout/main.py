@@ -10,6 +10,7 @@ from dsec.address import parse_address
 from dsec.edge.clock import HostClock
 from dsec.sandbox import Substrate
 from rollout.config import RolloutConfig
+from rollout.engines.embedded.batching import Limits
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
 from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.environment.edge import RunEdge, substrate_config
@@ -18,6 +19,7 @@ from rollout.service import RolloutService
 from toolcall_dsl import Tokenizer
 
 EDGE = "edge"
+STATES = "states"
 
 
 def load_tokenizer() -> Tokenizer:
@@ -33,7 +35,14 @@ def holds_edge(directory: Path) -> bool:
 def make_service(directory: Path, config: RolloutConfig, edge_url: str = "") -> RolloutService:
     """A service over `directory` with the embedded engine and the Edge of `make_substrate`.  Not open yet."""
     substrate = make_substrate(directory, config, edge_url)
-    return RolloutService(directory, EmbeddedEngine(), substrate, load_tokenizer(), config)
+    return RolloutService(directory, make_engine(config), substrate, load_tokenizer(), config)
+
+
+def make_engine(config: RolloutConfig, cache: Path | None = None) -> EmbeddedEngine:
+    """The embedded engine; the states of its contexts lie where the config says, or else in `cache`, if anywhere."""
+    limits = Limits(cache_bytes_max=config.engine_cache_bytes_max)
+    folder = config.engine_cache or cache
+    return EmbeddedEngine(limits=limits, cache=folder if limits.cache_bytes_max else None)
 
 
 def make_substrate(directory: Path, config: RolloutConfig, edge_url: str, number: int = 0) -> Substrate:

@@ -21,9 +21,8 @@ from rollout.commands.run import EDGE_HELP
 from rollout.config import RolloutConfig, WorkerConfig
 from rollout.dialects.http_server import listen as listen_http
 from rollout.dialects.http_server import start_http_server
-from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.errors import RequestError
-from rollout.main import load_tokenizer, make_substrate
+from rollout.main import STATES, load_tokenizer, make_engine, make_substrate
 from rollout.rpc.grpc_server import REQUEST_BYTES_MAX, handlers_of, start_server
 from rollout.rpc.listening import KEY, address_of, listen_at, told
 from rollout.workers.forward import Router
@@ -107,7 +106,8 @@ def serve(
         def substrate(directory: Path, number: int) -> Substrate:
             return make_substrate(directory, bounds, edge_url, number)
 
-        parts = Parts(EmbeddedEngine(), load_tokenizer(), bounds, substrate, has_served_edge=bool(edge_url))
+        engine = make_engine(bounds, directory / STATES)
+        parts = Parts(engine, load_tokenizer(), bounds, substrate, has_served_edge=bool(edge_url))
         name = worker_id or (f"{socket.gethostname()}-{re.split('[:/]', address)[-1]}" if root else _ALONE_ID)
         return Worker(directory, index, parts, config, name, is_alone=root is None)
 

@@ -65,7 +65,7 @@ class EmbeddedEngine:
         cache: Path | None = None,
     ) -> None:
         self._folder = checkpoint
-        self._cache = cache
+        self.cache = cache
         self._tier: DiskTier | None = None
         self._policy_version = policy_version
         self._limits = limits or Limits()
@@ -98,8 +98,8 @@ class EmbeddedEngine:
         """Check and load the checkpoint (about 0.2 s), start the thread.  EngineError names what is wrong."""
         if self._thread is not None:
             raise EngineError("the engine is already open")
-        if self._cache is not None:
-            self._tier = DiskTier(StateCache(self._cache, self._limits.cache_bytes_max, build_digest()))
+        if self.cache is not None:
+            self._tier = DiskTier(StateCache(self.cache, self._limits.cache_bytes_max, build_digest()))
         versions = await asyncio.to_thread(self._load)
         if self._tier is not None:
             await self._tier.open()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rollout.commands.run import _bounds
 from rollout.config import RolloutConfig
+from rollout.main import STATES, make_engine
 
 
 def test_lists_and_objects_are_read_as_people_write_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,6 +19,19 @@ def test_lists_and_objects_are_read_as_people_write_them(monkeypatch: pytest.Mon
     monkeypatch.setenv("DSEC_PROJECT_WEIGHTS", '{"main": 2}')
     config = RolloutConfig()
     assert (config.reward_callables, config.project_weights) == (frozenset(), {"main": 2.0})
+
+
+def test_states_lie_where_the_environment_says_or_beside_the_log_or_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert make_engine(RolloutConfig()).cache is None
+    assert make_engine(RolloutConfig(), tmp_path / STATES).cache == tmp_path / "states"
+    monkeypatch.setenv("DSEC_ENGINE_CACHE", "")
+    assert make_engine(RolloutConfig()).cache is None
+    monkeypatch.setenv("DSEC_ENGINE_CACHE", "/var/cache/dsec")
+    assert make_engine(RolloutConfig(), tmp_path).cache == Path("/var/cache/dsec")
+    monkeypatch.setenv("DSEC_ENGINE_CACHE_BYTES_MAX", "0")
+    assert make_engine(RolloutConfig(), tmp_path).cache is None
 
 
 def test_the_bounds_of_a_run_are_the_environments_where_it_says_something(monkeypatch: pytest.MonkeyPatch) -> None:
