@@ -12,9 +12,11 @@ import pytest
 from rollout import context
 from rollout.conformance.check import Check, Subject, Trait
 from rollout.conformance.suite import checks_for
+from rollout.engine import Engine
 from rollout.engines.embedded.batching import Limits
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
 from rollout.engines.embedded.engine import EmbeddedEngine
+from rollout.engines.pool import EnginePool
 from rollout.engines.vllm.engine import VllmEngine
 from rollout.engines.vllm.testing import VOCAB_COUNT, WireDouble, write_checkpoint
 from rollout.main import load_tokenizer
@@ -87,13 +89,18 @@ def scripted(folder: Path) -> Subject:
     )
 
 
-def vllm(folder: Path) -> Subject:
-    """Over the double of its wire; tests/external/vllm has the server itself."""
+def vllm(folder: Path, *, is_pool: bool) -> Subject:
+    """Over the double of its wire, once or twice; tests/external/vllm has the server itself."""
     source = random.Random(5)
     base = folder / "hash-0"
     prompts = tuple((0, *(source.randrange(2, VOCAB_COUNT) for _ in range(210 + 30 * i))) for i in range(4))
+
+    def make() -> Engine:
+        engines = [EngineWithServer(write_checkpoint(base, 0)) for _ in "ab"]
+        return EnginePool(dict(zip("ab", engines, strict=True)), 60.0) if is_pool else engines[0]
+
     return Subject(
-        make=lambda: EngineWithServer(write_checkpoint(base, 0)),
+        make=make,
         checkpoint=lambda number: write_checkpoint(folder / f"hash-{number}", number),
         folder=folder,
         prompts=prompts,
@@ -121,7 +128,8 @@ class EngineWithServer(VllmEngine):
 
 
 def subjects(folder: Path) -> dict[str, Subject]:
-    others = {"scripted": scripted(folder), "vllm": vllm(folder)}
+    others = {"vllm": vllm(folder, is_pool=False), "a pool of vLLM": vllm(folder, is_pool=True)}
+    others["scripted"] = scripted(folder)
     return {name: embedded(folder, limits) for name, limits in LIMITS.items()} | others
 
 

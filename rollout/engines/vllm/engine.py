@@ -118,13 +118,13 @@ class VllmEngine:
         run = Run(request.session)
         self._runs.add(run)
         room = min(request.tokens_count_max, self.info.context_tokens_max - len(request.token_ids))
-        drawn: tuple[int, ...] = ()
+        drawn: list[int] = []
         try:
             while True:
                 await self._until(lambda: self._may_draw or run.is_preempted)
                 self._check(run)
                 run.is_cut = False
-                rest = msgspec.structs.replace(request, token_ids=request.token_ids + drawn)
+                rest = msgspec.structs.replace(request, token_ids=request.token_ids + tuple(drawn))
                 kv = self._enter(request)
                 told_count = len(rest.token_ids) - 1 if drawn else 0
                 async with aclosing(self._request(run, rest, room - len(drawn), told_count)) as chunks:

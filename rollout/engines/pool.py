@@ -1,0 +1,376 @@
+"""Several engines as one: a session stays where its prefix is, and goes on elsewhere when its engine fails.
+
+An engine that breaks the port or goes silent is left out: it is closed (what runs there goes on elsewhere, from the
+prompt and what was drawn), opened again after a while, brought to the weights that the others have, and only then taken
+back.  So one that missed an update, or came back with other weights, draws nothing.
+
+Invariants:
+1. Who draws has the weights of `info`, or, during an update, those before it.
+2. No token is handed over twice, and none that an engine drew after its failure.
+
+See: docs/adr/0027-engines-over-http.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from rollout.engine import (
+    Announce,
+    Engine,
+    EngineInfo,
+    PauseMode,
+    Sampled,
+    SampleRequest,
+    Scored,
+    check_request,
+    check_version,
+)
+from rollout.engines.guard import guarded
+from rollout.engines.homes import Homes
+from rollout.errors import EngineError, PreemptedError, RequestError, RolloutError
+
+FAILURES_MAX = 3
+"""How many engines in a row may fail a request before it gets a token."""
+AGAIN_S_MIN, AGAIN_S_MAX = 1.0, 30.0
+_log = logging.getLogger(__name__)
+
+
+class _Member:
+    """An engine; `fault` is why it is left out, None while it is not."""
+
+    def __init__(self, name: str, engine: Engine) -> None:
+        self.name, self.engine = name, engine
+        self.fault: str | None = "it was not opened yet"
+        self.mending: asyncio.Task[None] | None = None
+
+
+class _Run:
+    """A request, wherever it is drawn."""
+
+    def __init__(self, session: str) -> None:
+        self.session = session
+        self.is_preempted = False
+
+
+class EnginePool:
+    """An Engine over one or more, by name; see the port for what its methods promise."""
+
+    def __init__(self, engines: Mapping[str, Engine], silence_s_max: float) -> None:
+        """Who says nothing for so long, and is not paused, has failed."""
+        self._members = {name: _Member(name, engine) for name, engine in engines.items()}
+        self._silence_s_max = silence_s_max
+        self._info: EngineInfo | None = None
+        self._is_open = False
+        self._paused: PauseMode | None = None
+        self._checkpoint: Path | None = None
+        """Of the newest update."""
+        self._updates = asyncio.Lock()
+        self._homes = Homes()
+        self._pinned: set[str] = set()
+        self._runs: set[_Run] = set()
+        self._changed = asyncio.Event()
+
+    @property
+    def info(self) -> EngineInfo:
+        """What they have in common, and the shortest of their contexts."""
+        if self._info is None:
+            raise EngineError("no engine of the pool was ever open")
+        return self._info
+
+    @property
+    def is_paused(self) -> bool:
+        """See Engine."""
+        return self._paused is not None or any(self._members[name].engine.is_paused for name in self._living)
+
+    @property
+    def faults(self) -> dict[str, str]:
+        """The engines that are left out, and why."""
+        return {name: each.fault for name, each in self._members.items() if each.fault is not None}
+
+    @property
+    def _living(self) -> list[str]:
+        return [name for name, each in self._members.items() if each.fault is None]
+
+    async def open(self) -> None:
+        """Open all; some may follow later.  EngineError: none opens, or two of them can never be one."""
+        if self._is_open:
+            raise EngineError("the pool is already open")
+        members = list(self._members.values())
+        opened = await asyncio.gather(*(each.engine.open() for each in members), return_exceptions=True)
+        found = [each for each, error in zip(members, opened, strict=True) if error is None]
+        try:
+            for error in opened:
+                if error is not None and not isinstance(error, EngineError):
+                    raise error
+            if not found:
+                raise next(error for error in opened if error is not None)
+            newest = max(found, key=lambda each: each.engine.info.policy_version)
+            info = newest.engine.info
+            shortest = min(each.engine.info.context_tokens_max for each in found)
+            self._info = msgspec.structs.replace(info, context_tokens_max=shortest)
+            for each in found:
+                if problem := _difference(each.engine.info, info):
+                    raise EngineError(f"{each.name} and {newest.name} cannot be one pool: {problem}")
+        except BaseException:
+            await asyncio.gather(*(each.engine.close() for each in found))
+            raise
+        self._is_open = True
+        for each, error in zip(members, opened, strict=True):
+            each.fault = None
+            if error is not None or each.engine.info.policy_version < info.policy_version:
+                self._leave_out(each, str(error) if error is not None else "its weights are older than the others'")
+
+    async def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
+        """See Engine; on another engine where one fails."""
+        check_request(request, self.info)
+        run = _Run(request.session)
+        self._runs.add(run)
+        drawn: list[int] = []
+        failures_count = 0
+        try:
+            while True:
+                await self._until(lambda: bool(self._living) or run.is_preempted)
+                self._check(run)
+                member, is_moved = self._home(request)
+                rest = msgspec.structs.replace(
+                    request,
+                    token_ids=request.token_ids + tuple(drawn),
+                    tokens_count_max=request.tokens_count_max - len(drawn),
+                )
+                try:
+                    async with aclosing(guarded(member.engine, rest, self._silence_s_max)) as chunks:
+                        async for chunk in chunks:
+                            drawn += chunk.token_ids
+                            failures_count = 0
+                            yield msgspec.structs.replace(chunk, kv=chunk.kv or "rebuilt") if is_moved else chunk
+                            is_moved = False
+                            if chunk.finish:
+                                return
+                except PreemptedError:
+                    raise
+                except EngineError as error:
+                    self._leave_out(member, str(error))
+                    failures_count += 1
+                    if failures_count >= FAILURES_MAX:
+                        raise
+        finally:
+            self._runs.discard(run)
+
+    async def score(self, token_ids: Sequence[int], *, top_logprobs_count: int = 0) -> Scored:
+        """See Engine."""
+        failures_count = 0
+        while True:
+            await self._until(lambda: bool(self._living))
+            self._check()
+            member = self._members[self._homes.least_loaded(self._living)]
+            try:
+                return await member.engine.score(token_ids, top_logprobs_count=top_logprobs_count)
+            except EngineError as error:
+                self._leave_out(member, str(error))
+                failures_count += 1
+                if failures_count >= FAILURES_MAX:
+                    raise
+
+    async def preempt(self, session: str) -> None:
+        """See Engine."""
+        self._interrupt(session)
+        if (home := self._homes.of(session)) is not None:
+            await self._members[home].engine.preempt(session)
+
+    def _interrupt(self, session: str | None) -> None:
+        for run in self._runs:
+            run.is_preempted |= session in (None, run.session)
+        self._changed.set()
+
+    async def release(self, session: str) -> None:
+        """See Engine."""
+        self._pinned.discard(session)
+        if (home := self._homes.release(session)) is not None:
+            await self._members[home].engine.release(session)
+
+    async def pause(self, mode: PauseMode) -> None:
+        """See Engine; one that cannot be paused is left out, and one that comes back is paused first."""
+        self._check()
+        self._paused = mode
+        if mode == "abort":
+            self._interrupt(None)
+        await self._for_all(lambda engine: engine.pause(mode))
+
+    async def resume(self) -> None:
+        """See Engine."""
+        self._paused = None
+        await self._for_all(lambda engine: engine.resume())
+
+    async def _for_all(self, call: Callable[[Engine], Any]) -> None:
+        """Leave out whoever cannot do it.  EngineError if nobody can."""
+        members = [self._members[name] for name in self._living]
+        results = await asyncio.gather(*(call(each.engine) for each in members), return_exceptions=True)
+        errors = [error for error in results if error is not None]
+        for each, error in zip(members, results, strict=True):
+            if isinstance(error, RolloutError):
+                self._leave_out(each, str(error))
+        if errors and (len(errors) == len(members) or not all(isinstance(each, RolloutError) for each in errors)):
+            raise errors[0]
+
+    async def update(self, checkpoint: Path, policy_version: int, announce: Announce | None = None) -> EngineInfo:
+        """See Engine: one engine first, then, what that loaded being certain, all others at once.
+
+        Who fails while others have the new weights is left out until it has them.
+        """
+        async with self._updates:
+            self._check()
+            if (checkpoint, policy_version) == (self._checkpoint, self.info.policy_version):
+                return self.info
+            check_version(self.info, policy_version)
+            if self._pinned:
+                raise EngineError(f"{len(self._pinned)} sessions pin the weights of this pool: release them first")
+            await self._update_first(checkpoint, policy_version, announce)
+            self._checkpoint = checkpoint
+            living = (self._members[name] for name in self._living)
+            behind = [each for each in living if each.engine.info.policy_version != policy_version]
+            updates = (self._bring_up(each) for each in behind)
+            for each, error in zip(behind, await asyncio.gather(*updates, return_exceptions=True), strict=True):
+                if isinstance(error, RolloutError):
+                    self._leave_out(each, str(error))
+                elif error is not None:
+                    raise error
+            return self.info
+
+    async def _update_first(self, checkpoint: Path, policy_version: int, announce: Announce | None) -> None:
+        """Have one engine draw with the new weights: the first that can.  EngineError: none can; nothing changed."""
+        refused: list[BaseException] = []
+
+        async def say(info: EngineInfo) -> None:
+            try:
+                if announce is not None:
+                    await announce(self._common(info))
+            except BaseException as error:
+                refused.append(error)
+                raise
+
+        first: EngineError | None = None
+        for name in self._living:
+            try:
+                self._info = self._common(await self._members[name].engine.update(checkpoint, policy_version, say))
+            except EngineError as error:
+                first = first or error
+                if refused:
+                    raise
+            else:
+                return
+        raise first or EngineError("no engine of the pool is there to be updated")
+
+    def _common(self, info: EngineInfo) -> EngineInfo:
+        """What the pool says of itself when its engines are so."""
+        return msgspec.structs.replace(info, name=self.info.name, context_tokens_max=self.info.context_tokens_max)
+
+    async def _bring_up(self, member: _Member) -> None:
+        """Have an engine draw with the weights of the others.  EngineError."""
+
+        async def compare(found: EngineInfo) -> None:
+            if found.weights_digest != self.info.weights_digest:
+                raise EngineError(f"{self._checkpoint} holds other weights for it than for the others")
+
+        if member.engine.info.policy_version < self.info.policy_version and self._checkpoint is not None:
+            await member.engine.update(self._checkpoint, self.info.policy_version, compare)
+
+    async def save(self, session: str, path: Path) -> int:
+        """See Engine."""
+        home = self._homes.of(session)
+        return await self._members[home].engine.save(session, path) if home in self._living else 0
+
+    async def restore(self, session: str, path: Path) -> int:
+        """See Engine; on the least loaded engine."""
+        if not self._living:
+            return 0
+        home = self._homes.least_loaded(self._living)
+        count = await self._members[home].engine.restore(session, path)
+        if count:
+            self._homes.settle(session, home)
+        return count
+
+    async def close(self) -> None:
+        """See Engine."""
+        self._is_open = False
+        self._paused = None
+        members = self._members.values()
+        mending = [each.mending for each in members if each.mending is not None]
+        for task in mending:
+            task.cancel()
+        await asyncio.gather(*mending, return_exceptions=True)
+        await asyncio.gather(*(each.engine.close() for each in members))
+        for each in members:
+            each.fault, each.mending = "the pool is closed", None
+        self._homes.clear()
+        self._pinned.clear()
+        self._changed.set()
+
+    def _home(self, request: SampleRequest) -> tuple[_Member, bool]:
+        """The engine for a request, and whether its session was on another one before."""
+        session = request.session
+        (self._pinned.add if request.on_update == "pin" else self._pinned.discard)(session)
+        before = self._homes.of(session)
+        home = self._homes.choose(session, request.token_ids, self._living)
+        return self._members[home], before not in (None, home)
+
+    def _leave_out(self, member: _Member, fault: str) -> None:
+        """Until it is mended."""
+        if not self._is_open or member.fault is not None:
+            return
+        _log.warning("engine %s is left out: %s", member.name, fault)
+        member.fault = fault
+        member.mending = asyncio.create_task(self._mend(member))
+
+    async def _mend(self, member: _Member) -> None:
+        again_s = AGAIN_S_MIN
+        while True:
+            try:
+                await member.engine.close()
+                await asyncio.sleep(again_s)
+                again_s = min(2 * again_s, AGAIN_S_MAX)
+                await member.engine.open()
+                async with self._updates:
+                    await self._bring_up(member)
+                    if problem := _difference(member.engine.info, self.info, is_whole=True):
+                        raise EngineError(problem)
+                    if self._paused is not None:
+                        await member.engine.pause(self._paused)
+                    member.fault = member.mending = None
+            except (EngineError, RequestError) as error:
+                if member.fault != str(error):
+                    _log.warning("engine %s stays out: %s", member.name, error)
+                member.fault = str(error)
+                continue
+            _log.warning("engine %s is back", member.name)
+            self._changed.set()
+            return
+
+    def _check(self, run: _Run | None = None) -> None:
+        if not self._is_open:
+            raise EngineError("the pool is closed")
+        if run is not None and run.is_preempted:
+            raise PreemptedError("the request was preempted")
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        while not holds() and self._is_open:
+            self._changed.clear()
+            await self._changed.wait()
+
+
+def _difference(info: EngineInfo, other: EngineInfo, *, is_whole: bool = False) -> str:
+    """Why two engines cannot draw the same rollouts, or nothing; `is_whole`: not even for a while."""
+    names = ["build", "vocab_count", "routing", "hidden_dim"]
+    if is_whole or info.policy_version == other.policy_version:
+        names += ["policy_version", "weights_digest"]
+    if is_whole and info.context_tokens_max < other.context_tokens_max:
+        names.append("context_tokens_max")
+    differing = [name for name in names if getattr(info, name) != getattr(other, name)]
+    return "; ".join(f"{name} {getattr(info, name)!s}, not {getattr(other, name)!s}" for name in differing)
