@@ -33,6 +33,7 @@ PauseMode = Literal["keep", "wait", "abort"]
 
 STOP_IDS_MAX = 16
 TOP_LOGPROBS_MAX = 32
+SCORED_HIDDEN_BYTES_MAX = 256 << 20
 TEMPERATURE_MIN = 1e-3
 """Below it the last bits of the logits decide, and nothing is left of a draw: 0 says that exactly."""
 
@@ -147,12 +148,14 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True):
     """Teacher forcing: the f32 logprob of every token but the first, at temperature 1 and without cuts.
 
     Equal, bit for bit, to what `sample` reports for these tokens at temperature 1 without cuts and
-    with these weights.  `top_logprobs`, if asked for, is as long as `logprobs`.
+    with these weights.  `top_logprobs` and `hidden`, if asked for, are as long as `logprobs`; a row of `hidden` is
+    what `sample` tells of a token: what its logits are the head's product with, `hidden_dim` bf16.
     """
 
     logprobs: tuple[float, ...]
     policy_version: int
     top_logprobs: tuple[TopLogprobs, ...] = ()
+    hidden: tuple[bytes, ...] = ()
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -201,7 +204,9 @@ class Engine(Protocol):
         """
         ...
 
-    async def score(self, token_ids: Sequence[int], *, top_logprobs_count: int = 0) -> Scored:
+    async def score(
+        self, token_ids: Sequence[int], *, top_logprobs_count: int = 0, returns_hidden: bool = False
+    ) -> Scored:
         """Logprobs of given tokens with the newest weights.  RequestError, EngineError."""
         ...
 
@@ -288,6 +293,19 @@ def check_tokens(token_ids: Sequence[int], info: EngineInfo) -> None:
         raise RequestError(f"token_ids: ids must be 0 to {info.vocab_count - 1}")
     if len(token_ids) > info.context_tokens_max:
         raise RequestError(f"token_ids: {len(token_ids)} tokens, and a context holds {info.context_tokens_max}")
+
+
+def check_score(
+    token_ids: Sequence[int], info: EngineInfo, top_logprobs_count: int, *, returns_hidden: bool = False
+) -> None:
+    """RequestError, which names the field, for what such an engine can never score."""
+    check_tokens(token_ids, info)
+    check_top_logprobs(top_logprobs_count)
+    if returns_hidden and not info.hidden_dim:
+        raise RequestError(f"returns_hidden: engine {info.name} tells no hidden states")
+    if returns_hidden and (size := 2 * info.hidden_dim * (len(token_ids) - 1)) > SCORED_HIDDEN_BYTES_MAX:
+        bound = f"one answer holds at most {SCORED_HIDDEN_BYTES_MAX}"
+        raise RequestError(f"returns_hidden: the states of {len(token_ids)} tokens are {size} bytes, and {bound}")
 
 
 def check_top_logprobs(count: int) -> None:

@@ -31,8 +31,7 @@ from rollout.engine import (
     Scored,
     TopLogprobs,
     check_request,
-    check_tokens,
-    check_top_logprobs,
+    check_score,
     check_version,
 )
 from rollout.engines.kept_state import KeptState, NoStateError, read_state, write_state
@@ -218,16 +217,18 @@ class ScriptedEngine:
         session.info, session.is_restored = new, False
         return new, kv
 
-    async def score(self, token_ids: Sequence[int], *, top_logprobs_count: int = 0) -> Scored:
+    async def score(
+        self, token_ids: Sequence[int], *, top_logprobs_count: int = 0, returns_hidden: bool = False
+    ) -> Scored:
         """Every token is as likely as any that the double draws."""
         self._check()
-        check_tokens(token_ids, self._info)
-        check_top_logprobs(top_logprobs_count)
+        check_score(token_ids, self._info, top_logprobs_count, returns_hidden=returns_hidden)
         await self._until(lambda: self._paused is None)
         self._check()
         tops = _tops(tuple(token_ids[1:]), top_logprobs_count)
-        version = self._info.policy_version
-        return Scored(logprobs=(-0.5,) * (len(token_ids) - 1), policy_version=version, top_logprobs=tops)
+        count, version = len(token_ids) - 1, self._info.policy_version
+        hidden = tuple(map(hidden_row, token_ids[1:])) if returns_hidden else ()
+        return Scored(logprobs=(-0.5,) * count, policy_version=version, top_logprobs=tops, hidden=hidden)
 
     async def preempt(self, session: str) -> None:
         """See Engine."""

@@ -239,10 +239,12 @@ class AsyncRolloutClient:
         reply = await self._connection.call("Ack", pb.AckRequest(rollout_ids=ids(rollout_ids)))
         return int(reply.acknowledged_count)
 
-    async def score_tokens(self, token_ids: Sequence[int], *, top_logprobs_count: int = 0) -> Scored:
-        """Logprobs of given tokens under the newest weights."""
+    async def score_tokens(
+        self, token_ids: Sequence[int], *, top_logprobs_count: int = 0, returns_hidden: bool = False
+    ) -> Scored:
+        """Logprobs of given tokens under the newest weights, and what the head was given for each if asked for."""
         request = pb.ScoreTokensRequest()
-        fill_fields(request, token_ids=token_ids, top_logprobs_count=top_logprobs_count)
+        fill_fields(request, token_ids=token_ids, top_logprobs_count=top_logprobs_count, returns_hidden=returns_hidden)
         return struct_of(merge(await self._connection.call("ScoreTokens", request)), Scored)  # type: ignore[no-any-return]
 
     async def quick(

@@ -141,9 +141,14 @@ class RolloutClient:
         """Say that these records are stored."""
         return LOOP.run(self._client.ack(rollout_ids))
 
-    def score_tokens(self, token_ids: Sequence[int], *, top_logprobs_count: int = 0) -> Scored:
+    def score_tokens(
+        self, token_ids: Sequence[int], *, top_logprobs_count: int = 0, returns_hidden: bool = False
+    ) -> Scored:
         """Logprobs of given tokens."""
-        return LOOP.run(self._client.score_tokens(token_ids, top_logprobs_count=top_logprobs_count))
+        asked = self._client.score_tokens(
+            token_ids, top_logprobs_count=top_logprobs_count, returns_hidden=returns_hidden
+        )
+        return LOOP.run(asked)
 
     def quick(
         self,

@@ -182,6 +182,23 @@ async def a_score_is_what_sampling_reports(subject: Subject) -> None:
 
 
 @check()
+async def the_hidden_states_of_a_score_are_those_of_sampling_or_refused(subject: Subject) -> None:
+    prompt = subject.vague or subject.prompts[0]
+    async with opened(subject) as engine:
+        if not engine.info.hidden_dim:
+            error = await refusal_of(engine.score(prompt, returns_hidden=True))
+            require(isinstance(error, RequestError) and "returns_hidden" in str(error), error)
+            return
+        chunks = await chunks_of(engine, subject.ask(prompt, 16, returns_hidden=True))
+        output = tuple(i for chunk in chunks for i in chunk.token_ids)
+        scored = await engine.score(prompt + output, returns_hidden=True)
+        require(len(scored.hidden) == len(scored.logprobs), scored)
+        told = b"".join(scored.hidden[len(prompt) - 1 :])
+        require("exact" not in subject.traits or told == b"".join(chunk.hidden for chunk in chunks), scored)
+        require((await engine.score(prompt + output)).hidden == ())
+
+
+@check()
 async def scores_and_samples_do_not_notice_each_other(subject: Subject) -> None:
     async with opened(subject) as engine:
         alone = (await collect(engine, subject.ask(subject.prompts[0], 12)), await engine.score(subject.prompts[1]))

@@ -164,7 +164,9 @@ class EnginePool:
         finally:
             self._runs.discard(run)
 
-    async def score(self, token_ids: Sequence[int], *, top_logprobs_count: int = 0) -> Scored:
+    async def score(
+        self, token_ids: Sequence[int], *, top_logprobs_count: int = 0, returns_hidden: bool = False
+    ) -> Scored:
         """See Engine."""
         failures_count = 0
         while True:
@@ -172,7 +174,9 @@ class EnginePool:
             self._check()
             member = self._members[self._homes.least_loaded(self._living)]
             try:
-                return await member.engine.score(token_ids, top_logprobs_count=top_logprobs_count)
+                return await member.engine.score(
+                    token_ids, top_logprobs_count=top_logprobs_count, returns_hidden=returns_hidden
+                )
             except EngineError as error:
                 self._leave_out(member, str(error))
                 failures_count += 1

@@ -152,7 +152,9 @@ class Calls:
     async def score_tokens(self, request: pb.ScoreTokensRequest) -> AsyncIterator[pb.ScoreTokensResponse]:
         """Logprobs of given tokens."""
         scored = await self._service.engine.score(
-            tuple(request.token_ids), top_logprobs_count=request.top_logprobs_count
+            tuple(request.token_ids),
+            top_logprobs_count=request.top_logprobs_count,
+            returns_hidden=request.returns_hidden,
         )
         response = pb.ScoreTokensResponse()
         fill(response, scored)

@@ -130,7 +130,7 @@ def _chunks(field: Descriptor, values: Any, bytes_max: int) -> Iterator[Any]:
     chunk: list[Any] = []
     size = 0
     for value in values:
-        each = value.ByteSize() if field.message_type else len(value.encode())
+        each = value.ByteSize() if field.message_type else len(value if isinstance(value, bytes) else value.encode())
         if chunk and size + each + SCALAR_BYTES_MAX > bytes_max:
             yield chunk
             chunk, size = [], 0

@@ -110,3 +110,27 @@ def test_logits_and_greedy_tokens_are_those_of_transformers_and_the_laws_hold(
         assert chunked == packed
         assert told == {position: logits[position] for position in told}
     model.close()
+
+
+def test_the_logits_are_the_heads_product_with_the_hidden_states_of_a_score(
+    case: tuple[DeepseekV4ForCausalLM, Path, list[int]],
+) -> None:
+    """As near as a hidden state that was rounded to bf16 (8 bits) allows, and it is the oracle's, rounded so."""
+    oracle, folder, context = case
+    model = Model(load_checkpoint(folder))
+    state = State(model)
+    rows = model.score(state, context, wants_hidden=True)
+    hidden = torch.frombuffer(bytearray(b"".join(row.hidden for row in rows)), dtype=torch.bfloat16).double()
+    hidden = hidden.reshape(len(context) - 1, -1)
+    with torch.no_grad():
+        expected = oracle.model(torch.tensor([context[:-1]]), use_cache=False).last_hidden_state[0].double()
+    head = oracle.lm_head.weight.detach().double()
+    _, logits = fed(model, context[:-1], [1] * (len(context) - 1))
+    bound = 2**-8 * hidden.abs() @ head.abs().T + 1e-4
+    assert ((torch.tensor(list(logits.values())) - hidden @ head.T).abs() <= bound).all()
+    assert ((hidden - expected).abs() <= 2**-8 * expected.abs() + 1e-4 * expected.abs().max()).all()
+    logprobs = torch.log_softmax(torch.tensor(list(logits.values()), dtype=torch.float64), dim=-1)
+    told = torch.tensor([row.logprob for row in rows], dtype=torch.float64)
+    assert torch.allclose(told, logprobs.gather(1, torch.tensor(context[1:])[:, None])[:, 0], atol=1e-5)
+    state.close()
+    model.close()

@@ -268,7 +268,8 @@ class Batch:
         job.state = job.state or self._take_state()
         begin = job.state.position
         end = min(begin + self.limits.prefill_tokens_max + 1, len(job.token_ids))
-        job.told += self.model.score(job.state, job.token_ids[begin:end], job.top_count)
+        token_ids = job.token_ids[begin:end]
+        job.told += self.model.score(job.state, token_ids, job.top_count, wants_hidden=job.wants_hidden)
         return [Outcome(job, job.told, "length", self.policy_version)] if end == len(job.token_ids) else []
 
     def _left(self, job: Job) -> int:

@@ -230,19 +230,21 @@ class Model:
         )
         return Drawn(token_id, logprob.value)
 
-    def score(self, state: State, token_ids: Sequence[int], top_count: int = 0) -> list[Drawn]:
+    def score(
+        self, state: State, token_ids: Sequence[int], top_count: int = 0, *, wants_hidden: bool = False
+    ) -> list[Drawn]:
         """Append all ids but the last to a state, and tell of each but the first how likely it was (2 to 129 ids)."""
         count = len(token_ids) - 1
         self._check_ids(state, token_ids, count)
         self._check_batch(count, [state])
         logprobs = (ctypes.c_float * count)()
-        reports = _Reports(count if top_count else 0)
-        for row in range(len(reports.table)):
-            reports.want(row, top_count)
+        hidden_dim = self.dimensions.hidden_dim if wants_hidden else 0
+        reports = _Reports(count)
+        for row in range(count):
+            reports.want(row, top_count, hidden_dim=hidden_dim)
         ids = (ctypes.c_uint32 * (count + 1))(*token_ids)
-        self.library.v4_score(self.pointer, state.pointer, ids, count, logprobs, reports.table if top_count else None)
-        tops = [reports.top(row) for row in range(count)] if top_count else [None] * count
-        return [Drawn(*row) for row in zip(token_ids[1:], logprobs, tops, strict=True)]
+        self.library.v4_score(self.pointer, state.pointer, ids, count, logprobs, reports.table)
+        return [reports.drawn(row, token_ids[row + 1], logprobs[row], 0, hidden_dim) for row in range(count)]
 
     def decode(self, streams: Sequence[Stream], rounds_max: int) -> list[list[Drawn]]:
         """Draw up to `rounds_max` tokens for every stream; ends with the round that drew a stop id.

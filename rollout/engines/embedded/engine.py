@@ -24,8 +24,7 @@ from rollout.engine import (
     SampleRequest,
     Scored,
     check_request,
-    check_tokens,
-    check_top_logprobs,
+    check_score,
     check_version,
 )
 from rollout.engines.embedded.batching import Limits
@@ -137,15 +136,24 @@ class EmbeddedEngine:
         self._sessions.add(request.session)
         return self._stream(Job(request))
 
-    async def score(self, token_ids: Sequence[int], *, top_logprobs_count: int = 0) -> Scored:
+    async def score(
+        self, token_ids: Sequence[int], *, top_logprobs_count: int = 0, returns_hidden: bool = False
+    ) -> Scored:
         """See Engine."""
-        check_tokens(token_ids, self.info)
-        check_top_logprobs(top_logprobs_count)
+        check_score(token_ids, self.info, top_logprobs_count, returns_hidden=returns_hidden)
         if len(token_ids) == 1:
             return Scored(logprobs=(), policy_version=self.info.policy_version)
-        async with aclosing(self._stream(Scoring(token_ids, top_logprobs_count))) as chunks:
+        async with aclosing(
+            self._stream(Scoring(token_ids, top_logprobs_count, wants_hidden=returns_hidden))
+        ) as chunks:
             told = await anext(chunks)
-        return Scored(logprobs=told.logprobs, policy_version=told.policy_version, top_logprobs=told.top_logprobs)
+        row_bytes = 2 * self.info.hidden_dim
+        return Scored(
+            logprobs=told.logprobs,
+            policy_version=told.policy_version,
+            top_logprobs=told.top_logprobs,
+            hidden=tuple(told.hidden[at : at + row_bytes] for at in range(0, len(told.hidden), row_bytes)),
+        )
 
     async def _stream(self, job: Job | Scoring) -> AsyncGenerator[Sampled, None]:
         """Everything that is told of a job, up to its end."""

@@ -110,9 +110,10 @@ class Job:
 class Scoring:
     """Tokens to score: how likely each but the first is, found out chunk by chunk."""
 
-    def __init__(self, token_ids: Sequence[int], top_count: int) -> None:
+    def __init__(self, token_ids: Sequence[int], top_count: int, *, wants_hidden: bool = False) -> None:
         self.token_ids = tuple(token_ids)
         self.top_count = top_count
+        self.wants_hidden = wants_hidden
         self.state: State | None = None
         self.awaits_state = False
         self.told: list[Drawn] = []

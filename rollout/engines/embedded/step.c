@@ -115,20 +115,22 @@ static int is_stop(const v4_stream *stream) {
     return 0;
 }
 
-void v4_score(v4_model *model, v4_state *state, const uint32_t *token_ids, int32_t count, float *logprobs,
-              v4_report *reports) {
-    size_t vocab = (size_t)model->config.vocab_count;
-    v4_chunk chunk = {state, token_ids, model->scratch.logits, count, count, NULL};
-    v4_step(model, &chunk, 1);
-    for (int i = 0; i < count; i++)
-        logprobs[i] = v4_logprob(model, chunk.logits + (size_t)i * vocab, token_ids[i + 1], reports ? &reports[i] : NULL);
-}
-
 /* What the head was given for row `at` of the batch. */
 static void tell_hidden(const v4_model *model, int at, uint16_t *hidden) {
     int dim = model->config.hidden_dim;
     const float *from = model->scratch.normed + (size_t)at * (size_t)dim;
     for (int d = 0; hidden && d < dim; d++) hidden[d] = float_to_bf16(from[d]);
+}
+
+void v4_score(v4_model *model, v4_state *state, const uint32_t *token_ids, int32_t count, float *logprobs,
+              v4_report *reports) {
+    size_t vocab = (size_t)model->config.vocab_count;
+    v4_chunk chunk = {state, token_ids, model->scratch.logits, count, count, NULL};
+    v4_step(model, &chunk, 1);
+    for (int i = 0; i < count; i++) {
+        logprobs[i] = v4_logprob(model, chunk.logits + (size_t)i * vocab, token_ids[i + 1], reports ? &reports[i] : NULL);
+        if (reports) tell_hidden(model, i, reports[i].hidden);
+    }
 }
 
 int32_t v4_decode(v4_model *model, v4_stream *streams, int32_t streams_count, int32_t rounds_count,

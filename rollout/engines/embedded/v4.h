@@ -78,8 +78,8 @@ typedef struct {
 
 /* What else to tell of a draw; a NULL is not wanted.  In: top_count, the room in top_ids and top_logprobs;
  * mask_ids has room for vocab_count.  Out: top_count, the likeliest tokens of the distribution, likeliest first;
- * mask_count, the ids that top_k and top_p kept, ascending, or 0 where nothing was cut.  From v4_decode also, of the
- * token that was read for the draw: routes, as a chunk has them; hidden, hidden_dim bf16, what the head was given. */
+ * mask_count, the ids that top_k and top_p kept, ascending, or 0 where nothing was cut.  Also, of the token that was
+ * read for the draw: hidden, hidden_dim bf16, what the head was given; from v4_decode routes, as a chunk has them. */
 typedef struct {
     uint32_t *top_ids, *mask_ids;
     float *top_logprobs;

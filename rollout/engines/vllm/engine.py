@@ -32,8 +32,7 @@ from rollout.engine import (
     SampleRequest,
     Scored,
     check_request,
-    check_tokens,
-    check_top_logprobs,
+    check_score,
     check_version,
 )
 from rollout.engines.vllm import wire
@@ -202,11 +201,12 @@ class VllmEngine:
         if parts and parts[-1].routes is not None:
             yield joined(parts)
 
-    async def score(self, token_ids: Sequence[int], *, top_logprobs_count: int = 0) -> Scored:
+    async def score(
+        self, token_ids: Sequence[int], *, top_logprobs_count: int = 0, returns_hidden: bool = False
+    ) -> Scored:
         """See Engine; a context that is full cannot be scored, since the server draws a token behind it."""
         self._check()
-        check_tokens(token_ids, self.info)
-        check_top_logprobs(top_logprobs_count)
+        check_score(token_ids, self.info, top_logprobs_count, returns_hidden=returns_hidden)
         if len(token_ids) == self.info.context_tokens_max:
             raise RequestError(f"token_ids: vLLM scores at most {len(token_ids) - 1} tokens of this context")
         await self._until(lambda: self._may_draw)

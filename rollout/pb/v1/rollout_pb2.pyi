@@ -667,22 +667,26 @@ class ReplayRequest(_message.Message):
     def __init__(self, rollout_id: _Optional[str] = ..., from_event: _Optional[int] = ..., return_mask: _Optional[_Iterable[_Union[Field, str]]] = ...) -> None: ...
 
 class ScoreTokensRequest(_message.Message):
-    __slots__ = ("token_ids", "top_logprobs_count")
+    __slots__ = ("token_ids", "top_logprobs_count", "returns_hidden")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_COUNT_FIELD_NUMBER: _ClassVar[int]
+    RETURNS_HIDDEN_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     top_logprobs_count: int
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., top_logprobs_count: _Optional[int] = ...) -> None: ...
+    returns_hidden: bool
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., top_logprobs_count: _Optional[int] = ..., returns_hidden: _Optional[bool] = ...) -> None: ...
 
 class ScoreTokensResponse(_message.Message):
-    __slots__ = ("policy_version", "logprobs", "top_logprobs")
+    __slots__ = ("policy_version", "logprobs", "top_logprobs", "hidden")
     POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
     policy_version: int
     logprobs: _containers.RepeatedScalarFieldContainer[float]
     top_logprobs: _containers.RepeatedCompositeFieldContainer[TopLogprobs]
-    def __init__(self, policy_version: _Optional[int] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ...) -> None: ...
+    hidden: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, policy_version: _Optional[int] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., hidden: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class TopLogprobs(_message.Message):
     __slots__ = ("token_ids", "logprobs")

@@ -32,7 +32,7 @@ from rollout.request import (
 )
 from rollout.rpc.grpc_server import SERVICE
 from rollout.rpc.messages import MESSAGE_BYTES_MAX, is_map, merge
-from rollout.testing import Reply
+from rollout.testing import Reply, hidden_row
 from toolcall_dsl import DslError
 from wal import WalError
 
@@ -261,6 +261,9 @@ async def test_tokens_are_scored_with_the_newest_weights(setting: Any) -> None:
     assert (scored.logprobs, scored.policy_version) == ((-0.5, -0.5), 0)
     assert [each.token_ids for each in scored.top_logprobs] == [(5,), (9,)]
     assert len((await setting.client.score_tokens([7] * 1_000_000)).logprobs) == 999_999
+    assert (await setting.client.score_tokens([7] * 1_000_000, returns_hidden=True)).hidden == (
+        hidden_row(7),
+    ) * 999_999
     for bad in ([], [1 << 31], [0] * (1 << 21)):
         with pytest.raises(RequestError, match="token_ids"):
             await setting.client.score_tokens(bad)
