@@ -29,7 +29,7 @@ from rollout.events import JobSubmitted, JobWorked, RolloutFinished
 from rollout.jobs import load_bundled, make_job
 from rollout.main import holds_edge, make_service
 from rollout.record import TrajectoryRecord, trajectory_record
-from rollout.request import Job
+from rollout.request import Job, Limits, Thinking
 from rollout.service import RolloutService
 
 REQUEST_ID = "run"
@@ -132,6 +132,8 @@ async def run_in_process(
     group_size: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
+    thinking: Thinking = "high",
+    limits: Limits | None = None,
     config: RolloutConfig | None = None,
     edge_url: str = "",
 ) -> AsyncGenerator[TrajectoryRecord, None]:
@@ -143,7 +145,8 @@ async def run_in_process(
     """
     loaded = [load_task(task) if isinstance(task, Path) else load_bundled([task])[0] for task in tasks]
     check_packages(loaded)
-    asked = Job(request_id=REQUEST_ID, sampling=Sampling(temperature=temperature, seed=seed))
+    sampling = Sampling(temperature=temperature, seed=seed)
+    asked = Job(request_id=REQUEST_ID, sampling=sampling, thinking=thinking, limits=limits or Limits())
     job = make_job(asked, loaded, group_size=group_size)
     async with make_service(directory, config or RolloutConfig(), edge_url) as service:
         if service.ledger.jobs:

@@ -17,6 +17,7 @@ def test_every_example_is_run_here() -> None:
         "run_in_process.py",
         "sandbox.py",
         "submit_group.py",
+        "three_modes.py",
     }
 
 
@@ -36,6 +37,22 @@ def test_the_in_process_example_prints_rewards_and_goes_on_where_it_stood(dsec: 
     assert len(lines) == 8
     assert all(line.split()[1] in ("0.0", "1.0") for line in lines)
     assert sorted(again.out.splitlines()) == sorted(lines)
+
+
+def test_the_three_modes_are_shown_with_what_they_thought_and_solved(dsec: Any, tmp_path: Path) -> None:
+    asked = ("copy-1-000", tmp_path / "modes", "--group-size", "2")
+    first = dsec.done(EXAMPLES / "three_modes.py", *asked, command=sys.executable)
+    assert dsec.done(EXAMPLES / "three_modes.py", *asked, command=sys.executable).out == first.out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in first.out.splitlines() if "│" in line]
+    assert [(row[0], row[1]) for row in rows] == [
+        ("Non-think", "0 of 256"),
+        ("High", "256 of 512"),
+        ("Max", "1024 of 1280"),
+    ]
+    none, high, most = ({"prompt": int(row[2]), "thought": int(row[3])} for row in rows)
+    assert none["thought"] == 0 < min(high["thought"], most["thought"])
+    assert none["prompt"] == high["prompt"] < most["prompt"]
+    assert "usage: three_modes.py" in dsec.done(EXAMPLES / "three_modes.py", "--help", command=sys.executable).out
 
 
 def test_the_sandbox_example_runs_against_an_edge_and_leaves_nothing(
