@@ -74,6 +74,10 @@ class RolloutConfig(BaseSettings):
     checkpoints_root: Path | None = Field(
         default=None, description="UpdatePolicy takes weights from below this directory; unset: none"
     )
+    newer_weights: Annotated[tuple[int, Path] | None, NoDecode] = Field(
+        default=None,
+        description="VERSION:DIR: weights to begin with where a log names none or older ones, as by UpdatePolicy",
+    )
     reward_callables: Annotated[frozenset[str], NoDecode] = Field(
         default=frozenset(),
         description="module:function,module:function,… (or a JSON list) that jobs may name as their reward",
@@ -90,6 +94,16 @@ class RolloutConfig(BaseSettings):
     @classmethod
     def _read_weights(cls, given: Any) -> Any:
         return _decoded(given, 'write a JSON object of project to weight: {"main": 2, "side": 1}')
+
+    @field_validator("newer_weights", mode="before")
+    @classmethod
+    def _read_newer_weights(cls, given: Any) -> Any:
+        if not isinstance(given, str) or not given:
+            return given or None
+        version, _, folder = given.partition(":")
+        if not (version.isascii() and version.isdecimal() and int(version) and Path(folder).is_absolute()):
+            raise ValueError("write VERSION:DIR, a version above 0 and an absolute path: 8:/srv/checkpoints/8")
+        return int(version), Path(folder)
 
     @field_validator("reward_callables", mode="before")
     @classmethod
@@ -114,6 +128,10 @@ class RolloutConfig(BaseSettings):
     def _is_an_allowlist(cls, text: str) -> str:
         parse_ceiling(text)
         return text
+
+    def newer_than(self, policy_version: int) -> tuple[int, Path] | None:
+        """Weights to begin with in place of those of this version."""
+        return self.newer_weights if self.newer_weights and self.newer_weights[0] > policy_version else None
 
     @property
     def networks(self) -> Networks:

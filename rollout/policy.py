@@ -26,26 +26,39 @@ if TYPE_CHECKING:
     from rollout.service import RolloutService
 
 
-async def load_policy(engine: Engine, ledger: Ledger) -> None:
-    """Have an engine with older weights draw with those that the log names last.  EngineError."""
-    if ledger.policy is not None:
-        named = ledger.policy.engine
-        await follow(engine, ledger.policy.checkpoint, named.policy_version, named.weights_digest)
+async def load_policy(service: RolloutService) -> None:
+    """Have an engine with older weights draw with those that the log names last, or the operator's, if newer.
+
+    EngineError.
+    """
+    engine, named = service.engine, service.ledger.policy
+    version = named.engine.policy_version if named is not None else 0
+    if newer := service.config.newer_than(max(version, engine.info.policy_version)):
+        version, checkpoint = newer
+        await engine.update(checkpoint, version, lambda new: service.note(PolicyUpdated(new, str(checkpoint))))
+    elif named is not None:
+        await follow(engine, named.checkpoint, version, named.engine.weights_digest)
 
 
 async def follow(engine: Engine, checkpoint: str, policy_version: int, weights_digest: str) -> None:
-    """Have an engine with older weights draw with these.  EngineError, also if the path holds others by now."""
+    """Have an engine with older weights draw with these, which a log names.
+
+    EngineError, which says what to do, also if the path holds others by now.
+    """
     if policy_version <= engine.info.policy_version:
         return
 
     async def check(found: EngineInfo) -> None:
         if found.weights_digest != weights_digest:
-            raise EngineError(
-                f"{checkpoint} holds other weights than when they became version {found.policy_version}: "
-                "put those back, and give each version a path of its own"
-            )
+            raise EngineError("it holds other weights by now: give each version a path of its own")
 
-    await engine.update(Path(checkpoint), policy_version, check)
+    try:
+        await engine.update(Path(checkpoint), policy_version, check)
+    except EngineError as error:
+        raise EngineError(
+            f"{checkpoint}, weights {weights_digest[:12]}, is version {policy_version} of the log and cannot be used: "
+            f"{error}; put it back, or begin with newer ones: DSEC_NEWER_WEIGHTS={policy_version + 1}:DIR"
+        ) from error
 
 
 class Policy:

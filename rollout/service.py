@@ -150,7 +150,7 @@ class RolloutService:
         self._resources.push_async_callback(self.engine.close)
         await self.engine.open()
         check_engine(self.config, self.engine.info)
-        await load_policy(self.engine, self.ledger)
+        await load_policy(self)
         self._resources.push_async_callback(self._leave_substrate)
         await self.substrate.open()
         open_rollouts = self._open_rollouts()

@@ -145,7 +145,8 @@ class Parts:
 
         UnreachableError, EngineError.
         """
-        if (newest := await index.policy()) is not None:
+        newest = await index.policy()
+        if newest is not None and not self.config.newer_than(newest[0]):  # else a service begins with those
             version, checkpoint, digest = newest
             await follow(cast("Engine", self.lent), checkpoint, version, digest)
 

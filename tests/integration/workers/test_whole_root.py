@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -14,11 +15,14 @@ import pytest
 from dsec.testing import FakeSubstrate
 from rollout.client import AsyncRolloutClient
 from rollout.config import RolloutConfig, WorkerConfig
-from rollout.errors import ConflictError
+from rollout.errors import ConflictError, EngineError
+from rollout.events import PolicyUpdated
 from rollout.jobs import make_conversation
 from rollout.main import load_tokenizer
+from rollout.policy import Policy
 from rollout.rpc.grpc_server import REQUEST_BYTES_MAX, handlers_of, start_server
 from rollout.rpc.listening import listen_at
+from rollout.service import RolloutService
 from rollout.testing import Reply, ScriptedEngine
 from rollout.workers.forward import Router
 from rollout.workers.index import Index, sqlite_url
@@ -118,6 +122,40 @@ async def test_who_comes_while_new_weights_are_given_has_them_when_that_is_done(
         assert two.engine.info == info
         (owned,) = two.worker.owned.values()
         assert owned.service.ledger.policy.engine == info
+
+
+async def test_a_directory_whose_weights_are_gone_is_served_again_with_newer_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def serving() -> AsyncIterator[RolloutService]:
+        root = tmp_path / "run"
+        config = RolloutConfig(log_sync="os", checkpoints_root=tmp_path)
+        engine = ScriptedEngine(TOKENIZER, lambda _session, _turn: SAID)
+        parts = Parts(engine, TOKENIZER, config, lambda _directory, _epoch: FakeSubstrate(), False)
+        worker = Worker(root, Index(sqlite_url(root)), parts, WorkerConfig(lease_ttl_s=60), "server", is_alone=True)
+        await worker.open("nowhere")
+        try:
+            (owned,) = worker.owned.values()
+            yield owned.service
+        finally:
+            await worker.close()
+
+    async with asyncio.timeout(120):
+        async with serving() as service:
+            await Policy(service).update(checkpoint(tmp_path, "seven"), 7)
+        shutil.rmtree(tmp_path / "seven")
+        monkeypatch.setenv("DSEC_NEWER_WEIGHTS", f"7:{checkpoint(tmp_path, 'other')}")  # that would be a mix
+        with pytest.raises(EngineError, match=r"seven, weights .* is version 7 .*DSEC_NEWER_WEIGHTS=8:DIR"):
+            async with serving():
+                pass
+        monkeypatch.setenv("DSEC_NEWER_WEIGHTS", f"8:{checkpoint(tmp_path, 'eight')}")
+        for _ in range(2):
+            async with serving() as service:
+                assert service.engine.info.policy_version == 8
+                assert service.ledger.policy == PolicyUpdated(service.engine.info, str(tmp_path / "eight"))
+                updates_lsn = service.ledger.policy_lsn
+        assert updates_lsn == 2  # the second start found it named
 
 
 async def test_a_question_is_placed_beside_what_it_asks_about(start: Start) -> None:

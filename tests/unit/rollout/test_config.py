@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from rollout.commands.run import _bounds
 from rollout.config import RolloutConfig
@@ -32,6 +33,16 @@ def test_states_lie_where_the_environment_says_or_beside_the_log_or_nowhere(
     assert make_engine(RolloutConfig(), tmp_path).cache == Path("/var/cache/dsec")
     monkeypatch.setenv("DSEC_ENGINE_CACHE_BYTES_MAX", "0")
     assert make_engine(RolloutConfig(), tmp_path).cache is None
+
+
+def test_newer_weights_are_a_version_and_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, read in (("8:/srv/it:8", (8, Path("/srv/it:8"))), ("", None)):
+        monkeypatch.setenv("DSEC_NEWER_WEIGHTS", text)
+        assert RolloutConfig().newer_weights == read
+    for text in ("/srv/8", "0:/srv/0", "-1:/srv", "8:srv", "8", "²:/srv"):
+        monkeypatch.setenv("DSEC_NEWER_WEIGHTS", text)
+        with pytest.raises(ValidationError, match="write VERSION:DIR"):
+            RolloutConfig()
 
 
 def test_the_bounds_of_a_run_are_the_environments_where_it_says_something(monkeypatch: pytest.MonkeyPatch) -> None:
