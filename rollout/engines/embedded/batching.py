@@ -5,6 +5,8 @@ decode call (every request that waits for its next token, all together, for a fe
 long prompt delays the others by one chunk, not by its length; tokens to score go through in chunks
 of their own.  This is plain synchronous code; a turn returns what it drew and who is done.
 
+Of requests that wait, for a place or for a prefill, those of a higher priority go first, then the oldest.
+
 A request starts from the longest retained state that fits.  While another request still prefills
 tokens it could share, it waits: a group of samples of one prompt pays for the prompt once.  States are
 left behind where contexts part: at the end of the constant prefix, before the header of the reply (where
@@ -17,6 +19,7 @@ weights computed it, only its own session goes on from it, and is told.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Iterator
 from typing import Literal
@@ -83,7 +86,7 @@ class Batch:
         if isinstance(job, Scoring):
             self._scorings.append(job)
         else:
-            self._waiting.append(job)
+            insort(self._waiting, job, key=_urgency)
 
     def remove(self, job: Job | Scoring) -> None:
         """End a job, done or not; its state may be retained.  Unknown jobs are ignored."""
@@ -114,7 +117,7 @@ class Batch:
             to.add(job)
             return
         self._running.remove(job)
-        to._running.append(job)
+        insort(to._running, job, key=_urgency)
         is_same = job.weights[-1:] == to._weights
         if job.state is None or not (is_same or (job.session.drew_with and job.request.on_update == "keep")):
             self._discard(job)
@@ -140,7 +143,7 @@ class Batch:
         Without `admits` only what has been started goes on.
         """
         while admits and self._waiting and len(self._running) < self.limits.running_max:
-            self._running.append(self._waiting.popleft())
+            insort(self._running, self._waiting.popleft(), key=_urgency)
         self._start_jobs()
         self._prefill()
         outcomes = self._decode()
@@ -153,11 +156,12 @@ class Batch:
 
     def _start_jobs(self) -> None:
         """Give a state to every running job that cannot share what another one is computing."""
-        budget = self.limits.prefill_tokens_max - sum(job.pending_count - 1 for job in self._running if job.prefills)
+        budget = self.limits.prefill_tokens_max
         for job in self._running:
             if budget <= 0:
                 return
             if job.state is not None or job.awaits_state:
+                budget -= job.pending_count - 1 if job.prefills else 0
                 continue
             entry, known_count = self.origin(job)
             if self._is_shared(job, entry):
@@ -303,3 +307,7 @@ class Batch:
             job.state = None
         if isinstance(job, Job):
             job.routes.clear()
+
+
+def _urgency(job: Job) -> int:
+    return -job.request.priority

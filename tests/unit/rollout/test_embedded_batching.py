@@ -55,7 +55,7 @@ def batch(model: RecordingModel) -> Iterator[Batch]:
     batch.close()
 
 
-def job(token_ids: tuple[int, ...], count: int = 2, session: str = "s") -> Job:
+def job(token_ids: tuple[int, ...], count: int = 2, session: str = "s", priority: int = 0) -> Job:
     return Job(
         SampleRequest(
             session=session,
@@ -64,6 +64,7 @@ def job(token_ids: tuple[int, ...], count: int = 2, session: str = "s") -> Job:
             stream_key=0,
             tokens_count_max=count,
             stop_ids=frozenset(),
+            priority=priority,
         )
     )
 
@@ -204,6 +205,21 @@ def test_at_most_running_max_requests_step_together(model: RecordingModel) -> No
     assert [each.state is not None for each in jobs] == [True, True, False, False, False]
     run(batch)
     assert all(each.drawn_count == 50 for each in jobs)
+    batch.close()
+
+
+def test_a_request_of_a_higher_priority_waits_for_no_place_and_no_prompt_of_a_lower_one(model: RecordingModel) -> None:
+    batch = batch_of(model, Limits(running_max=2, state_bytes_max=0))
+    ends: list[str] = []
+    for name, priority in (("first", 0), ("long", 0), ("third", 0), ("high", 1), ("highest", 2)):
+        batch.add(job((0, *PROMPTS[0]) if name == "long" else (0, 9), count=1, session=name, priority=priority))
+    while any(batch.jobs):
+        ends += [outcome.job.request.session for outcome in batch.turn() if outcome.finish]
+    assert ends == ["highest", "high", "first", "third", "long"]
+    batch.add(job((0, *PROMPTS[0]), session="long"))
+    batch.turn()
+    batch.add(job((0, 9, 8, 7), count=1, session="high", priority=1))
+    assert [outcome.job.request.session for outcome in batch.turn() if outcome.finish] == ["high"]
     batch.close()
 
 
