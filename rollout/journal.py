@@ -4,7 +4,7 @@ Kind 2 are the rollout events of this package, 3 is the sandbox trajectory, 6 a 
 one chunk of one rollout, which is only read.
 
 Invariants:
-1. `decode(*encode(event)) == event`.
+1. `decode(*encode(event)) == event`, logprobs as f32.
 2. Events are folded and told in the order of the log, once they are durable under its sync policy, and never else.
 
 See: docs/formats/events.md, docs/formats/wal.md.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import msgspec
@@ -23,17 +24,34 @@ import wal
 from dsec import trajectory
 from dsec.trajectory import TrajectoryRecord
 from rollout import events, steps
+from rollout.engine import TopLogprobs
 from rollout.errors import JournalError, RolloutError
 from rollout.events import Event
 from rollout.steps import Step, StepWriter
 from wal import tokens
 from wal.floor import FIRST_LSN
+from wal.token_columns import f32_array, f32_bytes, u32_array, u32_bytes
 from wal.tokens import TokensAppended
 
 KIND = 2
 """Record kind of rollout events."""
 STEP_BYTES_MAX = 1 << 20
 """A step that has grown so large is not gathered any further."""
+
+
+
+class _TopsFound(msgspec.Struct, frozen=True, tag="tops_found"):
+    """`TopLogprobsFound` as it is logged: ids as u32 and logprobs as f32, `counts` of them for each token.
+
+    Versions before wrote that struct as it is, which is still read.
+    """
+
+    rollout_id: str
+    start: int
+    counts: tuple[int, ...]
+    token_ids: bytes
+    logprobs: bytes
+
 
 _MsgpackEvent = (
     events.TaskAdmitted
@@ -48,6 +66,7 @@ _MsgpackEvent = (
     | events.Preempted
     | events.KvBroke
     | events.TopLogprobsFound
+    | _TopsFound
     | events.SideChannelsFound
     | events.TokensForced
     | events.SandboxPrepared
@@ -67,7 +86,7 @@ def encode(event: Event) -> tuple[int, bytes]:
     """Record kind and payload of an event."""
     if isinstance(event, TokensAppended):
         return tokens.TOKENS, tokens.encode(event)
-    return KIND, _encoder.encode(event)
+    return KIND, _encoder.encode(_tops_found(event) if isinstance(event, events.TopLogprobsFound) else event)
 
 
 def decode(kind: int, payload: bytes) -> Event | TrajectoryRecord | Step:
@@ -78,7 +97,8 @@ def decode(kind: int, payload: bytes) -> Event | TrajectoryRecord | Step:
         if kind == tokens.TOKENS:
             return _chunk(payload)
         if kind == KIND:
-            return _decoder.decode(payload)
+            event = _decoder.decode(payload)
+            return _top_logprobs_found(event) if isinstance(event, _TopsFound) else event
         if kind == trajectory.KIND:
             return trajectory.decode(payload)
     except (msgspec.MsgspecError, wal.WalError, ValueError) as error:
@@ -92,6 +112,21 @@ def _chunk(payload: bytes) -> TokensAppended:
     if not isinstance(record, TokensAppended):
         raise JournalError(f"a rollout's log holds no {type(record).__name__}")
     return record
+
+
+def _tops_found(event: events.TopLogprobsFound) -> _TopsFound:
+    tops = event.top_logprobs
+    ids = u32_bytes([each for top in tops for each in top.token_ids], "top token_ids")
+    logprobs = f32_bytes([each for top in tops for each in top.logprobs], "top logprobs")
+    return _TopsFound(event.rollout_id, event.start, tuple(len(top.token_ids) for top in tops), ids, logprobs)
+
+
+def _top_logprobs_found(found: _TopsFound) -> events.TopLogprobsFound:
+    ids, logprobs, bounds = u32_array(found.token_ids), f32_array(found.logprobs), [*accumulate(found.counts, initial=0)]
+    if min(found.counts, default=0) < 0 or not len(ids) == len(logprobs) == bounds[-1]:
+        raise ValueError(f"{len(ids)} likeliest tokens, {len(logprobs)} logprobs, and {bounds[-1]} are said to be there")
+    tops = tuple(TopLogprobs(tuple(ids[start:end]), tuple(logprobs[start:end])) for start, end in pairwise(bounds))
+    return events.TopLogprobsFound(found.rollout_id, found.start, tops)
 
 
 def replay(directory: Path) -> Iterator[tuple[wal.Record, Event | TrajectoryRecord]]:

@@ -3,6 +3,7 @@
 import asyncio
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import wal
@@ -49,7 +50,7 @@ EVENTS = [
     events.PolicyUpdated(ENGINE, "weights/1"),
     events.Preempted("r", "asked", 1700000000.5, Spent(queue_s=2.0)),
     events.KvBroke("r", 90, "kept"),
-    events.TopLogprobsFound("r", 91, (TopLogprobs((7, 9), (-0.5, -1.5)),)),
+    events.TopLogprobsFound("r", 91, (TopLogprobs((7, 70_000), (-0.5, -1.5)), TopLogprobs((9,), (-0.25,)))),
     events.SideChannelsFound("r", 91, 3, ((7, 9),), Routes(88, b"\0\1\2\3"), b"\0\x80"),
     events.TokensForced("r", 91, (7,)),
     events.InfraFailed("r", "SPAWN_FAILED", "host", "why"),
@@ -234,6 +235,27 @@ async def test_tokens_that_a_log_lost_are_not_told_and_everybody_hears(tmp_path:
     with pytest.raises(wal.PoisonedError):
         await after
     assert len(here.events) == 1
+
+
+def test_likeliest_tokens_as_they_were_logged_by_name_are_read_and_take_half_of_that_now() -> None:
+    payload = (
+        b"\x84\xa4type\xb2top_logprobs_found\xaarollout_id\xa9job/one.0\xa5start(\xactop_logprobs\x92"
+        b"\x82\xa9token_ids\x92\x05\xce\x00\x01\x11p\xa8logprobs\x92\xcb\xbf\xd0\x00\x00\x00\x00\x00\x00\xcb\xbf\xf8\x00"
+        b"\x00\x00\x00\x00\x00\x82\xa9token_ids\x91\t\xa8logprobs\x91\xcb\xbf\xc0\x00\x00\x00\x00\x00\x00"
+    )
+    tops = (TopLogprobs((5, 70_000), (-0.25, -1.5)), TopLogprobs((9,), (-0.125,)))
+    assert journal.decode(journal.KIND, payload) == events.TopLogprobsFound("job/one.0", 40, tops)
+    many = events.TopLogprobsFound("job/one.0", 40, (TopLogprobs((70_000,) * 5, (-0.25,) * 5),) * 64)
+    kind, logged = journal.encode(many)
+    assert journal.decode(kind, logged) == many
+    assert 2 * len(logged) < len(msgspec.msgpack.encode(many))
+
+
+@pytest.mark.parametrize("counts", [(1,), (3,), (-1, 3), ()])
+def test_likeliest_tokens_whose_counts_do_not_fit_are_refused(counts: tuple[int, ...]) -> None:
+    said = {"type": "tops_found", "rollout_id": "r", "start": 0, "counts": counts, "token_ids": bytes(8)}
+    with pytest.raises(JournalError, match="2 likeliest tokens"):
+        journal.decode(journal.KIND, msgspec.msgpack.encode({**said, "logprobs": bytes(8)}))
 
 
 def test_a_chunk_of_a_version_before_steps_is_read(tmp_path: Path) -> None:
