@@ -115,7 +115,10 @@ class Membership(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds by what the rollout waited for; a process that was killed could not tell its own."""
+    """Seconds by what the rollout waited for; a process that was killed could not tell its own.
+
+    `cached_tokens_count`: tokens of its turns' prompts that the engine had kept and did not compute.
+    """
 
     queue_s: float
     prefill_s: float
@@ -125,6 +128,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     log_s: float
     sandbox_start_s: float
     preempted_s: float
+    cached_tokens_count: int
 
 
 class LogRange(msgspec.Struct, frozen=True, kw_only=True):
@@ -312,6 +316,7 @@ def _timing(state: State) -> Timing:
         log_s=sum(each.log_s for each in spent),
         sandbox_start_s=state.sandbox_start_s,
         preempted_s=state.preempted_s,
+        cached_tokens_count=sum(each.cached_tokens_count for each in spent),
     )
 
 

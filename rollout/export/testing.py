@@ -53,6 +53,7 @@ _BLANK = TrajectoryRecord(
         log_s=0.01,
         sandbox_start_s=0.01,
         preempted_s=0.0,
+        cached_tokens_count=0,
     ),
     preempt_count=0,
     tokens_sampled=0,

@@ -46,6 +46,13 @@ def test_the_summary_counts_what_the_trajectories_say(dsec: Any, finished: Path)
         assert row["tokens"] == sum(record["tokens_sampled"] for record in members)
 
 
+def test_a_later_turn_computes_no_token_that_an_earlier_one_went_through(dsec: Any, finished: Path) -> None:
+    for record in dsec.show(finished).values():
+        turns = record["turns"]
+        gone_through = sum(turn["start"] + turn["length"] - 1 for turn in turns[:-1])
+        assert record["timing"]["cached_tokens_count"] >= gone_through
+
+
 def test_a_trajectory_is_complete_and_aligned_to_its_tokens(dsec: Any, finished: Path) -> None:
     for record in dsec.show(finished).values():
         ids, spans, logprobs = record["token_ids"], record["spans"], record["logprobs"]

@@ -879,7 +879,7 @@ class Membership(_message.Message):
     def __init__(self, group_id: _Optional[str] = ..., index: _Optional[int] = ..., size: _Optional[int] = ..., missing_reasons: _Optional[_Mapping[int, str]] = ...) -> None: ...
 
 class Timing(_message.Message):
-    __slots__ = ("queue_s", "prefill_s", "decode_s", "environment_s", "judge_s", "log_s", "sandbox_start_s", "preempted_s")
+    __slots__ = ("queue_s", "prefill_s", "decode_s", "environment_s", "judge_s", "log_s", "sandbox_start_s", "preempted_s", "cached_tokens_count")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     DECODE_S_FIELD_NUMBER: _ClassVar[int]
@@ -888,6 +888,7 @@ class Timing(_message.Message):
     LOG_S_FIELD_NUMBER: _ClassVar[int]
     SANDBOX_START_S_FIELD_NUMBER: _ClassVar[int]
     PREEMPTED_S_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_COUNT_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     prefill_s: float
     decode_s: float
@@ -896,7 +897,8 @@ class Timing(_message.Message):
     log_s: float
     sandbox_start_s: float
     preempted_s: float
-    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., environment_s: _Optional[float] = ..., judge_s: _Optional[float] = ..., log_s: _Optional[float] = ..., sandbox_start_s: _Optional[float] = ..., preempted_s: _Optional[float] = ...) -> None: ...
+    cached_tokens_count: int
+    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., environment_s: _Optional[float] = ..., judge_s: _Optional[float] = ..., log_s: _Optional[float] = ..., sandbox_start_s: _Optional[float] = ..., preempted_s: _Optional[float] = ..., cached_tokens_count: _Optional[int] = ...) -> None: ...
 
 class LogRange(_message.Message):
     __slots__ = ("first_lsn", "last_lsn", "digest")
