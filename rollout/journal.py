@@ -39,7 +39,6 @@ STEP_BYTES_MAX = 1 << 20
 """A step that has grown so large is not gathered any further."""
 
 
-
 class _TopsFound(msgspec.Struct, frozen=True, tag="tops_found"):
     """`TopLogprobsFound` as it is logged: ids as u32 and logprobs as f32, `counts` of them for each token.
 
@@ -122,9 +121,10 @@ def _tops_found(event: events.TopLogprobsFound) -> _TopsFound:
 
 
 def _top_logprobs_found(found: _TopsFound) -> events.TopLogprobsFound:
-    ids, logprobs, bounds = u32_array(found.token_ids), f32_array(found.logprobs), [*accumulate(found.counts, initial=0)]
+    ids, logprobs = u32_array(found.token_ids), f32_array(found.logprobs)
+    bounds = [*accumulate(found.counts, initial=0)]
     if min(found.counts, default=0) < 0 or not len(ids) == len(logprobs) == bounds[-1]:
-        raise ValueError(f"{len(ids)} likeliest tokens, {len(logprobs)} logprobs, and {bounds[-1]} are said to be there")
+        raise ValueError(f"{len(ids)} likeliest tokens, {len(logprobs)} logprobs, and {bounds[-1]} are counted")
     tops = tuple(TopLogprobs(tuple(ids[start:end]), tuple(logprobs[start:end])) for start, end in pairwise(bounds))
     return events.TopLogprobsFound(found.rollout_id, found.start, tops)
 
