@@ -6,8 +6,9 @@ about it, in turns with the same prompts put to an engine that keeps nothing bet
 same answers, which is checked.  "computed" are tokens that went through the model for it: of the prompt what was not
 found kept, and the answer.  Times are from the call to the last answer, medians; `--answer-tokens` bounds an answer
 (those of `action` and `authority` have two).  The engine's port is measured by itself, and the service with its durable
-log.  `--vllm URL` does the port's part with a vLLM server (block size, prefix cache and scheduler are its own): what is
-not kept there is a context of the same length that the server never saw.
+log, also while 64 rollouts share its 16 slots: how long a question waits there, and a usual request.  `--vllm URL` does
+the port's part with a vLLM server (block size, prefix cache and scheduler are its own): what is not kept there is a
+context of the same length that the server never saw.
 """
 
 from __future__ import annotations
@@ -139,7 +140,9 @@ async def through_the_port(engine: Engine, prompts: Sequence[Ids], tokens_count:
     return Took(seconds, sum(computed + len(answer) for answer, computed in drawn), answers)
 
 
-async def through_the_service(service: RolloutService, prompts: Sequence[Ids], tokens_count: int) -> Took:
+async def through_the_service(
+    service: RolloutService, prompts: Sequence[Ids], tokens_count: int, priority: int = PRIORITY_MAX
+) -> Took:
     """All prompts as one request: what it takes to ask without Quick Instructions."""
     began = time.perf_counter()
     wanted = Ask(
@@ -147,7 +150,7 @@ async def through_the_service(service: RolloutService, prompts: Sequence[Ids], t
         prompts=tuple(make_conversation(str(number), token_ids=prompt) for number, prompt in enumerate(prompts)),
         sampling=Sampling(),
         tokens_count_max=tokens_count,
-        priority=PRIORITY_MAX,
+        priority=priority,
     )
     async with aclosing(generate(service, wanted)) as pieces:
         ended = {piece.index: piece.state async for piece in pieces if isinstance(piece, Ended)}
@@ -237,6 +240,42 @@ async def of_the_service(
     return await rows_of("service", length, options.repeats, play, is_same=True)
 
 
+async def on_a_busy_service(options: argparse.Namespace, *, is_quick: bool) -> list[float]:
+    """Seconds of questions, asked ten a second while 64 rollouts share 16 slots; or of the same as usual requests."""
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        service = RolloutService(folder, EmbeddedEngine(), FakeSubstrate(), TOKENIZER, RolloutConfig())
+        await stack.enter_async_context(service)
+        await service.start()
+        asked = [make_conversation("talk", token_ids=prompt_of(250, 0))]
+        limits = Limits(turns_count_max=1, turn_tokens_count_max=256)
+        job = Job(request_id="busy", sampling=Sampling(temperature=10.0, seed=1), limits=limits, reward=NoReward())
+        await service.submit(make_job(job, asked, group_size=64, group_prefix="busy/"), asked)
+        working = asyncio.create_task(service.wait("busy"))
+
+        async def one(number: int) -> float:
+            await asyncio.sleep(0.5 + number / 10)
+            if is_quick:
+                return (await ask_the_service(service, "busy/talk.0", 1, number, options.answer_tokens)).seconds
+            prompts = questions_of(asked[0].token_ids, (EOS,), 1, number)
+            return (await through_the_service(service, prompts, options.answer_tokens, priority=0)).seconds
+
+        took = await asyncio.gather(*(one(number) for number in range(20)))
+        await working
+        return sorted(took)
+
+
+async def of_busy(options: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds at half and at nine tenths of the questions, with a Quick Instruction's priority and without."""
+    quick, usual = [await on_a_busy_service(options, is_quick=is_quick) for is_quick in (True, False)]
+    return {
+        "quick_p50_ms": 1e3 * quick[10],
+        "quick_p90_ms": 1e3 * quick[18],
+        "usual_p50_ms": 1e3 * usual[10],
+        "usual_p90_ms": 1e3 * usual[18],
+    }
+
+
 def forgetful() -> EmbeddedEngine:
     """An engine that keeps nothing."""
     return EmbeddedEngine(limits=EngineLimits(state_bytes_max=0))
@@ -296,7 +335,7 @@ def draw_figure(rows: list[dict[str, Any]], path: Path) -> None:
     panels(path, "tokens of context", contexts, drawn, title="Quick Instructions against prompts that prefill again")
 
 
-def show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def show(rows: list[dict[str, Any]], busy: dict[str, float] | None, options: argparse.Namespace) -> None:
     """A table for people."""
     title = f"Quick Instructions, answers of at most {options.answer_tokens} tokens, medians of {options.repeats}"
     table = Table("", "context", "asked", "tokens", "again", "ratio", "ms", "again", "ratio", title=title)
@@ -304,7 +343,10 @@ def show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         counts = (f"{row['computed']:,.0f}", f"{row['computed_again']:,.0f}", f"{row['computed_ratio']:.1f}x")
         times = (f"{row['ms']:.1f}", f"{row['ms_again']:.1f}", f"{row['time_ratio']:.1f}x")
         table.add_row(row["where"], str(row["context"]), str(row["questions"]), *counts, *times)
-    Console().print(table)
+    Console(width=100).print(table)
+    if busy is not None:
+        times = [f"{busy[f'{kind}_p50_ms']:,.0f} (p90 {busy[f'{kind}_p90_ms']:,.0f}) ms" for kind in ("quick", "usual")]
+        print(f"on a service with every slot taken: a question {times[0]}, a usual request of the same {times[1]}")
 
 
 def main() -> None:
@@ -327,12 +369,15 @@ def main() -> None:
     with Progress(console=Console(stderr=True), disable=options.json) as progress:
         bar = progress.add_task("contexts", total=len(options.contexts))
         rows = asyncio.run(measure(options, lambda: progress.advance(bar)))
+        busy = None if options.vllm else asyncio.run(of_busy(options))
     if options.figure is not None:
         draw_figure(rows, options.figure)
     if options.json:
-        print(json.dumps({"answer_tokens": options.answer_tokens, "repeats": options.repeats, "rows": rows}))
+        print(
+            json.dumps({"answer_tokens": options.answer_tokens, "repeats": options.repeats, "rows": rows, "busy": busy})
+        )
     else:
-        show(rows, options)
+        show(rows, busy, options)
 
 
 if __name__ == "__main__":
