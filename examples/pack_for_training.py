@@ -10,10 +10,15 @@ from collections import defaultdict
 
 import numpy as np
 
+from rollout.errors import RolloutError
 from rollout.loader import Dataset, Rules
 
-(shards,) = sys.argv[1:] or sys.exit(__doc__)
-dataset = Dataset.open(shards)  # what `dsec export runs/groups` wrote
+if len(sys.argv) != 2:
+    sys.exit(__doc__)
+try:
+    dataset = Dataset.open(sys.argv[1])  # what `dsec export runs/groups` wrote
+except RolloutError as error:
+    sys.exit(str(error))
 plan = dataset.plan(seed=0, epoch=0, token_budget=4096, step_units_count=4, rules=Rules(usable_min=2))
 dropped = ", ".join(f"{count} as {verdict.name}" for verdict, count in plan.dropped.items()) or "none"
 print(f"{len(dataset)} rollouts, {plan.sequences_count} sequences, dropped: {dropped}")

@@ -130,6 +130,10 @@ def test_the_example_says_why_it_packs_nothing(dsec: Any, tmp_path: Path) -> Non
     ran = dsec(EXAMPLES / "pack_for_training.py", tmp_path / "run/shards", command=sys.executable)
     assert (ran.code, ran.out) == (1, "1 rollouts, 0 sequences, dropped: 1 as SMALL_GROUP\n")
     assert "needs a run with --group-size 2 or more" in ran.err
+    ran = dsec(EXAMPLES / "pack_for_training.py", tmp_path / "run", command=sys.executable)
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == f"{tmp_path}/run holds no shards: run `dsec export RUN` and give RUN/shards\n"
+    assert "dsec export runs/groups" in dsec(EXAMPLES / "pack_for_training.py", command=sys.executable).err
 
 
 def test_shards_of_a_run_that_was_killed_are_those_of_its_log(dsec: Any, tmp_path: Path) -> None:
