@@ -23,7 +23,7 @@ NATIVE = ROOT / "dsec/native"
 EMBEDDED = ROOT / "rollout/engines/embedded"
 # No contraction: multiply-adds are fused only where the source says so, so that every build draws the same tokens.
 ENGINE_FLAGS = [
-    *("-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC", "-fvisibility=hidden"),
+    *("-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"),
     *(["-march=x86-64-v3"] if platform.machine() == "x86_64" else []),
 ]
 

@@ -1,173 +1,156 @@
 /* Attention over a sliding window and compressed entries, one shared key-value head.
  *
- * Vector lanes are heads: a key is read once for eight heads, and no sum crosses lanes. Keys are
- * visited in the order of their slots, then entries oldest first: an order that depends on the
+ * All keys of a batch join their windows first, then every token attends by itself: a window is a ring with room for a
+ * batch more than a token sees. Keys are visited oldest first, then entries oldest first: an order that depends on the
  * position alone, so decode, prefill and a rebuilt context agree bit for bit.
  */
+#include <float.h>
+
 #include "model.h"
 #include "simd.h"
 
-enum { TILE = 8, LANES = 8, LINE = 16 };
+enum { HEADS = V4_HEADS, CHAINS = 4 };
 
 /* Rotate pairs of the last rope_dim floats; direction -1 undoes it. rope: cos, sin pairs of a position.
  * Fused by name: left as a product and a sum, GCC 12's vectoriser fuses them even where contraction is off. */
 void v4_rotate(float *x, const float *rope, int dim, int rope_dim, float direction) {
+    const f8 sign = {-direction, direction, -direction, direction, -direction, direction, -direction, direction};
+    int i = 0;
     x += dim - rope_dim;
-    for (int i = 0; i < rope_dim; i += 2) {
+    for (; i + 8 <= rope_dim; i += 8) {
+        f8 value = f8_load(x + i), angle = f8_load(rope + i);
+        f8 swapped = __builtin_shufflevector(value, value, 1, 0, 3, 2, 5, 4, 7, 6);
+        f8 cosine = __builtin_shufflevector(angle, angle, 0, 0, 2, 2, 4, 4, 6, 6);
+        f8 sine = __builtin_shufflevector(angle, angle, 1, 1, 3, 3, 5, 5, 7, 7) * sign;
+        f8_store(x + i, f8_fma(value, cosine, swapped * sine));
+    }
+    for (; i < rope_dim; i += 2) {
         float even = x[i], odd = x[i + 1], cosine = rope[i], sine = direction * rope[i + 1];
         x[i] = __builtin_fmaf(even, cosine, -(odd * sine));
         x[i + 1] = __builtin_fmaf(odd, cosine, even * sine);
     }
 }
 
-/* The same for eight heads at once; x holds dim rows of eight lanes. */
-static void rotate_lanes(float *x, const float *rope, int dim, int rope_dim, float direction) {
-    x += (dim - rope_dim) * LANES;
-    for (int i = 0; i < rope_dim; i += 2) {
-        f8 even = f8_load(x + i * LANES), odd = f8_load(x + (i + 1) * LANES);
-        f8 cosine = f8_splat(rope[i]), sine = f8_splat(direction * rope[i + 1]);
-        f8_store(x + i * LANES, f8_fma(even, cosine, -(odd * sine)));
-        f8_store(x + (i + 1) * LANES, f8_fma(odd, cosine, even * sine));
+/* Eight heads of a query, each divided by its rms and rotated, as `score` wants them. */
+static void load_query(const v4_model *model, const v4_layer *layer, const float *rope, float *heads, float *query) {
+    int dim = model->config.head_dim;
+    for (int h = 0; h < HEADS; h++) {
+        v4_rms_norm(heads + h * dim, NULL, dim, model->config.norm_eps, heads + h * dim);
+        v4_rotate(heads + h * dim, rope, dim, layer->rope_dim, 1.0f);
     }
+    for (int d = 0; d < dim; d += 2)
+        for (int h = 0; h < HEADS; h++) memcpy(query + d * HEADS + 2 * h, heads + h * dim + d, 2 * sizeof *query);
 }
 
-/* What one token attends to, and its rotation. */
-typedef struct {
-    const float *window, *entries, *rope;
-    int window_count, entries_count, rope_dim;
-} v4_view;
-
-/* Eight heads of one query: to lanes, divided by each head's rms, rotated. */
-static void load_query(const float *heads, const v4_view *view, const v4_config *config, float *lanes) {
-    int dim = config->head_dim;
-    f8 squares = f8_splat(0.0f);
-    for (int d = 0; d < dim; d++) {
-        f8 value;
-        for (int h = 0; h < LANES; h++) value[h] = heads[h * dim + d];
-        squares = f8_fma(value, value, squares);
-        f8_store(lanes + d * LANES, value);
-    }
-    f8 scale, mean = squares / (float)dim + config->norm_eps;
-    for (int h = 0; h < LANES; h++) scale[h] = 1.0f / __builtin_sqrtf(mean[h]);
-    for (int d = 0; d < dim; d++) f8_store(lanes + d * LANES, f8_load(lanes + d * LANES) * scale);
-    rotate_lanes(lanes, view->rope, dim, view->rope_dim, 1.0f);
-}
-
-V4_INLINE void score_tile(int keys, const float *query, const float *rows, int dim, f8 scale, float *scores) {
-    f8 sums[TILE];
-    for (int k = 0; k < keys; k++) sums[k] = f8_splat(0.0f);
-    for (int d = 0; d < dim; d++) {
-        f8 q = f8_load(query + d * LANES);
-        if (d % LINE == 0 && keys > 1) /* the next tile's keys: far apart, so the processor does not foresee them */
-            for (int k = 0; k < keys; k++) __builtin_prefetch(rows + (ptrdiff_t)(k + keys) * dim + d);
-        for (int k = 0; k < keys; k++) sums[k] = f8_fma(q, f8_splat(rows[(ptrdiff_t)k * dim + d]), sums[k]);
-    }
-    for (int k = 0; k < keys; k++) f8_store(scores + k * LANES, sums[k] * scale);
-}
-
-static void score_rows(const float *query, const float *rows, int count, int dim, f8 scale, float *scores) {
-    int k = 0;
-    for (; k + TILE <= count; k += TILE)
-        score_tile(TILE, query, rows + (ptrdiff_t)k * dim, dim, scale, scores + (ptrdiff_t)k * LANES);
-    for (; k < count; k++)
-        score_tile(1, query, rows + (ptrdiff_t)k * dim, dim, scale, scores + (ptrdiff_t)k * LANES);
-}
-
-/* out[d] += sum over rows of shares[row] * rows[row][d], rows in order. */
-static void add_rows(const float *shares, const float *rows, int count, int dim, float *out) {
-    for (int d = 0; d < dim; d += TILE) {
-        f8 sums[TILE];
-        for (int i = 0; i < TILE; i++) sums[i] = f8_load(out + (d + i) * LANES);
-        for (int k = 0; k < count; k++) {
-            f8 share = f8_load(shares + (ptrdiff_t)k * LANES);
-            const float *row = rows + (ptrdiff_t)k * dim + d;
-            for (int i = 0; i < TILE; i++) sums[i] = f8_fma(share, f8_splat(row[i]), sums[i]);
-        }
-        for (int i = 0; i < TILE; i++) f8_store(out + (d + i) * LANES, sums[i]);
-    }
-}
-
-/* Softmax with a sink: scores become shares that are not yet divided by the returned total. */
+/* Softmax with a sink: scores become shares that are not yet divided by the returned total, which is that of four
+ * chains, one for every fourth key. The scores have room for a whole number of chains. */
 static f8 exponentiate(float *scores, int count, f8 sink) {
-    f8 top = sink;
-    for (int k = 0; k < count; k++) top = f8_max(top, f8_load(scores + (ptrdiff_t)k * LANES));
-    f8 total = f8_exp(sink - top);
-    for (int k = 0; k < count; k++) {
-        f8 share = f8_exp(f8_load(scores + (ptrdiff_t)k * LANES) - top);
-        total += share;
-        f8_store(scores + (ptrdiff_t)k * LANES, share);
-    }
-    return total;
+    f8 tops[CHAINS] = {sink, sink, sink, sink}, totals[CHAINS] = {{0}};
+    for (int i = count * HEADS; i % (CHAINS * HEADS); i++) scores[i] = -FLT_MAX; /* whose share is lost beside the 1 of the top */
+    for (int k = 0; k < count; k += CHAINS)
+        for (int i = 0; i < CHAINS; i++) tops[i] = f8_max(tops[i], f8_load(scores + (k + i) * HEADS));
+    f8 top = f8_max(f8_max(tops[0], tops[1]), f8_max(tops[2], tops[3]));
+    for (int k = 0; k < count; k += CHAINS)
+        for (int i = 0; i < CHAINS; i++) {
+            f8 share = f8_exp(f8_load(scores + (k + i) * HEADS) - top);
+            totals[i] += share;
+            f8_store(scores + (k + i) * HEADS, share);
+        }
+    return ((totals[0] + totals[1]) + (totals[2] + totals[3])) + f8_exp(sink - top);
 }
 
-static void attend(v4_model *model, const v4_layer *layer, const v4_view *view, const float *query, float *out) {
+/* Rows of keys that follow each other in memory. */
+typedef struct {
+    const float *rows;
+    int count;
+} v4_run;
+
+/* What a token sees: its window (two runs, where the ring begins anew), then the entries. */
+static void look(const v4_model *model, const v4_layer *layer, int token, const v4_bench *bench, v4_run runs[3]) {
+    uint32_t position = model->scratch.positions[token], slots = (uint32_t)model->window_slots;
+    uint32_t tokens = (uint32_t)model->window_tokens, seen = position < tokens ? position + 1 : tokens;
+    uint32_t first = (position + 1 - seen) % slots, straight = seen < slots - first ? seen : slots - first;
+    const float *floats = model->scratch.floats[token], *window = floats + layer->window_offset;
+    runs[0] = (v4_run){window + (size_t)first * (size_t)model->config.head_dim, (int)straight};
+    runs[1] = (v4_run){window, (int)(seen - straight)};
+    runs[2] = (v4_run){window, 0};
+    if (layer->kind == V4_SLIDING) return;
+    runs[2] = (v4_run){floats + layer->pool.entries_offset, (int)((position + 1) / (uint32_t)layer->pool.rate)};
+    if (layer->kind != V4_CSA || !model->indexed) return;
+    int selected = v4_index_select(model, layer, token, bench);
+    if (selected) runs[2] = (v4_run){bench->selected, selected};
+}
+
+static void attend(v4_model *model, const v4_layer *layer, int begin, int end, int thread) {
     const v4_config *config = &model->config;
+    const v4_kernels *kernels = model->kernels;
+    const v4_bench *bench = &model->scratch.benches[thread];
     int dim = config->head_dim;
-    float *scores = model->scratch.scores, *entry_scores = scores + (ptrdiff_t)view->window_count * LANES;
-    float *lanes = model->scratch.lanes;
-    f8 scale = f8_splat(1.0f / __builtin_sqrtf((float)dim));
-    for (int first = 0; first < config->heads_count; first += LANES) {
-        load_query(query + first * dim, view, config, lanes);
-        score_rows(lanes, view->window, view->window_count, dim, scale, scores);
-        score_rows(lanes, view->entries, view->entries_count, dim, scale, entry_scores);
-        f8 total = exponentiate(scores, view->window_count + view->entries_count, f8_load(layer->sinks + first));
-        memset(lanes, 0, (size_t)(dim * LANES) * sizeof(float));
-        add_rows(scores, view->window, view->window_count, dim, lanes);
-        add_rows(entry_scores, view->entries, view->entries_count, dim, lanes);
-        for (int d = 0; d < dim; d++) f8_store(lanes + d * LANES, f8_load(lanes + d * LANES) / total);
-        rotate_lanes(lanes, view->rope, dim, view->rope_dim, -1.0f);
-        for (int h = 0; h < LANES; h++)
-            for (int d = 0; d < dim; d++) out[(first + h) * dim + d] = lanes[d * LANES + h];
+    float scale = 1.0f / __builtin_sqrtf((float)dim);
+    for (int token = begin; token < end; token++) {
+        const float *rope = layer->rope + (size_t)model->scratch.positions[token] * (size_t)layer->rope_dim;
+        size_t row = (size_t)token * (size_t)model->heads_width;
+        v4_run runs[3];
+        look(model, layer, token, bench, runs);
+        int seen = runs[0].count + runs[1].count + runs[2].count;
+        for (int first = 0; first < config->heads_count; first += HEADS) {
+            float *out = model->scratch.attended + row + (size_t)(first * dim), *scores = bench->scores;
+            load_query(model, layer, rope, model->scratch.query + row + first * dim, bench->query);
+            for (int i = 0; i < 3; scores += runs[i++].count * HEADS)
+                kernels->score(bench->query, runs[i].rows, runs[i].count, dim, scale, scores);
+            f8 total = exponentiate(bench->scores, seen, f8_load(layer->sinks + first));
+            memset(out, 0, (size_t)(HEADS * dim) * sizeof *out);
+            scores = bench->scores;
+            for (int i = 0; i < 3; scores += runs[i++].count * HEADS)
+                kernels->gather(scores, runs[i].rows, runs[i].count, dim, out);
+            for (int h = 0; h < HEADS; h++) {
+                for (int d = 0; d < dim; d += 8) f8_store(out + h * dim + d, f8_load(out + h * dim + d) / total[h]);
+                v4_rotate(out + h * dim, rope, dim, layer->rope_dim, -1.0f);
+            }
+        }
     }
 }
 
-/* One token: its key joins the window, its pools advance, then it attends. `token` indexes the batch. */
-static void advance(v4_model *model, const v4_layer *layer, float *floats, int token, uint32_t position) {
+/* The tokens of some chunks: their keys join the windows, their pools advance. */
+static void take_in(v4_model *model, const v4_layer *layer, int begin, int end, int thread) {
+    (void)thread;
     const v4_config *config = &model->config;
-    v4_scratch *scratch = &model->scratch;
-    int dim = config->head_dim, width = model->heads_width;
-    const float *row = scratch->projected + (size_t)token * (size_t)layer->input.rows;
-    uint32_t slots = (uint32_t)model->window_slots;
-    float *window = floats + layer->window_offset, *key = window + (size_t)(position % slots) * (size_t)dim;
-    v4_view view = {.window = window, .window_count = (int)(position < slots ? position + 1 : slots)};
-    view.rope_dim = layer->rope_dim;
-    view.rope = layer->rope + (size_t)position * (size_t)layer->rope_dim;
-    v4_rms_norm(row + config->query_rank, layer->kv_norm, dim, config->norm_eps, key);
-    v4_rotate(key, view.rope, dim, layer->rope_dim, 1.0f);
-    if (layer->kind != V4_SLIDING) {
-        v4_pool_append(model, &layer->pool, floats, row, position);
-        view.entries = floats + layer->pool.entries_offset;
-        view.entries_count = (int)((position + 1) / (uint32_t)layer->pool.rate);
-    }
-    if (layer->kind == V4_CSA && model->indexed) {
-        v4_pool_append(model, &layer->index_pool, floats, row, position);
-        int selected = v4_index_select(model, layer, floats, token, position);
-        if (selected) view.entries = scratch->selected, view.entries_count = selected;
-    }
-    attend(model, layer, &view, scratch->query + (size_t)token * (size_t)width,
-           scratch->attended + (size_t)token * (size_t)width);
+    int dim = config->head_dim, token = 0;
+    for (int c = 0; c < begin; c++) token += model->scratch.batch[c].tokens_count;
+    for (int c = begin; c < end; c++)
+        for (int i = 0; i < model->scratch.batch[c].tokens_count; i++, token++) {
+            uint32_t position = model->scratch.positions[token];
+            float *row = model->scratch.projected + (size_t)token * (size_t)layer->input.rows;
+            float *floats = model->scratch.floats[token];
+            float *key = floats + layer->window_offset + position % (uint32_t)model->window_slots * (uint32_t)dim;
+            v4_rms_norm(row, layer->query_norm, config->query_rank, config->norm_eps, row);
+            v4_rms_norm(row + config->query_rank, layer->kv_norm, dim, config->norm_eps, key);
+            v4_rotate(key, layer->rope + (size_t)position * (size_t)layer->rope_dim, dim, layer->rope_dim, 1.0f);
+            if (layer->kind != V4_SLIDING) v4_pool_append(model, &layer->pool, floats, row, position);
+            if (layer->kind == V4_CSA && model->indexed)
+                v4_pool_append(model, &layer->index_pool, floats, row, position);
+        }
 }
 
-void v4_attention(v4_model *model, const v4_layer *layer, const v4_chunk *chunks, int chunks_count, int tokens) {
+void v4_attention(v4_model *model, const v4_layer *layer, int tokens) {
     const v4_config *config = &model->config;
-    v4_scratch *scratch = &model->scratch;
-    int columns = layer->input.rows, width = model->heads_width, token = 0;
-    int groups = config->output_groups, rank = config->output_rank;
-    int per_group = config->heads_count * config->head_dim / groups;
-    v4_linear(&layer->input, tokens, scratch->normed, config->hidden_dim, scratch->projected, columns);
-    for (int t = 0; t < tokens; t++) {
-        float *row = scratch->projected + (size_t)t * (size_t)columns;
-        v4_rms_norm(row, layer->query_norm, config->query_rank, config->norm_eps, row);
-    }
-    v4_linear(&layer->query, tokens, scratch->projected, columns, scratch->query, width);
-    if (layer->kind == V4_CSA && model->indexed)
-        v4_linear(&layer->index_query, tokens, scratch->projected, columns, scratch->index_query,
-                  config->index_heads * config->index_dim);
-    for (int c = 0; c < chunks_count; c++)
-        for (int i = 0; i < chunks[c].tokens_count; i++)
-            advance(model, layer, chunks[c].state->floats, token++, chunks[c].state->position + (uint32_t)i);
+    v4_scratch *s = &model->scratch;
+    int columns = layer->input.rows, width = model->heads_width, groups = config->output_groups;
+    int rank = config->output_rank, per_group = config->heads_count * config->head_dim / groups;
+    v4_product input = {&layer->input, s->normed, s->projected, tokens, config->hidden_dim, columns};
+    v4_multiply(model, &input, 1);
+    v4_each(model, layer, s->batch_count, take_in);
+    v4_product queries[2] = {
+        {&layer->query, s->projected, s->query, tokens, columns, width},
+        {&layer->index_query, s->projected, s->index_query, tokens, columns, config->index_heads * config->index_dim},
+    };
+    v4_multiply(model, queries, layer->kind == V4_CSA && model->indexed ? 2 : 1);
+    v4_each(model, layer, tokens, attend);
+    v4_product lower[V4_GROUPS_MAX];
     for (int g = 0; g < groups; g++)
-        v4_linear(&layer->output_a[g], tokens, scratch->attended + g * per_group, width,
-                  scratch->low_rank + g * rank, groups * rank);
-    v4_linear(&layer->output_b, tokens, scratch->low_rank, groups * rank, scratch->output, config->hidden_dim);
+        lower[g] = (v4_product){&layer->output_a[g], s->attended + g * per_group, s->low_rank + g * rank, tokens, width,
+                                groups * rank};
+    v4_multiply(model, lower, groups);
+    v4_product output = {&layer->output_b, s->low_rank, s->output, tokens, groups * rank, config->hidden_dim};
+    v4_multiply(model, &output, 1);
 }

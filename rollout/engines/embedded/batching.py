@@ -43,8 +43,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     are drawn in one call unless a prompt or a scoring waits.  `state_bytes_max` bounds what is kept between
     requests; 0 keeps nothing.  `cache_bytes_max` bounds the files of a cache directory.  `versions_max` versions of the
     weights are in memory at once, and `sessions_max` sessions are remembered until they are released.
+    `threads_count` threads (1 to 16, but no more than there are usable processors) step together; it changes no token.
     """
 
+    threads_count: int = 2
     running_max: int = 32
     queue_max: int = 1024
     prefill_tokens_max: int = 64

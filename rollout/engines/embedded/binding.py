@@ -22,6 +22,7 @@ from rollout.engines.embedded.weights import mapped
 from rollout.errors import EngineError
 
 BATCH_TOKENS_MAX = 128
+THREADS_MAX = 16
 U64_MASK = (1 << 64) - 1
 
 
@@ -156,9 +157,12 @@ class _Reports:
 
 
 class Model:
-    """A loaded checkpoint.  One thread at a time may step, decode or sample."""
+    """A loaded checkpoint.  One thread at a time may step, decode, score or sample.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    `threads_count` threads, the caller among them, then share the work; how many (1 to THREADS_MAX) changes no bit.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, threads_count: int = 1) -> None:
         self.library = load_library()
         self.dimensions = checkpoint.dimensions
         self.weights_digest = checkpoint.weights_digest
@@ -184,7 +188,7 @@ class Model:
                 if tensor and not self.library.v4_is_finite(address, tensor.words_count)
             ]
             table = (ctypes.c_void_p * len(addresses))(*addresses)
-            self.pointer = None if odd else self.library.v4_create(ctypes.byref(config), table)
+            self.pointer = None if odd else self.library.v4_create(ctypes.byref(config), table, threads_count)
         if odd:
             raise EngineError(f"{path}: tensor {odd[0]} holds NaN or infinity, and so do {len(odd) - 1} others")
         if not self.pointer:

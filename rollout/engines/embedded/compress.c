@@ -77,10 +77,11 @@ static uint32_t kth_largest(const float *scores, int n, int k) {
     return threshold;
 }
 
-static void score_entries(v4_model *model, const v4_layer *layer, const float *entries, int n, int token) {
+static void score_entries(const v4_model *model, const v4_layer *layer, int n, int token, float *scores) {
     const v4_config *config = &model->config;
-    v4_scratch *scratch = &model->scratch;
+    const v4_scratch *scratch = &model->scratch;
     int dim = config->index_dim, heads = config->index_heads;
+    const float *entries = scratch->floats[token] + layer->index_pool.entries_offset;
     const float *query = scratch->index_query + (size_t)token * (size_t)(heads * dim);
     const float *weights = scratch->projected + (size_t)token * (size_t)layer->input.rows + layer->index_weights;
     float scale = 1.0f / (__builtin_sqrtf((float)dim) * __builtin_sqrtf((float)heads));
@@ -90,32 +91,30 @@ static void score_entries(v4_model *model, const v4_layer *layer, const float *e
             float match = f8_dot(query + h * dim, entries + (ptrdiff_t)i * dim, dim);
             score += (match > 0.0f ? match : 0.0f) * weights[h] * scale;
         }
-        scratch->index_scores[i] = score;
+        scores[i] = score;
     }
 }
 
-/* Copy the index_topk best CSA entries before `position` + 1 to scratch.selected, oldest first; of
+/* Copy the index_topk best CSA entries before the token's next position to bench.selected, oldest first; of
  * equal scores the older wins.  Returns their count, or 0 when all entries are to be attended. */
-int v4_index_select(v4_model *model, const v4_layer *layer, const float *floats, int token, uint32_t position) {
+int v4_index_select(const v4_model *model, const v4_layer *layer, int token, const v4_bench *bench) {
     const v4_config *config = &model->config;
-    v4_scratch *scratch = &model->scratch;
-    int n = (int)((position + 1) / (uint32_t)config->csa_rate), k = config->index_topk, kept = 0;
-    if (!model->indexed) return 0;
-    float *query = scratch->index_query + (size_t)token * (size_t)(config->index_heads * config->index_dim);
+    uint32_t position = model->scratch.positions[token];
+    int n = (int)((position + 1) / (uint32_t)config->csa_rate), k = config->index_topk, kept = 0, dim = config->head_dim;
+    if (n <= k) return 0;
+    float *query = model->scratch.index_query + (size_t)token * (size_t)(config->index_heads * config->index_dim);
     const float *rope = model->rope_compress + (size_t)position * (size_t)config->rope_dim_compress;
     for (int h = 0; h < config->index_heads; h++)
         v4_rotate(query + h * config->index_dim, rope, config->index_dim, config->rope_dim_compress, 1.0f);
-    if (n <= k) return 0;
-    score_entries(model, layer, floats + layer->index_pool.entries_offset, n, token);
-    uint32_t threshold = kth_largest(scratch->index_scores, n, k);
+    score_entries(model, layer, n, token, bench->index_scores);
+    uint32_t threshold = kth_largest(bench->index_scores, n, k);
+    const float *entry = model->scratch.floats[token] + layer->pool.entries_offset;
     int ties = k;
-    for (int i = 0; i < n; i++) ties -= ordered(scratch->index_scores[i]) > threshold;
-    for (int i = 0; i < n; i++) {
-        uint32_t score = ordered(scratch->index_scores[i]);
+    for (int i = 0; i < n; i++) ties -= ordered(bench->index_scores[i]) > threshold;
+    for (int i = 0; i < n; i++, entry += dim) {
+        uint32_t score = ordered(bench->index_scores[i]);
         if (score < threshold || (score == threshold && ties-- <= 0)) continue;
-        memcpy(scratch->selected + (ptrdiff_t)kept++ * config->head_dim,
-               floats + layer->pool.entries_offset + (size_t)i * (size_t)config->head_dim,
-               (size_t)config->head_dim * sizeof(float));
+        memcpy(bench->selected + (ptrdiff_t)kept++ * dim, entry, (size_t)dim * sizeof(float));
     }
     return kept;
 }

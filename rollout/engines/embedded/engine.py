@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -28,8 +29,8 @@ from rollout.engine import (
     check_version,
 )
 from rollout.engines.embedded.batching import Limits
-from rollout.engines.embedded.binding import BATCH_TOKENS_MAX, Model
-from rollout.engines.embedded.checkpoint import load_checkpoint
+from rollout.engines.embedded.binding import BATCH_TOKENS_MAX, THREADS_MAX, Model
+from rollout.engines.embedded.checkpoint import Checkpoint, load_checkpoint
 from rollout.engines.embedded.disk_tier import DiskTier
 from rollout.engines.embedded.jobs import Job, Outcome, Scoring
 from rollout.engines.embedded.library import build_digest
@@ -72,6 +73,8 @@ class EmbeddedEngine:
             raise RequestError(f"prefill_tokens_max must be 1 to {BATCH_TOKENS_MAX}")
         if not 1 <= self._limits.running_max <= BATCH_TOKENS_MAX or self._limits.rounds_max < 1:
             raise RequestError(f"running_max must be 1 to {BATCH_TOKENS_MAX} and rounds_max at least 1")
+        if not 1 <= self._limits.threads_count <= THREADS_MAX:
+            raise RequestError(f"threads_count must be 1 to {THREADS_MAX}")
         if self._limits.versions_max < 1 or self._limits.sessions_max < 1:
             raise RequestError("versions_max and sessions_max must be at least 1")
         self._info: EngineInfo | None = None
@@ -108,7 +111,7 @@ class EmbeddedEngine:
 
     def _load(self) -> Versions:
         checkpoint = load_checkpoint(self._folder)
-        model = Model(checkpoint)
+        model = self._open_model(checkpoint)
         self._shape = (checkpoint.dimensions, checkpoint.vocabulary_digest)
         self._info = EngineInfo(
             name="embedded",
@@ -236,7 +239,10 @@ class EmbeddedEngine:
         checkpoint = load_checkpoint(folder)
         if (checkpoint.dimensions, checkpoint.vocabulary_digest) != self._shape:
             raise EngineError(f"{folder}: a model of another shape or vocabulary; open another engine for it")
-        return Model(checkpoint)
+        return self._open_model(checkpoint)
+
+    def _open_model(self, checkpoint: Checkpoint) -> Model:
+        return Model(checkpoint, min(self._limits.threads_count, len(os.sched_getaffinity(0))))
 
     async def save(self, session: str, path: Path) -> int:
         """See Engine."""

@@ -136,7 +136,7 @@ def load_library(path: Path = LIBRARY, cpuinfo: Path = Path("/proc/cpuinfo")) ->
     for name, result, arguments in (
         ("v4_build", ctypes.c_char_p, ()),
         ("v4_is_finite", integer, (pointer, size)),
-        ("v4_create", pointer, (ctypes.POINTER(CConfig), ctypes.POINTER(pointer))),
+        ("v4_create", pointer, (ctypes.POINTER(CConfig), ctypes.POINTER(pointer), integer)),
         ("v4_destroy", None, (pointer,)),
         ("v4_state_create", pointer, (pointer,)),
         ("v4_state_destroy", None, (pointer,)),

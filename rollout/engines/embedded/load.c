@@ -170,14 +170,18 @@ static void place_state(v4_model *model) {
     model->state_floats = offset;
 }
 
-v4_model *v4_create(const v4_config *config, const void *const *tensors) {
+v4_model *v4_create(const v4_config *config, const void *const *tensors, int32_t threads_count) {
     v4_model *model = calloc(1, sizeof *model);
     if (!model) return NULL;
     int context = config->context_tokens_max, hidden = config->hidden_dim;
     size_t embedding_bytes = (size_t)config->vocab_count * (size_t)hidden * sizeof(uint16_t);
     model->config = *config;
     model->heads_width = v4_padded(config->heads_count) * config->head_dim;
-    model->window_slots = config->window_tokens < context ? config->window_tokens : context;
+    model->window_tokens = config->window_tokens < context ? config->window_tokens : context;
+    model->window_slots = model->window_tokens + config->batch_tokens_max - 1;
+    if (model->window_slots > context) model->window_slots = context;
+    model->kernels = v4_kernels_here();
+    model->threads_count = threads_count;
     model->indexed = context / config->csa_rate > config->index_topk;
     int bad = v4_rope_create(model);
     for (int l = 0; l < config->layers_count && !bad; l++)
@@ -187,7 +191,7 @@ v4_model *v4_create(const v4_config *config, const void *const *tensors) {
     bad = bad || !(model->norm = floats_of(model, tensors[V4_T_NORM], hidden));
     bad = bad || !(model->embedding = v4_take(model, embedding_bytes));
     if (!bad) memcpy(model->embedding, tensors[V4_T_EMBED], embedding_bytes);
-    bad = bad || v4_scratch_create(model);
+    bad = bad || v4_scratch_create(model, threads_count) || !(model->pool = v4_pool_create(threads_count));
     if (bad) {
         v4_destroy(model);
         return NULL;
@@ -198,6 +202,7 @@ v4_model *v4_create(const v4_config *config, const void *const *tensors) {
 
 void v4_destroy(v4_model *model) {
     if (!model) return;
+    v4_pool_destroy(model->pool);
     for (size_t i = 0; i < model->blocks_count; i++) free(model->blocks[i]);
     free(model);
 }

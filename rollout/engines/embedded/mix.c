@@ -64,12 +64,14 @@ V4_INLINE void open_gates(float *gates, int n) {
     for (int i = 0; i < n; i += 8) f8_store(gates + i, f8_sigmoid(f8_load(gates + i)));
 }
 
-V4_INLINE void read_streams(v4_model *model, const v4_mix *mix, const float *norm, int tokens, int n) {
+V4_INLINE void read_streams(v4_model *model, const v4_mix *mix, const float *norm, int begin, int end, int n) {
     const v4_config *config = &model->config;
     v4_scratch *scratch = &model->scratch;
     int dim = config->hidden_dim, width = n * dim, rows = (2 + n) * n, pairs = n * n;
-    v4_linear(&mix->weights, tokens, scratch->streams, width, scratch->mixed, rows);
-    for (int t = 0; t < tokens; t++) {
+    v4_product product = {&mix->weights, scratch->streams + (size_t)begin * (size_t)width, scratch->mixed + begin * rows,
+                          end - begin, width, rows};
+    model->kernels->linear(&product, 0, rows);
+    for (int t = begin; t < end; t++) {
         const float *streams = scratch->streams + (size_t)t * (size_t)width, *mixed = scratch->mixed + t * rows;
         float *comb = scratch->comb + t * v4_padded(pairs), *normed = scratch->normed + (size_t)t * (size_t)dim;
         float rms = 1.0f / root(f8_dot(streams, streams, width) / (float)width + config->norm_eps);
@@ -85,10 +87,10 @@ V4_INLINE void read_streams(v4_model *model, const v4_mix *mix, const float *nor
     }
 }
 
-V4_INLINE void write_streams(v4_model *model, int tokens, int n) {
+V4_INLINE void write_streams(v4_model *model, int begin, int end, int n) {
     v4_scratch *scratch = &model->scratch;
     int dim = model->config.hidden_dim;
-    for (int t = 0; t < tokens; t++) {
+    for (int t = begin; t < end; t++) {
         float *streams = scratch->streams + (size_t)t * (size_t)(n * dim);
         const float *output = scratch->output + (size_t)t * (size_t)dim;
         const float *post = scratch->post + t * n, *comb = scratch->comb + t * v4_padded(n * n);
@@ -105,28 +107,31 @@ V4_INLINE void write_streams(v4_model *model, int tokens, int n) {
 }
 
 /* Four streams, the number of all models so far, are unrolled. */
-void v4_mix_read(v4_model *model, const v4_mix *mix, const float *norm, int tokens) {
+void v4_mix_read(v4_model *model, const v4_mix *mix, const float *norm, int begin, int end) {
     int n = model->config.streams_count;
-    if (n == 4) read_streams(model, mix, norm, tokens, 4);
-    else read_streams(model, mix, norm, tokens, n);
+    if (n == 4) read_streams(model, mix, norm, begin, end, 4);
+    else read_streams(model, mix, norm, begin, end, n);
 }
 
 /* streams[k] = post[k] * output + sum over j of comb[j][k] * streams[j], in place. */
-void v4_mix_write(v4_model *model, int tokens) {
+void v4_mix_write(v4_model *model, int begin, int end) {
     int n = model->config.streams_count;
-    if (n == 4) write_streams(model, tokens, 4);
-    else write_streams(model, tokens, n);
+    if (n == 4) write_streams(model, begin, end, 4);
+    else write_streams(model, begin, end, n);
 }
 
-/* The last collapse: streams of `tokens` tokens -> normalised hidden vectors for the head. */
-void v4_mix_head(v4_model *model, int tokens, const float *streams, float *out) {
+/* The last collapse: scratch.finals [begin, end) -> normalised hidden vectors for the head. */
+void v4_mix_head(v4_model *model, int begin, int end) {
     const v4_config *config = &model->config;
+    v4_scratch *scratch = &model->scratch;
     int n = config->streams_count, dim = config->hidden_dim, width = n * dim;
-    v4_linear(&model->head_mix.weights, tokens, streams, width, model->scratch.mixed, n);
-    for (int t = 0; t < tokens; t++) {
-        const float *from = streams + (size_t)t * (size_t)width, *mixed = model->scratch.mixed + t * n;
+    v4_product product = {&model->head_mix.weights, scratch->finals + (size_t)begin * (size_t)width,
+                          scratch->mixed + begin * n, end - begin, width, n};
+    model->kernels->linear(&product, 0, n);
+    for (int t = begin; t < end; t++) {
+        const float *from = scratch->finals + (size_t)t * (size_t)width, *mixed = scratch->mixed + t * n;
         float rms = 1.0f / root(f8_dot(from, from, width) / (float)width + config->norm_eps);
-        float gates[V4_STREAMS_MAX] = {0}, *to = out + (size_t)t * (size_t)dim;
+        float gates[V4_STREAMS_MAX] = {0}, *to = scratch->normed + (size_t)t * (size_t)dim;
         for (int i = 0; i < n; i++) gates[i] = mixed[i] * rms * model->head_mix.scale[0] + model->head_mix.base[i];
         open_gates(gates, n);
         for (int i = 0; i < n; i++) gates[i] += config->mix_eps;

@@ -1,8 +1,4 @@
-/* Mixture of experts: routing, then each expert once for all the tokens that chose it.
- *
- * Experts run in the order of their ids and add to their tokens' outputs as they go, the shared
- * expert last: a token's sum has one order whichever tokens share the batch.
- */
+/* Mixture of experts: routing, then each expert once for all the tokens that chose it, then a sum for each token. */
 #include "model.h"
 #include "simd.h"
 
@@ -31,18 +27,23 @@ static void choose_experts(const float *scores, const float *bias, int count, in
         if (taken[e]) ids[k++] = e;
 }
 
-static void route(v4_model *model, const v4_layer *layer, const uint32_t *token_ids, int tokens) {
+/* The experts of tokens [begin, end), and their weights. */
+void v4_route(v4_model *model, const v4_layer *layer, int begin, int end) {
     const v4_config *config = &model->config;
     v4_scratch *scratch = &model->scratch;
-    int count = config->experts_count, active = config->experts_active;
-    v4_linear(&layer->router, tokens, scratch->normed, config->hidden_dim, scratch->routed, v4_padded(count));
-    for (int t = 0; t < tokens; t++) {
+    int count = config->experts_count, active = config->experts_active, dim = config->hidden_dim;
+    float *routed = scratch->routed + begin * v4_padded(count);
+    v4_product router = {&layer->router, scratch->normed + (size_t)begin * (size_t)dim, routed, end - begin, dim,
+                         v4_padded(count)};
+    model->kernels->linear(&router, 0, count);
+    for (int t = begin; t < end; t++) {
         float scores[V4_EXPERTS_MAX], sum = 0.0f;
         int32_t *ids = scratch->route_ids + t * active;
         float *weights = scratch->route_weights + t * active;
         score_experts(scratch->routed + t * v4_padded(count), count, config->scoring, scores);
         if (layer->router_table)
-            for (int k = 0; k < active; k++) ids[k] = layer->router_table[token_ids[t] * (uint32_t)active + (uint32_t)k];
+            for (int k = 0; k < active; k++)
+                ids[k] = layer->router_table[scratch->token_ids[t] * (uint32_t)active + (uint32_t)k];
         else
             choose_experts(scores, layer->router_bias, count, active, ids);
         for (int k = 0; k < active; k++) sum += scores[ids[k]];
@@ -59,42 +60,71 @@ static void activate(float *hidden, int dim, float limit) {
     }
 }
 
-/* `expert` of `count` rows at x (hidden_dim floats each) to scratch.slots. */
-static void run_expert(v4_model *model, const v4_layer *layer, int expert, const float *x, int count) {
+static void activate_slots(v4_model *model, const v4_layer *layer, int begin, int end, int thread) {
+    (void)layer, (void)thread;
+    int dim = model->config.expert_dim;
+    for (int slot = begin; slot < end; slot++)
+        activate(model->scratch.hidden + (size_t)slot * (size_t)(2 * dim), dim, model->config.swiglu_limit);
+}
+
+/* Give every token a slot with each of its experts and with the shared one; returns how many experts have any. Of these
+ * products.m is set to the expert's number in `experts`, and products.tokens to its slots. */
+static int fill_slots(v4_model *model, int tokens, int32_t *experts) {
     const v4_config *config = &model->config;
-    v4_scratch *scratch = &model->scratch;
-    int dim = config->expert_dim;
-    v4_linear(&layer->gate_up[expert], count, x, config->hidden_dim, scratch->hidden, 2 * dim);
-    for (int t = 0; t < count; t++) activate(scratch->hidden + (size_t)t * (size_t)(2 * dim), dim, config->swiglu_limit);
-    v4_linear(&layer->down[expert], count, scratch->hidden, 2 * dim, scratch->slots, config->hidden_dim);
+    v4_scratch *s = &model->scratch;
+    int active = config->experts_active, routed = tokens * active, used = 0, next = 0;
+    size_t row = (size_t)config->hidden_dim;
+    int32_t firsts[V4_EXPERTS_MAX + 1] = {0};
+    for (int i = 0; i < routed; i++) firsts[s->route_ids[i]]++;
+    firsts[config->experts_count] = tokens;
+    for (int e = 0; e <= config->experts_count; e++) {
+        int count = firsts[e];
+        firsts[e] = next;
+        if (!count) continue;
+        experts[used] = e;
+        s->products[used++].tokens = count;
+        next += count;
+    }
+    for (int i = 0; i < routed; i++) {
+        int slot = s->route_slots[i] = firsts[s->route_ids[i]]++;
+        memcpy(s->gathered + (size_t)slot * row, s->normed + (size_t)(i / active) * row, row * sizeof(float));
+    }
+    memcpy(s->gathered + (size_t)routed * row, s->normed, (size_t)tokens * row * sizeof(float));
+    return used;
+}
+
+/* Every expert of all the tokens that chose it: scratch.slots. */
+void v4_experts(v4_model *model, const v4_layer *layer, int tokens) {
+    v4_scratch *s = &model->scratch;
+    int hidden = model->config.hidden_dim, inner = model->config.expert_dim, slots = tokens * (model->config.experts_active + 1);
+    int32_t experts[V4_EXPERTS_MAX + 1];
+    int used = fill_slots(model, tokens, experts);
+    for (int i = 0, slot = 0; i < used; slot += s->products[i++].tokens)
+        s->products[i] = (v4_product){&layer->gate_up[experts[i]], s->gathered + (size_t)slot * (size_t)hidden,
+                                      s->hidden + (size_t)slot * (size_t)(2 * inner), s->products[i].tokens, hidden, 2 * inner};
+    v4_multiply(model, s->products, used);
+    v4_each(model, layer, slots, activate_slots);
+    for (int i = 0, slot = 0; i < used; slot += s->products[i++].tokens)
+        s->products[i] = (v4_product){&layer->down[experts[i]], s->hidden + (size_t)slot * (size_t)(2 * inner),
+                                      s->slots + (size_t)slot * (size_t)hidden, s->products[i].tokens, 2 * inner, hidden};
+    v4_multiply(model, s->products, used);
 }
 
 static void add_scaled(float *to, const float *from, float weight, int dim) {
     for (int d = 0; d < dim; d += 8) f8_store(to + d, f8_fma(f8_splat(weight), f8_load(from + d), f8_load(to + d)));
 }
 
-void v4_moe(v4_model *model, const v4_layer *layer, const uint32_t *token_ids, int tokens) {
-    const v4_config *config = &model->config;
-    v4_scratch *scratch = &model->scratch;
-    int active = config->experts_active, shared = config->experts_count;
-    size_t dim = (size_t)config->hidden_dim;
-    route(model, layer, token_ids, tokens);
-    memset(scratch->output, 0, (size_t)tokens * dim * sizeof(float));
-    for (int e = 0; e < shared; e++) {
-        int count = 0;
-        for (int i = 0; i < tokens * active; i++) {
-            if (scratch->route_ids[i] != e) continue;
-            memcpy(scratch->gathered + (size_t)count * dim, scratch->normed + (size_t)(i / active) * dim,
-                   dim * sizeof(float));
-            scratch->members[count++] = i;
-        }
-        if (!count) continue;
-        run_expert(model, layer, e, scratch->gathered, count);
-        for (int m = 0; m < count; m++)
-            add_scaled(scratch->output + (size_t)(scratch->members[m] / active) * dim,
-                       scratch->slots + (size_t)m * dim, scratch->route_weights[scratch->members[m]], (int)dim);
+/* scratch.slots of tokens [begin, end) to scratch.output: experts in the order of their ids, then the shared one, so that
+ * a token's sum has one order whichever tokens share the batch. */
+void v4_combine(v4_model *model, int begin, int end) {
+    v4_scratch *s = &model->scratch;
+    int active = model->config.experts_active, dim = model->config.hidden_dim;
+    int shared = active * s->tokens_count;
+    for (int t = begin; t < end; t++) {
+        float *out = s->output + (size_t)t * (size_t)dim;
+        memset(out, 0, (size_t)dim * sizeof *out);
+        for (int i = t * active; i < (t + 1) * active; i++)
+            add_scaled(out, s->slots + (size_t)s->route_slots[i] * (size_t)dim, s->route_weights[i], dim);
+        add_scaled(out, s->slots + (size_t)(shared + t) * (size_t)dim, 1.0f, dim);
     }
-    run_expert(model, layer, shared, scratch->normed, tokens);
-    for (int t = 0; t < tokens; t++)
-        add_scaled(scratch->output + (size_t)t * dim, scratch->slots + (size_t)t * dim, 1.0f, (int)dim);
 }

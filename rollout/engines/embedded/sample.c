@@ -34,11 +34,15 @@ static float bounded(float logit) {
     return above < FLT_MAX ? above : FLT_MAX;
 }
 
+static f8 bounded8(f8 logits) { return f8_min(f8_max(logits, f8_splat(-FLT_MAX)), f8_splat(FLT_MAX)); }
+
 static int argmax(const float *logits, int count) {
-    int best = 0;
-    for (int i = 1; i < count; i++)
-        if (bounded(logits[i]) > bounded(logits[best])) best = i;
-    return best;
+    f8 tops = f8_splat(-FLT_MAX);
+    for (int i = 0; i < count; i += 8) tops = f8_max(bounded8(f8_load(logits + i)), tops);
+    float top = -FLT_MAX;
+    for (int i = 0; i < 8; i++) top = tops[i] > top ? tops[i] : top;
+    for (int best = 0;; best++)
+        if (bounded(logits[best]) == top) return best;
 }
 
 /* 1 / temperature as a float that is neither 0 nor infinite: 0 times a distance beyond all floats is a NaN. */
@@ -51,8 +55,7 @@ static float inverse(double temperature) {
 static double exponentiate(const float *logits, float top, float scale, int count, float *weights) {
     double total = 0.0;
     for (int i = 0; i < count; i += 8) {
-        f8 logit = f8_min(f8_max(f8_load(logits + i), f8_splat(-FLT_MAX)), f8_splat(FLT_MAX));
-        f8 x = (logit - top) * scale;
+        f8 x = (bounded8(f8_load(logits + i)) - top) * scale;
         f8 weight = f8_select(x < f8_splat(-87.0f), f8_splat(0.0f), f8_exp(x));
         f8_store(weights + i, weight);
         total += (double)f8_sum(weight);
@@ -93,10 +96,10 @@ static int take_heaviest(const float *weights, int32_t *heap, int count, int kee
 }
 
 /* The processed distribution as an order of ids (NULL: all, by id), its size and its total weight. */
-static int cut(v4_model *model, const v4_sampling *sampling, double *total, int32_t **order) {
-    int count = model->config.vocab_count, kept_count = count;
-    int32_t *heap = model->scratch.heap;
-    const float *weights = model->scratch.weights;
+static int cut(const v4_bench *bench, int count, const v4_sampling *sampling, double *total, int32_t **order) {
+    int kept_count = count;
+    int32_t *heap = bench->heap;
+    const float *weights = bench->weights;
     int top_k = sampling->top_k > 0 && sampling->top_k < count ? sampling->top_k : count;
     if (top_k == count && sampling->top_p >= 1.0) return count;
     double mass = top_k == count ? sampling->top_p * *total : *total * 2.0; /* beyond the total: top_k alone decides */
@@ -112,9 +115,11 @@ static int cut(v4_model *model, const v4_sampling *sampling, double *total, int3
     return kept_count;
 }
 
-/* One distribution: its weights are in the model's scratch memory; order and kept as `cut` has them. */
+/* One distribution: its weights are on the bench; order and kept as `cut` has them. */
 typedef struct {
+    const v4_bench *bench;
     const float *logits;
+    int count;
     double total;
     float top, scale;
     int32_t *order;
@@ -131,8 +136,7 @@ static int ascending(const void *a, const void *b) {
 }
 
 /* Fill in the report.  Without an order the heap is free, so the likeliest are found in it. */
-static void tell(v4_model *model, const distribution *d, v4_report *report) {
-    int count = model->config.vocab_count;
+static void tell(const distribution *d, v4_report *report) {
     if (report->mask_ids) {
         report->mask_count = d->order ? d->kept : 0;
         for (int i = 0; i < report->mask_count; i++) report->mask_ids[i] = (uint32_t)d->order[i];
@@ -140,9 +144,9 @@ static void tell(v4_model *model, const distribution *d, v4_report *report) {
     }
     if (!report->top_ids) return;
     if (report->top_count > d->kept) report->top_count = d->kept;
-    const int32_t *last = d->order ? d->order + d->kept : model->scratch.heap + count;
+    const int32_t *last = d->order ? d->order + d->kept : d->bench->heap + d->count;
     double sum;
-    if (!d->order) take_heaviest(model->scratch.weights, model->scratch.heap, count, report->top_count, d->total * 2.0, &sum);
+    if (!d->order) take_heaviest(d->bench->weights, d->bench->heap, d->count, report->top_count, d->total * 2.0, &sum);
     for (int i = 0; i < report->top_count; i++) {
         report->top_ids[i] = (uint32_t)last[-1 - i];
         report->top_logprobs[i] = logprob_of(d, last[-1 - i]);
@@ -150,37 +154,55 @@ static void tell(v4_model *model, const distribution *d, v4_report *report) {
 }
 
 /* All tokens by the softmax at this scale; *best is the likeliest. */
-static distribution whole(v4_model *model, const float *logits, float scale, int *best) {
+static distribution whole(const v4_model *model, int thread, const float *logits, float scale, int *best) {
+    const v4_bench *bench = &model->scratch.benches[thread];
     int count = model->config.vocab_count;
     *best = argmax(logits, count);
     float top = bounded(logits[*best]);
-    double total = exponentiate(logits, top, scale, count, model->scratch.weights);
-    return (distribution){logits, total, top, scale, NULL, count};
+    double total = exponentiate(logits, top, scale, count, bench->weights);
+    return (distribution){bench, logits, count, total, top, scale, NULL, count};
 }
 
-float v4_logprob(v4_model *model, const float *logits, uint32_t token_id, v4_report *report) {
+/* Where the running sum of weights, in the distribution's order, passes `target`; or the last token of any weight. */
+static int find(const distribution *d, double target, int likeliest) {
+    const float *weights = d->bench->weights;
+    int found = likeliest, i = 0;
+    double sum = 0.0;
+    for (; !d->order && i < d->count; i += 8) { /* eight at a time, as long as they do not reach it */
+        double next = sum + (double)f8_sum(f8_load(weights + i));
+        if (next > target) break;
+        sum = next;
+    }
+    for (; i < d->kept; i++) {
+        int id = d->order ? d->order[d->kept - 1 - i] : i;
+        if (weights[id] == 0.0f) continue;
+        found = id;
+        if ((sum += (double)weights[id]) > target) break;
+    }
+    return found;
+}
+
+float v4_logprob(v4_model *model, int thread, const float *logits, uint32_t token_id, v4_report *report) {
     int best;
-    distribution d = whole(model, logits, 1.0f, &best);
-    if (report) tell(model, &d, report);
+    distribution d = whole(model, thread, logits, 1.0f, &best);
+    if (report) tell(&d, report);
     return logprob_of(&d, (int32_t)token_id);
+}
+
+uint32_t v4_draw(v4_model *model, int thread, const float *logits, const v4_sampling *sampling, uint32_t position,
+                 float *logprob, v4_report *report) {
+    int drawn;
+    distribution d = whole(model, thread, logits, inverse(sampling->temperature), &drawn);
+    if (sampling->temperature > 0.0) {
+        d.kept = cut(d.bench, d.count, sampling, &d.total, &d.order);
+        drawn = find(&d, uniform(sampling->seed, sampling->stream_key, position) * d.total, drawn);
+    }
+    if (report) tell(&d, report);
+    *logprob = logprob_of(&d, drawn);
+    return (uint32_t)drawn;
 }
 
 uint32_t v4_sample(v4_model *model, const float *logits, const v4_sampling *sampling, uint32_t position,
                    float *logprob, v4_report *report) {
-    int drawn;
-    distribution d = whole(model, logits, inverse(sampling->temperature), &drawn);
-    if (sampling->temperature > 0.0) {
-        const float *weights = model->scratch.weights;
-        d.kept = cut(model, sampling, &d.total, &d.order);
-        double target = uniform(sampling->seed, sampling->stream_key, position) * d.total, sum = 0.0;
-        for (int i = 0; i < d.kept; i++) {
-            int id = d.order ? d.order[d.kept - 1 - i] : i;
-            if (weights[id] == 0.0f) continue;
-            drawn = id;
-            if ((sum += (double)weights[id]) > target) break;
-        }
-    }
-    if (report) tell(model, &d, report);
-    *logprob = logprob_of(&d, drawn);
-    return (uint32_t)drawn;
+    return v4_draw(model, 0, logits, sampling, position, logprob, report);
 }

@@ -1,7 +1,8 @@
 /* Eight floats at a time, with the same bits on every machine.
  *
- * GCC vector types carry the arithmetic; only the fused multiply-add needs an intrinsic. It is
- * rounded once everywhere (fmaf in the portable branch), so both branches agree bit for bit.
+ * GCC vector types carry the arithmetic; only the fused multiply-add needs an intrinsic, and the larger
+ * and the smaller of two are one instruction with it. Rounded once everywhere (fmaf in the portable
+ * branch), so both branches agree bit for bit.
  * exp and log1p are our own polynomials because libm's last bit differs between machines.
  */
 #ifndef V4_SIMD_H
@@ -46,8 +47,15 @@ V4_INLINE f8 f8_fma(f8 a, f8 b, f8 c) {
 }
 
 V4_INLINE f8 f8_select(i8 mask, f8 a, f8 b) { return (f8)((mask & (i8)a) | (~mask & (i8)b)); }
+
+/* Of a NaN and b, and of zeros: b. */
+#ifdef V4_X86
+V4_INLINE f8 f8_max(f8 a, f8 b) { return (f8)_mm256_max_ps((__m256)a, (__m256)b); }
+V4_INLINE f8 f8_min(f8 a, f8 b) { return (f8)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 V4_INLINE f8 f8_max(f8 a, f8 b) { return f8_select(a > b, a, b); }
 V4_INLINE f8 f8_min(f8 a, f8 b) { return f8_select(a < b, a, b); }
+#endif
 
 /* The one order in which lanes are added: halves, then quarters, then the last pair. */
 V4_INLINE float f8_sum(f8 v) {

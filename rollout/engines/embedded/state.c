@@ -8,7 +8,7 @@
 
 #include "model.h"
 
-static const uint32_t MAGIC = 0x31533456; /* "V4S1" */
+static const uint32_t MAGIC = 0x32533456; /* "V4S2" */
 
 typedef struct {
     uint32_t magic, position, floats_count, shape;
@@ -22,6 +22,8 @@ static uint32_t shape_of(const v4_model *model) {
     return digest;
 }
 
+enum { PARTS_MAX = 6 };
+
 /* The parts of a layer in use after `position` tokens: offsets and counts of floats. */
 typedef struct {
     size_t offset, count;
@@ -33,10 +35,14 @@ static int pool_parts(const v4_compressor *pool, uint32_t position, part *parts)
     return 2;
 }
 
-static int layer_parts(const v4_model *model, const v4_layer *layer, uint32_t position, part parts[5]) {
-    uint32_t slots = (uint32_t)model->window_slots, used = position < slots ? position : slots;
-    int count = 1;
-    parts[0] = (part){layer->window_offset, (size_t)used * (size_t)model->config.head_dim};
+static int layer_parts(const v4_model *model, const v4_layer *layer, uint32_t position, part parts[PARTS_MAX]) {
+    uint32_t slots = (uint32_t)model->window_slots, tokens = (uint32_t)model->window_tokens;
+    uint32_t used = position < tokens ? position : tokens, first = (position - used) % slots;
+    uint32_t straight = used < slots - first ? used : slots - first; /* the ring may begin anew in between */
+    size_t dim = (size_t)model->config.head_dim;
+    int count = 2;
+    parts[0] = (part){layer->window_offset + first * dim, straight * dim};
+    parts[1] = (part){layer->window_offset, (used - straight) * dim};
     if (layer->kind != V4_SLIDING) count += pool_parts(&layer->pool, position, parts + count);
     if (layer->kind == V4_CSA && model->indexed) count += pool_parts(&layer->index_pool, position, parts + count);
     return count;
@@ -45,7 +51,7 @@ static int layer_parts(const v4_model *model, const v4_layer *layer, uint32_t po
 static size_t floats_used(const v4_model *model, uint32_t position) {
     size_t total = 0;
     for (int l = 0; l < model->config.layers_count; l++) {
-        part parts[5];
+        part parts[PARTS_MAX];
         int count = layer_parts(model, &model->layers[l], position, parts);
         for (int i = 0; i < count; i++) total += parts[i].count;
     }
@@ -84,7 +90,7 @@ void v4_state_pack(const v4_model *model, const v4_state *state, void *packed) {
     memcpy(out, &head, sizeof head);
     out += sizeof head;
     for (int l = 0; l < model->config.layers_count; l++) {
-        part parts[5];
+        part parts[PARTS_MAX];
         int count = layer_parts(model, &model->layers[l], state->position, parts);
         for (int i = 0; i < count; i++) {
             memcpy(out, state->floats + parts[i].offset, parts[i].count * sizeof(float));
@@ -105,7 +111,7 @@ int32_t v4_state_unpack(const v4_model *model, v4_state *state, const void *pack
     state->position = head.position;
     in += sizeof head;
     for (int l = 0; l < model->config.layers_count; l++) {
-        part parts[5];
+        part parts[PARTS_MAX];
         int count = layer_parts(model, &model->layers[l], head.position, parts);
         for (int i = 0; i < count; i++) {
             memcpy(state->floats + parts[i].offset, in, parts[i].count * sizeof(float));

@@ -7,33 +7,8 @@ typedef struct {
     size_t bytes;
 } need;
 
-/* Room for batch_tokens_max tokens in every intermediate of the forward pass. */
-int v4_scratch_create(v4_model *model) {
-    const v4_config *c = &model->config;
-    v4_scratch *s = &model->scratch;
-    size_t n = (size_t)c->batch_tokens_max, hidden = (size_t)c->hidden_dim, f = sizeof(float), columns = 0;
-    size_t width = (size_t)model->heads_width, entries = (size_t)(c->context_tokens_max / c->csa_rate) + 1;
-    size_t active = n * (size_t)c->experts_active, vocab = (size_t)c->vocab_count, streams = (size_t)c->streams_count;
-    size_t chosen = (size_t)c->index_topk < entries ? (size_t)c->index_topk : entries;
-    for (int l = 0; l < c->layers_count; l++)
-        if ((size_t)model->layers[l].input.rows > columns) columns = (size_t)model->layers[l].input.rows;
-    const need needs[] = {
-        {&s->streams, n * streams * hidden * f}, {&s->finals, n * streams * hidden * f},
-        {&s->mixed, n * (2 + streams) * streams * f}, {&s->post, n * streams * f},
-        {&s->comb, n * (size_t)v4_padded(c->streams_count * c->streams_count) * f}, {&s->normed, n * hidden * f}, {&s->projected, n * columns * f},
-        {&s->query, n * width * f}, {&s->attended, n * width * f}, {&s->output, n * hidden * f},
-        {&s->index_query, n * (size_t)(c->index_heads * c->index_dim) * f},
-        {&s->low_rank, n * (size_t)(c->output_groups * c->output_rank) * f},
-        {&s->routed, n * (size_t)v4_padded(c->experts_count) * f}, {&s->hidden, n * 2 * (size_t)c->expert_dim * f},
-        {&s->gathered, n * hidden * f}, {&s->slots, n * hidden * f}, {&s->route_weights, active * f},
-        {&s->scores, ((size_t)model->window_slots + entries) * 8 * f},
-        {&s->selected, chosen * (size_t)c->head_dim * f}, {&s->index_scores, entries * f},
-        {&s->logits, n * vocab * f}, {&s->weights, vocab * f}, {&s->lanes, (size_t)c->head_dim * 8 * f},
-        {&s->route_ids, active * sizeof(int32_t)}, {&s->members, active * sizeof(int32_t)},
-        {&s->heap, vocab * sizeof(int32_t)}, {&s->chunks, n * sizeof(v4_chunk)},
-        {&s->token_ids, n * sizeof(uint32_t)},
-    };
-    for (size_t i = 0; i < sizeof needs / sizeof *needs; i++) {
+static int take_all(v4_model *model, const need *needs, size_t count) {
+    for (size_t i = 0; i < count; i++) {
         void *block = v4_take(model, needs[i].bytes);
         if (!block) return -1;
         memcpy(needs[i].field, &block, sizeof block);
@@ -41,8 +16,49 @@ int v4_scratch_create(v4_model *model) {
     return 0;
 }
 
-/* Token ids to streams (every stream starts as the embedding); returns the number of tokens. */
-static int embed(v4_model *model, const v4_chunk *chunks, int chunks_count) {
+/* What a thread of its own needs beside the others. */
+static int create_bench(v4_model *model, v4_bench *b) {
+    const v4_config *c = &model->config;
+    size_t f = sizeof(float), dim = (size_t)c->head_dim, vocab = (size_t)c->vocab_count;
+    size_t entries = (size_t)(c->context_tokens_max / c->csa_rate) + 1, keys = (size_t)model->window_tokens + entries;
+    size_t chosen = (size_t)c->index_topk < entries ? (size_t)c->index_topk : entries;
+    const need needs[] = {
+        {&b->scores, (keys + V4_SLACK) * V4_HEADS * f}, {&b->query, dim * V4_HEADS * f}, {&b->index_scores, entries * f},
+        {&b->selected, chosen * dim * f}, {&b->weights, vocab * f}, {&b->heap, vocab * sizeof(int32_t)},
+    };
+    return take_all(model, needs, sizeof needs / sizeof *needs);
+}
+
+/* Room for batch_tokens_max tokens in every intermediate of the forward pass. */
+int v4_scratch_create(v4_model *model, int threads_count) {
+    const v4_config *c = &model->config;
+    v4_scratch *s = &model->scratch;
+    size_t n = (size_t)c->batch_tokens_max, hidden = (size_t)c->hidden_dim, f = sizeof(float), columns = 0;
+    size_t width = (size_t)model->heads_width, streams = (size_t)c->streams_count;
+    size_t active = n * (size_t)c->experts_active, slots = active + n;
+    for (int l = 0; l < c->layers_count; l++)
+        if ((size_t)model->layers[l].input.rows > columns) columns = (size_t)model->layers[l].input.rows;
+    const need needs[] = {
+        {&s->token_ids, n * sizeof(uint32_t)}, {&s->positions, n * sizeof(uint32_t)}, {&s->floats, n * sizeof(float *)},
+        {&s->streams, n * streams * hidden * f}, {&s->finals, n * streams * hidden * f},
+        {&s->mixed, n * (2 + streams) * streams * f}, {&s->post, n * streams * f},
+        {&s->comb, n * (size_t)v4_padded(c->streams_count * c->streams_count) * f}, {&s->normed, n * hidden * f},
+        {&s->projected, n * columns * f}, {&s->query, n * width * f}, {&s->attended, n * width * f},
+        {&s->output, n * hidden * f}, {&s->index_query, n * (size_t)(c->index_heads * c->index_dim) * f},
+        {&s->low_rank, n * (size_t)(c->output_groups * c->output_rank) * f},
+        {&s->routed, n * (size_t)v4_padded(c->experts_count) * f}, {&s->route_weights, active * f},
+        {&s->route_ids, active * sizeof(int32_t)}, {&s->route_slots, active * sizeof(int32_t)},
+        {&s->gathered, slots * hidden * f}, {&s->hidden, slots * 2 * (size_t)c->expert_dim * f},
+        {&s->slots, slots * hidden * f}, {&s->products, (size_t)(c->experts_count + 1) * sizeof(v4_product)},
+        {&s->logits, n * (size_t)c->vocab_count * f}, {&s->chunks, n * sizeof(v4_chunk)},
+    };
+    int bad = take_all(model, needs, sizeof needs / sizeof *needs);
+    for (int t = 0; t < threads_count && !bad; t++) bad = create_bench(model, &s->benches[t]);
+    return bad;
+}
+
+/* Token ids to streams (every stream starts as the embedding), and where each token belongs. */
+static void embed(v4_model *model, const v4_chunk *chunks, int chunks_count) {
     v4_scratch *scratch = &model->scratch;
     int tokens = 0, dim = model->config.hidden_dim, count = model->config.streams_count;
     for (int c = 0; c < chunks_count; c++)
@@ -50,17 +66,26 @@ static int embed(v4_model *model, const v4_chunk *chunks, int chunks_count) {
             uint32_t id = scratch->token_ids[tokens] = chunks[c].token_ids[i];
             const uint16_t *row = model->embedding + (size_t)id * (size_t)dim;
             float *streams = scratch->streams + (size_t)tokens * (size_t)(count * dim);
+            scratch->positions[tokens] = chunks[c].state->position + (uint32_t)i;
+            scratch->floats[tokens] = chunks[c].state->floats;
             for (int d = 0; d < dim; d++) streams[d] = bf16_to_float(row[d]);
             for (int s = 1; s < count; s++) memcpy(streams + s * dim, streams, (size_t)dim * sizeof(float));
         }
-    return tokens;
+    scratch->batch = chunks;
+    scratch->batch_count = chunks_count;
+    scratch->tokens_count = tokens;
+}
+
+static void collapse(v4_model *model, const v4_layer *layer, int begin, int end, int thread) {
+    (void)layer, (void)thread;
+    v4_mix_head(model, begin, end);
 }
 
 /* Logits of the last tokens of every chunk that asks for them. */
 static void project_logits(v4_model *model, const v4_chunk *chunks, int chunks_count) {
     v4_scratch *scratch = &model->scratch;
-    size_t width = (size_t)(model->config.streams_count * model->config.hidden_dim), vocab = (size_t)model->config.vocab_count;
-    int token = 0, wanted = 0;
+    int dim = model->config.hidden_dim, vocab = model->config.vocab_count, token = 0, wanted = 0;
+    size_t width = (size_t)(model->config.streams_count * dim);
     for (int c = 0; c < chunks_count; c++) {
         size_t count = (size_t)chunks[c].logits_count;
         token += chunks[c].tokens_count;
@@ -69,11 +94,12 @@ static void project_logits(v4_model *model, const v4_chunk *chunks, int chunks_c
         wanted += chunks[c].logits_count;
     }
     if (!wanted) return;
-    v4_mix_head(model, wanted, scratch->finals, scratch->normed);
-    v4_linear(&model->head, wanted, scratch->normed, model->config.hidden_dim, scratch->logits, (int)vocab);
+    v4_each(model, NULL, wanted, collapse);
+    v4_product head = {&model->head, scratch->normed, scratch->logits, wanted, dim, vocab};
+    v4_multiply(model, &head, 1);
     const float *logits = scratch->logits;
     for (int c = 0; c < chunks_count; c++) {
-        size_t count = (size_t)chunks[c].logits_count * vocab;
+        size_t count = (size_t)chunks[c].logits_count * (size_t)vocab;
         if (count && chunks[c].logits != logits) memcpy(chunks[c].logits, logits, count * sizeof(float));
         logits += count;
     }
@@ -93,17 +119,36 @@ static void tell_routes(const v4_model *model, int layer, const v4_chunk *chunks
     }
 }
 
+static void begin_layer(v4_model *model, const v4_layer *layer, int begin, int end, int thread) {
+    (void)thread;
+    v4_mix_read(model, &layer->attention_mix, layer->attention_norm, begin, end);
+}
+
+static void attention_to_experts(v4_model *model, const v4_layer *layer, int begin, int end, int thread) {
+    (void)thread;
+    v4_mix_write(model, begin, end);
+    v4_mix_read(model, &layer->ffn_mix, layer->ffn_norm, begin, end);
+    v4_route(model, layer, begin, end);
+}
+
+static void end_layer(v4_model *model, const v4_layer *layer, int begin, int end, int thread) {
+    (void)layer, (void)thread;
+    v4_combine(model, begin, end);
+    v4_mix_write(model, begin, end);
+}
+
+/* In turn: what each token does alone (shared by tokens), and products with weights that all use (shared by rows). */
 void v4_step(v4_model *model, const v4_chunk *chunks, int32_t chunks_count) {
-    int tokens = embed(model, chunks, chunks_count);
+    embed(model, chunks, chunks_count);
+    int tokens = model->scratch.tokens_count;
     for (int l = 0; l < model->config.layers_count; l++) {
         const v4_layer *layer = &model->layers[l];
-        v4_mix_read(model, &layer->attention_mix, layer->attention_norm, tokens);
-        v4_attention(model, layer, chunks, chunks_count, tokens);
-        v4_mix_write(model, tokens);
-        v4_mix_read(model, &layer->ffn_mix, layer->ffn_norm, tokens);
-        v4_moe(model, layer, model->scratch.token_ids, tokens);
+        v4_each(model, layer, tokens, begin_layer);
+        v4_attention(model, layer, tokens);
+        v4_each(model, layer, tokens, attention_to_experts);
         tell_routes(model, l, chunks, chunks_count);
-        v4_mix_write(model, tokens);
+        v4_experts(model, layer, tokens);
+        v4_each(model, layer, tokens, end_layer);
     }
     project_logits(model, chunks, chunks_count);
     for (int c = 0; c < chunks_count; c++) chunks[c].state->position += (uint32_t)chunks[c].tokens_count;
@@ -122,36 +167,64 @@ static void tell_hidden(const v4_model *model, int at, uint16_t *hidden) {
     for (int d = 0; hidden && d < dim; d++) hidden[d] = float_to_bf16(from[d]);
 }
 
+typedef struct {
+    v4_model *model;
+    const uint32_t *token_ids;
+    float *logprobs;
+    v4_report *reports;
+} scoring;
+
+static void score_piece(void *job, int index, int thread) {
+    const scoring *s = job;
+    const float *logits = s->model->scratch.logits + (size_t)index * (size_t)s->model->config.vocab_count;
+    v4_report *report = s->reports ? &s->reports[index] : NULL;
+    s->logprobs[index] = v4_logprob(s->model, thread, logits, s->token_ids[index + 1], report);
+    if (report) tell_hidden(s->model, index, report->hidden);
+}
+
 void v4_score(v4_model *model, v4_state *state, const uint32_t *token_ids, int32_t count, float *logprobs,
               v4_report *reports) {
-    size_t vocab = (size_t)model->config.vocab_count;
     v4_chunk chunk = {state, token_ids, model->scratch.logits, count, count, NULL};
+    scoring job = {model, token_ids, logprobs, reports};
     v4_step(model, &chunk, 1);
-    for (int i = 0; i < count; i++) {
-        logprobs[i] = v4_logprob(model, chunk.logits + (size_t)i * vocab, token_ids[i + 1], reports ? &reports[i] : NULL);
-        if (reports) tell_hidden(model, i, reports[i].hidden);
-    }
+    v4_share(model->pool, count, score_piece, &job);
+}
+
+/* One round of draws, a row a stream. */
+typedef struct {
+    v4_model *model;
+    v4_stream *streams;
+    uint32_t *token_ids;
+    float *logprobs;
+    v4_report *reports;
+} drawing;
+
+static void draw_piece(void *job, int index, int thread) {
+    const drawing *d = job;
+    v4_stream *stream = &d->streams[index];
+    v4_report *report = d->reports ? &d->reports[index] : NULL;
+    stream->token_id = v4_draw(d->model, thread, d->model->scratch.chunks[index].logits, &stream->sampling,
+                               stream->state->position, &d->logprobs[index], report);
+    d->token_ids[index] = stream->token_id;
+    if (report) tell_hidden(d->model, index, report->hidden);
 }
 
 int32_t v4_decode(v4_model *model, v4_stream *streams, int32_t streams_count, int32_t rounds_count,
                   uint32_t *token_ids, float *logprobs, v4_report *reports) {
     v4_chunk *chunks = model->scratch.chunks;
     size_t vocab = (size_t)model->config.vocab_count;
+    drawing job = {model, streams, token_ids, logprobs, reports};
     for (int s = 0; s < streams_count; s++)
         chunks[s] = (v4_chunk){streams[s].state, &streams[s].token_id, model->scratch.logits + (size_t)s * vocab, 1, 1, NULL};
     int stopped = 0, round = 0;
     for (; round < rounds_count && !stopped; round++) {
-        for (int s = 0; reports && s < streams_count; s++) chunks[s].routes = reports[round * streams_count + s].routes;
+        for (int s = 0; job.reports && s < streams_count; s++) chunks[s].routes = job.reports[s].routes;
         v4_step(model, chunks, streams_count);
-        for (int s = 0; s < streams_count; s++) {
-            v4_stream *stream = &streams[s];
-            int at = round * streams_count + s;
-            stream->token_id = v4_sample(model, chunks[s].logits, &stream->sampling, stream->state->position,
-                                         &logprobs[at], reports ? &reports[at] : NULL);
-            token_ids[at] = stream->token_id;
-            if (reports) tell_hidden(model, s, reports[at].hidden);
-            stopped |= is_stop(stream);
-        }
+        v4_share(model->pool, streams_count, draw_piece, &job);
+        for (int s = 0; s < streams_count; s++) stopped |= is_stop(&streams[s]);
+        job.token_ids += streams_count;
+        job.logprobs += streams_count;
+        if (job.reports) job.reports += streams_count;
     }
     return round;
 }

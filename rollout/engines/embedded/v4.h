@@ -1,12 +1,12 @@
 /* The C interface of the embedded DeepSeek-V4 decode engine.
  *
- * A model is immutable after v4_create except for its scratch memory: one thread steps it at a
- * time.  A state is one flat buffer that holds everything a sequence leaves behind; it can be
+ * A model is immutable after v4_create except for its scratch memory: one caller steps it at a
+ * time, and the model's own threads help.  A state is one flat buffer that holds everything a sequence leaves behind; it can be
  * copied at any token boundary.  Callers (binding.py) check every id, shape and bound before they
  * call: this side trusts its arguments and fails only for lack of memory.
  *
  * Invariants:
- * 1. Every output element is one dot product with one accumulation order, whatever the batch.
+ * 1. Every sum has one order (kernels.h), whatever the batch, and no thread computes a part of one.
  *    So prefill equals decode, and a sequence is independent of its neighbours, bit for bit.
  * 2. No libm function is called but sqrt, which IEEE 754 rounds exactly.
  *
@@ -21,7 +21,7 @@
 #define V4_API __attribute__((visibility("default")))
 
 enum { V4_LAYERS_MAX = 128, V4_EXPERTS_MAX = 512, V4_GROUPS_MAX = 16, V4_STREAMS_MAX = 8, V4_PAIRS_MAX = 256 };
-enum { V4_STOPS_MAX = 16 };
+enum { V4_STOPS_MAX = 16, V4_THREADS_MAX = 16 };
 
 /* What a layer attends to besides its sliding window. */
 enum { V4_SLIDING = 0, V4_CSA = 1, V4_HCA = 2 };
@@ -105,8 +105,9 @@ V4_API const char *v4_build(void);
 /* 1 if none of the bf16 values is infinite or a NaN, else 0. */
 V4_API int32_t v4_is_finite(const void *tensor, size_t count);
 
-/* NULL when memory is short. The tensors may go away afterwards. */
-V4_API v4_model *v4_create(const v4_config *config, const void *const *tensors);
+/* threads_count: 1 to V4_THREADS_MAX, the caller among them; it changes no bit. NULL when memory is short. The tensors
+ * may go away afterwards. */
+V4_API v4_model *v4_create(const v4_config *config, const void *const *tensors, int32_t threads_count);
 V4_API void v4_destroy(v4_model *model);
 
 V4_API v4_state *v4_state_create(const v4_model *model);

@@ -1,4 +1,5 @@
 /* A tiny random model through every path of the engine; prints a digest of all bits it computed.
+ * Argument: the number of threads.
  *
  * The window wraps, entries of both kinds appear, the indexer has to choose, sampling cuts. Built
  * with sanitizers and with other instructions, the digest must stay the same.
@@ -37,7 +38,7 @@ static void expect(int holds, const char *what) {
     exit(1);
 }
 
-static v4_model *random_model(void) {
+static v4_model *random_model(int threads_count) {
     static const void *tensors[V4_T_COUNT + LAYERS * V4_L_COUNT];
     uint16_t *words = malloc(WORDS * sizeof *words);
     int64_t *routes = malloc(VOCAB * 2 * sizeof *routes);
@@ -51,7 +52,7 @@ static v4_model *random_model(void) {
         int slot = i - V4_T_COUNT;
         tensors[i] = slot >= 0 && slot % V4_L_COUNT == V4_L_ROUTER_TABLE ? (void *)routes : (void *)(words + i * 131);
     }
-    v4_model *model = v4_create(&config, tensors);
+    v4_model *model = v4_create(&config, tensors, threads_count);
     expect(model != NULL, "a model is created");
     free(words);
     free(routes);
@@ -145,9 +146,9 @@ static void sample_extremes(v4_model *model) {
     }
 }
 
-static void run(void) {
+static void run(int threads_count) {
     static float logits[TOKENS][VOCAB];
-    v4_model *model = random_model();
+    v4_model *model = random_model(threads_count);
     v4_state *states[3];
     uint32_t ids[TOKENS];
     for (int s = 0; s < 3; s++) expect((states[s] = v4_state_create(model)) != NULL, "a state is created");
@@ -170,10 +171,11 @@ static void run(void) {
     v4_destroy(model);
 }
 
-int main(void) {
-    run();
+int main(int count, char **arguments) {
+    int threads_count = count > 1 ? atoi(arguments[1]) : 1;
+    run(threads_count);
     config.streams_count = 3, config.heads_count = 6, config.experts_count = 11, config.scoring = V4_SIGMOID;
-    run(); /* nothing a multiple of a vector */
+    run(threads_count); /* nothing a multiple of a vector */
     printf("%016llx\n", (unsigned long long)digest);
     return 0;
 }
