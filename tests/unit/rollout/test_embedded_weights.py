@@ -1,0 +1,275 @@
+"""Weights and tokenizers that are not what they say are refused by file and name, and harm nobody who draws."""
+
+import asyncio
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from rollout.engine import SampleRequest, Sampling
+from rollout.engines.embedded.binding import Chunk, Model, State
+from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT, load_checkpoint
+from rollout.engines.embedded.engine import EmbeddedEngine
+from rollout.errors import EngineError
+
+NORM, HEAD, SINKS = "model.norm.weight", "lm_head.weight", "model.layers.2.self_attn.sinks"
+ROUTES, EXPERTS = "model.layers.0.mlp.gate.tid2eid", "model.layers.3.mlp.experts.gate_up_proj"
+OTHER = "model.layers.0.input_layernorm.weight"
+
+
+class Stored(msgspec.Struct):
+    """A tensor of a weights file."""
+
+    dtype: str
+    shape: list[int]
+    content: bytes
+
+
+Tensors = dict[str, Stored]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(DEFAULT_CHECKPOINT, tmp_path / "checkpoint"))
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], object]) -> None:
+    """Write the weights again, sound but for what `change` does to the tensors."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    size = struct.unpack_from("<Q", data)[0]
+    header = json.loads(data[8 : 8 + size])
+    header.pop("__metadata__", None)
+    tensors = {
+        name: Stored(entry["dtype"], entry["shape"], data[slice(*(8 + size + at for at in entry["data_offsets"]))])
+        for name, entry in header.items()
+    }
+    change(tensors)
+    told, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + len(tensor.content)
+        told[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(told).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(tensor.content for tensor in tensors.values()))
+
+
+def change_header(folder: Path, change: Callable[[dict], object]) -> None:
+    """Let the header say something else of the same bytes."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    size = struct.unpack_from("<Q", data)[0]
+    header = json.loads(data[8 : 8 + size])
+    text = json.dumps(change(header) or header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+
+
+def with_words(name: str, *words: int) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        content = bytearray(tensors[name].content)
+        struct.pack_into(f"<{len(words)}H", content, 10, *words)
+        tensors[name].content = bytes(content)
+
+    return change
+
+
+def widened(tensors: Tensors, name: str, low: int = 0) -> None:
+    halves = memoryview(tensors[name].content).cast("H")
+    wide = b"".join(struct.pack("<HH", low, half) for half in halves)
+    tensors[name] = Stored("F32", tensors[name].shape, wide)
+
+
+def scalar(dtype: str = "BF16") -> Stored:
+    return Stored(dtype, [1], b"\0\0")
+
+
+FAULTS: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    "missing": (lambda t: t.pop(SINKS), f"tensor {SINKS} is missing"),
+    "extra": (lambda t: t.update(odd=scalar()), "1 tensors are none of this model's: odd"),
+    "of a layer beyond the last": (lambda t: t.update({"model.layers.6.attn_hc.base": scalar()}), "layers.6.attn_hc"),
+    "with a NaN": (with_words(NORM, 0x7FC0), f"tensor {NORM} holds NaN or infinity"),
+    "with an infinity": (with_words(EXPERTS, 0xFF80), f"tensor {EXPERTS} holds NaN or infinity"),
+    "of another shape": (
+        lambda t: setattr(t[HEAD], "shape", [256, 4096]),
+        rf"tensor {HEAD} is BF16 \[256, 4096\], not BF16 \[4096, 256\]",
+    ),
+    "of another type": (
+        lambda t: setattr(t[HEAD], "dtype", "F16"),
+        rf"tensor {HEAD} is F16 \[4096, 256\], not BF16",
+    ),
+    "quantized": (lambda t: t.update({HEAD: Stored("F8_E4M3", [4096, 256], bytes(1 << 20))}), "is F8_E4M3"),
+    "of more precision than bf16": (
+        lambda t: widened(t, NORM, 1),
+        f"tensor {NORM} is F32 and holds values",
+    ),
+    "there twice": (lambda t: t.update({"head.weight": t[HEAD]}), "tensor head.weight is there twice"),
+    "a route of floats": (lambda t: setattr(t[ROUTES], "dtype", "F64"), f"{ROUTES} is F64 .* not I64"),
+}
+LIES: dict[str, tuple[Callable[[dict], object], str]] = {
+    "not an object": (lambda header: [header], "its header is not a JSON object"),
+    "entries that are none": (lambda header: header.update({NORM: 3}), f"no dtype, shape and offsets of tensor {NORM}"),
+    "a shape that is none": (lambda header: header[NORM].update(shape="big"), "no dtype, shape and offsets"),
+    "a negative shape": (lambda header: header[NORM].update(shape=[-256]), "no dtype, shape and offsets"),
+    "no offsets": (lambda header: header[NORM].update(data_offsets=None), "no dtype, shape and offsets"),
+    "offsets beyond the file": (
+        lambda header: header[NORM].update(data_offsets=[1 << 40, (1 << 40) + 512]),
+        f"tensor {NORM} lies outside the file",
+    ),
+    "offsets before the file": (lambda header: header[NORM].update(data_offsets=[-512, 0]), "lies outside the file"),
+    "bytes that are another's": (
+        lambda header: header[NORM].update(data_offsets=header[OTHER]["data_offsets"]),
+        f"the bytes before tensor {NORM} are nobody's, or another's too",
+    ),
+    "fewer bytes than the shape": (lambda header: header[NORM].update(shape=[300]), "has not the bytes of BF16"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_tensor_that_is_not_what_the_model_needs_is_named(folder: Path, fault: str) -> None:
+    change, why = FAULTS[fault]
+    rewrite(folder, change)
+    with pytest.raises(EngineError, match=rf"^{folder}/model.safetensors: .*{why}"):
+        Model(load_checkpoint(folder))
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_header_that_lies_is_found_out(folder: Path, lie: str) -> None:
+    change, why = LIES[lie]
+    change_header(folder, change)
+    with pytest.raises(EngineError, match=rf"^{folder}/model.safetensors: damaged: .*{why}"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("data", [b"\xff" * 8, struct.pack("<Q", 4) + b"{{{{", struct.pack("<Q", 2) + b"{}"])
+def test_a_file_that_is_no_safetensors_is_refused(folder: Path, data: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(EngineError, match=r"model.safetensors: (damaged|tensor model.embed_tokens.weight is missing)"):
+        load_checkpoint(folder)
+
+
+def test_bytes_behind_the_last_tensor_are_refused(folder: Path) -> None:
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(EngineError, match="4 bytes behind the last tensor are nobody's"):
+        load_checkpoint(folder)
+
+
+def test_weights_in_shards_are_refused_with_the_way_out(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(EngineError, match="the weights must be in one, not in shards"):
+        load_checkpoint(folder)
+
+
+def logits_of(folder: Path | None = None) -> list[float]:
+    model = Model(load_checkpoint(folder))
+    state = State(model)
+    (logits,) = model.step([Chunk(state, [0, 5, 6, 900], wants_logits=True)])
+    state.close()
+    model.close()
+    assert logits is not None
+    return logits
+
+
+def test_layers_of_mtp_full_precision_of_bf16_values_and_other_names_change_nothing(folder: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors["mtp.0.attn.wq_a.weight"] = Stored("F8_E4M3", [2], b"\x7f\x7f")
+        tensors["model.mtp.1.emb.weight"] = scalar()
+        widened(tensors, NORM)
+        widened(tensors, "model.layers.1.attn_hc.fn")
+        tensors["head.weight"] = tensors.pop(HEAD)
+        tensors["layers.2.attn.attn_sink"] = tensors.pop(SINKS)
+
+    rewrite(folder, change)
+    assert logits_of(folder) == logits_of()
+
+
+def change_json(path: Path, change: Callable[[dict], object]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_control_tokens_that_the_vocabulary_lacks_are_named_before_anything_is_served(folder: Path) -> None:
+    def change(tokenizer: dict) -> None:
+        gone = {"<｜Assistant｜>", "</think>", "<｜read_url｜>"}
+        tokenizer["added_tokens"] = [entry for entry in tokenizer["added_tokens"] if entry["content"] not in gone]
+
+    change_json(folder / "tokenizer.json", change)
+    with pytest.raises(EngineError, match=r"lacks the control tokens <｜Assistant｜>, </think>, <｜read_url｜>$"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda tokenizer: tokenizer.pop("model"), "lacks added_tokens or model.vocab"),
+        (lambda tokenizer: tokenizer.update(added_tokens=[3]), "lacks added_tokens or model.vocab"),
+        (
+            lambda tokenizer: tokenizer["model"]["vocab"].update(odd=4096),
+            "'odd' has the id 4096, beyond vocab_size 4096",
+        ),
+        (lambda tokenizer: tokenizer["model"]["vocab"].update(odd="x"), "'odd' has the id 'x'"),
+    ],
+)
+def test_a_tokenizer_of_another_model_is_refused(folder: Path, change: Callable[[dict], object], why: str) -> None:
+    change_json(folder / "tokenizer.json", change)
+    with pytest.raises(EngineError, match=rf"^{folder}/tokenizer.json: .*{why}"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("length", "context"), [(None, 4096), (1e30, 4096), (10**30, 4096), (100.5, 100), (2, 2)])
+def test_a_context_is_bounded_by_the_tokenizer_if_it_says_so(folder: Path, length: object, context: int) -> None:
+    change_json(folder / "tokenizer_config.json", lambda config: config.update(model_max_length=length))
+    assert load_checkpoint(folder).dimensions.context_tokens_max == context
+
+
+@pytest.mark.parametrize("length", ["2048", True, 1, -5, float("nan")])
+def test_a_bound_that_is_none_is_refused(folder: Path, length: object) -> None:
+    change_json(folder / "tokenizer_config.json", lambda config: config.update(model_max_length=length))
+    with pytest.raises(EngineError, match=rf"^{folder}/tokenizer_config.json: model_max_length is "):
+        load_checkpoint(folder)
+
+
+def request(session: str) -> SampleRequest:
+    return SampleRequest(
+        session=session,
+        token_ids=(0, 5, 6, 900),
+        sampling=Sampling(temperature=1.0, seed=3),
+        stream_key=1,
+        tokens_count_max=300,
+        stop_ids=frozenset(),
+    )
+
+
+async def drawn(engine: EmbeddedEngine, session: str) -> list[int]:
+    return [token_id async for chunk in engine.sample(request(session)) for token_id in chunk.token_ids]
+
+
+def swap_meanings(tokenizer: dict) -> None:
+    first, second = tokenizer["added_tokens"][:2]
+    first["id"], second["id"] = second["id"], first["id"]
+
+
+async def test_bad_weights_are_refused_while_requests_run_and_these_never_notice(tmp_path: Path) -> None:
+    engine = EmbeddedEngine()
+    await engine.open()
+    expected, before = await drawn(engine, "alone"), engine.info
+    bad = []
+    for index, (change, why) in enumerate(FAULTS.values()):
+        bad.append((Path(shutil.copytree(DEFAULT_CHECKPOINT, tmp_path / str(index))), why))
+        rewrite(bad[-1][0], change)
+    other = Path(shutil.copytree(DEFAULT_CHECKPOINT, tmp_path / "other"))
+    change_json(other / "tokenizer.json", swap_meanings)
+    bad.append((other, "another shape or vocabulary"))
+    running = asyncio.gather(*(drawn(engine, f"s{n}") for n in range(3)))
+    for folder, why in bad:
+        with pytest.raises(EngineError, match=why):
+            await engine.update(folder, 1)
+    assert await running == [expected] * 3
+    assert engine.info == before
+    assert await drawn(engine, "after") == expected
+    await engine.close()
