@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 import wal
@@ -25,6 +25,8 @@ class WorkerConfig(BaseSettings):
 
 
 SANDBOXES_COUNT = 64
+EMBEDDED = "embedded"
+"""What the engine in this process is called where a URL may stand."""
 
 
 class RolloutConfig(BaseSettings):
@@ -51,6 +53,13 @@ class RolloutConfig(BaseSettings):
     credit_tokens_count_max: int = Field(default=65_536, ge=0, description="tokens that a project saves up by resting")
     ageing_s: float = Field(default=300.0, gt=0, description="after so long without a turn what waits rises a priority")
     preemptions_count_max: int = Field(default=8, ge=0, description="how often one rollout makes room for higher ones")
+    engines: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="URLs of vLLM servers that draw, as one; none: the embedded engine, in this process"
+    )
+    engine_key: SecretStr = Field(default=SecretStr(""), description="what these servers ask for (vLLM's --api-key)")
+    tokenizer: Path | None = Field(
+        default=None, description="folder with the tokenizer.json of the model; unset: the embedded checkpoint's"
+    )
     engine_silence_s: float = Field(
         default=600.0, gt=0, description="an engine that is not paused and says nothing for so long has failed"
     )
@@ -105,6 +114,12 @@ class RolloutConfig(BaseSettings):
             raise ValueError("write VERSION:DIR, a version above 0 and an absolute path: 8:/srv/checkpoints/8")
         return int(version), Path(folder)
 
+    @field_validator("engines", mode="before")
+    @classmethod
+    def _read_engines(cls, given: Any) -> Any:
+        urls = [url.rstrip("/") for url in (given.replace(",", " ").split() if isinstance(given, str) else given)]
+        return () if urls == [EMBEDDED] else urls
+
     @field_validator("reward_callables", mode="before")
     @classmethod
     def _read_callables(cls, given: Any) -> Any:
@@ -112,7 +127,7 @@ class RolloutConfig(BaseSettings):
             return [name for each in given.split(",") if (name := each.strip())]
         return _decoded(given, "write module:function,module:function")
 
-    @field_validator("engine_cache", "checkpoints_root", mode="before")
+    @field_validator("engine_cache", "checkpoints_root", "tokenizer", mode="before")
     @classmethod
     def _is_set(cls, given: Any) -> Any:
         return given or None  # an empty variable is unset, and no path to where this happens to run

@@ -10,11 +10,12 @@ from dsec.address import parse_address
 from dsec.edge.clock import HostClock
 from dsec.sandbox import Substrate
 from rollout.config import RolloutConfig
+from rollout.engine import Engine
 from rollout.engines.embedded.batching import Limits
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
 from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.environment.edge import RunEdge, substrate_config
-from rollout.errors import JournalError
+from rollout.errors import JournalError, RequestError
 from rollout.service import RolloutService
 from toolcall_dsl import Tokenizer
 
@@ -22,9 +23,9 @@ EDGE = "edge"
 STATES = "states"
 
 
-def load_tokenizer() -> Tokenizer:
-    """The tokenizer of the embedded checkpoint."""
-    return Tokenizer.from_file(DEFAULT_CHECKPOINT / "tokenizer.json")
+def load_tokenizer(folder: Path | None = None) -> Tokenizer:
+    """The tokenizer of a model's folder, of DSEC_TOKENIZER, or of the embedded checkpoint.  TokenizerError."""
+    return Tokenizer.from_file((folder or RolloutConfig().tokenizer or DEFAULT_CHECKPOINT) / "tokenizer.json")
 
 
 def holds_edge(directory: Path) -> bool:
@@ -33,13 +34,27 @@ def holds_edge(directory: Path) -> bool:
 
 
 def make_service(directory: Path, config: RolloutConfig, edge_url: str = "") -> RolloutService:
-    """A service over `directory` with the embedded engine and the Edge of `make_substrate`.  Not open yet."""
-    substrate = make_substrate(directory, config, edge_url)
-    return RolloutService(directory, make_engine(config), substrate, load_tokenizer(), config)
+    """A service over `directory` with the engine of `make_engine` and the Edge of `make_substrate`.  Not open yet."""
+    substrate, tokenizer = make_substrate(directory, config, edge_url), load_tokenizer(config.tokenizer)
+    engine = make_engine(config, vocab_count=tokenizer.vocab_count)
+    return RolloutService(directory, engine, substrate, tokenizer, config)
 
 
-def make_engine(config: RolloutConfig, cache: Path | None = None) -> EmbeddedEngine:
-    """The embedded engine; the states of its contexts lie where the config says, or else in `cache`, if anywhere."""
+def make_engine(config: RolloutConfig, cache: Path | None = None, vocab_count: int | None = None) -> Engine:
+    """The servers that the config names, as one; without any the embedded engine.  RequestError: no such URL can be.
+
+    States of the embedded engine's contexts lie where the config says, or else in `cache`, if anywhere.
+    `vocab_count` is the tokenizer's word, for servers whose model this host does not see.
+    """
+    if config.engines:
+        from rollout.engines.pool import EnginePool
+        from rollout.engines.vllm.engine import VllmEngine  # loads an HTTP client, which the embedded engine needs not
+
+        if len(set(config.engines)) < len(config.engines):
+            raise RequestError(f"--engine: the same server twice: {', '.join(config.engines)}")
+        key = config.engine_key.get_secret_value()
+        engines = {url: VllmEngine(url, key=key, vocab_count=vocab_count) for url in config.engines}
+        return EnginePool(engines, config.engine_silence_s / 2)  # before who waits for the pool loses patience
     limits = Limits(cache_bytes_max=config.engine_cache_bytes_max)
     folder = config.engine_cache or cache
     return EmbeddedEngine(limits=limits, cache=folder if limits.cache_bytes_max else None)

@@ -149,7 +149,7 @@ class RolloutService:
             self.exporter = await self._resources.enter_async_context(exporter)
         self._resources.push_async_callback(self.engine.close)
         await self.engine.open()
-        check_engine(self.config, self.engine.info)
+        check_engine(self.config, self.engine.info, self.tokenizer)
         await load_policy(self)
         self._resources.push_async_callback(self._leave_substrate)
         await self.substrate.open()

@@ -96,6 +96,8 @@ class Tokenizer:
         self._units.update({i: self.unit_map.find(token) for token, i in added.items()})
         self.token_bytes_max = max(map(len, self._units.values()), default=1)
         """Of plain text that one token can stand for."""
+        self.vocab_count = max(self._units, default=-1) + 1
+        """Every id is below it."""
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:

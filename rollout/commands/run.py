@@ -64,6 +64,12 @@ EDGE_HELP = (
     "DSEC_API_KEY.  [default: an Edge of its own, in this process]"
 )
 
+ENGINE_HELP = (
+    "Draw with a vLLM server, http://HOST:PORT, its key in DSEC_ENGINE_KEY; several are one engine (docs/serving.md).  "
+    "[default: DSEC_ENGINES, or embedded, the one in this process]"
+)
+TOKENIZER_HELP = "Folder with the tokenizer.json of the model.  [default: DSEC_TOKENIZER, or the embedded one's]"
+
 SHOW_EXAMPLE = """\b
 Examples:
   dsec show runs/first
@@ -89,6 +95,8 @@ Examples:
 @click.option("--group-size", type=click.IntRange(1, 1024), default=1, show_default=True, help="Rollouts of each task.")
 @click.option("--concurrency", type=click.IntRange(1, 1024), help="Rollouts at once.  [default: 16]")
 @click.option("--edge", "edge_url", metavar="URL", help=EDGE_HELP + " A resume without it takes the run's own.")
+@click.option("--engine", "engines", metavar="URL", multiple=True, help=ENGINE_HELP)
+@click.option("--tokenizer", metavar="DIR", type=click.Path(path_type=Path), help=TOKENIZER_HELP)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling; the same seed, the same tokens.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy; else 0.001 to 10.")
 @click.option(
@@ -110,6 +118,8 @@ def run(
     group_size: int,
     concurrency: int | None,
     edge_url: str | None,
+    engines: tuple[str, ...],
+    tokenizer: Path | None,
     seed: int,
     temperature: float,
     thinking: Thinking,
@@ -153,10 +163,10 @@ def run(
         load_tasks=lambda: load_any(tasks_dir),
         check_logged=lambda job: check_same(click.get_current_context(), directory, job),
         resume=resume,
-        config=_bounds(concurrency, group_size),
+        config=_bounds(given_knobs(concurrency=concurrency, engines=engines, tokenizer=tokenizer), group_size),
         edge_url=edge_url,
     )
-    again = f"finish with: {_program()} {shlex.join(['run', '--resume', '--out', str(directory)])}"
+    again = _again(directory, engines)
     try:
         outcome = _run_live(batch, as_json=as_json)
     except (wal.StorageError, wal.PoisonedError) as error:
@@ -172,6 +182,12 @@ def run(
     sys.exit(1 if outcome.summary.infra_failures else 0)
 
 
+def _again(directory: Path, engines: Sequence[str]) -> str:
+    """What finishes a run that stopped."""
+    same_engine = [part for url in engines for part in ("--engine", url)]
+    return f"finish with: {_program()} {shlex.join(['run', '--resume', '--out', str(directory), *same_engine])}"
+
+
 def _sampling(temperature: float, seed: int) -> Sampling:
     sampling = Sampling(temperature=temperature, seed=seed)
     try:
@@ -181,9 +197,13 @@ def _sampling(temperature: float, seed: int) -> Sampling:
     return sampling
 
 
-def _bounds(concurrency: int | None, group_size: int) -> RolloutConfig:
+def given_knobs(**options: Any) -> dict[str, Any]:
+    """Those that the command line names."""
+    return {name: value for name, value in options.items() if value is not None and value != ()}
+
+
+def _bounds(given: dict[str, Any], group_size: int) -> RolloutConfig:
     """As the environment says, but for what the command line says; where neither does, as one run needs it."""
-    given: dict[str, Any] = {} if concurrency is None else {"concurrency": concurrency}
     config = RolloutConfig(**given)
     own: dict[str, Any] = {"sandboxes_count_max": max(config.concurrency, group_size), "sandboxes_asleep_count_max": 0}
     return RolloutConfig(**given, **{name: own[name] for name in own.keys() - config.model_fields_set})

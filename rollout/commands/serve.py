@@ -17,7 +17,7 @@ import msgspec
 from dsec.listen import Listen, read_certificate, read_token
 from dsec.sandbox import Substrate
 from dsec.terminal import counted, render_columns
-from rollout.commands.run import EDGE_HELP
+from rollout.commands.run import EDGE_HELP, ENGINE_HELP, TOKENIZER_HELP, given_knobs
 from rollout.config import RolloutConfig, WorkerConfig
 from rollout.dialects.http_server import listen as listen_http
 from rollout.dialects.http_server import start_http_server
@@ -45,7 +45,8 @@ _index_option = click.option("--index", "url", metavar="URL", envvar="DSEC_INDEX
 @click.command(
     short_help="Serve rollouts over gRPC and HTTP.",
     epilog="\b\nExamples:\n  dsec serve --out runs/server --listen 127.0.0.1:7710 --http 127.0.0.1:7780\n"
-    "  dsec serve --root /srv/rollouts --worker-id a --listen 127.0.0.1:7711",
+    "  dsec serve --root /srv/rollouts --worker-id a --listen 127.0.0.1:7711\n"
+    "  dsec serve --engine http://10.0.0.1:8000 --engine http://10.0.0.2:8000 --tokenizer /models/v4-flash",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="One run directory, alone.  [default: runs/server]")
 @click.option("--root", type=click.Path(path_type=Path), help="Run directories that workers share.")
@@ -66,6 +67,8 @@ _index_option = click.option("--index", "url", metavar="URL", envvar="DSEC_INDEX
 @click.option("--concurrency", type=click.IntRange(1, 1024), help="Rollouts that sample at once.  [default: 16]")
 @click.option("--grace-s", type=float, help="How long a stop may take.  [default: 30]")
 @click.option("--edge", "edge_url", metavar="URL", default="", help=EDGE_HELP)
+@click.option("--engine", "engines", metavar="URL", multiple=True, help=ENGINE_HELP)
+@click.option("--tokenizer", metavar="DIR", type=click.Path(path_type=Path), help=TOKENIZER_HELP)
 def serve(
     out: Path | None,
     root: Path | None,
@@ -80,6 +83,8 @@ def serve(
     concurrency: int | None,
     grace_s: float | None,
     edge_url: str,
+    engines: tuple[str, ...],
+    tokenizer: Path | None,
 ) -> None:
     """Serve rollouts over gRPC (rollout.pb.v1.RolloutService, health, reflection) until a signal comes.
 
@@ -98,7 +103,7 @@ def serve(
         raise RequestError(f"--worker-id {worker_id!r}: use 1 to 64 letters, digits, '.', '_' and '-'")
     doors = _doors(listen, http, advertise, read_token(token_file, KEY), tls_cert, tls_key)
     config = WorkerConfig() if grace_s is None else WorkerConfig(grace_s=grace_s)
-    bounds = RolloutConfig() if concurrency is None else RolloutConfig(concurrency=concurrency)
+    bounds = RolloutConfig(**given_knobs(concurrency=concurrency, engines=engines, tokenizer=tokenizer))
     directory = root or out or Path("runs/server")
     index = Index(url or sqlite_url(directory))
 
@@ -106,8 +111,9 @@ def serve(
         def substrate(directory: Path, number: int) -> Substrate:
             return make_substrate(directory, bounds, edge_url, number)
 
-        engine = make_engine(bounds, directory / STATES)
-        parts = Parts(engine, load_tokenizer(), bounds, substrate, has_served_edge=bool(edge_url))
+        spoken = load_tokenizer(bounds.tokenizer)
+        engine = make_engine(bounds, directory / STATES, spoken.vocab_count)
+        parts = Parts(engine, spoken, bounds, substrate, has_served_edge=bool(edge_url))
         name = worker_id or (f"{socket.gethostname()}-{re.split('[:/]', address)[-1]}" if root else _ALONE_ID)
         return Worker(directory, index, parts, config, name, is_alone=root is None)
 

@@ -14,6 +14,7 @@ from rollout.ledger import Ledger
 from rollout.request import HEAVY, Conversation, Job, JudgeReward
 from rollout.rewards.callables import check_allowed
 from rollout.scheduling.claims import Capacity, Claim, Rules
+from toolcall_dsl import Tokenizer
 
 
 def check_same(job: Job, known: Job) -> None:
@@ -25,8 +26,13 @@ def check_same(job: Job, known: Job) -> None:
         )
 
 
-def check_engine(config: RolloutConfig, engine: EngineInfo) -> None:
-    """RequestError: jobs could be taken whose contexts the engine cannot hold."""
+def check_engine(config: RolloutConfig, engine: EngineInfo, tokenizer: Tokenizer) -> None:
+    """RequestError: jobs could be taken whose contexts the engine cannot hold, or whose tokens it does not have."""
+    if tokenizer.vocab_count > engine.vocab_count:
+        raise RequestError(
+            f"the tokenizer has {tokenizer.vocab_count} tokens, and the model of engine {engine.name} "
+            f"{engine.vocab_count}: give the folder with the model's own as --tokenizer"
+        )
     if config.context_tokens_count_max > engine.context_tokens_max:
         raise RequestError(
             f"DSEC_CONTEXT_TOKENS_COUNT_MAX is {config.context_tokens_count_max}, and a context of the engine "

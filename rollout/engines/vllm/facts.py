@@ -141,14 +141,14 @@ def _read(kind: type[Any], told: Any) -> Any:
 
 async def _weights(root: Path, label: Label) -> Weights | None:
     """Of the folder that the server was started with, unless it has drawn with others since, or it is not here."""
-    if label.weights_digest or label.policy_version or not root.is_dir():
+    if label.weights_digest or label.policy_version or not (root.is_absolute() and root.is_dir()):
         return None
     return await asyncio.to_thread(read_weights, root)
 
 
 def _described(root: Path) -> dict[str, Any]:
     try:
-        return read_config(root)
+        return read_config(root) if root.is_absolute() else {}
     except EngineError:
         return {}
 

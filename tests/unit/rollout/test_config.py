@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from rollout.commands.run import _bounds
+from rollout.commands.run import _bounds, given_knobs
 from rollout.config import RolloutConfig
+from rollout.engines.pool import EnginePool
+from rollout.errors import RequestError
 from rollout.main import STATES, make_engine
 
 
@@ -35,6 +37,19 @@ def test_states_lie_where_the_environment_says_or_beside_the_log_or_nowhere(
     assert make_engine(RolloutConfig(), tmp_path).cache is None
 
 
+def test_engines_are_one_url_after_the_other_and_a_key_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert RolloutConfig(engines=("embedded",)).engines == ()
+    monkeypatch.setenv("DSEC_ENGINES", "http://a:1/ https://b/v, http://c:2")
+    monkeypatch.setenv("DSEC_ENGINE_KEY", "secret of an engine")
+    config = RolloutConfig()
+    assert config.engines == ("http://a:1", "https://b/v", "http://c:2")
+    assert "secret" not in repr(config)
+    assert isinstance(make_engine(config), EnginePool)
+    for urls in (("http://a:1", "http://a:1/"), ("unix:/a",), ("http://user:pw@a",), ("http://",), ("http://a:1/?x",)):
+        with pytest.raises(RequestError, match=r"--engine|is no engine"):
+            make_engine(RolloutConfig(engines=urls))
+
+
 def test_newer_weights_are_a_version_and_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     for text, read in (("8:/srv/it:8", (8, Path("/srv/it:8"))), ("", None)):
         monkeypatch.setenv("DSEC_NEWER_WEIGHTS", text)
@@ -47,7 +62,7 @@ def test_newer_weights_are_a_version_and_where_they_are(monkeypatch: pytest.Monk
 
 def test_the_bounds_of_a_run_are_the_environments_where_it_says_something(monkeypatch: pytest.MonkeyPatch) -> None:
     def told(concurrency: int | None, group_size: int) -> tuple[int, int, int]:
-        bounds = _bounds(concurrency, group_size)
+        bounds = _bounds(given_knobs(concurrency=concurrency), group_size)
         return bounds.concurrency, bounds.sandboxes_count_max, bounds.sandboxes_asleep_count_max
 
     assert told(None, 4) == (16, 16, 0)

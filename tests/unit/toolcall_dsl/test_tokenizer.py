@@ -64,6 +64,11 @@ def test_a_missing_control_token_is_named_with_its_file(tokenizer: Tokenizer, to
     assert str(tokenizer_file) in str(caught.value)
 
 
+def test_every_id_is_below_the_size_of_the_vocabulary(tokenizer: Tokenizer) -> None:
+    ids = {*tokenizer.encode_plain("Remove the file a.txt."), *map(tokenizer.control, V4.control_tokens)}
+    assert max(ids) < tokenizer.vocab_count <= 1 << 20
+
+
 def test_the_digest_is_that_of_the_file(tokenizer: Tokenizer, tokenizer_file: Path) -> None:
     assert tokenizer.digest == hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
 
