@@ -215,7 +215,7 @@ class Engine(Protocol):
         ...
 
     async def release(self, session: str) -> None:
-        """Forget what was kept for a session; unknown sessions are ignored."""
+        """A session, known or not, has ended: what was kept for it may go, or serve others that begin alike."""
         ...
 
     async def pause(self, mode: PauseMode) -> None:
