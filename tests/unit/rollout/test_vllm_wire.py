@@ -1,0 +1,234 @@
+"""vLLM's wire as values: what a real server said is read, what no server may say is an error in words."""
+
+import base64
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollout.engine import Routing, SampleRequest, Sampling
+from rollout.engines.vllm import wire
+from rollout.engines.vllm.testing import LAYERS, TOP_K, route_of, write_checkpoint
+from rollout.engines.vllm.weights import Label, check_fits, parse_label, read_config, read_weights
+from rollout.errors import EngineError, RequestError
+
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden/vllm/exchanges.json").read_text())
+EXCHANGES: dict[str, Any] = {each["name"]: each for each in GOLDEN["exchanges"]}
+ROUTING = Routing(layer_ids=tuple(range(LAYERS)), experts_count=8, top_k=TOP_K)
+
+
+def events(name: str, size: int = 1 << 16) -> list[wire.Event]:
+    """What a recorded stream says, read in pieces of a size."""
+    data, lines = EXCHANGES[name]["answer"].encode(), wire.Lines(1 << 20)
+    payloads = [each for at in range(0, len(data), size) for each in lines.feed(data[at : at + size])]
+    assert payloads[-1] == b"[DONE]"
+    return [wire.event_of(each) for each in payloads[:-1]]
+
+
+def tokens(told: list[wire.Event]) -> list[int]:
+    return [token for event in told for choice in event.choices for token in choice.token_ids or ()]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000, 1 << 20])
+def test_a_recorded_stream_says_the_same_in_pieces_of_any_size(size: int) -> None:
+    told = events("greedy", size)
+    assert told == events("greedy")
+    assert len(tokens(told)) == 4
+    assert told[-1].usage is not None
+    assert [choice.finish_reason for event in told for choice in event.choices][-1] == "length"
+
+
+def test_recorded_streams_tell_caches_stops_aborts_and_labels() -> None:
+    cached = [events(name)[-1].usage for name in ("greedy", "greedy again, from the cache")]
+    details = [each.prompt_tokens_details for each in cached if each is not None]
+    assert [each.cached_tokens for each in details if each is not None] == [0, 64]
+    assert tokens(events("greedy")) == tokens(events("greedy again, from the cache"))
+    assert events("stopped")[-2].choices[0].finish_reason == "stop"
+    aborted = events("aborted")[-2].choices[0]
+    assert (aborted.finish_reason, aborted.token_ids) == ("abort", ())
+    labels = events("drawn under a label")[-2].choices[0].weight_versions
+    assert [parse_label(each.version) for each in labels or ()] == [Label(3, "a" * 64)]
+
+
+def test_the_likeliest_are_ordered_counted_and_without_those_that_a_cut_left_no_chance() -> None:
+    chunks = [
+        wire.sampled_of(each, 4, 0) for event in events("by chance, with the likeliest") for each in event.choices
+    ]
+    rows = [row for chunk in chunks for row in chunk.top_logprobs]
+    assert {len(row.token_ids) for row in rows} == {3}
+    assert all(list(row.logprobs) == sorted(row.logprobs, reverse=True) and min(row.logprobs) > -100 for row in rows)
+
+
+def test_a_recorded_score_is_of_all_tokens_but_the_first() -> None:
+    exchange = EXCHANGES["score"]
+    ids = exchange["body"]["token_ids"]
+    scored = wire.scored_of(json.loads(exchange["answer"]), ids, 2, 5)
+    assert len(scored.logprobs) == len(scored.top_logprobs) == len(ids) - 1
+    assert all(logprob < 0 for logprob in scored.logprobs)
+    assert {len(top.token_ids) for top in scored.top_logprobs} == {2}
+    assert wire.scored_of(json.loads(exchange["answer"]), ids, 0, 5).top_logprobs == ()
+
+
+@pytest.mark.parametrize("name", ["out of vocabulary", "no tokens", "too many logprobs"])
+def test_what_the_server_finds_wrong_with_a_request_is_the_callers(name: str) -> None:
+    exchange = EXCHANGES[name]
+    if exchange["status"] == 200:
+        with pytest.raises(RequestError, match="vLLM answered 400: "):
+            events(name)
+    else:
+        error = wire.error_of(exchange["answer"].encode(), exchange["status"])
+        assert isinstance(error, RequestError)
+        assert str(error).startswith("vLLM answered 400: ")
+
+
+def test_errors_in_all_their_shapes_are_one_line_without_controls() -> None:
+    shapes: tuple[tuple[bytes, int, type[Exception]], ...] = (
+        (b'{"error": "Unauthorized"}', 401, EngineError),
+        (b'{"detail": "Not Found"}', 404, EngineError),
+        (b'{"error": {"message": "Engine\\u001b[2J\\ndied", "code": 500}}', 0, EngineError),
+        (b'{"error": {"message": ["deep"], "code": "x"}}', 503, EngineError),
+        (b"<html>\x1b]0;bad gateway\x07" + b"x" * 10_000, 502, EngineError),
+        (b"[1, 2]", 500, EngineError),
+        (b"", 500, EngineError),
+        (b'{"error": {"message": "too long", "code": 400}}', 200, RequestError),
+    )
+    for body, status, kind in shapes:
+        error = wire.error_of(body, status)
+        assert type(error) is kind, body
+        assert str(error).isprintable(), body
+        assert len(str(error)) < 500
+
+
+def test_a_line_that_does_not_end_is_an_error_at_its_bound() -> None:
+    lines = wire.Lines(100)
+    assert lines.feed(b"data: " + b"x" * 90) == []
+    with pytest.raises(EngineError, match="more than 100 bytes"):
+        lines.feed(b"x" * 10)
+    with pytest.raises(EngineError, match="more than 100 bytes"):
+        wire.Lines(100).feed(b"data: " + b"x" * 200 + b"\n")
+    assert wire.Lines(100).feed(b": a comment\r\n\r\nevent: x\ndata: {}\r\ndata:[DONE]\n") == [b"{}", b"[DONE]"]
+
+
+NOISE: tuple[Callable[[], Any], ...] = (
+    lambda: wire.event_of(b"{"),
+    lambda: wire.event_of(b"[]"),
+    lambda: wire.event_of(b'{"choices": [{"token_ids": ["1"]}]}'),
+    lambda: wire.event_of(b'{"choices": [{"token_ids": [1.5]}]}'),
+    lambda: wire.event_of(b'{"choices": [{"logprobs": {"content": [{"token_id": 1, "logprob": NaN}]}}]}'),
+    lambda: wire.sampled_of(wire.Choice(token_ids=(1,)), 0, 0),
+    lambda: wire.sampled_of(wire.Choice(token_ids=(1,), logprobs=wire.Logprobs((wire.Drawn(2, -1.0),))), 0, 0),
+    lambda: wire.sampled_of(wire.Choice(token_ids=(1,), logprobs=wire.Logprobs((wire.Drawn(1, -9999.0),))), 0, 0),
+    lambda: wire.scored_of({"prompt_logprobs": [None]}, (1, 2), 0, 0),
+    lambda: wire.scored_of({"prompt_logprobs": [None, {"3": {"logprob": -1.0}}]}, (1, 2), 0, 0),
+    lambda: wire.scored_of({"prompt_logprobs": [None, {"2": {"logprob": "x"}}]}, (1, 2), 0, 0),
+    lambda: wire.scored_of({"prompt_logprobs": [None, [1]]}, (1, 2), 0, 0),
+    lambda: wire.scored_of([], (1, 2), 0, 0),
+)
+
+
+@pytest.mark.parametrize("read", NOISE)
+def test_what_no_server_may_say_is_an_engine_error(read: Callable[[], Any]) -> None:
+    with pytest.raises(EngineError):
+        read()
+
+
+def test_routes_are_read_at_their_width_and_nothing_else_passes_for_them() -> None:
+    def npy(rows: bytes, shape: tuple[int, ...], kind: str = "|u1") -> str:
+        header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+        return base64.b64encode(b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + header.encode() + rows).decode()
+
+    rows = b"".join(map(route_of, (5, 6, 7)))
+    assert wire.routes_of(npy(rows, (3, LAYERS, TOP_K)), 4, 7, ROUTING).expert_ids == rows
+    wide = b"".join(struct.pack("<i", each) for each in rows)
+    assert wire.routes_of(npy(wide, (3, LAYERS, TOP_K), "<i4"), 4, 7, ROUTING).expert_ids == rows
+    for text in (
+        "",
+        "!",
+        base64.b64encode(b"\x93NUMPY\x01\x00").decode(),
+        base64.b64encode(b"\x80\x04\x95").decode(),  # a pickle
+        npy(rows, (3, LAYERS, TOP_K))[:-40],
+        npy(rows[TOP_K * LAYERS :], (2, LAYERS, TOP_K)),
+        npy(rows, (3, TOP_K, LAYERS)),
+        npy(b"\xff" * len(rows), (3, LAYERS, TOP_K)),
+        npy(bytes(4 * len(rows)), (3, LAYERS, TOP_K), "<f4"),
+        npy(bytes(8 * len(rows)), (3, LAYERS, TOP_K), "|O"),
+    ):
+        with pytest.raises(EngineError, match="routed_experts"):
+            wire.routes_of(text, 4, 7, ROUTING)
+
+
+def test_a_stream_keeps_its_seed_and_others_have_others() -> None:
+    seeds = {wire.seed_of(seed, key) for seed in range(20) for key in range(20)}
+    assert len(seeds) == 400
+    assert wire.seed_of(3, 7) == wire.seed_of(3, 7)
+    assert all(0 <= each < 1 << 63 for each in seeds)
+
+
+def test_a_body_leaves_nothing_to_the_servers_own_defaults() -> None:
+    request = SampleRequest(
+        session="s",
+        token_ids=(1, 2),
+        sampling=Sampling(temperature=0.5, top_p=0.9, top_k=7, seed=1),
+        stream_key=2,
+        tokens_count_max=9,
+        stop_ids=frozenset({5, 3}),
+        priority=4,
+        top_logprobs_count=2,
+    )
+    body = wire.body_of(request, "id", 8, "salt", has_priorities=True)
+    assert (body["priority"], body["cache_salt"], body["token_ids"]) == (-4, "salt", (1, 2))
+    assert body["sampling_params"] == {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "seed": wire.seed_of(1, 2),
+        "max_tokens": 8,
+        "stop_token_ids": [3, 5],
+        "ignore_eos": True,
+        "detokenize": False,
+        "logprobs": 3,
+    }
+    assert wire.body_of(request, "id", 8, "salt", has_priorities=False)["priority"] == 0
+
+
+def test_a_label_is_a_version_and_a_digest_or_no_version() -> None:
+    assert parse_label(str(Label(12, "b" * 64))) == Label(12, "b" * 64)
+    assert parse_label("7") == Label(7)
+    for text in ("default", "", "step-7", "-1", "7@", "7@xyz", "9" * 40):
+        assert parse_label(text) == Label(0)
+
+
+def test_a_checkpoint_is_known_by_its_files_and_told_from_what_is_none(tmp_path: Path) -> None:
+    one, two = (write_checkpoint(tmp_path / str(number), number) for number in (1, 2))
+    again = write_checkpoint(tmp_path / "again", 1)
+    assert read_weights(one).digest == read_weights(again).digest != read_weights(two).digest
+    check_fits(two, read_weights(two), read_weights(one))
+    header = json.dumps({"other": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}).encode()
+    (two / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(32))
+    with pytest.raises(EngineError, match=r"2 tensors are missing, extra, or of another shape, other"):
+        check_fits(two, read_weights(two), read_weights(one))
+    path = again / "model.safetensors"
+    whole = path.read_bytes()
+    for broken in (
+        b"",
+        whole[:5],
+        whole[:-1],
+        whole + b"x",
+        struct.pack("<Q", 1 << 60) + whole[8:],
+        b"\x02" + whole[1:],
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(EngineError, match="again"):
+            read_weights(again)
+    (one / "config.json").unlink()
+    for folder in (one, tmp_path / "nowhere", tmp_path):
+        with pytest.raises(EngineError, match="no checkpoint"):
+            read_weights(folder)
+
+
+def test_the_text_models_part_of_a_config_counts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": 1, "text_config": {"vocab_size": 9}}')
+    assert read_config(tmp_path)["vocab_size"] == 9
