@@ -17,15 +17,21 @@ from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.environment.edge import RunEdge, substrate_config
 from rollout.errors import JournalError, RequestError
 from rollout.service import RolloutService
-from toolcall_dsl import Tokenizer
+from toolcall_dsl import V4, Tokenizer
 
 EDGE = "edge"
 STATES = "states"
 
 
 def load_tokenizer(folder: Path | None = None) -> Tokenizer:
-    """The tokenizer of a model's folder, of DSEC_TOKENIZER, or of the embedded checkpoint.  TokenizerError."""
-    return Tokenizer.from_file((folder or RolloutConfig().tokenizer or DEFAULT_CHECKPOINT) / "tokenizer.json")
+    """The tokenizer of a model's folder, of DSEC_TOKENIZER, or of the embedded checkpoint.
+
+    TokenizerError names the file, and the control tokens of prompts that it lacks.
+    """
+    path = (folder or RolloutConfig().tokenizer or DEFAULT_CHECKPOINT) / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.require(V4.control_tokens)
+    return tokenizer
 
 
 def holds_edge(directory: Path) -> bool:

@@ -127,6 +127,11 @@ class Tokenizer:
         except KeyError:
             raise TokenizerError(f"{self._source}: the vocabulary has no control token {token!r}") from None
 
+    def require(self, tokens: Iterable[str]) -> None:
+        """TokenizerError, which names them all, for control tokens that the vocabulary lacks."""
+        if missing := [token for token in tokens if token not in self._control_ids]:
+            raise TokenizerError(f"{self._source}: the vocabulary lacks the control tokens {', '.join(missing)}")
+
     def units(self, token_id: int) -> str:
         """Units of one token; an id outside the vocabulary reads as U+FFFD."""
         return self._units.get(token_id, _UNKNOWN)

@@ -150,8 +150,8 @@ async def _serve(directory: Path, doors: Doors, make: Callable[[str], Worker], i
     listening = listen_http(doors.http) if doors.http else None
     server = await start_server(None, doors.listen, [router])
     where = server.address
-    worker = make(doors.advertise or where)
     try:
+        worker = make(doors.advertise or where)
         await worker.open(doors.advertise or where)
     except BaseException:
         await server.stop()

@@ -15,6 +15,8 @@ from rollout.engines.embedded.binding import Chunk, Model, State
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT, load_checkpoint
 from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.errors import EngineError
+from rollout.main import load_tokenizer
+from toolcall_dsl import TokenizerError
 
 NORM, HEAD, SINKS = "model.norm.weight", "lm_head.weight", "model.layers.2.self_attn.sinks"
 ROUTES, EXPERTS = "model.layers.0.mlp.gate.tid2eid", "model.layers.3.mlp.experts.gate_up_proj"
@@ -201,6 +203,8 @@ def test_control_tokens_that_the_vocabulary_lacks_are_named_before_anything_is_s
     change_json(folder / "tokenizer.json", change)
     with pytest.raises(EngineError, match=r"lacks the control tokens <｜Assistant｜>, </think>, <｜read_url｜>$"):
         load_checkpoint(folder)
+    with pytest.raises(TokenizerError, match=r"lacks the control tokens <｜Assistant｜>, </think>, <｜read_url｜>$"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,14 @@ def test_a_missing_control_token_is_named_with_its_file(tokenizer: Tokenizer, to
     assert str(tokenizer_file) in str(caught.value)
 
 
+def test_all_control_tokens_that_are_needed_and_missing_are_named(tokenizer: Tokenizer, tokenizer_file: Path) -> None:
+    tokenizer.require(V4.control_tokens)
+    with pytest.raises(
+        TokenizerError, match=f"^{tokenizer_file}: the vocabulary lacks the control tokens <odd>, <｜x｜>$"
+    ):
+        tokenizer.require([V4.bos, "<odd>", V4.eos, "<｜x｜>"])
+
+
 def test_every_id_is_below_the_size_of_the_vocabulary(tokenizer: Tokenizer) -> None:
     ids = {*tokenizer.encode_plain("Remove the file a.txt."), *map(tokenizer.control, V4.control_tokens)}
     assert max(ids) < tokenizer.vocab_count <= 1 << 20
