@@ -63,31 +63,20 @@ class Members:
         None if `recovery.decide` has it end, or stand, where it is.
         """
         state = self._ledger.rollouts.get(rollout_id)
-        found = self._found(rollout_id, state)
-        plan = recovery.decide(found)
-        match plan.action:
-            case Action.OPEN:
-                await self._open(rollout_id)
-            case Action.GO_ON if state is not None:
-                await self._resume(state, plan.kv)
-            case Action.END_STALE:
-                await self.finish([rollout_id], FinishReason.STALE)
+        if state is not None:
+            if not await self.go_on(state):
                 return None
-            case Action.REFUSE:
-                why = "was drawn with other weights, and these are no newer version: serve it with the same checkpoint"
-                await self._record(
-                    InfraFailed(rollout_id, JournalError.code, JournalError.fault, f"{rollout_id} {why}")
-                )
-                return None
-            case _:
-                return None
+        elif recovery.decide(self._found(rollout_id)).action is Action.OPEN:
+            await self._open(rollout_id)
+        else:
+            return None
         job, group, _ = self._ledger.member(rollout_id)
         task = self._ledger.tasks.get(group.task_digest)
         bounds = [job.limits.wall_clock_s, task.agent_timeout_s if task else 0.0]
         bound_s = min((bound for bound in bounds if bound > 0), default=math.inf)
         worked_s = sum(each.agent_s for each in state.spent) if state else 0.0
         waited_s = 0.0 if state and state.preempted else order.waited_s  # that, the resume has said
-        return Rollout(rollout_id, task, bound_s - worked_s, order, Spent(queue_s=waited_s))
+        return Rollout(rollout_id, task, bound_s - worked_s, order, spent=Spent(queue_s=waited_s))
 
     def cut_off(self, rollout: Rollout) -> None:
         """It was stopped for good, and could not tell what it had spent: `finish` does."""
@@ -95,18 +84,30 @@ class Members:
         if state.finished is None and state.preempted is None:
             self._spent[rollout.id] = rollout.spent
 
-    def _found(self, rollout_id: str, state: State | None) -> Found:
+    async def go_on(self, state: State) -> bool:
+        """Have a rollout, a judge's too, that was preempted or left go on where it stands; False as in `take_up`."""
+        rollout_id = state.opened.rollout_id
+        plan = recovery.decide(self._found(rollout_id, state))
+        if plan.action is Action.GO_ON:
+            await self._resume(state, plan.kv)
+        elif plan.action is Action.END_STALE:
+            await self.finish([rollout_id], FinishReason.STALE)
+        elif plan.action is Action.REFUSE:
+            why = "was drawn with other weights, and these are no newer version: serve it with the same checkpoint"
+            await self._record(InfraFailed(rollout_id, JournalError.code, JournalError.fault, f"{rollout_id} {why}"))
+        return plan.action is Action.GO_ON
+
+    def _found(self, rollout_id: str, state: State | None = None) -> Found:
         """What the log and the engine say; the command under way is found out when it is asked for."""
-        job, _, _ = self._ledger.member(rollout_id)
-        is_cancelled = job.request_id in self._ledger.cancelled
         if state is None:
-            return Found(UNOPENED, is_cancelled)
+            return Found(UNOPENED, self._ledger.member(rollout_id)[0].request_id in self._ledger.cancelled)
         weights, now = Weights.SAME, self._engine.info
         if state.versions:
             version, drew = weights_at(state, state.tokens_count - 1, self._ledger.weights)
             others = Weights.UPDATED if now.policy_version > version else Weights.OTHER
             weights = Weights.SAME if now.weights_digest == drew else others
-        return Found(state.phase, is_cancelled, weights, job.policy.on_update, self._kv_files.holds(rollout_id))
+        is_cancelled = state.opened.request_id in self._ledger.cancelled
+        return Found(state.phase, is_cancelled, weights, state.job.policy.on_update, self._kv_files.holds(rollout_id))
 
     async def _resume(self, state: State, kv: Kv) -> None:
         rollout_id = state.opened.rollout_id
@@ -155,6 +156,6 @@ class Members:
         if rollout_id not in self._ledger.rollouts:
             await self._open(rollout_id)
         await self._sandboxes.drop(rollout_id)
-        self._kv_files.drop(rollout_id)
         for ended in (*self._ledger.judges(rollout_id), rollout_id):
+            self._kv_files.drop(ended)
             await self._record(RolloutFinished(ended, reason, self._spent.pop(ended, Spent())))

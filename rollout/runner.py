@@ -9,8 +9,9 @@ See: docs/architecture.md, "Runner".
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
 
@@ -69,6 +70,8 @@ class Rollout:
     agent_left_s: float
     """What earlier processes left of the agent's time."""
     order: Order = field(default_factory=Order)
+    host: Order | None = None
+    """Of the rollout that this one judges, with which it stops."""
     spent: Spent = field(default_factory=Spent)
     tokens_told: asyncio.Future[int] | None = None
     """Done once the newest tokens are durable, folded and told."""
@@ -77,6 +80,11 @@ class Rollout:
         """Add to what this process spent; the names are those of `Spent`."""
         more = {name: getattr(self.spent, name) + value for name, value in amounts.items()}
         self.spent = msgspec.structs.replace(self.spent, **more)
+
+    @property
+    def cause(self) -> str:
+        """Why it is to stop; empty: it goes on."""
+        return (self.host or self.order).cause
 
     @property
     def environment(self) -> Task:
@@ -103,6 +111,7 @@ class Runner:
         kv_files: KvFiles,
         slot: SlotOf,
         engine_silence_s: float,
+        take_up_judge: Callable[[State], Awaitable[bool]],
     ) -> None:
         """Everything is open already and closed by the owner."""
         self.journal = journal
@@ -112,6 +121,7 @@ class Runner:
         self.kv_files = kv_files
         self.slot = slot
         self.engine_silence_s = engine_silence_s
+        self.take_up_judge = take_up_judge
 
     async def run(self, rollout: Rollout) -> None:
         """Drive a rollout to its end, to an InfraFailed event, or (as ordered) to a Preempted one.
@@ -123,14 +133,14 @@ class Runner:
                 rollout.order.is_under_way = True
                 await self.go_on(rollout)
             except asyncio.CancelledError:
-                if not rollout.order.cause:
+                if not rollout.cause:
                     raise
                 if (task := asyncio.current_task()) is not None:
                     task.uncancel()
             finally:
                 rollout.order.is_under_way = False
             state = self.state(rollout)
-            if rollout.order.cause and state.phase is not Phase.DONE and state.failure is None:
+            if rollout.cause and state.phase is not Phase.DONE and state.failure is None:
                 await self.set_down(rollout)
         finally:
             if not rollout.order.has_stopped:
@@ -140,7 +150,7 @@ class Runner:
     async def go_on(self, rollout: Rollout) -> None:
         """Do what the rollout wants, one thing after the other, until it wants nothing more, or is told to stop."""
         losses = 0
-        while (effect := machine.effect(self.state(rollout), self.ledger.tokenizer)) and not rollout.order.cause:
+        while (effect := machine.effect(self.state(rollout), self.ledger.tokenizer)) and not rollout.cause:
             try:
                 await self.carry_out(effect, rollout)
             except PreemptedError:
@@ -185,7 +195,7 @@ class Runner:
         """Leave a rollout so that it can be taken up again here, and (with its log) anywhere."""
         await self.kv_files.save(rollout.id)
         await self.sandboxes.pause(rollout.id)
-        await self.record(rollout, Preempted(rollout.id, rollout.order.cause, time.time(), rollout.spent))
+        await self.record(rollout, Preempted(rollout.id, rollout.cause, time.time(), rollout.spent))
         rollout.order.has_stopped = True
 
     def instruction(self, rollout: Rollout) -> str:
@@ -209,9 +219,9 @@ class Runner:
         """The same for an event of another rollout: a judge's."""
         await self.journal.append(event)
 
-    async def drive(self, rollout_id: str, task: Task | None, agent_left_s: float) -> None:
-        """Run a rollout that is open, and of which nobody else takes care."""
-        await self.run(Rollout(rollout_id, task, agent_left_s))
+    async def drive(self, rollout_id: str, host: Order) -> None:
+        """Run a judge that is open; it stops with the rollout that it judges."""
+        await self.run(Rollout(rollout_id, None, math.inf, host=host))
 
     def perform(self, effect: Effect, rollout: Rollout) -> Events:
         """The events that answer an effect."""
@@ -235,7 +245,7 @@ class Runner:
                     case CallableReward() as reward:
                         return call_judge(self, self.state(rollout), reward)
                     case JudgeReward() as reward:
-                        return model_judge(self, self.state(rollout), reward, self.instruction(rollout))
+                        return model_judge(self, self.state(rollout), reward, self.instruction(rollout), rollout.order)
                 return self.judge(rollout, effect)
             case Finish():
                 return self.finish(rollout, effect)

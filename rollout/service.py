@@ -134,6 +134,7 @@ class RolloutService:
                 self.kv_files,
                 self.dispatcher.slot,
                 self.config.engine_silence_s,
+                self.members.go_on,
             )
             self._resources = stack.pop_all()
         return self

@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from rollout.errors import EngineError
+from rollout.errors import EngineError, PreemptedError
 from rollout.scheduling.claims import Claim, Grant, Preempt, Start, Yield
 from rollout.scheduling.scheduler import Scheduler
 
@@ -79,6 +79,8 @@ class Dispatcher:
         self._callbacks = callbacks
         self._running: dict[str, _Running] = {}
         self._waiting: dict[str, asyncio.Future[None]] = {}
+        self._hosts: dict[str, str] = {}
+        """Of who waits for a slot or samples: in whose name."""
         self._sampling: set[str] = set()
         self._interrupts: set[asyncio.Task[None]] = set()
         self._ending: set[str] = set()
@@ -138,20 +140,26 @@ class Dispatcher:
 
     @asynccontextmanager
     async def slot(self, rollout_id: str, host_id: str, tokens_count_max: int) -> AsyncGenerator[Slot, None]:
-        """An engine slot for one turn of a rollout; a judge takes it in the name of the rollout that it judges."""
+        """An engine slot for one turn of a rollout; a judge takes it in the name of the rollout that it judges.
+
+        PreemptedError: that is to stop.
+        """
         if host_id != rollout_id:
             self.scheduler.join(rollout_id, host_id)
         slot, began = Slot(), time.monotonic()
+        self._hosts[rollout_id] = host_id
         granted = self._waiting[rollout_id] = asyncio.get_running_loop().create_future()
         self.scheduler.want_slot(rollout_id, tokens_count_max, began)
         try:
             self.decide()
             await granted
+            if host_id in self._running and self._running[host_id].order.cause:
+                raise PreemptedError(f"{host_id} is to stop")
             slot.waited_s = time.monotonic() - began
             self._sampling.add(rollout_id)
             yield slot
         finally:
-            del self._waiting[rollout_id]
+            del self._waiting[rollout_id], self._hosts[rollout_id]
             self._sampling.discard(rollout_id)
             self.scheduler.leave_slot(rollout_id, slot.tokens_count)
             if host_id != rollout_id:
@@ -243,11 +251,17 @@ class Dispatcher:
             return
         running.order.cause = cause
         self.scheduler.stopping(rollout_id)
-        if rollout_id in self._sampling:
-            self._interrupt(rollout_id)
-            running.timer = asyncio.get_running_loop().call_later(GRACE_S, _cut, running)
-        elif running.order.is_under_way:
-            running.task.cancel()
+        hosted = [each for each, host_id in self._hosts.items() if host_id == rollout_id]
+        if self._sampling.isdisjoint(hosted):
+            if running.order.is_under_way:
+                running.task.cancel()
+            return
+        running.timer = asyncio.get_running_loop().call_later(GRACE_S, _cut, running)
+        for each in hosted:  # itself, or its judges
+            if each in self._sampling:
+                self._interrupt(each)
+            elif not (granted := self._waiting[each]).done():
+                granted.set_result(None)  # it looks at its host's order, and goes
 
     def _interrupt(self, rollout_id: str) -> None:
         task = asyncio.ensure_future(self._callbacks.interrupt(rollout_id))
