@@ -64,11 +64,9 @@ def test_a_missing_control_token_is_named_with_its_file(tokenizer: Tokenizer, to
     assert str(tokenizer_file) in str(caught.value)
 
 
-def test_all_control_tokens_that_are_needed_and_missing_are_named(tokenizer: Tokenizer, tokenizer_file: Path) -> None:
+def test_all_control_tokens_that_are_needed_and_missing_are_named(tokenizer: Tokenizer) -> None:
     tokenizer.require(V4.control_tokens)
-    with pytest.raises(
-        TokenizerError, match=f"^{tokenizer_file}: the vocabulary lacks the control tokens <odd>, <｜x｜>$"
-    ):
+    with pytest.raises(TokenizerError, match="the vocabulary lacks the control tokens <odd>, <｜x｜>$"):
         tokenizer.require([V4.bos, "<odd>", V4.eos, "<｜x｜>"])
 
 
