@@ -147,6 +147,7 @@ class LogRetention:
         """Begin a pass over the log, unless one is under way."""
         if self.is_idle():
             self._pass = asyncio.create_task(self._look_after())
+            self._pass.add_done_callback(_tell)
 
     def is_idle(self) -> bool:
         """Whether no pass is under way."""
@@ -154,13 +155,10 @@ class LogRetention:
 
     async def _look_after(self) -> None:
         self._holders.known_lsn = self._service.journal.last_lsn
-        try:
-            report = await asyncio.to_thread(self._run_pass)
-            self._service.ledger.let_go(report.floor_lsn)
-            async with self._service.admission:  # a prompt that goes meanwhile must not come back
-                await self._renew(report)
-        except wal.WalError as error:
-            _log.warning("the log keeps what could go: %s", error)
+        report = await asyncio.to_thread(self._run_pass)
+        self._service.ledger.let_go(report.floor_lsn)
+        async with self._service.admission:  # a prompt that goes meanwhile must not come back
+            await self._renew(report)
 
     def _run_pass(self) -> RetentionReport:
         self._retention.catch_up()
@@ -177,3 +175,10 @@ class LogRetention:
             await self._service.note(TaskAdmitted(ledger.tasks[digest]))
         elif what == "prompt" and digest in ledger.conversations:
             await self._service.note(ConversationAdmitted(ledger.conversations[digest]))
+
+
+def _tell(done: asyncio.Task[None]) -> None:
+    """Say why a pass failed; the next acknowledgement begins another."""
+    if not done.cancelled() and (error := done.exception()) is not None:
+        is_known = isinstance(error, wal.WalError | RolloutError | OSError)
+        _log.warning("the log keeps what could go: %s", error, exc_info=None if is_known else error)

@@ -15,6 +15,8 @@ from pathlib import Path
 from rollout.engine import Engine
 from rollout.errors import EngineError
 
+SAVE_S_MAX = 60.0
+"""For an engine to write what it keeps of a rollout."""
 _log = logging.getLogger(__name__)
 
 
@@ -29,10 +31,12 @@ class KvFiles:
     async def save(self, rollout_id: str) -> None:
         """Write what the engine keeps of a rollout, and have it forget that."""
         try:
-            await asyncio.to_thread(self._directory.mkdir, parents=True, exist_ok=True)
-            await self._engine.save(rollout_id, self._path(rollout_id))
-        except (EngineError, OSError) as error:
-            _log.warning("%s: its state is not saved, and will be computed again: %s", rollout_id, error)
+            async with asyncio.timeout(SAVE_S_MAX):
+                await asyncio.to_thread(self._directory.mkdir, parents=True, exist_ok=True)
+                await self._engine.save(rollout_id, self._path(rollout_id))
+        except (EngineError, OSError) as error:  # a TimeoutError is one
+            why = str(error) or f"the engine takes more than {SAVE_S_MAX:g} s"
+            _log.warning("%s: its state is not saved, and will be computed again: %s", rollout_id, why)
         await self._engine.release(rollout_id)
 
     def holds(self, rollout_id: str) -> bool:

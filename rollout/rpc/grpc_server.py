@@ -33,6 +33,8 @@ from toolcall_dsl import DslError
 from wal import WalError
 
 REQUEST_BYTES_MAX = 128 << 20
+CALLS_COUNT_MAX = 10_000
+"""Calls that are answered at once, streams that follow jobs among them; gRPC refuses more as RESOURCE_EXHAUSTED."""
 STOP_GRACE_S = 1.0
 SERVICE = DESCRIPTOR.services_by_name["RolloutService"]
 _log = logging.getLogger(__name__)
@@ -104,7 +106,10 @@ class Server:
 
 
 async def start_server(
-    service: RolloutService | None, where: Listen, interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = ()
+    service: RolloutService | None,
+    where: Listen,
+    interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
+    calls_count_max: int = CALLS_COUNT_MAX,
 ) -> Server:
     """Serve an open service (port 0: any) with health, which needs no token, and reflection.
 
@@ -117,7 +122,9 @@ async def start_server(
         ("grpc.so_reuseport", 0),
     ]
     asks = [TokenInterceptor(where.token, health.SERVICE_NAME)] if where.token else []
-    server = grpc.aio.server(options=options, interceptors=[*asks, *interceptors])
+    server = grpc.aio.server(
+        options=options, interceptors=[*asks, *interceptors], maximum_concurrent_rpcs=calls_count_max
+    )
     if service is not None:
         server.add_generic_rpc_handlers((handlers_of(service),))
     checks = health.aio.HealthServicer()  # type: ignore[attr-defined]  # stub lags behind the package

@@ -15,7 +15,7 @@ import httpx2
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from dsec.errors import InvalidArgumentError
+from dsec.errors import InvalidArgumentError, ResourceExhaustedError
 from dsec.listen import read_certificate, read_token
 from rollout.client import AsyncRolloutClient
 from rollout.dialects.http_server import listen, start_http_server
@@ -127,6 +127,20 @@ def test_an_address_that_others_reach_has_a_token(where: str, token: str, said: 
 @pytest.mark.parametrize("where", ["127.0.0.1:7710", "127.5.0.1:0", "[::1]:7710", "localhost:7710"])
 def test_a_loopback_address_may_do_without(where: str) -> None:
     assert listen_at(where).address.url == f"tcp:{where}"
+
+
+async def test_calls_beyond_the_bound_are_refused_and_not_before_or_after(setting: Any) -> None:
+    await setting.service.engine.pause("keep")
+    server = await start_server(setting.service, listen_at("127.0.0.1:0"), calls_count_max=1)
+    async with AsyncRolloutClient(server.address) as follower, AsyncRolloutClient(server.address) as other:
+        updates = follower.submit([setting.ask()], request_id="job", fields=("live_tokens",))
+        assert (await anext(updates)).what == "opened"
+        with pytest.raises(ResourceExhaustedError, match="Concurrent RPC limit exceeded"):
+            await names(other)
+        await setting.service.engine.resume()
+        assert [update.what async for update in updates][-1] == "finished"
+    assert len(await names(AsyncRolloutClient(server.address))) == 1
+    await server.stop()
 
 
 def test_files_that_hold_no_certificate_and_its_key_are_named(certificate: tuple[Path, Path], tmp_path: Path) -> None:

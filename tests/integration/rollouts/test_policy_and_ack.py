@@ -13,7 +13,7 @@ import wal
 import wal.__main__ as wal_cli
 from dsec.errors import StateError
 from dsec.testing import FakeSubstrate
-from rollout.errors import ConflictError, EngineError, NotFoundError, RequestError
+from rollout.errors import ConflictError, EngineError, JournalError, NotFoundError, RequestError
 from rollout.events import Event, JobSubmitted
 from rollout.export.shards import ShardWriter
 from rollout.ledger import Ledger
@@ -21,6 +21,7 @@ from rollout.policy import Policy
 from rollout.request import Limits, PolicyRule
 from rollout.testing import Reply
 from rollout.workers.partitions import Parts
+from wal.retention import Retention
 
 LONG = Reply(content="word " * 200)
 LIMITS = Limits(turn_tokens_count_max=1000)
@@ -175,6 +176,27 @@ async def test_what_has_not_ended_cannot_be_acknowledged(serving: Any, tmp_path:
         await setting.client.resume_engine()
         (group,) = await asking
         assert await setting.client.ack(each.rollout_id for each in group.trajectories) == 2
+
+
+@pytest.mark.parametrize("error", [JournalError("lsn 7 is odd"), ZeroDivisionError("a bug")])
+async def test_a_pass_over_the_log_that_fails_is_told_and_the_next_is_begun(
+    setting: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    passes: list[str] = []
+
+    def fail(_: Any) -> None:
+        passes.append("begun")
+        raise error
+
+    monkeypatch.setattr(Retention, "run_pass", fail)
+    for request_id in ("first", "second"):
+        updates = await setting.job(request_id)
+        await setting.client.ack(update.rollout_id for update in updates if update.trajectory is not None)
+        await setting.until(setting.service.retention.is_idle)
+    assert passes == ["begun", "begun"]
+    told = [record for record in caplog.records if record.message == f"the log keeps what could go: {error}"]
+    assert len(told) == 2
+    assert [record.exc_info is None for record in told] == [isinstance(error, JournalError)] * 2  # else it is a bug
 
 
 async def test_the_log_stays_small_while_jobs_come_are_acknowledged_and_go(

@@ -12,6 +12,7 @@ import wal
 from dsec.errors import StateError
 from rollout.client import AsyncRolloutClient
 from rollout.engine import Sampling
+from rollout.engines import kv_files
 from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.errors import NotFoundError
 from rollout.events import Preempted, RolloutResumed
@@ -360,3 +361,25 @@ async def test_a_rollout_that_is_long_in_being_set_down_is_preempted_all_the_sam
         service.resume()
         await service.wait("job")
         assert [each.cause for each in here.record("job/one.0").kv_breaks] == ["restored"]
+
+
+async def test_an_engine_that_never_ends_saving_keeps_nobody_from_being_preempted(
+    world: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kv_files, "SAVE_S_MAX", 0.01)
+    here = world(look_once)
+
+    class Stuck(ScriptedEngine):
+        async def save(self, _session: str, _path: Path) -> int:
+            return await asyncio.get_running_loop().create_future()
+
+    here.make_engine = lambda: Stuck(load_tokenizer(), look_once)
+    async with here.serving() as service:
+        await here.submit("job", "one")
+        await here.until(lambda: here.tools_count == 1)
+        assert await service.preempt() == ["job/one.0"]
+        assert "job/one.0: its state is not saved, and will be computed again: the engine takes more" in caplog.text
+        here.tool_may_end.set()
+        service.resume()
+        await service.wait("job")
+        assert [each.cause for each in here.record("job/one.0").kv_breaks] == ["rebuilt"]
