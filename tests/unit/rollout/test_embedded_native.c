@@ -4,11 +4,14 @@
  * The window wraps, entries of both kinds appear, the indexer has to choose, sampling cuts. Built
  * with sanitizers and with other instructions, the digest must stay the same.
  */
+#define _DEFAULT_SOURCE
 #include <float.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "v4.h"
 
@@ -146,6 +149,25 @@ static void sample_extremes(v4_model *model) {
     }
 }
 
+/* Nobody helps the child of a fork; it gets on, and ends. */
+static void score_in_a_child(v4_model *model, v4_state **states, const uint32_t *ids) {
+    float here[BATCH], there[BATCH];
+    int ends[2], status = -1;
+    expect(pipe(ends) == 0, "a pipe is made");
+    v4_state_reset(model, states[0]);
+    pid_t child = fork();
+    v4_score(model, states[0], ids, BATCH, here, NULL);
+    if (child == 0) {
+        v4_destroy(model);
+        _exit(write(ends[1], here, sizeof here) != sizeof here);
+    }
+    expect(child > 0 && read(ends[0], there, sizeof there) == sizeof there, "the child gets on");
+    expect(waitpid(child, &status, 0) == child && status == 0, "the child ends");
+    expect(!memcmp(here, there, sizeof here), "the child computes the same");
+    close(ends[0]);
+    close(ends[1]);
+}
+
 static void run(int threads_count) {
     static float logits[TOKENS][VOCAB];
     v4_model *model = random_model(threads_count);
@@ -164,6 +186,7 @@ static void run(int threads_count) {
     expect(v4_state_unpack(model, states[1], packed, bytes - 1) == -1, "a short state is refused");
     decode(model, states, packed, bytes);
     score(model, states, ids);
+    score_in_a_child(model, states, ids);
     free(packed);
     expect(v4_is_finite(ids, 2) && !v4_is_finite("\x00\x00\x80\x7f", 2), "an infinity is seen");
     sample_extremes(model);
