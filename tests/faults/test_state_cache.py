@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -69,6 +70,21 @@ async def test_a_state_of_other_weights_or_another_build_is_not_found(tmp_path: 
 async def test_few_tokens_are_not_worth_a_file(tmp_path: Path) -> None:
     await written(tmp_path, state(TOKENS_MIN - 1), state(TOKENS_MIN))
     assert len([*tmp_path.iterdir()]) == 1
+
+
+async def test_what_waits_to_be_written_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = len(state(100).packed) + len(tokens(100)) + 4096
+    monkeypatch.setattr(state_cache, "_QUEUED_BYTES_MAX", one)
+    async with opened(tmp_path) as cache:
+        hold = threading.Event()
+        cache._writer.submit(hold.wait)
+        cache.store(state(100))
+        cache.store(state(200))
+        hold.set()
+        await cache.open()
+        assert cache.longest(tokens(300), "w") == 100
+        cache.store(state(100, 7))
+    assert len([*tmp_path.iterdir()]) == 2, "there is room again"
 
 
 def cut(path: Path) -> None:

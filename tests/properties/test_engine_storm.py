@@ -42,6 +42,7 @@ class Storm:
         self.folder = folder
         self.source = source
         self.tokens = list(PROMPTS)
+        self.logprobs: list[tuple[float, ...]] = [()] * len(PROMPTS)
         self.scores: list[Scored] = []
         self.cached_count = 0
 
@@ -52,6 +53,7 @@ class Storm:
             with contextlib.suppress(PreemptedError):
                 async for chunk in self.engine.sample(request(number, self.tokens[number])):
                     self.tokens[number] += chunk.token_ids
+                    self.logprobs[number] += chunk.logprobs
                     self.cached_count += chunk.cached_tokens_count
             if self.source.random() < 0.5:
                 await self.engine.save(str(number), path)
@@ -99,20 +101,22 @@ class Storm:
 
 
 @pytest.fixture
-async def expected() -> AsyncIterator[tuple[list[tuple[int, ...]], Scored]]:
+async def expected() -> AsyncIterator[Storm]:
     engine = EmbeddedEngine()
     await engine.open()
-    whole = []
+    calm = Storm(engine, Path(), random.Random(0))
     for number, prompt in enumerate(PROMPTS):
-        chunks = [chunk async for chunk in engine.sample(request(number, prompt))]
-        whole.append(prompt + tuple(token for chunk in chunks for token in chunk.token_ids))
-    yield whole, await engine.score(PROMPTS[0])
+        async for chunk in engine.sample(request(number, prompt)):
+            calm.tokens[number] += chunk.token_ids
+            calm.logprobs[number] += chunk.logprobs
+    calm.scores.append(await engine.score(PROMPTS[0]))
+    yield calm
     await engine.close()
 
 
 @pytest.mark.parametrize("seed", range(2))
 async def test_tokens_do_not_depend_on_what_became_of_states_on_disk(
-    tmp_path: Path, expected: tuple[list[tuple[int, ...]], Scored], seed: int
+    tmp_path: Path, expected: Storm, seed: int
 ) -> None:
     cache, limits = tmp_path / "cache", Limits(running_max=4, state_bytes_max=400_000, prefill_tokens_max=16)
 
@@ -128,7 +132,7 @@ async def test_tokens_do_not_depend_on_what_became_of_states_on_disk(
             disturber.cancel()
         await asyncio.wait(disturbers)
         await engine.close()
-        assert storm.tokens == expected[0]
+        assert (storm.tokens, storm.logprobs) == (expected.tokens, expected.logprobs)
         assert storm.cached_count > 0
 
     await weather(0)
@@ -137,9 +141,7 @@ async def test_tokens_do_not_depend_on_what_became_of_states_on_disk(
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_tokens_do_not_depend_on_what_happens_between_them(
-    tmp_path: Path, expected: tuple[list[tuple[int, ...]], Scored], seed: int
-) -> None:
+async def test_tokens_do_not_depend_on_what_happens_between_them(tmp_path: Path, expected: Storm, seed: int) -> None:
     engine = EmbeddedEngine(limits=Limits(running_max=4, state_bytes_max=1_000_000, prefill_tokens_max=16))
     await engine.open()
     storm = Storm(engine, tmp_path, random.Random(seed))
@@ -149,5 +151,5 @@ async def test_tokens_do_not_depend_on_what_happens_between_them(
     await asyncio.wait([disturber])
     await engine.close()
     assert disturber.cancelled()
-    assert storm.tokens == expected[0]
-    assert {score.logprobs for score in storm.scores} <= {expected[1].logprobs}
+    assert (storm.tokens, storm.logprobs) == (expected.tokens, expected.logprobs)
+    assert {score.logprobs for score in storm.scores} <= {expected.scores[0].logprobs}

@@ -10,7 +10,8 @@ Of requests that wait, for a place or for a prefill, those of a higher priority 
 A request starts from the longest retained state that fits.  While another request still prefills
 tokens it could share, it waits: a group of samples of one prompt pays for the prompt once.  States are
 left behind where contexts part: at the end of the constant prefix, before the header of the reply (where
-a Quick Instruction stands), where a request leaves what others went through, and at its end.
+a Quick Instruction stands), at the end of a prompt that has none, where a request leaves what others went
+through, and at its end.
 
 Invariants: 1 and 2 of `rollout/engine.py`, because the model's arithmetic does not depend on what
 shares a step (v4.h) and a retained state equals a recomputed one; where it does not, because other

@@ -79,6 +79,7 @@ class Job:
         self.places = {prompt.index(fork_token_id)} if fork_token_id in prompt else set()
         if header_token_id in prompt:
             self.places.add(len(prompt) - 1 - prompt[::-1].index(header_token_id))
+        self._part_at(len(prompt) - 1, start)
         self._part_at(known_count, start)
 
     def leaves(self, start: int, shared_count: int) -> bool:
