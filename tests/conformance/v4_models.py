@@ -68,6 +68,7 @@ def make_model(config: dict[str, object], seed: int) -> DeepseekV4ForCausalLM:
             if name.endswith("tid2eid"):
                 ranks = torch.rand(tensor.shape[0], config["n_routed_experts"], generator=noise)
                 tensor.copy_(ranks.argsort(dim=-1)[:, : tensor.shape[1]])
+                tensor[::5] = 0  # one expert several times, as a table that nobody filled in says
             elif not name.endswith("inv_freq"):
                 values = torch.randn(tensor.shape, generator=noise)
                 if tensor.dim() > 1 and not name.endswith(("embed_tokens.weight", "position_bias")):

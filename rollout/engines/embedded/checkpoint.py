@@ -119,4 +119,4 @@ def _check_routes(path: Path, d: Dimensions, data: memoryview, tensors: tuple[Te
             continue
         ids = memoryview(bytes(data[tensor.pieces[0].begin : tensor.pieces[0].end])).cast("q")
         if not 0 <= min(ids) <= max(ids) < d.experts_count:
-            raise EngineError(f"{path}: layer {index} routes a token to an expert that does not exist")
+            raise EngineError(f"{path}: {tensor.name} routes a token to an expert that does not exist")

@@ -237,8 +237,13 @@ class EmbeddedEngine:
     def _load_alike(self, folder: Path) -> Model:
         """A model whose tokens and states mean the same as those of the model that draws."""
         checkpoint = load_checkpoint(folder)
-        if (checkpoint.dimensions, checkpoint.vocabulary_digest) != self._shape:
-            raise EngineError(f"{folder}: a model of another shape or vocabulary; open another engine for it")
+        dimensions, vocabulary_digest = self._shape
+        new, old = msgspec.structs.asdict(checkpoint.dimensions), msgspec.structs.asdict(dimensions)
+        other = [f"{name} {new[name]!r:.80}, not {old[name]!r:.80}" for name in old if new[name] != old[name]]
+        if checkpoint.vocabulary_digest != vocabulary_digest:
+            other.append("the ids of tokenizer.json")
+        if other:
+            raise EngineError(f"{folder}: another model ({'; '.join(other)}); open another engine for it")
         return self._open_model(checkpoint)
 
     def _open_model(self, checkpoint: Checkpoint) -> Model:

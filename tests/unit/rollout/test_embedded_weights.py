@@ -268,7 +268,7 @@ async def test_bad_weights_are_refused_while_requests_run_and_these_never_notice
         rewrite(bad[-1][0], change)
     other = Path(shutil.copytree(DEFAULT_CHECKPOINT, tmp_path / "other"))
     change_json(other / "tokenizer.json", swap_meanings)
-    bad.append((other, "another shape or vocabulary"))
+    bad.append((other, r"another model \(the ids of tokenizer.json\)"))
     running = asyncio.gather(*(drawn(engine, f"s{n}") for n in range(3)))
     for folder, why in bad:
         with pytest.raises(EngineError, match=why):

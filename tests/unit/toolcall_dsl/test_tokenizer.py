@@ -66,7 +66,7 @@ def test_a_missing_control_token_is_named_with_its_file(tokenizer: Tokenizer, to
 
 def test_all_control_tokens_that_are_needed_and_missing_are_named(tokenizer: Tokenizer) -> None:
     tokenizer.require(V4.control_tokens)
-    with pytest.raises(TokenizerError, match="the vocabulary lacks the control tokens <odd>, <｜x｜>$"):
+    with pytest.raises(TokenizerError, match=r"the vocabulary lacks the control tokens <odd>, <｜x｜>$"):
         tokenizer.require([V4.bos, "<odd>", V4.eos, "<｜x｜>"])
 
 
