@@ -47,7 +47,7 @@ LINE_BYTES_MAX = 16 << 20
 ROUTED_TOKENS_MAX = 256
 """Tokens of an answer whose routes come at once: the server tells them with a request's last token only."""
 ABORT_EVERY_S = 0.5
-LOAD_S_MAX = 3600.0
+SCORE_S_MAX, LOAD_S_MAX = 600.0, 3600.0
 _PROMPT_ROW_BYTES = 128
 
 
@@ -219,7 +219,7 @@ class VllmEngine:
             told = await self._connection.post(
                 wire.GENERATE,
                 wire.score_body(token_ids, uuid.uuid4().hex, info.weights_digest, top_logprobs_count),
-                call_s_max=None,
+                call_s_max=SCORE_S_MAX,
                 bytes_max=LINE_BYTES_MAX + len(token_ids) * (top_logprobs_count + 1) * _PROMPT_ROW_BYTES,
             )
         except (EngineError, RequestError):

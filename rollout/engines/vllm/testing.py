@@ -147,17 +147,16 @@ class WireDouble:
         """Where it is."""
         return f"http://127.0.0.1:{self.port}"
 
-    @property
-    def open_count(self) -> int:
-        """Requests that it has not ended."""
-        return len(self._running)
+    async def idle(self) -> None:
+        """Wait until it has no request left."""
+        await self._until(lambda: not self._running)
 
     async def start(self) -> None:
         """As a new process: with its first weights, and nothing kept."""
         self._forget()
         app = web.Application(client_max_size=1 << 26)
         app.router.add_route("*", "/{path:.*}", self._answer)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.01)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.01, handler_cancellation=True)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
         await site.start()
