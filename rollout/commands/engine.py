@@ -66,7 +66,8 @@ def engine() -> None:
     show_default=True,
     help="Name of the weights: their KV has this directory below --offload, and no other weights may use it.",
 )
-@click.option("--routes", is_flag=True, help="Tell which experts each token went through.")
+@click.option("--routes", is_flag=True, help="Tell which experts each token went through, to jobs that ask.")
+@click.option("--masks", is_flag=True, help="Tell what top-k and top-p kept, to jobs that ask.  CUDA only.")
 @click.option(
     "--api-key-file",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -94,6 +95,7 @@ def serve_vllm(
     offload: Path | None,
     weight_version: str,
     routes: bool,
+    masks: bool,
     api_key_file: Path | None,
     tiny_dir: Path,
 ) -> None:
@@ -119,6 +121,7 @@ def serve_vllm(
         memory_gib=memory_gib,
         offload=_offload(offload, weight_version, memory_gib, device),
         returns_routes=routes,
+        returns_masks=masks,
         api_key_file=str(api_key_file or ""),
         more=more,
     )

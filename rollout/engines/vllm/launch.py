@@ -136,6 +136,7 @@ def make_launch(
     memory_gib: int = 1,
     offload: Offload | None = None,
     returns_routes: bool = False,
+    returns_masks: bool = False,
     api_key_file: str = "",
     more: tuple[str, ...] = (),
 ) -> Launch:
@@ -147,6 +148,7 @@ def make_launch(
     flags += [f"--data-parallel-size={gpus}"] if gpus else []
     flags += [f"--max-model-len={context}"] if context else []
     flags += ["--enable-return-routed-experts"] if returns_routes else []
+    flags += ["--return-sampling-mask"] if returns_masks else []
     flags += [offload.flag] if offload is not None else []
     environment = {
         "VLLM_SERVER_DEV_MODE": "1",

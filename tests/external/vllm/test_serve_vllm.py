@@ -23,7 +23,7 @@ for flags in json.load(sys.stdin):
         "is_open": args.enable_scale_out, "ranks": engine.data_parallel_size, "context": engine.max_model_len,
         "logprobs": [engine.logprobs_mode, engine.max_logprobs], "policy": engine.scheduling_policy,
         "tokenizer": engine.tokenizer_mode, "block": engine.block_size, "dtype": engine.dtype,
-        "routes": engine.enable_return_routed_experts,
+        "routes": [engine.enable_return_routed_experts, engine.return_sampling_mask],
         "kv": vars(engine.kv_transfer_config) if engine.kv_transfer_config else None,
     }, default=str))
 """
@@ -31,7 +31,7 @@ for flags in json.load(sys.stdin):
 
 def test_vllm_reads_every_flag_as_it_is_meant(vllm_python: Path, tmp_path: Path) -> None:
     asked = (
-        ("v4-flash", "--offload", "/nvme/kv", "--weight-version", "7", "--routes", "--host", "::1"),
+        ("v4-flash", "--offload", "/nvme/kv", "--weight-version", "7", "--routes", "--masks", "--host", "::1"),
         ("v4-pro", "--port", "8001", "--context-tokens", "65536"),
         ("tiny", "--tiny-dir", str(tmp_path / "tiny"), "--", "--model", "elsewhere"),
     )
@@ -53,7 +53,7 @@ def test_vllm_reads_every_flag_as_it_is_meant(vllm_python: Path, tmp_path: Path)
     assert common.items() <= pro.items()
     assert common.items() <= tiny.items()
     assert (flash["model"], flash["host"], flash["ranks"]) == ("deepseek-ai/DeepSeek-V4-Flash", "::1", 4)
-    assert (flash["tokenizer"], flash["block"], flash["routes"]) == ("deepseek_v4", 256, True)
+    assert (flash["tokenizer"], flash["block"], flash["routes"]) == ("deepseek_v4", 256, [True, True])
     extra = flash["kv"]["kv_connector_extra_config"]
     assert (flash["kv"]["kv_connector"], flash["kv"]["kv_load_failure_policy"]) == ("OffloadingConnector", "recompute")
     assert extra["secondary_tiers"] == [{"type": "fs", "root_dir": "/nvme/kv/7"}]
