@@ -45,6 +45,14 @@ RAW: dict[str, dict[str, Any]] = {
         "compress_ratios": [0, 0, 4, 128, 4],
         "num_hash_layers": 2,
     },
+    "sizes like V4-Pro's": {
+        "hidden_size": 7168,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "o_groups": 16,
+        "n_routed_experts": 384,
+        "index_topk": 1024,
+    },
     "old names of rates": {**LAYERS, "compress_rate_csa": 8, "compress_rate_hca": 64},
     "more kinds than layers": {**LAYERS, "layer_types": [SLIDING, CSA, HCA, CSA, HCA], "mlp_layer_types": ["moe"] * 5},
     "yarn that derives its scale": {
