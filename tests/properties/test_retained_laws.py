@@ -109,25 +109,50 @@ TestRetained = Retained.TestCase
 TestRetained.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 
 
-def test_what_is_spare_goes_first_and_what_was_used_longest_ago_next() -> None:
-    def state(*ids: int) -> KeptState:
-        tokens = b"".join(id_.to_bytes(TOKEN_BYTES, "little") for id_ in ids)
-        return KeptState("build", ("w",), tokens, bytearray(100 - len(tokens)))
+def state(*ids: int) -> KeptState:
+    tokens = b"".join(id_.to_bytes(TOKEN_BYTES, "little") for id_ in ids)
+    return KeptState("build", ("w",), tokens, bytearray(100 - len(tokens)))
 
+
+def test_what_is_spare_goes_first_and_what_was_used_longest_ago_next() -> None:
     evicted: list[KeptState] = []
-    states = RetainedStates(400, evicted.append)
-    newest = state(1, 2, 3)
-    states.put(state(1), "live")
-    states.put(state(9), "ended")
-    states.put(state(1, 2))
+    states = RetainedStates(500, evicted.append)
+    former, newest = state(1, 2), state(1, 2, 3, 4)
+    states.put(former, "live")
+    states.put(state(1, 2, 3))
     states.put(newest, "live")
+    states.put(state(9), "ended")
     states.release("ended")
-    assert [each.tokens[0] for each in states] == [9, 1, 1], "the shortest is spare now"
+    assert [each.tokens[::TOKEN_BYTES] for each in states] == [bytes((1, 2, 3)), bytes((9,)), bytes((1, 2, 3, 4))]
+    assert states.claim(former.tokens, ("w",)), "kept as long as there is room"
     for number in (5, 6):
-        states.put(state(number))
-    assert [each.tokens[0] for each in states] == [1, 1, 5, 6]
+        states.put(state(number), "live" + str(number))
+    assert [each.tokens[0] for each in states] == [9, 1, 1, 5, 6], "the place of a former turn went first"
+    states.put(state(7), "live 7")
     assert not evicted, "of spare ones nobody is told"
-    states.put(state(7))
-    states.put(state(8))
-    assert [each.tokens[0] for each in states] == [5, 6, 7, 8]
-    assert evicted == [state(1, 2), newest]
+    states.put(state(8), "live 8")
+    assert evicted == [newest], "the one used longest ago"
+    assert states.own("live") is None
+
+
+def test_a_place_that_somebody_went_on_from_is_not_spare() -> None:
+    states = RetainedStates(300)
+    for ids in ((1,), (2,)):
+        states.put(state(*ids))
+    assert states.longest_prefix(state(1, 2).tokens, "w")[0] == state(1)
+    states.put(state(3))
+    states.put(state(4))
+    assert [each.tokens[0] for each in states] == [3, 4, 1]
+
+
+def test_turns_of_many_sessions_push_out_none_of_them() -> None:
+    evicted: list[KeptState] = []
+    states = RetainedStates(11 * 100, evicted.append)
+    for turn in range(1, 6):
+        for session in range(10):
+            line = (session, *range(2 * turn))
+            states.put(state(*line[:-1]))
+            states.put(state(*line), str(session))
+            assert len(states) <= 11
+    assert not evicted
+    assert all(states.own(str(session)) for session in range(10))

@@ -34,12 +34,9 @@ class Node(Generic[T]):
         self.value: T | None = None
 
     @property
-    def above(self) -> Node[T] | None:
-        """The next place towards the root at which something is kept."""
-        node = self.parent
-        while node is not None and node.value is None:
-            node = node.parent
-        return node
+    def is_passed(self) -> bool:
+        """Whether one line goes on from here, and on from its next place."""
+        return len(self.children) == 1 and any(child.children for child in self.children.values())
 
 
 class PrefixTree(Generic[T]):

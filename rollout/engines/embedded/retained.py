@@ -7,8 +7,8 @@ Instruction.  What is kept therefore decides how fast an answer comes, never whi
 that more than one version of the weights computed belongs to its own session alone.
 
 A session that ends leaves its state to others, for as long as there is room.  Room is made by what is
-spare, and then by what was used longest ago.  Spare are the states of sessions that ended, and what two
-longer states of the same line supersede: where its newest request parted from others, and where it ended.
+spare, and then by what was used longest ago.  Spare is what no session would go on from and nobody else
+has gone on from yet: places where contexts could part, former turns, sessions that ended.
 
 Invariants:
 1. The bytes held never exceed `bytes_max`.
@@ -52,22 +52,23 @@ class RetainedStates:
         return len(self._spare) + len(self._used)
 
     def __iter__(self) -> Iterator[KeptState]:
-        """All but what longer ones supersede; what would go first comes first."""
-        yield from (held.entry for held in self._spare if held.node and not held.node.children)
+        """What would go first comes first; of a line of spare ones only the last two, where and how it ended."""
+        yield from (held.entry for held in self._spare if held.node and not held.node.is_passed)
         yield from (held.entry for held in self._used)
 
     def put(self, entry: KeptState, session: str = "") -> None:
         """Keep a state, as the newest of a session if one is named; others make room."""
-        held = self._exact(entry.weights, entry.tokens)
-        if held is None:
-            held = self._add(entry)
-        if held is not None:
+        if self.claim(entry.tokens, entry.weights, session):
+            return
+        held = self._add(entry)
+        if held is not None and session:
             self._give(held, session)
 
     def claim(self, tokens: bytes, weights: tuple[str, ...], session: str = "") -> bool:
         """Whether a state of these very tokens is kept; it counts as used, and as the session's newest."""
         held = self._exact(weights, tokens)
         if held is not None:
+            self._use(held)
             self._give(held, session)
         return held is not None
 
@@ -119,20 +120,17 @@ class RetainedStates:
         held = _Held(entry, node)
         if node is not None:
             node.value = held
-            before = node.above and node.above.above
-            if before is not None and before.value is not None:
-                self._demote(before.value)
         self.bytes_held += size
-        self._used[held] = None
+        self._spare[held] = None
         return held
 
     def _give(self, held: _Held, session: str) -> None:
-        """Make it the session's newest, if one is named, in place of the one before; it counts as used."""
-        self._use(held)
+        """Make it the session's newest, if one is named, in place of the one before."""
         if session and self._own.get(session) is not held:
             before = self._disown(session)
             self._own[session] = held
             held.owners.add(session)
+            self._use(held)
             if before is not None:
                 self._demote(before)
 

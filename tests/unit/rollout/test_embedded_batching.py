@@ -180,10 +180,10 @@ def test_a_released_session_is_forgotten_now_and_when_its_request_ends() -> None
 
 
 def test_retained_states_stay_within_their_bytes_and_the_oldest_goes_first(model: RecordingModel) -> None:
-    batch = batch_of(model, Limits(state_bytes_max=600_000))
+    batch = batch_of(model, Limits(state_bytes_max=400_000))
     for i in range(6):
         run(batch, job((0, 100 + i, *PROMPTS[0][1:80]), session=f"s{i}"))
-        assert batch.retained.bytes_held <= 600_000
+        assert batch.retained.bytes_held <= 400_000
     assert [batch.retained.own(f"s{i}") is not None for i in range(6)] == [False, False, False, False, True, True]
     batch.close()
 
