@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import struct
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -71,6 +72,19 @@ class DockerHost(Protocol):
         ...
 
 
+async def accepted(listener: socket.socket, end: Callable[[], Awaitable[str]]) -> socket.socket:
+    """The first connection.  SpawnError once the container that was to connect has an `end`."""
+    accepting = asyncio.ensure_future(asyncio.get_running_loop().sock_accept(listener))
+    try:
+        while not accepting.done():  # one that is cut short could lose the connection that just came
+            await asyncio.wait([accepting], timeout=STARTED_POLL_S)
+            if not accepting.done() and (why := await end()):
+                raise SpawnError(f"the container ended before it connected: {why}")
+        return accepting.result()[0]
+    finally:
+        accepting.cancel()
+
+
 class DockerSandbox(GuestSandbox):
     """One container; made by `DockerSubstrate.create`.  Implements `dsec.sandbox.Sandbox`."""
 
@@ -101,23 +115,13 @@ class DockerSandbox(GuestSandbox):
                 listener.setblocking(False)
                 self._making = asyncio.create_task(self._substrate.make(self.name, self._spec, path))
                 await asyncio.shield(self._making)
-                with await self._accept(listener) as meeting:
+                with await accepted(listener, lambda: self._substrate.end_of(self.name)) as meeting:
                     connection = self._meet(meeting)
             await self._connect(connection)
             await self._apply_network(self._spec.network)
             await self._keep()
         finally:
             path.unlink(missing_ok=True)
-
-    async def _accept(self, listener: socket.socket) -> socket.socket:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                async with asyncio.timeout(STARTED_POLL_S):
-                    return (await loop.sock_accept(listener))[0]
-            except TimeoutError:
-                if end := await self._substrate.end_of(self.name):
-                    raise SpawnError(f"the container ended before it connected: {end}") from None
 
     def _meet(self, meeting: socket.socket) -> socket.socket:
         """Give the guest its end of a control socket; ours comes back."""
