@@ -44,10 +44,10 @@ WireFault = Literal[
 ]
 
 
-def write_checkpoint(folder: Path, number: int) -> Path:
+def write_checkpoint(folder: Path, number: int, vocab_count: int = VOCAB_COUNT) -> Path:
     """Weights for the double; each number has its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"vocab_size": VOCAB_COUNT, "num_hidden_layers": LAYERS, "num_experts": EXPERTS_COUNT}
+    config = {"vocab_size": vocab_count, "num_hidden_layers": LAYERS, "num_experts": EXPERTS_COUNT}
     (folder / "config.json").write_text(json.dumps(config))
     header = json.dumps({"weight": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}).encode()
     data = hashlib.sha256(bytes([number])).digest()
@@ -56,10 +56,10 @@ def write_checkpoint(folder: Path, number: int) -> Path:
 
 
 @lru_cache(maxsize=1 << 14)
-def _logprobs(weights: bytes, context: bytes) -> tuple[float, ...]:
+def _logprobs(weights: bytes, vocab_count: int, context: bytes) -> tuple[float, ...]:
     """Of all tokens, at temperature 1."""
     source = random.Random(hashlib.sha256(weights + context).digest())  # noqa: S311 - a model, no secret
-    logits = [4 * source.random() for _ in range(VOCAB_COUNT)]
+    logits = [4 * source.random() for _ in range(vocab_count)]
     total = math.log(math.fsum(map(math.exp, logits)))
     return tuple(logit - total for logit in logits)
 
@@ -136,6 +136,7 @@ class WireDouble:
 
     def _forget(self) -> None:
         self._weights = (self.folder / "model.safetensors").read_bytes()
+        self._vocab_count: int = json.loads((self.folder / "config.json").read_text())["vocab_size"]
         self.label = "default"
         self.paused: str | None = None
         self._running: dict[str, _Request] = {}
@@ -240,7 +241,7 @@ class WireDouble:
         params = body["sampling_params"]
         if self.fault == "status 500":
             return web.json_response({"error": {"message": "EngineCore \x1b[31mdied", "code": 500}}, status=500)
-        if max(body["token_ids"]) >= VOCAB_COUNT:
+        if max(body["token_ids"]) >= self._vocab_count:
             return web.json_response({"error": {"message": "out of vocabulary", "code": 400}}, status=400)
         if not body.get("stream"):
             await self._until(lambda: self.paused is None)
@@ -268,8 +269,8 @@ class WireDouble:
         if count is not None:
             rows: list[Any] = [None]
             for at in range(1, len(ids)):
-                row = _logprobs(self._weights, array("I", ids[:at]).tobytes())
-                best = sorted(range(VOCAB_COUNT), key=lambda i: (-row[i], i))[:count]
+                row = self._next(ids[:at])
+                best = sorted(range(len(row)), key=lambda i: (-row[i], i))[:count]
                 rows.append({str(i): {"logprob": row[i], "rank": 1} for i in (ids[at], *best)})
             answer["prompt_logprobs"] = rows
         return answer
@@ -317,6 +318,9 @@ class WireDouble:
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
 
+    def _next(self, ids: Sequence[int]) -> tuple[float, ...]:
+        return _logprobs(self._weights, self._vocab_count, array("I", ids).tobytes())
+
     def _choice(
         self, ids: list[int], params: dict[str, Any], spans: list[dict[str, Any]], prompt_count: int, count: int = 1
     ) -> tuple[dict[str, Any], bool]:
@@ -326,9 +330,9 @@ class WireDouble:
         masks: list[list[int]] = []
         has_stopped = False
         while len(drawn) < count and not has_stopped:
-            logprobs = _processed(_logprobs(self._weights, array("I", ids).tobytes()), params)
+            logprobs = _processed(self._next(ids), params)
             token = _draw(logprobs, params, len(ids))
-            ranked = sorted(range(VOCAB_COUNT), key=lambda i: (i != token, -logprobs[i], i))
+            ranked = sorted(range(len(logprobs)), key=lambda i: (i != token, -logprobs[i], i))
             tops = [{"token_id": i, "logprob": logprobs[i]} for i in ranked[: max(params.get("logprobs") or 1, 1)]]
             content.append({"token_id": token, "logprob": logprobs[token], "rank": 1, "top_logprobs": tops})
             masks.append([i for i in ranked if logprobs[i] > NO_LOGPROB])
@@ -372,7 +376,7 @@ class WireDouble:
                 content[-1]["logprob"] = NO_LOGPROB
                 return True
             case "unknown id":
-                choice["token_ids"][-1] = content[-1]["token_id"] = VOCAB_COUNT
+                choice["token_ids"][-1] = content[-1]["token_id"] = self._vocab_count
                 return True
             case "other version":
                 self.label = "77"
@@ -386,12 +390,7 @@ class WireDouble:
         return [hashlib.sha256(salt.encode() + array("I", ids[:end]).tobytes()).digest() for end in ends]
 
     def _cached_count(self, salt: str, ids: Sequence[int]) -> int:
-        count = 0
-        for block in self._blocks(salt, ids[:-1]):
-            if block not in self._cached:
-                break
-            count += BLOCK_TOKENS
-        return count
+        return BLOCK_TOKENS * sum(block in self._cached for block in self._blocks(salt, ids[:-1]))
 
     async def _until(self, holds: Any) -> None:
         while not holds():
