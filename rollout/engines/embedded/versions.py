@@ -109,7 +109,7 @@ class Versions:
         if entry is not None:
             try:
                 self._check(entry)
-            except NoStateError as error:
+            except EngineError as error:
                 _log.warning("a cached state is not used: %s; the context is computed again", error)
             else:
                 self.retained.put(entry)
