@@ -94,7 +94,9 @@ class Exporter:
         self._directory, self._log, self._ledger, self._epoch = run / SHARDS, run / "wal", ledger, epoch
         self._waiting: deque[str] = deque()
         self._wake = asyncio.Event()
-        self._has_taken_all = asyncio.Event()
+        self._ended_count = 0
+        self._taken_count = 0
+        self._has_taken = asyncio.Event()
         self._has_written = asyncio.Event()
         self._is_closing = False
         self._has_stopped = False
@@ -107,8 +109,7 @@ class Exporter:
         """
         self._writer = await asyncio.to_thread(self._open)
         self._waiting.extend(ended(self._ledger, self._writer.rollout_ids))
-        if not self._waiting:
-            self._has_taken_all.set()
+        self._ended_count = len(self._waiting)
         self._wake.set()
         self._work = asyncio.create_task(self._write(), name="exporter")
         return self
@@ -127,12 +128,19 @@ class Exporter:
         """What the service calls with each event that is durable and folded."""
         if isinstance(event, RolloutFinished) and not self._has_stopped:
             self._waiting.append(event.rollout_id)
-            self._has_taken_all.clear()
+            self._ended_count += 1
             self._wake.set()
 
     async def taken_all(self) -> None:
-        """Return once nothing that has ended is still looked up in ledger or log, which may forget it then."""
-        await self._has_taken_all.wait()
+        """Return once nothing that has ended by now is still looked up in ledger or log, which may forget it then."""
+        ended_count = self._ended_count
+        while self._taken_count < ended_count and not self._has_stopped:
+            await self._has_taken.wait()
+
+    def _take(self, count: int) -> None:
+        self._taken_count += count
+        self._has_taken.set()
+        self._has_taken.clear()
 
     async def side_channels(self, rollout_id: str) -> tuple[SideChannel, ...]:
         """Where those of a rollout that has ended lie, once they do; `uri` is a path.  ResultsError: they do not."""
@@ -156,17 +164,17 @@ class Exporter:
                 while self._waiting:
                     ids = [self._waiting.popleft() for _ in range(min(len(self._waiting), _ROWS_AT_ONCE))]
                     batch = [ended_rollout(self._ledger, each) for each in ids]
-                    if not (self._waiting or any(each.returns for each in batch)):
-                        self._has_taken_all.set()
+                    if is_taken := not any(each.returns for each in batch):
+                        self._take(len(batch))
                     await asyncio.to_thread(_append, self._log, self._writer, batch)
                     self._has_written.set()
                     self._has_written.clear()
-                    if not self._waiting:
-                        self._has_taken_all.set()
+                    if not is_taken:
+                        self._take(len(batch))
         except (RolloutError, wal.WalError) as error:
             _log.warning("%s; rollouts that end from now on are written by the next start", error)
         finally:
             self._has_stopped = True
-            self._has_taken_all.set()
+            self._has_taken.set()
             self._has_written.set()
             await asyncio.to_thread(self._writer.close)

@@ -1,9 +1,10 @@
-"""Shards that cannot be written any more keep nobody waiting: neither who acknowledges, nor who asks for their rows."""
+"""Shards that are slow, or cannot be written any more, keep nobody waiting for longer than what has ended takes."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,37 @@ async def test_what_ends_while_full_shards_close_is_acknowledged_and_has_no_rows
                 await setting.service.exporter.side_channels(ids[0])  # what a call that asks for them waits for
         finally:
             may_close.set()
+
+
+async def test_an_acknowledgement_waits_for_what_had_ended_and_not_for_what_ends_meanwhile(
+    serving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, is_writing, may_write = ShardWriter.append, threading.Semaphore(0), threading.Semaphore(0)
+
+    def append_slowly(*given: Any) -> int:
+        is_writing.release()
+        may_write.acquire()
+        return append(*given)
+
+    async with asyncio.timeout(60), serving(tmp_path / "run", exports_shards=True) as setting:
+        monkeypatch.setattr(ShardWriter, "append", append_slowly)
+        prompts, asked = [setting.ask("one")], {"fields": ("tokens", "routes")}
+        following = []
+        for request_id in ("first", "second", "third"):  # each ends while the one before is being written
+            updates = setting.client.submit(prompts, request_id=request_id, **asked)
+            following.append(asyncio.create_task(drain(updates)))
+            await setting.until(lambda name=f"{request_id}/one.0": setting.service.ledger.is_done(name))
+            if request_id == "first":
+                acknowledging = asyncio.create_task(setting.service.retention.acknowledge(["first/one.0"]))
+            else:
+                may_write.release()
+            await asyncio.to_thread(is_writing.acquire)
+        assert await acknowledging == 1
+        assert not following[-1].done()
+        may_write.release()
+        await asyncio.gather(*following)
+
+
+async def drain(updates: AsyncIterator[Any]) -> None:
+    async for _ in updates:
+        pass
