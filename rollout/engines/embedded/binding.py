@@ -180,19 +180,27 @@ class Model:
                 getattr(config, name)[: len(value)] = value
             else:
                 setattr(config, name, value)
+        self.pointer: int | None = None
+        try:
+            self._load(checkpoint, config, threads_count)
+        except EngineError:
+            self.close()
+            raise
+
+    def _load(self, checkpoint: Checkpoint, config: CConfig, threads_count: int) -> None:
         path = checkpoint.folder / "model.safetensors"
-        with mapped(path, checkpoint.tensors) as addresses:
+        with mapped(path, checkpoint.tensors, checkpoint.weights_stamp) as addresses:
             odd = [
                 tensor.name
                 for tensor, address in zip(checkpoint.tensors, addresses, strict=True)
                 if tensor and not self.library.v4_is_finite(address, tensor.words_count)
             ]
+            if odd:
+                raise EngineError(f"{path}: tensor {odd[0]} holds NaN or infinity, and so do {len(odd) - 1} others")
             table = (ctypes.c_void_p * len(addresses))(*addresses)
-            self.pointer = None if odd else self.library.v4_create(ctypes.byref(config), table, threads_count)
-        if odd:
-            raise EngineError(f"{path}: tensor {odd[0]} holds NaN or infinity, and so do {len(odd) - 1} others")
-        if not self.pointer:
-            raise EngineError(f"{path}: out of memory while loading")
+            self.pointer = self.library.v4_create(ctypes.byref(config), table, threads_count)
+            if not self.pointer:
+                raise EngineError(f"{path}: out of memory while loading")
 
     def close(self) -> None:
         """Free the weights; states must be closed before."""

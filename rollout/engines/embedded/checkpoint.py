@@ -20,6 +20,7 @@ import msgspec
 
 from rollout.engines.embedded.config import Dimensions, read_dimensions, read_length_max
 from rollout.engines.embedded.tensors import GLOBALS, LAYER, Tensor, locate
+from rollout.engines.embedded.weights import Stamp, stamp_of
 from rollout.errors import EngineError
 from toolcall_dsl.dialect import V4
 
@@ -37,6 +38,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     dimensions: Dimensions
     tensors: tuple[Tensor | None, ...]
     weights_digest: str
+    weights_stamp: Stamp
     fork_token_id: int
     header_token_id: int
     vocabulary_digest: str
@@ -52,13 +54,14 @@ def load_checkpoint(folder: Path | None = None) -> Checkpoint:
     length_max = read_length_max(lengths, _read_json(lengths))
     config = folder / "config.json"
     dimensions, is_tied = read_dimensions(config, _read_json(config), length_max)
-    tensors, digest = _read_weights(folder, dimensions, is_tied=is_tied)
+    tensors, digest, stamp = _read_weights(folder, dimensions, is_tied=is_tied)
     ids = _read_vocabulary(folder / "tokenizer.json", dimensions.vocab_count)
     return Checkpoint(
         folder=folder,
         dimensions=dimensions,
         tensors=tensors,
         weights_digest=digest,
+        weights_stamp=stamp,
         fork_token_id=ids[V4.user],
         header_token_id=ids[V4.assistant],
         vocabulary_digest=hashlib.sha256(json.dumps(sorted(ids.items())).encode()).hexdigest(),
@@ -95,14 +98,15 @@ def _read_vocabulary(path: Path, vocab_count: int) -> Mapping[str, int]:
     return ids
 
 
-def _read_weights(folder: Path, d: Dimensions, *, is_tied: bool) -> tuple[tuple[Tensor | None, ...], str]:
+def _read_weights(folder: Path, d: Dimensions, *, is_tied: bool) -> tuple[tuple[Tensor | None, ...], str, Stamp]:
     path = folder / "model.safetensors"
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            stamp = stamp_of(file)
             with memoryview(data) as view:
                 tensors = locate(path, view, d, is_tied=is_tied)
                 _check_routes(path, d, view, tensors)
-            return tensors, hashlib.sha256(data).hexdigest()
+            return tensors, hashlib.sha256(data).hexdigest(), stamp
     except FileNotFoundError as error:
         if (folder / "model.safetensors.index.json").exists():
             raise EngineError(f"{path}: no such file; the weights must be in one, not in shards") from error

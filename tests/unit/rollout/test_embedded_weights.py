@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from rollout.engine import SampleRequest, Sampling
 from rollout.engines.embedded.binding import Chunk, Model, State
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT, load_checkpoint
 from rollout.engines.embedded.engine import EmbeddedEngine
+from rollout.engines.embedded.weights import mapped
 from rollout.errors import EngineError
 from rollout.main import load_tokenizer
 from toolcall_dsl import TokenizerError
@@ -164,6 +166,31 @@ def test_weights_in_shards_are_refused_with_the_way_out(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(EngineError, match="the weights must be in one, not in shards"):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_weights_that_change_between_check_and_load_are_refused(folder: Path, *, replaced: bool) -> None:
+    checkpoint, path = load_checkpoint(folder), folder / "model.safetensors"
+    if replaced:
+        path.rename(folder / "old")
+        shutil.copyfile(folder / "old", path)
+    else:
+        with path.open("r+b") as file:
+            file.truncate(1000)
+    with pytest.raises(EngineError, match=rf"^{path}: was written to while it was loaded"):
+        Model(checkpoint)
+
+
+def test_weights_that_change_while_they_are_copied_are_refused(folder: Path) -> None:
+    checkpoint, path = load_checkpoint(folder), folder / "model.safetensors"
+
+    def load() -> None:
+        with mapped(path, checkpoint.tensors, checkpoint.weights_stamp) as addresses:
+            assert addresses[0]
+            os.utime(path)
+
+    with pytest.raises(EngineError, match="was written to while it was loaded"):
+        load()
 
 
 def logits_of(folder: Path | None = None) -> list[float]:
