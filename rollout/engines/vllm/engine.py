@@ -37,7 +37,7 @@ from rollout.engine import (
 )
 from rollout.engines.vllm import wire
 from rollout.engines.vllm.connection import CALL_S_MAX, Connection
-from rollout.engines.vllm.facts import Facts, read_facts, read_label
+from rollout.engines.vllm.facts import Facts, read_facts, read_label, unusable
 from rollout.engines.vllm.stream import Run, finish_of, joined, read_chunks
 from rollout.engines.vllm.weights import Label, Weights, check_fits, parse_label, read_weights
 from rollout.errors import EngineError, PreemptedError, RequestError, RolloutError
@@ -100,8 +100,10 @@ class VllmEngine:
         try:
             await self._connection.post("/resume")
             self._facts = await read_facts(self._connection, self._vocab_count)
-        except BaseException:
+        except BaseException as error:
             await self._connection.close()
+            if isinstance(error, RolloutError):
+                raise unusable(self.url, error) from error
             raise
         self._failure = None
 
@@ -113,7 +115,7 @@ class VllmEngine:
         """See Engine."""
         self._check()
         check_request(request, self.info)
-        self._check_request(request)
+        self._known.check(request)
         run = Run(request.session)
         self._runs.add(run)
         room = min(request.tokens_count_max, self.info.context_tokens_max - len(request.token_ids))
@@ -139,19 +141,6 @@ class VllmEngine:
         finally:
             self._runs.discard(run)
             self._changed.set()
-
-    def _check_request(self, request: SampleRequest) -> None:
-        """RequestError for what this server cannot do."""
-        facts = self._known
-        if 0 < request.sampling.temperature < wire.TEMPERATURE_MIN:
-            raise RequestError(f"temperature is {request.sampling.temperature:g}: vLLM draws at 0.01 or above, or at 0")
-        if 0 <= facts.logprobs_max < request.top_logprobs_count + 1 and request.top_logprobs_count:
-            raise RequestError(
-                f"top_logprobs_count is {request.top_logprobs_count}: serve vLLM with --max-logprobs "
-                f"{request.top_logprobs_count + 1}, or ask for less than {facts.logprobs_max}"
-            )
-        if request.returns_mask and not facts.tells_masks:
-            raise RequestError("returns_mask: serve vLLM with --return-sampling-mask")
 
     def _enter(self, request: SampleRequest) -> KvBreak:
         """Note who draws for a session; "rebuilt" if that was somebody else before: another salt, another KV."""
@@ -275,7 +264,8 @@ class VllmEngine:
 
     async def _pause(self, mode: PauseMode) -> None:
         """At the server; without the flag it would forget its prefix cache."""
-        await self._connection.post(f"/pause?mode={mode}&clear_cache=false", call_s_max=None)
+        call_s_max = None if mode == "wait" else CALL_S_MAX
+        await self._connection.post(f"/pause?mode={mode}&clear_cache=false", call_s_max=call_s_max)
 
     async def resume(self) -> None:
         """See Engine."""

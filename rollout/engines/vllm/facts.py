@@ -24,8 +24,8 @@ from rollout.engines.vllm.weights import (
     read_config,
     read_weights,
 )
-from rollout.engines.vllm.wire import GENERATE, body_of, read_npy
-from rollout.errors import EngineError, RequestError
+from rollout.engines.vllm.wire import GENERATE, TEMPERATURE_MIN, body_of, read_npy, words
+from rollout.errors import EngineError, RequestError, RolloutError
 
 _NAME_MAX = 120
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
@@ -78,6 +78,23 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     logprobs_max: int
     tells_masks: bool
 
+    def check(self, request: SampleRequest) -> None:
+        """RequestError for what the server cannot do, beside what no engine can."""
+        count = request.top_logprobs_count
+        if 0 < request.sampling.temperature < TEMPERATURE_MIN:
+            raise RequestError(f"temperature is {request.sampling.temperature:g}: vLLM draws at 0.01 or above, or at 0")
+        if count and 0 <= self.logprobs_max <= count:
+            raise RequestError(f"top_logprobs_count is {count}: serve vLLM with --max-logprobs {count + 1}")
+        if request.returns_mask and not self.tells_masks:
+            raise RequestError("returns_mask: serve vLLM with --return-sampling-mask")
+
+
+def unusable(url: str, error: RolloutError) -> EngineError:
+    """Why a server cannot be an engine; if a route of it is shut, with what opens it."""
+    is_shut = any(f"answered {code}" in str(error) for code in (403, 404))
+    hint = "; start it as `dsec engine serve-vllm` says, with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out"
+    return EngineError(f"{url}: {error}{hint if is_shut else ''}")
+
 
 async def read_facts(connection: Connection, vocab_count: int | None) -> Facts:
     """Ask the server everything.  EngineError: it is not there, or not as it must be.
@@ -90,24 +107,17 @@ async def read_facts(connection: Connection, vocab_count: int | None) -> Facts:
         config = _read(_ServerInfo, await connection.get("/server_info?config_format=json")).vllm_config
         label = parse_label(await read_label(connection))
     except (KeyError, TypeError, IndexError, msgspec.ValidationError) as error:
-        raise EngineError(f"{connection.url}: not the answers of a vLLM: {error}") from error
-    except (EngineError, RequestError) as error:
-        if "answered 404" in str(error):
-            raise EngineError(
-                f"{connection.url}: {error}; serve it with VLLM_SERVER_DEV_MODE=1 (`dsec engine serve-vllm` does)"
-            ) from error
-        raise
+        raise EngineError(f"not the answers of a vLLM: {words(str(error).encode())}") from error
     if config.model_config.logprobs_mode != "processed_logprobs":
-        raise EngineError(
-            f"{connection.url}: its logprobs are not those that it draws by: serve it with --logprobs-mode "
-            "processed_logprobs"
-        )
+        raise EngineError("its logprobs are not those that it draws by: add --logprobs-mode processed_logprobs")
     root = Path(model.root or config.model_config.model)
     weights = await _weights(root, label)
     described = _described(root)
     count = described.get("vocab_size", vocab_count)
     if not isinstance(count, int) or count < 1:
-        raise EngineError(f"{connection.url}: the size of the vocabulary is not known: {root}/config.json is not here")
+        raise EngineError(
+            f"the size of the vocabulary is not known: {words(str(root).encode())}/config.json is not here"
+        )
     digest = label.weights_digest or (weights.digest if weights else digest_of_name(str(root), label.policy_version))
     info = EngineInfo(
         name=shortened(visible_line(f"vllm/{model.id}"), _NAME_MAX),
@@ -163,13 +173,8 @@ async def _probe(connection: Connection, info: EngineInfo) -> dict[str, Any]:
     try:
         told = await connection.post(GENERATE, body)
         choice: dict[str, Any] = told["choices"][0]
-    except (EngineError, RequestError) as error:
-        hint = (
-            "; serve it with --enable-scale-out" if "answered 403" in str(error) or "answered 404" in str(error) else ""
-        )
-        raise EngineError(f"{connection.url}: it draws nothing: {error}{hint}") from error
     except (KeyError, TypeError, IndexError) as error:
-        raise EngineError(f"{connection.url}: not the answer of a vLLM to {GENERATE}") from error
+        raise EngineError(f"not the answer of a vLLM to {GENERATE}") from error
     return choice
 
 

@@ -131,6 +131,8 @@ class WireDouble:
         """Events of a stream before the fault."""
         self.calls: list[tuple[str, Any]] = []
         """What was asked: path with query, and body."""
+        self.shut = ""
+        """What the paths begin with that it does not have."""
         self._runner: web.AppRunner | None = None
         self._forget()
 
@@ -178,7 +180,7 @@ class WireDouble:
         is_guarded = request.path.startswith(("/v1", "/inference"))
         if self._key and is_guarded and request.headers.get("authorization") != f"Bearer {self._key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
-        match request.path.strip("/"):
+        match "" if self.shut and request.path.startswith(self.shut) else request.path.strip("/"):
             case "version":
                 return web.json_response({"version": "0.32.0"})
             case "v1/models":

@@ -258,6 +258,15 @@ async def test_a_preemption_that_comes_before_the_server_heard_of_the_request_is
     await server.idle()
 
 
+async def test_a_server_whose_routes_are_shut_is_refused_with_what_opens_them(
+    make_server: MakeServer, opened: Opened
+) -> None:
+    server = await make_server()
+    for server.shut in ("/resume", "/server_info", "/weight_info", "/inference"):
+        with pytest.raises(EngineError, match=r"404: Not Found; .*serve-vllm.* VLLM_SERVER_DEV_MODE=1"):
+            await opened(server)
+
+
 async def test_a_key_is_shown_and_a_wrong_one_is_said(make_server: MakeServer, opened: Opened, ask: Ask) -> None:
     server = await make_server(key="right")
     engine = await opened(server, key="right")
