@@ -12,9 +12,10 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
+import wal
 from rollout.engine import Sampling, TopLogprobs
 from rollout.errors import EngineError, RequestError
 from rollout.events import InfraFailed, RolloutFinished
@@ -127,7 +128,8 @@ async def generate(service: RolloutService, ask: Ask) -> AsyncGenerator[Drawn | 
         if not ask.is_named:
             try:
                 if not is_over:
-                    await service.cancel(job.request_id)
+                    with suppress(wal.ClosedError):  # the next start ends it
+                        await service.cancel(job.request_id)
             finally:  # a caller that goes twice does not keep it from its end
                 service.retention.let_go(job.request_id)
 

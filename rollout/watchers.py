@@ -81,6 +81,7 @@ class Watchers:
         """`events_count_max` bounds what is kept for one watcher."""
         self.events_count_max = events_count_max
         self._watches: dict[str, list[Watch]] = defaultdict(list)
+        self._sent_away: DsecError | None = None
 
     @property
     def count(self) -> int:
@@ -99,8 +100,9 @@ class Watchers:
             watch.put(None)
 
     def send_away(self) -> None:
-        """End every watch with an UnreachableError: what they watch goes on elsewhere, or not now."""
+        """End every watch, also each that comes later, with an UnreachableError: it goes on elsewhere, or not now."""
         error = UnreachableError("the job that is followed here is being left by this process: ask again")
+        self._sent_away = error
         for watches in self._watches.values():
             for watch in watches:
                 watch.break_off(error)
@@ -109,7 +111,9 @@ class Watchers:
     def watch(self, request_id: str, *, is_live: bool) -> Watch:
         """Events from now on; registered before this returns, so nothing is missed."""
         watch = Watch(self, request_id)
-        if is_live:
+        if self._sent_away is not None:
+            watch.break_off(self._sent_away)
+        elif is_live:
             self._watches[request_id].append(watch)
         else:
             watch.put(None)

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from dsec.errors import StateError
+from dsec.errors import StateError, UnreachableError
 from rollout.engine import Sampling
 from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.errors import ConflictError, NotFoundError
@@ -17,7 +17,8 @@ from rollout.quick import ask
 from rollout.record import QuickAnswer
 from rollout.request import Limits
 from rollout.testing import Reply
-from toolcall_dsl.quick import Answer
+from toolcall_dsl import token_ids_of
+from toolcall_dsl.quick import Answer, instruction
 
 DONE = Reply(reasoning="Good.", content="Done.")
 LOOK = Reply(reasoning="Look.", calls=[("bash", {"command": "look"})])
@@ -109,6 +110,25 @@ async def test_tokens_and_logprobs_are_the_same_bits_with_questions_all_the_way(
     assert len(expected) == 3
 
 
+async def test_a_question_computes_itself_alone_while_its_rollout_is_sampled_and_when_it_has_ended(world: Any) -> None:
+    here, name = world(), "job/Sort-a.txt.0"
+    here.make_engine = EmbeddedEngine
+    tasks = [(each, None) if isinstance(each, str) else each for each in SIX]
+    async with here.serving() as service:
+        tokenizer = service.ledger.tokenizer
+        asked = [instruction(task, thinking=True, url=url).segments(tokenizer) for task, url in tasks]
+        own = {task: len(token_ids_of(segments)) for (task, _), segments in zip(tasks, asked, strict=True)}
+        here.tool_may_end.set()
+        await here.submit("job", "Sort-a.txt", limits=Limits(turns_count_max=3))
+        await here.until(lambda: here.sampled(name) > 0)
+        while_sampled = await ask(service, name, FIVE)
+        await service.wait("job")
+        after = await ask(service, name, SIX)
+    for answers, end in ((while_sampled, 0), (after, 1)):  # of its last turn, the end token was drawn and not computed
+        computed = {each.task: each.prompt_tokens_count - each.cached_tokens_count for each in answers}
+        assert computed == {each.task: own[each.task] + end * (each.task == "title") for each in answers}
+
+
 async def test_one_request_made_by_many_while_the_context_goes_on_is_one_job(world: Any) -> None:
     here = world(look_once)
     async with here.serving() as service:
@@ -170,6 +190,23 @@ async def test_an_answer_outlives_the_cancel_of_what_it_is_about(world: Any) -> 
         await service.cancel("job")
         await service.engine.resume()
         assert texts_of(await asking) == ["Search"] * len(SIX)
+
+
+async def test_a_named_question_is_answered_by_the_next_process_and_an_unnamed_one_has_gone(world: Any) -> None:
+    here = world(look_once)
+    async with here.serving() as service:
+        await here.submit("job", "one")
+        await in_a_tool(here)
+        await service.engine.pause("keep")
+        both = (ask(service, ONE, SIX, request_id="asked"), ask(service, ONE, SIX))
+        asking = asyncio.gather(*both, return_exceptions=True)
+        await here.until(lambda: len(service.ledger.jobs) == 3)
+    assert [type(each) for each in await asking] == [UnreachableError] * 2
+    here.tool_may_end.set()
+    async with here.serving() as service:
+        assert texts_of(await ask(service, ONE, SIX, request_id="asked")) == ["Search"] * len(SIX)
+        await service.wait("job")
+        assert {job for job in service.ledger.jobs if job.startswith("quick-")} <= set(service.ledger.cancelled)
 
 
 async def test_questions_go_before_a_full_queue_and_who_holds_the_only_slot(world: Any) -> None:
