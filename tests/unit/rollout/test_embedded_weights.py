@@ -216,6 +216,19 @@ def test_layers_of_mtp_full_precision_of_bf16_values_and_other_names_change_noth
     assert logits_of(folder) == logits_of()
 
 
+def test_a_state_of_another_config_is_refused(folder: Path) -> None:
+    """With the same weights: what its keys were rotated by is not in them."""
+    change_json(folder / "config.json", lambda config: config["rope_parameters"]["main"].update(rope_theta=2e4))
+    models = [Model(load_checkpoint(each)) for each in (None, folder)]
+    states = [State(model) for model in models]
+    models[0].step([Chunk(states[0], [0, 5, 6])])
+    with pytest.raises(EngineError, match="not a packed state of this model"):
+        states[1].unpack(states[0].pack())
+    for state, model in zip(states, models, strict=True):
+        state.close()
+        model.close()
+
+
 def change_json(path: Path, change: Callable[[dict], object]) -> None:
     value = json.loads(path.read_text())
     change(value)
