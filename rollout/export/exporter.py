@@ -173,6 +173,9 @@ class Exporter:
                         self._take(len(batch))
         except (RolloutError, wal.WalError) as error:
             _log.warning("%s; rollouts that end from now on are written by the next start", error)
+        except BaseException:
+            _log.exception("shards are written no more; rollouts that end from now on are written by the next start")
+            raise
         finally:
             self._has_stopped = True
             self._has_taken.set()

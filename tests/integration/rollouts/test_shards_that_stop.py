@@ -41,6 +41,24 @@ async def test_what_ends_while_full_shards_close_is_acknowledged_and_has_no_rows
             may_close.set()
 
 
+async def test_a_bug_of_the_writer_is_told_when_it_strikes_and_when_the_service_ends(
+    serving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> int:
+        raise ZeroDivisionError("a bug")
+
+    async def serve() -> None:
+        async with asyncio.timeout(60), serving(tmp_path / "run", exports_shards=True) as setting:
+            updates = await setting.job()
+            ids = [update.rollout_id for update in updates if update.trajectory is not None]
+            await setting.until(lambda: "shards are written no more" in caplog.text)
+            assert await setting.client.ack(ids) == 6
+
+    monkeypatch.setattr(ShardWriter, "append", fail)
+    with pytest.raises(ZeroDivisionError):
+        await serve()
+
+
 async def test_an_acknowledgement_waits_for_what_had_ended_and_not_for_what_ends_meanwhile(
     serving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
