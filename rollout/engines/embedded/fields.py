@@ -23,7 +23,7 @@ class Fields(msgspec.Struct, frozen=True):
     def refused(self, name: str, bound: str) -> EngineError:
         """What to raise for a field: file, name, value and the bound."""
         given = f"is {self.values[name]!r}" if name in self.values else "is missing"
-        return EngineError(f"{self.source}: {self.prefix}{name} {given:.200}: {bound}")
+        return EngineError(f"{self.source}: {self.prefix}{name:.100} {given:.200}: {bound}")
 
     def has(self, name: str) -> bool:
         """Whether the field is there and not null."""

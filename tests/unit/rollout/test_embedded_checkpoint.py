@@ -4,7 +4,6 @@ import json
 import platform
 import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,16 +22,6 @@ def folder(tmp_path: Path) -> Path:
 def change_config(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def change_header(folder: Path, change: Callable[[dict], object]) -> None:
-    path = folder / "model.safetensors"
-    data = path.read_bytes()
-    size = struct.unpack_from("<Q", data)[0]
-    header = json.loads(data[8 : 8 + size])
-    change(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
 
 
 def test_the_shipped_checkpoint_loads_with_its_facts() -> None:
@@ -54,18 +43,6 @@ def test_weights_that_were_cut_short_are_refused(folder: Path, kept_bytes: int) 
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept_bytes])
     with pytest.raises(EngineError, match=r"model.safetensors: (damaged|cannot be read)"):
-        load_checkpoint(folder)
-
-
-def test_a_missing_tensor_is_named(folder: Path) -> None:
-    change_header(folder, lambda header: header.pop("model.layers.2.self_attn.sinks"))
-    with pytest.raises(EngineError, match=r"layers.2.self_attn.sinks is missing"):
-        load_checkpoint(folder)
-
-
-def test_a_tensor_of_another_type_is_named(folder: Path) -> None:
-    change_header(folder, lambda header: header["lm_head.weight"].update(dtype="F16"))
-    with pytest.raises(EngineError, match=r"lm_head.weight is F16 .* not BF16"):
         load_checkpoint(folder)
 
 
