@@ -197,6 +197,18 @@ class Ledger:
         """Whether every rollout of the job has ended: nothing is left to start for it."""
         return all(self.is_done(rollout_id) for rollout_id, _, _ in self.members(request_id))
 
+    def missing_reasons(self, group: Group) -> dict[int, str]:
+        """Why members of a group have no reward, by index: never a silent hole; `PENDING` while one may still come."""
+        reasons = {}
+        for index, member in enumerate(group.members):
+            state = self.rollouts.get(member)
+            if state is None:
+                reasons[index] = "PENDING"
+            elif state.judged is None:
+                ended = state.finished.reason.value if state.finished else "PENDING"
+                reasons[index] = state.failure.code if state.failure else ended
+        return reasons
+
     def is_stale(self, state: State) -> bool:
         """Whether the rollout's oldest token is further behind the newest weights than its job allows."""
         lag_max = state.job.policy.max_lag

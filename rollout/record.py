@@ -22,7 +22,6 @@ from rollout.engine import Sampling
 from rollout.export.manifest import SideChannel
 from rollout.ledger import Ledger
 from rollout.machine import read_turn
-from rollout.request import Group
 from rollout.state import AnsweredCall, State, Turn, weights_at
 from toolcall_dsl import V4, SpanKind
 from toolcall_dsl.quick import Action
@@ -250,7 +249,7 @@ def trajectory_record(ledger: Ledger, rollout_id: str, side_channels: tuple[Side
             group_id=group.group_id,
             index=state.opened.group_index,
             size=group.size,
-            missing_reasons=missing_reasons(ledger, group),
+            missing_reasons=ledger.missing_reasons(group),
         ),
         tool_calls=_calls(state, sandbox),
         timing=_timing(state),
@@ -277,19 +276,6 @@ def trajectory_record(ledger: Ledger, rollout_id: str, side_channels: tuple[Side
         mask_offsets=ragged_offsets(spans, state.masks) if "sampling_mask" in state.job.returns else (),
         mask_ids=_flat(state, state.masks),
     )
-
-
-def missing_reasons(ledger: Ledger, group: Group) -> dict[int, str]:
-    """Why members of a group have no reward, by index: never a silent hole.  `PENDING` while they may still get one."""
-    reasons = {}
-    for index in range(group.size):
-        state = ledger.rollouts.get(f"{group.group_id}.{index}")
-        if state is None:
-            reasons[index] = "PENDING"
-        elif state.judged is None:
-            ended = state.finished.reason.value if state.finished else "PENDING"
-            reasons[index] = state.failure.code if state.failure else ended
-    return reasons
 
 
 def _reward(state: State) -> RewardRecord:

@@ -19,7 +19,7 @@ from rollout.events import RolloutEvent, rollout_of
 from rollout.export.manifest import SideChannel
 from rollout.ledger import Ledger
 from rollout.pb.v1 import rollout_pb2 as pb
-from rollout.record import TrajectoryRecord, missing_reasons, trajectory_record
+from rollout.record import TrajectoryRecord, trajectory_record
 from rollout.request import Group
 from rollout.rpc.messages import fill, parts
 from wal.tokens import TokensAppended
@@ -106,7 +106,7 @@ def _add_group(update: pb.Update, ledger: Ledger) -> None:
     if update.rollout_id not in ids or not all(has_stopped(ledger, member) for member in ids):
         return
     if max(ledger.lsns[member][1] for member in ids) == update.event:
-        missing = missing_reasons(ledger, group)
+        missing = ledger.missing_reasons(group)
         told = {"group_id": group.group_id, "size": group.size, "rollout_ids": ids, "missing_reasons": missing}
         fill(update.group_finished, told)
 
