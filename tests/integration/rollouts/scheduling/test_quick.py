@@ -92,6 +92,7 @@ async def run(here: Any, *, is_asked: bool) -> dict[str, tuple[Any, ...]]:
         resting = asyncio.gather(service.wait("job"), service.wait("talk"))
         asked_count = 0
         while is_asked and not resting.done():
+            await asyncio.sleep(0)
             known = [*service.ledger.rollouts.values()]
             for state in [state for state in known if state.job.request_id in {"job", "talk"} and not state.finished]:
                 asked_count += len(await ask(service, state.opened.rollout_id, FIVE, answer_tokens_count_max=4))
