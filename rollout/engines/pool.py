@@ -18,7 +18,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -43,10 +43,19 @@ AGAIN_S_MIN, AGAIN_S_MAX = 1.0, 30.0
 _log = logging.getLogger(__name__)
 
 
+class Member(Engine, Protocol):
+    """An engine that knows where its weights came from, so that others can be brought to them."""
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder of the weights that draw, where this host sees it."""
+        ...
+
+
 class _Member:
     """An engine; `fault` is why it is left out, None while it is not."""
 
-    def __init__(self, name: str, engine: Engine) -> None:
+    def __init__(self, name: str, engine: Member) -> None:
         self.name, self.engine = name, engine
         self.fault: str | None = "it was not opened yet"
         self.mending: asyncio.Task[None] | None = None
@@ -63,7 +72,7 @@ class _Run:
 class EnginePool:
     """An Engine over one or more, by name; see the port for what its methods promise."""
 
-    def __init__(self, engines: Mapping[str, Engine], silence_s_max: float) -> None:
+    def __init__(self, engines: Mapping[str, Member], silence_s_max: float) -> None:
         """Who says nothing for so long, and is not paused, has failed."""
         self._members = {name: _Member(name, engine) for name, engine in engines.items()}
         self._silence_s_max = silence_s_max
@@ -71,7 +80,7 @@ class EnginePool:
         self._is_open = False
         self._paused: PauseMode | None = None
         self._checkpoint: Path | None = None
-        """Of the newest update."""
+        """Of the weights that draw."""
         self._updates = asyncio.Lock()
         self._homes = Homes()
         self._pinned: set[str] = set()
@@ -114,6 +123,7 @@ class EnginePool:
                 raise next(error for error in opened if error is not None)
             newest = max(found, key=lambda each: each.engine.info.policy_version)
             info = newest.engine.info
+            self._checkpoint = newest.engine.checkpoint
             shortest = min(each.engine.info.context_tokens_max for each in found)
             self._info = msgspec.structs.replace(info, context_tokens_max=shortest)
             for each in found:
@@ -231,10 +241,10 @@ class EnginePool:
         """
         async with self._updates:
             self._check()
-            if (checkpoint, policy_version) == (self._checkpoint, self.info.policy_version):
-                return self.info
-            check_version(self.info, policy_version)
-            if self._pinned:
+            is_new = policy_version != self.info.policy_version  # else its engine says whether it is the last again
+            if is_new:
+                check_version(self.info, policy_version)
+            if is_new and self._pinned:
                 raise EngineError(f"{len(self._pinned)} sessions pin the weights of this pool: release them first")
             await self._update_first(checkpoint, policy_version, announce)
             self._checkpoint = checkpoint

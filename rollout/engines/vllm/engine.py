@@ -39,7 +39,7 @@ from rollout.engines.vllm import wire
 from rollout.engines.vllm.connection import CALL_S_MAX, Connection
 from rollout.engines.vllm.facts import Facts, read_facts, read_label, unusable
 from rollout.engines.vllm.stream import Run, finish_of, joined, read_chunks
-from rollout.engines.vllm.weights import Label, Weights, check_fits, parse_label, read_weights
+from rollout.engines.vllm.weights import Label, check_fits, parse_label, read_weights
 from rollout.errors import EngineError, PreemptedError, RequestError, RolloutError
 
 LINE_BYTES_MAX = 16 << 20
@@ -75,6 +75,11 @@ class VllmEngine:
     def url(self) -> str:
         """Where the server is."""
         return self._connection.url
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder of the weights that draw, where this host sees it."""
+        return self._known.folder
 
     @property
     def info(self) -> EngineInfo:
@@ -294,12 +299,13 @@ class VllmEngine:
                 raise EngineError(
                     f"{len(self._pinned)} sessions pin the weights, and vLLM holds one version: release them first"
                 )
-            if self._known.weights is not None:
-                check_fits(checkpoint, new, self._known.weights)
+            old = await asyncio.to_thread(self._known.weights)
+            if old is not None:
+                check_fits(checkpoint, new, old)
             self._is_updating = True
             try:
                 await self._cut()
-                await self._change(checkpoint, new, changed, announce)
+                await self._change(checkpoint, changed, announce)
             finally:
                 if self._is_open and self._failure is None and self._paused is None:
                     with contextlib.suppress(RolloutError):
@@ -318,14 +324,14 @@ class VllmEngine:
         await self._until(lambda: all(run.has_begun or not run.request_id for run in self._runs))
         self._check()
 
-    async def _change(self, checkpoint: Path, new: Weights, changed: EngineInfo, announce: Announce | None) -> None:
+    async def _change(self, checkpoint: Path, changed: EngineInfo, announce: Announce | None) -> None:
         """Load, announce, label.  Who raises finds the old weights there, or a failed engine."""
         facts = self._known
         found = parse_label(await read_label(self._connection)).policy_version
         if found not in (facts.info.policy_version, changed.policy_version):
             raise EngineError(f"{self.url}: its weights are version {found}, of which nobody told")
         is_there = found == changed.policy_version or changed.weights_digest == facts.info.weights_digest
-        label = Label(changed.policy_version, changed.weights_digest)
+        label = Label(changed.policy_version, changed.weights_digest, str(checkpoint))
         try:
             if not is_there:
                 await self._load(checkpoint)
@@ -336,7 +342,7 @@ class VllmEngine:
             if not is_there:
                 await self._take_back(facts, error)
             raise
-        self._facts = msgspec.structs.replace(facts, info=changed, folder=checkpoint, weights=new)
+        self._facts = msgspec.structs.replace(facts, info=changed, folder=checkpoint)
 
     async def _load(self, folder: Path) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}

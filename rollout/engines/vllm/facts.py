@@ -17,7 +17,6 @@ from rollout.engine import EngineInfo, Routing, SampleRequest, Sampling
 from rollout.engines.vllm.connection import Connection
 from rollout.engines.vllm.weights import (
     UNLABELLED,
-    Label,
     Weights,
     digest_of_name,
     parse_label,
@@ -69,14 +68,21 @@ class _Models(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """`weights` and `folder` are of the checkpoint that draws, None where this host does not see it."""
+    """`folder` is where the checkpoint that draws was loaded from, None where this host does not see it."""
 
     info: EngineInfo
     folder: Path | None
-    weights: Weights | None
     has_priorities: bool
     logprobs_max: int
     tells_masks: bool
+
+    def weights(self) -> Weights | None:
+        """What is in the folder, if that is still what draws."""
+        try:
+            found = read_weights(self.folder) if self.folder is not None else None
+        except EngineError:
+            return None
+        return found if found is not None and found.digest == self.info.weights_digest else None
 
     def check(self, request: SampleRequest) -> None:
         """RequestError for what the server cannot do, beside what no engine can."""
@@ -111,18 +117,21 @@ async def read_facts(connection: Connection, vocab_count: int | None) -> Facts:
     if config.model_config.logprobs_mode != "processed_logprobs":
         raise EngineError("its logprobs are not those that it draws by: add --logprobs-mode processed_logprobs")
     root = Path(model.root or config.model_config.model)
-    weights = await _weights(root, label)
+    folder = Path(label.folder) if label.folder else root if label.policy_version == 0 and root.is_absolute() else None
+    folder = folder if folder is not None and folder.is_dir() else None
     described = _described(root)
     count = described.get("vocab_size", vocab_count)
     if not isinstance(count, int) or count < 1:
         raise EngineError(
             f"the size of the vocabulary is not known: {words(str(root).encode())}/config.json is not here"
         )
-    digest = label.weights_digest or (weights.digest if weights else digest_of_name(str(root), label.policy_version))
+    digest = label.weights_digest
+    if not digest and folder is not None:
+        digest = (await asyncio.to_thread(read_weights, folder)).digest
     info = EngineInfo(
         name=shortened(visible_line(f"vllm/{model.id}"), _NAME_MAX),
         build=shortened(visible_line(f"vllm {version} {config.model_config.dtype}".strip()), _NAME_MAX),
-        weights_digest=digest,
+        weights_digest=digest or digest_of_name(str(root), label.policy_version),
         vocab_count=count,
         context_tokens_max=model.max_model_len,
         policy_version=label.policy_version,
@@ -131,8 +140,7 @@ async def read_facts(connection: Connection, vocab_count: int | None) -> Facts:
     probed = await _probe(connection, info)
     return Facts(
         info=msgspec.structs.replace(info, routing=_routing(probed, described) if tells_routes else None),
-        folder=root if weights else None,
-        weights=weights,
+        folder=folder,
         has_priorities=config.scheduler_config.policy == "priority",
         logprobs_max=config.model_config.max_logprobs,
         tells_masks=config.model_config.return_sampling_mask,
@@ -147,13 +155,6 @@ async def read_label(connection: Connection) -> str:
 
 def _read(kind: type[Any], told: Any) -> Any:
     return msgspec.convert(told, kind)
-
-
-async def _weights(root: Path, label: Label) -> Weights | None:
-    """Of the folder that the server was started with, unless it has drawn with others since, or it is not here."""
-    if label.weights_digest or label.policy_version or not (root.is_absolute() and root.is_dir()):
-        return None
-    return await asyncio.to_thread(read_weights, root)
 
 
 def _described(root: Path) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 The server tells a label of its weights, and nothing of their contents that holds for every backend (its own checksums
 leave out what a CPU packs).  So a digest is made here: over the files of the checkpoint where this host sees them, else
-over the name that the server has for it.  It is put into the label with the trainer's number, `7@<sha256>`: there the
-next service finds both.
+over the name that the server has for it.  It is put into the label with the trainer's number and the folder,
+`7@<sha256> /srv/7`: there the next service finds all three.
 
 See: docs/adr/0027-engines-over-http.md.
 """
@@ -26,18 +26,19 @@ UNLABELLED = "default"
 HEADER_BYTES_MAX = 256 << 20
 FILES_MAX = 4096
 _READERS = 4
-_LABEL = re.compile(r"(\d{1,18})(?:@([0-9a-f]{64}))?")
+_LABEL = re.compile(r"(\d{1,18})(?:@([0-9a-f]{64})(?: (/[^\x00-\x1f\x7f]{0,4096}))?)?")
 
 
 class Label(NamedTuple):
-    """What a server calls its weights: the trainer's number, and their digest if it is known ("")."""
+    """What a server calls its weights: the trainer's number, their digest and their folder if they are known ("")."""
 
     policy_version: int
     weights_digest: str = ""
+    folder: str = ""
 
     def __str__(self) -> str:
         """As the server keeps it."""
-        return f"{self.policy_version}@{self.weights_digest}"
+        return f"{self.policy_version}@{self.weights_digest} {self.folder}"
 
 
 class Weights(NamedTuple):
@@ -50,7 +51,7 @@ class Weights(NamedTuple):
 def parse_label(text: str) -> Label:
     """A server's label; what no trainer numbered is version 0."""
     match = _LABEL.fullmatch(text)
-    return Label(int(match[1]), match[2] or "") if match else Label(0)
+    return Label(int(match[1]), match[2] or "", match[3] or "") if match else Label(0)
 
 
 def digest_of_name(root: str, policy_version: int) -> str:

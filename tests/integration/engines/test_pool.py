@@ -95,7 +95,7 @@ async def test_an_engine_that_is_killed_comes_back_by_itself_with_the_weights_of
     await servers[1].start()
     assert servers[1].label == "default"
     await healthy(pool)
-    assert servers[1].label == servers[0].label == f"3@{pool.info.weights_digest}"
+    assert servers[1].label == servers[0].label == f"3@{pool.info.weights_digest} {tmp_path}/new"
 
 
 async def test_an_update_that_one_engine_misses_leaves_it_out_until_it_has_it(
@@ -115,6 +115,25 @@ async def test_an_update_that_one_engine_misses_leaves_it_out_until_it_has_it(
     await healthy(pool)
     await taker.task
     assert {chunk.policy_version for chunk in taker.chunks} == {0, 3}
+
+
+async def test_a_pool_that_is_made_anew_finds_the_weights_and_brings_the_others_to_them(
+    make_server: MakeServer, make_pool: MakePool, ask: Ask, tmp_path: Path
+) -> None:
+    servers = [await make_server(), await make_server()]
+    first = await make_pool(*servers)
+    info = await first.update(write_checkpoint(tmp_path / "new", 5), 3)
+    whole = await collect(first, ask(20))
+    await first.close()
+    await servers[0].stop()
+    await servers[0].start()
+    pool = await make_pool(*servers)
+    assert pool.info == info
+    assert list(pool.faults) == [servers[0].url]
+    assert await collect(pool, ask(20)) == whole
+    await healthy(pool)
+    assert servers[0].label == servers[1].label
+    assert await pool.update(tmp_path / "new", 3) == info
 
 
 async def test_weights_that_none_can_take_change_nothing(

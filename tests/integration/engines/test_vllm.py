@@ -55,7 +55,7 @@ async def test_a_fault_is_a_typed_error_and_leaves_others_and_nothing_open(
     chunks: list[Sampled] = []
 
     async def draw() -> None:
-        async with aclosing(guarded(engine, ask(), 0.3)) as stream:
+        async with aclosing(guarded(engine, ask(), 0.3 if fault == "hang" else 30.0)) as stream:
             async for chunk in stream:
                 chunks.append(chunk)  # noqa: PERF401 - kept when it breaks
 
@@ -123,7 +123,7 @@ async def test_an_update_is_labelled_with_version_and_digest_and_found_again(
     server = await make_server()
     engine = await opened(server)
     first, newer = engine.info, await engine.update(write_checkpoint(tmp_path / "new", 5), 7)
-    assert server.label == f"7@{newer.weights_digest}"
+    assert server.label == f"7@{newer.weights_digest} {tmp_path}/new"
     await engine.close()
     assert first.weights_digest != newer.weights_digest
     again = await opened(server)
@@ -137,7 +137,7 @@ async def test_weights_that_a_trainer_put_there_are_taken_and_not_loaded(
     engine = await opened(server)
     server.label = "3"
     info = await engine.update(write_checkpoint(tmp_path / "new", 5), 3)
-    assert (info.policy_version, server.label) == (3, f"3@{info.weights_digest}")
+    assert (info.policy_version, server.label) == (3, f"3@{info.weights_digest} {tmp_path}/new")
     assert not [path for path, _ in server.calls if path == "/collective_rpc"]
     server.label = "9"
     with pytest.raises(EngineError, match="version 9, of which nobody told"):

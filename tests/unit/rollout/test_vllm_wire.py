@@ -195,9 +195,10 @@ def test_a_body_leaves_nothing_to_the_servers_own_defaults() -> None:
 
 
 def test_a_label_is_a_version_and_a_digest_or_no_version() -> None:
-    assert parse_label(str(Label(12, "b" * 64))) == Label(12, "b" * 64)
+    assert parse_label(str(Label(12, "b" * 64, "/srv/a b/12"))) == Label(12, "b" * 64, "/srv/a b/12")
     assert parse_label("7") == Label(7)
-    for text in ("default", "", "step-7", "-1", "7@", "7@xyz", "9" * 40):
+    assert parse_label(f"7@{'a' * 64}") == Label(7, "a" * 64)
+    for text in ("default", "", "step-7", "-1", "7@", "7@xyz", "9" * 40, f"7@{'a' * 64} rel", f"7@{'a' * 64} /\x1b"):
         assert parse_label(text) == Label(0)
 
 
