@@ -109,6 +109,15 @@ async def test_another_process_goes_on_from_it_and_the_other_way_round(tmp_path:
     assert (count, said) == (len(PROMPTS[1]) - 2, "")
 
 
+async def test_processes_that_write_the_same_states_at_once_disturb_nobody(tmp_path: Path) -> None:
+    told = await asyncio.gather(*(asyncio.to_thread(elsewhere, tmp_path, PROMPTS[i % 2]) for i in range(4)))
+    assert [said for _, _, said in told] == [""] * 4
+    assert told[0][1] == told[2][1] != told[1][1] == told[3][1]
+    async with opened(tmp_path) as engine:
+        for prompt, (_, drawn, _) in zip(PROMPTS[:2], told, strict=False):
+            assert (await answer(engine, ask(prompt)))[:2] == (len(prompt) - 2, tuple(drawn))
+
+
 async def test_a_full_disk_is_said_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     _, drawn, said = await asyncio.to_thread(elsewhere, tmp_path, PROMPTS[0], 100_000)
     async with opened(None) as engine:
