@@ -63,6 +63,9 @@ class RolloutConfig(BaseSettings):
     engine_silence_s: float = Field(
         default=600.0, gt=0, description="an engine that is not paused and says nothing for so long has failed"
     )
+    engine_threads_count: int = Field(
+        default=2, ge=1, le=16, description="threads that step the embedded engine, but no more than processors"
+    )
     engine_cache: Path | None = Field(
         default=None,
         description="where states of contexts lie that memory has no room for; unset: DIR/states under dsec serve",

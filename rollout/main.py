@@ -61,7 +61,7 @@ def make_engine(config: RolloutConfig, cache: Path | None = None, vocab_count: i
         key = config.engine_key.get_secret_value()
         engines = {url: VllmEngine(url, key=key, vocab_count=vocab_count) for url in config.engines}
         return EnginePool(engines, config.engine_silence_s / 2)  # before who waits for the pool loses patience
-    limits = Limits(cache_bytes_max=config.engine_cache_bytes_max)
+    limits = Limits(cache_bytes_max=config.engine_cache_bytes_max, threads_count=config.engine_threads_count)
     folder = config.engine_cache or cache
     return EmbeddedEngine(limits=limits, cache=folder if limits.cache_bytes_max else None)
 

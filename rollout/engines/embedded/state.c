@@ -62,7 +62,7 @@ v4_state *v4_state_create(const v4_model *model) {
     size_t bytes = (sizeof(v4_state) + model->state_floats * sizeof(float) + 63) / 64 * 64;
     v4_state *state = aligned_alloc(64, bytes);
     if (!state) return NULL;
-    memset(state, 0, bytes);
+    memset(state, 0, sizeof *state); /* the floats are written before they are read: what is not used takes no memory */
     v4_state_reset(model, state);
     return state;
 }

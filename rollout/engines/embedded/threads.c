@@ -14,6 +14,9 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#ifdef __linux__
+#include <sys/prctl.h>
+#endif
 
 #include "model.h"
 #include "simd.h"
@@ -74,6 +77,9 @@ static void sleep_for_news(v4_pool *pool) {
 static void *help(void *argument) {
     v4_pool *pool = argument;
     int thread = 1 + atomic_fetch_add(&pool->helpers_named, 1);
+#ifdef __linux__
+    (void)prctl(PR_SET_NAME, "engine-helper"); /* who asks the system what takes so long, is told */
+#endif
     while (!atomic_load_explicit(&pool->is_closing, memory_order_relaxed)) {
         if (take_piece(pool, thread)) continue;
         int spins = 0;

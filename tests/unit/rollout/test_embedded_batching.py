@@ -260,7 +260,15 @@ async def test_a_lagging_consumer_gets_its_tokens_merged() -> None:
 
 
 @pytest.mark.parametrize(
-    "limits", [Limits(running_max=0), Limits(running_max=129), Limits(prefill_tokens_max=0), Limits(rounds_max=0)]
+    "limits",
+    [
+        Limits(running_max=0),
+        Limits(running_max=129),
+        Limits(prefill_tokens_max=0),
+        Limits(rounds_max=0),
+        Limits(threads_count=0),
+        Limits(threads_count=17),
+    ],
 )
 def test_limits_out_of_bounds_are_refused(limits: Limits) -> None:
     with pytest.raises(RequestError, match="must be"):
