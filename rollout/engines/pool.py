@@ -213,10 +213,14 @@ class EnginePool:
     async def pause(self, mode: PauseMode) -> None:
         """See Engine; one that cannot be paused is left out, and one that comes back is paused first."""
         self._check()
-        self._paused = mode
+        before, self._paused = self._paused, mode
         if mode == "abort":
             self._interrupt(None)
-        await self._for_all(lambda engine: engine.pause(mode))
+        try:
+            await self._for_all(lambda engine: engine.pause(mode))
+        except BaseException:
+            self._paused = before
+            raise
 
     async def resume(self) -> None:
         """See Engine."""
@@ -227,12 +231,15 @@ class EnginePool:
         """Leave out whoever cannot do it.  EngineError if nobody can."""
         members = [self._members[name] for name in self._living]
         results = await asyncio.gather(*(call(each.engine) for each in members), return_exceptions=True)
-        errors = [error for error in results if error is not None]
+        failed: dict[str, RolloutError] = {}
         for each, error in zip(members, results, strict=True):
             if isinstance(error, RolloutError):
+                failed[each.name] = error
                 self._leave_out(each, str(error))
-        if errors and (len(errors) == len(members) or not all(isinstance(each, RolloutError) for each in errors)):
-            raise errors[0]
+            elif error is not None:
+                raise error
+        if failed and len(failed) == len(members):
+            raise EngineError("; ".join(f"{name}: {error}" for name, error in failed.items()))
 
     async def update(self, checkpoint: Path, policy_version: int, announce: Announce | None = None) -> EngineInfo:
         """See Engine: one engine first, then, what that loaded being certain, all others at once.

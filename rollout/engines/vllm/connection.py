@@ -141,4 +141,6 @@ class Connection:
 
 
 def _failed(error: BaseException) -> EngineError:
+    if isinstance(error, TimeoutError):
+        return EngineError("it does not answer")
     return EngineError(f"{type(error).__name__}: {words(str(error).encode())}".rstrip(": "))
