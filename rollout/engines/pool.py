@@ -150,6 +150,7 @@ class EnginePool:
                 await self._until(lambda: bool(self._living) or run.is_preempted)
                 self._check(run)
                 member, is_moved = self._home(request)
+                is_rest = bool(drawn)  # what is cached of that, is not of the prompt alone
                 rest = msgspec.structs.replace(
                     request,
                     token_ids=request.token_ids + tuple(drawn),
@@ -158,6 +159,8 @@ class EnginePool:
                 try:
                     async with aclosing(guarded(member.engine, rest, self._silence_s_max)) as chunks:
                         async for chunk in chunks:
+                            if chunk.cached_tokens_count and is_rest:
+                                chunk = msgspec.structs.replace(chunk, cached_tokens_count=0)  # noqa: PLW2901
                             drawn += chunk.token_ids
                             failures_count = 0
                             yield msgspec.structs.replace(chunk, kv=chunk.kv or "rebuilt") if is_moved else chunk

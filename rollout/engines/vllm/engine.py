@@ -139,7 +139,8 @@ class VllmEngine:
                         self._check()
                         drawn += chunk.token_ids
                         finish = finish_of(chunk, request.stop_ids, room - len(drawn))
-                        yield msgspec.structs.replace(chunk, kv=kv, finish=finish)
+                        cached_count = 0 if told_count else chunk.cached_tokens_count  # else, of what was drawn, too
+                        yield msgspec.structs.replace(chunk, kv=kv, finish=finish, cached_tokens_count=cached_count)
                         kv = ""
                         if finish:
                             return

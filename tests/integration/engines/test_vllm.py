@@ -195,10 +195,12 @@ async def test_streams_that_an_update_crosses_are_cut_and_stamped_to_the_token(
     engine = await opened(server)
     (tmp_path / "new-0").symlink_to(server.folder)
     running = [Taker(engine, ask(120, session=f"s{number}", stream_key=number)) for number in range(8)]
+    (tmp_path / "new-3").symlink_to(server.folder)  # the first weights again: with all that was cached for them
     for version in (1, 2, 3):
         seen = sum(len(each.chunks) for each in running)
         await until(lambda seen=seen: sum(len(each.chunks) for each in running) > seen + 20)
-        await engine.update(write_checkpoint(tmp_path / f"new-{version}", version), version)
+        folder = tmp_path / f"new-{version}"
+        await engine.update(folder if version == 3 else write_checkpoint(folder, version), version)
     await asyncio.gather(*(each.task for each in running))
     for number, chunks in enumerate(each.chunks for each in running):
         versions = [chunk.policy_version for chunk in chunks]
@@ -209,6 +211,7 @@ async def test_streams_that_an_update_crosses_are_cut_and_stamped_to_the_token(
             folder = tmp_path / f"new-{chunk.policy_version}"
             assert chunk.token_ids == drawn_alone(folder, context, number, len(chunk.token_ids))
             context += chunk.token_ids
+        assert max(chunk.cached_tokens_count for chunk in chunks) == 0
         breaks = [chunk.kv for chunk in chunks if chunk.kv]
         assert breaks == ["rebuilt"] * (len(set(versions)) - 1)
 
