@@ -45,7 +45,7 @@ TOKENS = 96
 
 
 class Clock:
-    """Seconds since it was made: of the wall; of processors the loop's, the engine's (its helpers' too), all threads'."""
+    """Seconds since it was made: of the wall; of processors the loop's, the engine's and helpers', all threads'."""
 
     def __init__(self) -> None:
         """The engine is open."""
