@@ -65,19 +65,28 @@ def write_tiny_model(folder: Path, seed: int = 0, experts_count: int = 0) -> Pat
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEFAULT_CHECKPOINT / name, folder / name)
     chance = np.random.default_rng(seed)
-    header: dict[str, dict[str, object]] = {}
-    parts, end = [], 0
+    tensors = {}
     for name, shape in _shapes(vocab_count, experts_count).items():
         gain = _HEAD_GAIN if name.startswith("lm_head") else 1.0
         scale = gain if "embed" in name else gain / shape[-1] ** 0.5
         values = np.ones(shape) if len(shape) == 1 else chance.standard_normal(shape) * scale
-        parts.append(values.astype("<f4").tobytes())
-        start, end = end, end + len(parts[-1])
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        tensors[name] = ("F32", shape, values.astype("<f4").tobytes())
+    write_safetensors(folder / "model.safetensors", tensors)
+    return folder
+
+
+def write_safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
+    """By name: type as the format calls it, shape, and little-endian contents."""
+    header: dict[str, dict[str, object]] = {}
+    end = 0
+    for name, (dtype, shape, data) in tensors.items():
+        start, end = end, end + len(data)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"".join(parts))
-    return folder
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.writelines(data for _, _, data in tensors.values())
 
 
 def _shapes(vocab_count: int, experts_count: int) -> dict[str, tuple[int, ...]]:
