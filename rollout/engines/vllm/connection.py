@@ -48,6 +48,8 @@ class Connection:
         self.url = check_url(url)
         self._headers = _HEADERS | ({"authorization": f"Bearer {key}"} if key else {})
         self._session: aiohttp.ClientSession | None = None
+        self._responses: set[aiohttp.ClientResponse] = set()
+        """Those that are being read."""
 
     @property
     def is_open(self) -> bool:
@@ -66,6 +68,8 @@ class Connection:
     async def close(self) -> None:
         """Break every stream."""
         session, self._session = self._session, None
+        for response in self._responses:
+            response.close()  # a session that closes does not wake who waits for more of one
         if session is not None:
             await session.close()
 
@@ -89,12 +93,14 @@ class Connection:
             )
         except _FAILURES as error:
             raise _failed(error) from error
+        self._responses.add(response)
         try:
             if response.status != 200:
                 raise error_of(await self._body(response, BODY_BYTES_MAX), response.status)
             async with aclosing(self._payloads(response, line_bytes_max)) as payloads:
                 yield payloads
         finally:
+            self._responses.discard(response)
             response.close()
 
     async def _payloads(self, response: aiohttp.ClientResponse, line_bytes_max: int) -> AsyncGenerator[bytes, None]:
@@ -116,7 +122,11 @@ class Connection:
             async with session.request(
                 method, self.url + path, data=data, headers=_JSON, timeout=timeout, allow_redirects=False
             ) as response:
-                body = await self._body(response, bytes_max)
+                self._responses.add(response)
+                try:
+                    body = await self._body(response, bytes_max)
+                finally:
+                    self._responses.discard(response)
         except _FAILURES as error:
             raise _failed(error) from error
         if response.status != 200:
