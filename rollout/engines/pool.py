@@ -18,7 +18,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -35,30 +35,13 @@ from rollout.engine import (
 )
 from rollout.engines.guard import guarded
 from rollout.engines.homes import Homes
+from rollout.engines.members import Member, PoolMember, difference
 from rollout.errors import EngineError, PreemptedError, RequestError, RolloutError
 
 FAILURES_MAX = 3
 """How many engines in a row may fail a request before it gets a token."""
 AGAIN_S_MIN, AGAIN_S_MAX = 1.0, 30.0
 _log = logging.getLogger(__name__)
-
-
-class Member(Engine, Protocol):
-    """An engine that knows where its weights came from, so that others can be brought to them."""
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """The folder of the weights that draw, where this host sees it."""
-        ...
-
-
-class _Member:
-    """An engine; `fault` is why it is left out, None while it is not."""
-
-    def __init__(self, name: str, engine: Member) -> None:
-        self.name, self.engine = name, engine
-        self.fault: str | None = "it was not opened yet"
-        self.mending: asyncio.Task[None] | None = None
 
 
 class _Run:
@@ -74,7 +57,7 @@ class EnginePool:
 
     def __init__(self, engines: Mapping[str, Member], silence_s_max: float) -> None:
         """Who says nothing for so long, and is not paused, has failed."""
-        self._members = {name: _Member(name, engine) for name, engine in engines.items()}
+        self._members = {name: PoolMember(name, engine) for name, engine in engines.items()}
         self._silence_s_max = silence_s_max
         self._info: EngineInfo | None = None
         self._is_open = False
@@ -127,7 +110,7 @@ class EnginePool:
             shortest = min(each.engine.info.context_tokens_max for each in found)
             self._info = msgspec.structs.replace(info, context_tokens_max=shortest)
             for each in found:
-                if problem := _difference(each.engine.info, info):
+                if problem := difference(each.engine.info, info):
                     raise EngineError(f"{each.name} and {newest.name} cannot be one pool: {problem}")
         except BaseException:
             await asyncio.gather(*(each.engine.close() for each in found))
@@ -280,23 +263,32 @@ class EnginePool:
                 refused.append(error)
                 raise
 
-        first: EngineError | None = None
-        for name in self._living:
+        first: RolloutError | None = None
+        for each in sorted(self._members.values(), key=lambda each: each.fault is not None):
             try:
-                self._info = self._common(await self._members[name].engine.update(checkpoint, policy_version, say))
-            except EngineError as error:
+                if each.fault is not None:  # all are out: by somebody else, they may have these weights already
+                    await each.stop_mending()
+                    await each.reopen()
+                    if self._paused is not None:
+                        await each.engine.pause(self._paused)
+                self._info = self._common(await each.engine.update(checkpoint, policy_version, say))
+            except RolloutError as error:
                 first = first or error
+                if each.fault is not None:
+                    each.mending = asyncio.create_task(self._mend(each))
                 if refused:
                     raise
             else:
+                each.fault = None
+                self._changed.set()
                 return
-        raise first or EngineError("no engine of the pool is there to be updated")
+        raise first or EngineError("there is no engine")
 
     def _common(self, info: EngineInfo) -> EngineInfo:
         """What the pool says of itself when its engines are so."""
         return msgspec.structs.replace(info, name=self.info.name, context_tokens_max=self.info.context_tokens_max)
 
-    async def _bring_up(self, member: _Member) -> None:
+    async def _bring_up(self, member: PoolMember) -> None:
         """Have an engine draw with the weights of the others.  EngineError."""
 
         async def compare(found: EngineInfo) -> None:
@@ -326,18 +318,15 @@ class EnginePool:
         self._is_open = False
         self._paused = None
         members = self._members.values()
-        mending = [each.mending for each in members if each.mending is not None]
-        for task in mending:
-            task.cancel()
-        await asyncio.gather(*mending, return_exceptions=True)
+        await asyncio.gather(*(each.stop_mending() for each in members))
         await asyncio.gather(*(each.engine.close() for each in members))
         for each in members:
-            each.fault, each.mending = "the pool is closed", None
+            each.fault = "the pool is closed"
         self._homes.clear()
         self._pinned.clear()
         self._changed.set()
 
-    def _home(self, request: SampleRequest) -> tuple[_Member, bool]:
+    def _home(self, request: SampleRequest) -> tuple[PoolMember, bool]:
         """The engine for a request, and whether its session was on another one before."""
         session = request.session
         (self._pinned.add if request.on_update == "pin" else self._pinned.discard)(session)
@@ -345,7 +334,7 @@ class EnginePool:
         home = self._homes.choose(session, request.token_ids, self._living)
         return self._members[home], before not in (None, home)
 
-    def _leave_out(self, member: _Member, fault: str) -> None:
+    def _leave_out(self, member: PoolMember, fault: str) -> None:
         """Until it is mended."""
         if not self._is_open or member.fault is not None:
             return
@@ -353,17 +342,17 @@ class EnginePool:
         member.fault = fault
         member.mending = asyncio.create_task(self._mend(member))
 
-    async def _mend(self, member: _Member) -> None:
+    async def _mend(self, member: PoolMember) -> None:
         again_s = AGAIN_S_MIN
+        await member.engine.close()
         while True:
+            await asyncio.sleep(again_s)
+            again_s = min(2 * again_s, AGAIN_S_MAX)
             try:
-                await member.engine.close()
-                await asyncio.sleep(again_s)
-                again_s = min(2 * again_s, AGAIN_S_MAX)
-                await member.engine.open()
+                await member.reopen()
                 async with self._updates:
                     await self._bring_up(member)
-                    if problem := _difference(member.engine.info, self.info, is_whole=True):
+                    if problem := difference(member.engine.info, self.info, is_whole=True):
                         raise EngineError(problem)
                     if self._paused is not None:
                         await member.engine.pause(self._paused)
@@ -387,14 +376,3 @@ class EnginePool:
         while not holds() and self._is_open:
             self._changed.clear()
             await self._changed.wait()
-
-
-def _difference(info: EngineInfo, other: EngineInfo, *, is_whole: bool = False) -> str:
-    """Why two engines cannot draw the same rollouts, or nothing; `is_whole`: not even for a while."""
-    names = ["build", "vocab_count", "routing", "hidden_dim"]
-    if is_whole or info.policy_version == other.policy_version:
-        names += ["policy_version", "weights_digest"]
-    if is_whole and info.context_tokens_max < other.context_tokens_max:
-        names.append("context_tokens_max")
-    differing = [name for name in names if getattr(info, name) != getattr(other, name)]
-    return "; ".join(f"{name} {getattr(info, name)!s}, not {getattr(other, name)!s}" for name in differing)

@@ -136,6 +136,25 @@ async def test_a_pool_that_is_made_anew_finds_the_weights_and_brings_the_others_
     assert await pool.update(tmp_path / "new", 3) == info
 
 
+async def test_what_one_service_updates_another_on_the_same_server_draws_with_once_it_is_told(
+    make_server: MakeServer, make_pool: MakePool, ask: Ask, tmp_path: Path
+) -> None:
+    server = await make_server()
+    one, other = await make_pool(server), await make_pool(server)
+    taker = Taker(other, ask(300))
+    await taker.has_begun.wait()
+    info = await one.update(write_checkpoint(tmp_path / "new", 5), 3)
+    async with asyncio.timeout(20):
+        while "policy_version 3, not 0" not in "".join(other.faults.values()):  # noqa: ASYNC110 - mended by the clock
+            await asyncio.sleep(0.005)
+    count = len(taker.chunks)
+    assert await other.update(tmp_path / "new", 3) == info
+    await taker.task
+    versions = [chunk.policy_version for chunk in taker.chunks]
+    assert versions == [0] * count + [3] * (len(versions) - count)
+    assert other.faults == {}
+
+
 async def test_weights_that_none_can_take_change_nothing(
     make_server: MakeServer, make_pool: MakePool, ask: Ask, tmp_path: Path
 ) -> None:
