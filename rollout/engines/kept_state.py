@@ -48,8 +48,8 @@ class NoStateError(EngineError):
 
 def write_state(path: Path, state: KeptState) -> None:
     """Put the file in place, over an older one.  EngineError."""
-    payload = msgspec.msgpack.encode(state)
     try:
+        payload = msgspec.msgpack.encode(state)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with open(handle, "wb") as file:
@@ -60,8 +60,9 @@ def write_state(path: Path, state: KeptState) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-    except OSError as error:
-        raise EngineError(f"{path}: the state cannot be saved: {error}; without it, it is computed again") from error
+    except (OSError, MemoryError) as error:
+        why = str(error) or "out of memory"
+        raise EngineError(f"{path}: the state cannot be saved: {why}; without it, it is computed again") from error
 
 
 def read_state(path: Path, build: str, weights_digest: str) -> KeptState:
@@ -71,6 +72,8 @@ def read_state(path: Path, build: str, weights_digest: str) -> KeptState:
             data = file.read(FILE_BYTES_MAX + 1)
     except OSError as error:
         raise NoStateError(error.strerror or str(error)) from error
+    except MemoryError as error:
+        raise NoStateError("out of memory") from error
     start = len(MAGIC) + DIGEST_BYTES
     payload = memoryview(data)[start:]
     if len(data) > FILE_BYTES_MAX or not data.startswith(MAGIC):

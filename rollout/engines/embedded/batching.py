@@ -20,6 +20,7 @@ weights computed it, only its own session goes on from it, and is told.
 
 from __future__ import annotations
 
+import contextlib
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from rollout.engines.embedded.library import build_digest
 from rollout.engines.embedded.prefix_tree import shared_count
 from rollout.engines.embedded.retained import RetainedStates
 from rollout.engines.kept_state import KeptState
+from rollout.errors import EngineError
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,29 +149,32 @@ class Batch:
         """
         while admits and self._waiting and len(self._running) < self.limits.running_max:
             insort(self._running, self._waiting.popleft(), key=_urgency)
-        self._start_jobs()
+        outcomes = self._start_jobs()
         self._prefill()
-        outcomes = self._decode()
+        outcomes += self._decode()
         if self._scorings and (admits or self._scorings[0].state):
             outcomes += self._score(self._scorings[0])
         for outcome in outcomes:
-            if outcome.finish:
+            if outcome.finish or outcome.error:
                 self.remove(outcome.job)
         return outcomes
 
-    def _start_jobs(self) -> None:
+    def _start_jobs(self) -> list[Outcome]:
         """Give a state to every running job that cannot share what another one is computing."""
         budget = self.limits.prefill_tokens_max
         for job in self._running:
             if budget <= 0:
-                return
+                break
             if job.state is not None or job.awaits_state:
                 budget -= job.pending_count - 1 if job.prefills else 0
                 continue
             entry, known_count = self.origin(job)
             if self._is_shared(job, entry):
                 continue
-            job.state = self._take_state()
+            try:
+                job.state = self._take_state()
+            except EngineError as error:
+                return self._without_state(job, error)
             job.weights = self._weights
             job.routes_start = entry.tokens_count if entry else 0
             job.plan_places(self.model.fork_token_id, self.model.header_token_id, job.routes_start, known_count)
@@ -180,6 +185,7 @@ class Batch:
                 job.cached_count = job.state.position
             job.kv = self._kv(job, entry)
             budget -= job.pending_count - 1
+        return []
 
     def origin(self, job: Job) -> tuple[KeptState | None, int]:
         """The retained state to start a job from, and how many of its tokens others went through.
@@ -272,7 +278,10 @@ class Batch:
 
     def _score(self, job: Scoring) -> list[Outcome]:
         """The next chunk of the tokens to score."""
-        job.state = job.state or self._take_state()
+        try:
+            job.state = job.state or self._take_state()
+        except EngineError as error:
+            return self._without_state(job, error)
         begin = job.state.position
         end = min(begin + self.limits.prefill_tokens_max + 1, len(job.token_ids))
         token_ids = job.token_ids[begin:end]
@@ -297,7 +306,12 @@ class Batch:
         if (session and job.routes) or (not session and len(job.weights) > 1):
             return  # what was not told must be computed again; nobody else may go on over two versions
         if not self.retained.claim(job.taken_tokens, job.weights, session):
-            self.retained.put(KeptState(build_digest(), job.weights, job.taken_tokens, job.state.pack()), session)
+            with contextlib.suppress(EngineError):  # memory is full: what is not kept is computed again
+                self.retained.put(KeptState(build_digest(), job.weights, job.taken_tokens, job.state.pack()), session)
+
+    def _without_state(self, job: Job | Scoring, error: EngineError) -> list[Outcome]:
+        """Memory has no room for a job's state: it waits for that of another, or fails alone if there is none."""
+        return [] if any(each.state for each in self.jobs) else [Outcome(job, [], None, error=error)]
 
     def _take_state(self) -> State:
         state = self._idle_states.pop() if self._idle_states else State(self.model)

@@ -48,9 +48,12 @@ class State:
         self.model.library.v4_state_reset(self.model.pointer, self.pointer)
 
     def pack(self) -> bytearray:
-        """All of it as bytes, about 1.5 KB a token until the window is full."""
+        """All of it as bytes, about 1.5 KB a token until the window is full.  EngineError: out of memory."""
         size = self.model.library.v4_packed_bytes(self.model.pointer, self.position)
-        packed = bytearray(size)
+        try:
+            packed = bytearray(size)
+        except MemoryError as error:
+            raise EngineError(f"out of memory for the {size} bytes of a packed state; lower state_bytes_max") from error
         self.model.library.v4_state_pack(self.model.pointer, self.pointer, (ctypes.c_char * size).from_buffer(packed))
         return packed
 

@@ -10,6 +10,7 @@ import msgspec
 
 from rollout.engine import KvBreak, OnUpdate, Routes, SampleRequest
 from rollout.engines.embedded.binding import Drawn, State
+from rollout.errors import EngineError
 
 BRANCH_TOKENS_MIN = 32
 """A state is left behind where contexts part if it spares at least so many tokens (5 ms), since it may cost 1 MB."""
@@ -123,13 +124,14 @@ class Scoring:
 class Outcome(msgspec.Struct, frozen=True):
     """Tokens that one turn drew for a job (for a scoring: all at its end); `finish` on the last.
 
-    "preempted" tells no token.
+    With `error` it has ended, and tells no token.
     """
 
     job: Job | Scoring
     drawn: list[Drawn]
-    finish: Literal["stop", "length", "preempted"] | None
+    finish: Literal["stop", "length"] | None
     policy_version: int = 0
     kv: KvBreak = ""
     cached_count: int = 0
     routes: Routes | None = None
+    error: EngineError | None = None

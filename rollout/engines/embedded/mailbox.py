@@ -11,7 +11,7 @@ from collections import deque
 
 from rollout.engine import Routes, Sampled
 from rollout.engines.embedded.jobs import Outcome
-from rollout.errors import EngineError, PreemptedError
+from rollout.errors import EngineError
 
 
 class Mailbox:
@@ -24,8 +24,8 @@ class Mailbox:
 
     def put(self, outcome: Outcome) -> None:
         """Add what a turn told."""
-        if outcome.finish == "preempted":
-            self.fail(PreemptedError("the request was preempted; everything drawn for it has been handed over"))
+        if outcome.error is not None:
+            self.fail(outcome.error)
             return
         if self._runs and self._runs[-1][-1].policy_version == outcome.policy_version and not outcome.kv:
             self._runs[-1].append(outcome)
@@ -55,7 +55,7 @@ def _merged(run: list[Outcome]) -> Sampled:
     return Sampled(
         token_ids=tuple(token.token_id for token in drawn),
         logprobs=tuple(token.logprob for token in drawn),
-        finish="stop" if last.finish == "stop" else "length" if last.finish == "length" else None,
+        finish=last.finish,
         policy_version=first.policy_version,
         cached_tokens_count=first.cached_count,
         kv=first.kv,

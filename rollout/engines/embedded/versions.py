@@ -22,7 +22,9 @@ from rollout.engines.embedded.jobs import Job, Outcome, Scoring, Session
 from rollout.engines.embedded.retained import RetainedStates
 from rollout.engines.kept_state import TOKEN_BYTES, KeptState, NoStateError
 from rollout.engines.state_cache import TOKENS_MIN
-from rollout.errors import EngineError
+from rollout.errors import EngineError, PreemptedError
+
+_PREEMPTED = "the request was preempted; everything drawn for it has been handed over"
 
 _log = logging.getLogger(__name__)
 
@@ -133,7 +135,7 @@ class Versions:
         ]
         for job in ended:
             self.remove(job)
-        return [Outcome(job, [], "preempted") for job in ended]
+        return [Outcome(job, [], None, error=PreemptedError(_PREEMPTED)) for job in ended]
 
     def pause(self, mode: PauseMode) -> list[Outcome]:
         """Draw no more, or only what running jobs still want."""

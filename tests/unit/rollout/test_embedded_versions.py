@@ -239,7 +239,7 @@ async def test_a_chunk_ends_where_the_version_or_the_kv_changes_and_comes_before
     put(3, 1, "kept")
     put(4, 1)
     put(5, 1, "rebuilt")
-    mailbox.put(Outcome(running, [], "preempted"))
+    mailbox.put(Outcome(running, [], None, error=PreemptedError("preempted")))
     chunks = [await mailbox.take() for _ in range(3)]
     assert [(chunk.token_ids, chunk.policy_version, chunk.kv) for chunk in chunks] == [
         ((1, 2), 0, ""),
