@@ -5,6 +5,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from rollout.engines.vllm.tiny import write_tiny_model
 
 VENV = Path(__file__).parents[3] / ".venv-vllm"
 START_S = 400
+STOP_S = 60
 _APART = ("unshare", "--mount", "--ipc", "--pid", "--fork", "--mount-proc", "sh", "-c")
 _LOOK_S = 0.2
 
@@ -71,14 +73,21 @@ class Server:
         assert self._process is not None
         os.killpg(self._process.pid, number)
 
+    def kill_engine(self) -> None:
+        """kill -9 of the process that computes, as for want of memory; the one that listens finds out by itself."""
+        assert self._process is not None
+        found = subprocess.run(
+            ["pgrep", "-g", str(self._process.pid), "-f", "^VLLM::"], stdout=subprocess.PIPE, check=True
+        )
+        os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
+
     def kill(self) -> None:
         """kill -9 of the first process of its namespace, and so of all; returns when none is left."""
-        if self._process is None:
-            return
-        pid = self._process.pid
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            os.kill(int(child), signal.SIGKILL)
-        self._process.wait()
+        if self._process is not None and self._process.poll() is None:
+            pid = self._process.pid
+            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                os.kill(int(child), signal.SIGKILL)
+            self._process.wait()
         self._process = None
 
 
@@ -90,7 +99,7 @@ def vllm_python() -> Path:
 
 
 @pytest.fixture(scope="session")
-def serve(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Server]]:
+def start_vllm(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Server]]:
     """Start a server; all of them are killed at the end."""
     servers: list[Server] = []
     model = write_tiny_model(tmp_path_factory.mktemp("tiny"))
@@ -108,9 +117,9 @@ def serve(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture(scope="session")
-def pair(serve: Callable[[], Server]) -> tuple[Server, Server]:
+def pair(start_vllm: Callable[[], Server]) -> tuple[Server, Server]:
     """Two servers of the same model; whoever kills the second starts it again, but for the last test."""
-    servers = (serve(), serve())
+    servers = (start_vllm(), start_vllm())
     for server in servers:
         server.wait()
     return servers
@@ -120,3 +129,40 @@ def pair(serve: Callable[[], Server]) -> tuple[Server, Server]:
 def server(pair: tuple[Server, Server]) -> Server:
     """The one that nobody kills."""
     return pair[0]
+
+
+@pytest.fixture
+def serve_dsec(tmp_path: Path) -> Iterator[Callable[..., tuple[str, Path]]]:
+    """Starts `dsec serve` over a directory of the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def serving(*urls: str, **environment: str) -> tuple[str, Path]:
+        """The address, and where it logs, with engines at these URLs."""
+        log = tmp_path / f"log-{len(started)}"
+        command = [
+            Path(sys.executable).with_name("dsec"),
+            "serve",
+            "--out",
+            tmp_path / "run",
+            "--listen",
+            "127.0.0.1:0",
+        ]
+        with log.open("wb") as said:
+            process = subprocess.Popen(
+                [*command, *(flag for url in urls for flag in ("--engine", url))],
+                env=os.environ | environment,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+                start_new_session=True,
+            )
+        started.append(process)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("dsec: serving "), log.read_text()
+        return line.split()[2].rstrip(","), log
+
+    yield serving
+    for process in started:
+        process.terminate()
+        process.communicate(timeout=STOP_S)

@@ -6,9 +6,11 @@ One file, so that one worker starts the two servers once.
 import asyncio
 import json
 import random
+import signal
+import threading
 import urllib.request
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from itertools import count
 from pathlib import Path
@@ -18,11 +20,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rollout.client import RolloutClient, Update
 from rollout.conformance.check import Check, Subject
 from rollout.conformance.suite import checks_for
 from rollout.engine import Sampled, SampleRequest, Sampling
 from rollout.engines.vllm.engine import VllmEngine
 from rollout.engines.vllm.tiny import write_tiny_model
+from rollout.jobs import make_conversation
+from rollout.request import Limits
 
 pytestmark = [pytest.mark.timeout(1500), pytest.mark.filterwarnings("default")]  # the oracle's warnings are not ours
 PROMPT = (0, 17, 900)
@@ -31,6 +36,11 @@ BLOCK_TOKENS = 32
 LOGPROB_ERROR = 2e-5
 """float32 by two programs, in different orders."""
 SEQUENCES_MAX = 16
+TURN_TOKENS, EARLY_TOKENS = 1500, 20
+"""Of an answer, and after how many its engine is disturbed: it runs ahead of those who read."""
+PATIENCE_S = 120
+FIELDS: tuple[Any, ...] = ("live_tokens", "tokens")
+LOOK_S = 0.1
 
 
 def ask(prompt: tuple[int, ...], tokens_count: int, **more: Any) -> SampleRequest:
@@ -212,3 +222,94 @@ async def test_the_weights_of_the_server_are_its_own_again(server: Any) -> None:
     await engine.open()
     assert engine.info.policy_version == 0
     await engine.close()
+
+
+def submit(client: RolloutClient, request_id: str) -> Iterator[Update]:
+    """Four rollouts, greedy: they need no sandbox."""
+    said = [json.dumps([{"role": "user", "content": f"{i}?"}]) for i in range(4)]
+    return client.submit(
+        [make_conversation(f"p{i}", messages_json=messages) for i, messages in enumerate(said)],
+        request_id=request_id,
+        fields=FIELDS,
+        sampling=Sampling(),
+        limits=Limits(turn_tokens_count_max=TURN_TOKENS),
+    )
+
+
+def follow(
+    updates: Iterator[Update], disturb: Callable[[], None] | None = None
+) -> tuple[dict[str, list[int]], list[str]]:
+    """The tokens of rollouts that ended, by prompt, and how others failed; `disturb` is called in mid-stream of all."""
+    streamed: dict[str, list[int]] = {}
+    drawn: dict[str, list[int]] = {}
+    failures = []
+    for update in updates:
+        name = update.rollout_id.split("/")[1]
+        if update.what == "tokens":
+            streamed.setdefault(name, []).extend(update.fields["token_ids"])
+            if disturb is not None and len(streamed) == 4 and min(map(len, streamed.values())) > EARLY_TOKENS:
+                assert max(map(len, streamed.values())) < TURN_TOKENS
+                disturb()
+                disturb = None
+        if update.what == "infra_failed":
+            failures.append(update.fields["code"])
+        if update.trajectory is not None:
+            record = update.trajectory
+            drawn[name] = [token for token, own in zip(record.token_ids, record.loss_mask, strict=True) if own]
+            assert drawn[name] == streamed[name]  # none of them twice
+    assert disturb is None
+    return drawn, failures
+
+
+@pytest.fixture(scope="module")
+def calm() -> dict[str, dict[str, list[int]]]:
+    """What was drawn when nobody disturbed it."""
+    return {}
+
+
+def test_a_hung_engine_is_an_error_with_a_name_and_a_resume_ends_with_the_very_tokens(
+    pair: Any, serve_dsec: Any, calm: Any
+) -> None:
+    server = pair[1]
+    address, _ = serve_dsec(server.url, DSEC_ENGINE_SILENCE_S="20")
+    with RolloutClient(address, patience_s=PATIENCE_S) as client:
+        calm["tokens"], failures = follow(submit(client, "calm"))
+        assert failures == []
+        try:
+            _, failures = follow(submit(client, "hung"), lambda: server.signal(signal.SIGSTOP))
+        finally:
+            server.signal(signal.SIGCONT)
+        assert set(failures) == {"ENGINE_ERROR"}  # of those that were not drawn to their end by then
+        assert len(client.resume(request_id="hung")) == len(failures)
+        drawn, _ = follow(client.attach("hung", fields=FIELDS))
+    assert drawn == calm["tokens"]
+
+
+def test_rollouts_go_on_exactly_after_kill_9_of_their_engine(pair: Any, serve_dsec: Any, calm: Any) -> None:
+    server = pair[1]
+    address, log = serve_dsec(server.url)
+
+    def kill() -> None:
+        server.kill()
+        wait_for("is left out", log)
+        server.start()
+        server.wait()
+
+    with RolloutClient(address, patience_s=PATIENCE_S) as client:
+        assert follow(submit(client, "killed"), kill) == (calm["tokens"], [])
+
+
+def test_of_two_engines_the_one_that_lives_ends_what_the_other_had_begun(pair: Any, serve_dsec: Any, calm: Any) -> None:
+    address, log = serve_dsec(*(server.url for server in pair))
+    with RolloutClient(address, patience_s=PATIENCE_S) as client:
+        assert follow(submit(client, "starved"), pair[1].kill_engine) == (calm["tokens"], [])
+    assert pair[1].url in log.read_text()
+    assert pair[0].url not in log.read_text()
+
+
+def wait_for(said: str, log: Path) -> None:
+    for _ in range(int(PATIENCE_S / LOOK_S)):
+        if said in log.read_text():
+            return
+        threading.Event().wait(LOOK_S)
+    pytest.fail(log.read_text())
