@@ -122,13 +122,15 @@ def check_conversations(
             check_tokens(prompt.token_ids, engine)
 
 
-def check_length(text: str, tokenizer: Tokenizer, tokens_count_max: int, escaped: int = 1) -> None:
+def check_length(
+    text: str, tokenizer: Tokenizer, tokens_count_max: int, escaped: int = 1, *, what: str = "a prompt"
+) -> None:
     """RequestError for a text that is too long whatever its tokens are: encoding it would take long.
 
     `escaped`: for how many of its characters one of the prompt may stand.
     """
     if len(text) > escaped * tokens_count_max * tokenizer.token_bytes_max:
-        raise RequestError(f"a prompt of {len(text)} characters leaves no room in {tokens_count_max} tokens")
+        raise RequestError(f"{what} of {len(text)} characters leaves no room in {tokens_count_max} tokens")
 
 
 def check_sampling(sampling: Sampling) -> None:

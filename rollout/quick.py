@@ -10,9 +10,10 @@ See: toolcall_dsl/quick.py; docs/serving.md, "Quick Instructions".
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 
@@ -20,7 +21,7 @@ from dsec.errors import StateError
 from rollout.engine import Sampling
 from rollout.errors import ConflictError, NotFoundError, RequestError
 from rollout.generation import Ask, Ended, context_bound, drawn_ids, generate, prompt_length
-from rollout.jobs import PRIORITY_MAX, make_conversation
+from rollout.jobs import PRIORITY_MAX, check_length, make_conversation
 from rollout.record import QuickAnswer
 from rollout.request import Conversation, Job
 from rollout.service import RolloutService
@@ -56,17 +57,18 @@ async def ask(
         raise RequestError(f"instructions: give 1 to {INSTRUCTIONS_MAX}, not {len(asked)}")
     if not 0 <= answer_tokens_count_max <= ANSWER_TOKENS_MAX:
         raise RequestError(f"answer_tokens_count_max is {answer_tokens_count_max}, at most {ANSWER_TOKENS_MAX}")
+    bound = context_bound(service)
     for task, url in asked:
         instruction(task, thinking=False, url=url)  # what there is not, there is behind no context
+        check_length(url or "", service.tokenizer, bound, what=f"{task}: a url")
     names = [_name(number, rollout_id, *each) for number, each in enumerate(asked)]
     known = service.ledger.jobs.get(request_id)
     if known is not None:
         project, prompts = known.project, _logged(service, known, names)
     else:
-        state, bound = _state(service, rollout_id), context_bound(service)
+        state = _state(service, rollout_id)
         project = state.job.project
-        each_named = zip(names, asked, strict=True)
-        prompts = [_prompt(name, task, url, state, service.tokenizer, bound) for name, (task, url) in each_named]
+        prompts = await asyncio.to_thread(_prompts, names, asked, state, service.tokenizer, bound)
     tokens_count = answer_tokens_count_max or ANSWER_TOKENS_COUNT
     wanted = Ask(
         request_id=request_id or f"quick-{secrets.token_hex(12)}",
@@ -113,6 +115,13 @@ def _state(service: RolloutService, rollout_id: str) -> State:
     if (state := service.ledger.rollouts.get(rollout_id)) is None:
         raise NotFoundError(f"no rollout {rollout_id!r}")
     return state
+
+
+def _prompts(
+    names: list[str], asked: Sequence[tuple[str, str | None]], state: State, tokenizer: Tokenizer, bound: int
+) -> list[Conversation]:
+    each_named = zip(names, asked, strict=True)
+    return [_prompt(name, task, url, state, tokenizer, bound) for name, (task, url) in each_named]
 
 
 def _prompt(name: str, task: str, url: str | None, state: State, tokenizer: Tokenizer, bound: int) -> Conversation:

@@ -50,6 +50,11 @@ async def test_quick_instructions_are_asked_about_any_rollout_and_read(serving: 
         ({"instructions": []}, 400, "instructions: give 1 to 16, not 0"),
         ({"instructions": ["action"] * 17}, 400, "instructions: give 1 to 16, not 17"),
         ({"instructions": ["dance"]}, 400, "task: 'dance' is none of action"),
+        (
+            {"instructions": [{"task": "read_url", "url": "a" * 3_000_000}]},
+            400,
+            "read_url: a url of 3000000 characters leaves no room in 2048 tokens",
+        ),
         ({"instructions": ["read_url"]}, 400, "url: task 'read_url' needs one"),
         ({"instructions": [{"task": "query", "url": "https://a.example"}]}, 400, "url: task 'query' takes none"),
         ({"instructions": [{"task": "query", "adress": "x"}]}, 400, "adress: Extra inputs are not permitted"),
