@@ -36,18 +36,18 @@ from rollout.engine import (
     check_version,
 )
 from rollout.engines.vllm import wire
+from rollout.engines.vllm.change import Change
 from rollout.engines.vllm.connection import CALL_S_MAX, Connection
 from rollout.engines.vllm.facts import Facts, read_facts, read_label, unusable
-from rollout.engines.vllm.stream import Run, finish_of, joined, read_chunks
-from rollout.engines.vllm.weights import Label, check_fits, parse_label, read_weights
+from rollout.engines.vllm.stream import Run, check_label, finish_of, joined, read_chunks
+from rollout.engines.vllm.weights import check_fits, read_weights
 from rollout.errors import EngineError, PreemptedError, RequestError, RolloutError
 
 LINE_BYTES_MAX = 16 << 20
 """Of an event without routes: a few tokens, each with the ids that a cut kept."""
 ROUTED_TOKENS_MAX = 256
 """Tokens of an answer whose routes come at once: the server tells them with a request's last token only."""
-ABORT_EVERY_S = 0.5
-SCORE_S_MAX, LOAD_S_MAX = 600.0, 3600.0
+ABORT_EVERY_S, SCORE_S_MAX = 0.5, 600.0
 _PROMPT_ROW_BYTES = 128
 
 
@@ -62,6 +62,8 @@ class VllmEngine:
         self._failure: RolloutError | None = None
         """Why an open engine cannot draw any more."""
         self._paused: PauseMode | None = None
+        self._holds_server = False
+        """The server may be paused, by us."""
         self._updates = asyncio.Lock()
         self._is_updating = False
         self._runs: set[Run] = set()
@@ -98,12 +100,15 @@ class VllmEngine:
         return self._facts
 
     async def open(self) -> None:
-        """Ask the server for its facts, and have it draw one token.  A pause that somebody left ends.  EngineError."""
+        """Ask the server for its facts, and have it draw one token.  EngineError.
+
+        A pause that somebody left ends when this engine is opened first, and from then on none but its own.
+        """
         if self._is_open:
             raise EngineError(f"{self.url}: the engine is already open")
         await self._connection.open()
         try:
-            await self._connection.post("/resume")
+            await self._end_pause()
             self._facts = await read_facts(self._connection, self._vocab_count)
         except BaseException as error:
             await self._connection.close()
@@ -111,6 +116,13 @@ class VllmEngine:
                 raise unusable(self.url, error) from error
             raise
         self._failure = None
+
+    async def _end_pause(self) -> None:
+        await read_label(self._connection)  # not of one whose weights change
+        if self._facts is None or self._holds_server:
+            await self._resume()
+        elif await self._connection.get("/is_paused") != {"is_paused": False}:
+            raise EngineError("somebody else paused it, and must resume it")
 
     @property
     def _is_open(self) -> bool:
@@ -166,6 +178,7 @@ class VllmEngine:
         """
         facts = self._known
         parts: list[Sampled] = []
+        is_checked = False
         line_bytes_max = LINE_BYTES_MAX
         if request.returns_routes and facts.info.routing is not None:
             count = min(count, ROUTED_TOKENS_MAX)
@@ -180,6 +193,9 @@ class VllmEngine:
                 if run.is_preempted or run.is_cut:
                     self._abort(run)
                 async for chunk in read_chunks(payloads, run, request, told_count, facts):
+                    if not is_checked:
+                        await self._check_label(facts.info, run)
+                        is_checked = True
                     if not request.returns_routes:
                         yield chunk
                     else:
@@ -195,6 +211,14 @@ class VllmEngine:
             self._changed.set()
         if parts and parts[-1].routes is not None:
             yield joined(parts)
+
+    async def _check_label(self, info: EngineInfo, run: Run | None = None) -> None:
+        """EngineError if others change the weights, or did: what waited for that was drawn with the new ones."""
+        try:
+            check_label(await read_label(self._connection), info)
+        except EngineError:
+            if not (self._is_updating or (run is not None and run.is_cut)):  # else we do, after this was drawn
+                raise
 
     async def score(
         self, token_ids: Sequence[int], *, top_logprobs_count: int = 0, returns_hidden: bool = False
@@ -217,6 +241,7 @@ class VllmEngine:
                 call_s_max=SCORE_S_MAX,
                 bytes_max=LINE_BYTES_MAX + len(token_ids) * (top_logprobs_count + 1) * _PROMPT_ROW_BYTES,
             )
+            await self._check_label(info)
         except (EngineError, RequestError):
             self._check()
             raise
@@ -270,23 +295,26 @@ class VllmEngine:
 
     async def _pause(self, mode: PauseMode) -> None:
         """At the server; without the flag it would forget its prefix cache."""
+        self._holds_server = True
         call_s_max = None if mode == "wait" else CALL_S_MAX
         await self._connection.post(f"/pause?mode={mode}&clear_cache=false", call_s_max=call_s_max)
 
     async def resume(self) -> None:
         """See Engine."""
         if self._paused is not None and not self._is_updating:
-            await self._connection.post("/resume")
+            await self._resume()
         self._paused = None
         self._changed.set()
+
+    async def _resume(self, call_s_max: float = CALL_S_MAX) -> None:
+        await self._connection.post("/resume", call_s_max=call_s_max)
+        self._holds_server = False
 
     async def update(self, checkpoint: Path, policy_version: int, announce: Announce | None = None) -> EngineInfo:
         """See Engine: nothing is drawn while the server loads.
 
         Weights that a trainer put there itself, and labelled with this version, are taken as they are.
-
-        EngineError, and nothing changed; but if the server fails while it loads, it may have no weights at all: then
-        nothing is drawn any more until the engine is opened again.
+        EngineError, and nothing changed; but a server that fails while it loads draws no more until it starts again.
         """
         async with self._updates:
             self._check()
@@ -295,7 +323,6 @@ class VllmEngine:
             if (policy_version, new.digest) == (info.policy_version, info.weights_digest):
                 return info
             check_version(info, policy_version)
-            changed = msgspec.structs.replace(info, policy_version=policy_version, weights_digest=new.digest)
             if self._pinned:
                 raise EngineError(
                     f"{len(self._pinned)} sessions pin the weights, and vLLM holds one version: release them first"
@@ -303,17 +330,27 @@ class VllmEngine:
             old = await asyncio.to_thread(self._known.weights)
             if old is not None:
                 check_fits(checkpoint, new, old)
+            changed = msgspec.structs.replace(info, policy_version=policy_version, weights_digest=new.digest)
             self._is_updating = True
             try:
-                await self._cut()
-                await self._change(checkpoint, changed, announce)
+                await self._change(Change(self._connection, self._known, changed, checkpoint), announce)
             finally:
-                if self._is_open and self._failure is None and self._paused is None:
+                if self._holds_server and self._paused is None and self._failure is None:
                     with contextlib.suppress(RolloutError):
-                        await self._connection.post("/resume")
+                        await self._resume()
                 self._is_updating = False
                 self._changed.set()
         return self.info
+
+    async def _change(self, change: Change, announce: Announce | None) -> None:
+        """Who raises finds the old weights there, or a failed engine."""
+        await change.begin()
+        try:
+            await self._cut()
+            self._facts = await change.carry_out(announce)
+        except BaseException as error:
+            self._failure = await change.take_back(error)
+            raise
 
     async def _cut(self) -> None:
         """End every request at the server; those that it did not know yet have ended when this returns."""
@@ -324,39 +361,6 @@ class VllmEngine:
         await self._pause("abort")
         await self._until(lambda: all(run.has_begun or not run.request_id for run in self._runs))
         self._check()
-
-    async def _change(self, checkpoint: Path, changed: EngineInfo, announce: Announce | None) -> None:
-        """Load, announce, label.  Who raises finds the old weights there, or a failed engine."""
-        facts = self._known
-        found = parse_label(await read_label(self._connection)).policy_version
-        if found not in (facts.info.policy_version, changed.policy_version):
-            raise EngineError(f"{self.url}: its weights are version {found}, of which nobody told")
-        is_there = found == changed.policy_version or changed.weights_digest == facts.info.weights_digest
-        label = Label(changed.policy_version, changed.weights_digest, str(checkpoint))
-        try:
-            if not is_there:
-                await self._load(checkpoint)
-            if announce is not None:
-                await announce(changed)
-            await self._connection.post("/update_weight_version", {"new_version": str(label)})
-        except BaseException as error:
-            if not is_there:
-                await self._take_back(facts, error)
-            raise
-        self._facts = msgspec.structs.replace(facts, info=changed, folder=checkpoint)
-
-    async def _load(self, folder: Path) -> None:
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        await self._connection.post("/collective_rpc", body, call_s_max=LOAD_S_MAX)
-
-    async def _take_back(self, facts: Facts, cause: BaseException) -> None:
-        """Have the server load the old weights again, or be failed."""
-        try:
-            if facts.folder is None:
-                raise EngineError("the checkpoint that it had is not known")
-            await self._load(facts.folder)
-        except RolloutError as error:
-            self._failure = EngineError(f"{self.url}: it has no weights any more ({cause}; {error}): start it again")
 
     async def save(self, session: str, path: Path) -> int:
         """0: vLLM gives no state away; what it has of a prefix it keeps while there is room, or in its KV offload."""
@@ -370,7 +374,7 @@ class VllmEngine:
         """See Engine: streams break, which ends their requests at the server; a pause of ours ends, too."""
         if self._paused is not None:
             with contextlib.suppress(RolloutError):
-                await self._connection.post("/resume", call_s_max=CALL_S_MAX / 10)
+                await self._resume(CALL_S_MAX / 10)
         self._paused = None
         self._drew_with.clear()
         self._pinned.clear()

@@ -16,6 +16,7 @@ from dsec.terminal import shortened, visible_line
 from rollout.engine import EngineInfo, Routing, SampleRequest, Sampling
 from rollout.engines.vllm.connection import Connection
 from rollout.engines.vllm.weights import (
+    CHANGING,
     UNLABELLED,
     Weights,
     digest_of_name,
@@ -148,9 +149,12 @@ async def read_facts(connection: Connection, vocab_count: int | None) -> Facts:
 
 
 async def read_label(connection: Connection) -> str:
-    """What the server calls its weights now."""
+    """What the server calls its weights now.  EngineError while they change."""
     told = await connection.get("/weight_info")
-    return str(told.get("weight_version", UNLABELLED)) if isinstance(told, dict) else UNLABELLED
+    label = str(told.get("weight_version", UNLABELLED)) if isinstance(told, dict) else UNLABELLED
+    if label.startswith(CHANGING):
+        raise EngineError("its weights are being changed; if nobody does, who did was killed: start this vLLM again")
+    return label
 
 
 def _read(kind: type[Any], told: Any) -> Any:

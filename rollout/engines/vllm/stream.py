@@ -79,11 +79,17 @@ def _check_end(run: Run, choice: wire.Choice, info: EngineInfo) -> None:
     if choice.finish_reason == "abort" and not (run.is_preempted or run.is_cut):
         raise EngineError("somebody else aborted the request at the server")
     for each in choice.weight_versions or ():
-        if parse_label(each.version).policy_version != info.policy_version:
-            raise EngineError(
-                f"its weights were changed to {each.version!r} behind this service, which knows version "
-                f"{info.policy_version}: change them by UpdatePolicy"
-            )
+        check_label(each.version, info)
+
+
+def check_label(text: str, info: EngineInfo) -> None:
+    """EngineError unless weights that are labelled so are those that are known."""
+    label = parse_label(text)
+    if label.policy_version != info.policy_version or label.weights_digest not in {"", info.weights_digest}:
+        raise EngineError(
+            f"its weights were changed to {text[:200]!r} behind this service, which knows version "
+            f"{info.policy_version}: change them by UpdatePolicy"
+        )
 
 
 def finish_of(chunk: Sampled, stop_ids: frozenset[int], left_count: int) -> Literal["stop", "length"] | None:

@@ -133,6 +133,8 @@ class WireDouble:
         """What was asked: path with query, and body."""
         self.shut = ""
         """What the paths begin with that it does not have."""
+        self.is_loading, self.may_load = asyncio.Event(), asyncio.Event()
+        self.may_load.set()
         self._runner: web.AppRunner | None = None
         self._forget()
 
@@ -194,7 +196,9 @@ class WireDouble:
                 self.label = body["new_version"]
                 return web.json_response({"success": True, "new_version": self.label})
             case "collective_rpc":
-                return self._reload(Path(body["kwargs"]["weights_path"]))
+                return await self._reload(Path(body["kwargs"]["weights_path"]))
+            case "is_paused":
+                return web.json_response({"is_paused": self.paused is not None})
             case "pause":
                 return await self._pause(request.query.get("mode", "abort"), request.query.get("clear_cache", "true"))
             case "resume":
@@ -219,7 +223,9 @@ class WireDouble:
             "vllm_config": {"model_config": model, "scheduler_config": {"policy": "priority"}, "aux_output_config": aux}
         }
 
-    def _reload(self, folder: Path) -> web.Response:
+    async def _reload(self, folder: Path) -> web.Response:
+        self.is_loading.set()
+        await self.may_load.wait()
         try:
             self._weights = (folder / "model.safetensors").read_bytes()
         except OSError as error:
@@ -298,11 +304,8 @@ class WireDouble:
                 is_full = len(ids) - prompt_count == room
                 reason = "stop" if has_stopped else "length" if is_full else None
             choice["finish_reason"] = reason
-            choice |= {
-                "weight_versions": spans if reason else None,
-                "routed_experts": None,
-                "sampling_mask": choice.get("sampling_mask"),
-            }
+            choice |= {"weight_versions": spans if reason else None, "routed_experts": None}
+            choice.setdefault("sampling_mask")
             if reason in {"stop", "length"}:
                 choice["routed_experts"] = self._routes(ids[:-1], params.get("routed_experts_prompt_start", 0))
             if self.fault is not None and events_count == self.fault_at and not await self._break(response, choice):
@@ -310,12 +313,8 @@ class WireDouble:
             await _send(response, {"request_id": name, "usage": None, "choices": [choice]})
             events_count += 1
         self._cached.update(self._blocks(body.get("cache_salt", ""), ids))
-        details = {"cached_tokens": cached_count}
-        usage = {
-            "prompt_tokens": prompt_count,
-            "completion_tokens": len(ids) - prompt_count,
-            "prompt_tokens_details": details,
-        }
+        usage: dict[str, Any] = {"prompt_tokens": prompt_count, "completion_tokens": len(ids) - prompt_count}
+        usage["prompt_tokens_details"] = {"cached_tokens": cached_count}
         await _send(response, {"request_id": name, "usage": usage, "choices": []})
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()

@@ -23,6 +23,8 @@ import msgspec
 from rollout.errors import EngineError
 
 UNLABELLED = "default"
+CHANGING = "changing "
+"""What a label begins with while the weights that it names are exchanged for others."""
 HEADER_BYTES_MAX = 256 << 20
 FILES_MAX = 4096
 _READERS = 4
@@ -50,7 +52,7 @@ class Weights(NamedTuple):
 
 def parse_label(text: str) -> Label:
     """A server's label; what no trainer numbered is version 0."""
-    match = _LABEL.fullmatch(text)
+    match = _LABEL.fullmatch(text.removeprefix(CHANGING))
     return Label(int(match[1]), match[2] or "", match[3] or "") if match else Label(0)
 
 
