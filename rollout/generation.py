@@ -116,16 +116,16 @@ async def generate(service: RolloutService, ask: Ask) -> AsyncGenerator[Drawn | 
         group_size=ask.count,
         group_prefix=f"{ask.request_id}/",
     )
-    await service.submit(job, ask.prompts)
     is_over = False
     try:
+        await service.submit(job, ask.prompts)  # a caller that goes meanwhile does not stop it
         again = service.resume(_failed(service, job))
         async with aclosing(_follow(service, job, frozenset(again))) as pieces:
             async for piece in pieces:
                 yield piece
         is_over = True
     finally:
-        if not ask.is_named:
+        if not ask.is_named and job.request_id in service.ledger.jobs:
             try:
                 if not is_over:
                     with suppress(wal.ClosedError):  # the next start ends it

@@ -166,6 +166,20 @@ async def test_answers_outlive_what_was_asked_about_and_unnamed_ones_leave_the_l
             await ask(service, ONE, SIX)
 
 
+async def test_who_goes_while_the_question_is_taken_leaves_nothing_behind(world: Any) -> None:
+    here = world(look_once)
+    async with here.serving() as service:
+        await here.submit("job", "one")
+        await ended(here)
+        for _ in range(3):
+            asking = asyncio.create_task(ask(service, ONE, SIX))
+            await here.until(lambda: len(service.ledger.jobs) == 2)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            while service.ledger.jobs.keys() != {"job"}:  # noqa: ASYNC110  # the server lets go in its own time
+                await asyncio.sleep(0.001)
+
+
 async def test_a_context_that_is_full_says_that_no_answer_has_room(world: Any) -> None:
     here = world(look_once, context_tokens_count_max=512)
     async with here.serving() as service:
