@@ -254,8 +254,10 @@ class EnginePool:
     async def _update_first(self, checkpoint: Path, policy_version: int, announce: Announce | None) -> None:
         """Have one engine draw with the new weights: the first that can.  EngineError: none can; nothing changed."""
         refused: list[BaseException] = []
+        said: list[EngineInfo] = []
 
         async def say(info: EngineInfo) -> None:
+            said.append(info)
             try:
                 if announce is not None:
                     await announce(self._common(info))
@@ -271,13 +273,16 @@ class EnginePool:
                     await each.reopen()
                     if self._paused is not None:
                         await each.engine.pause(self._paused)
-                self._info = self._common(await each.engine.update(checkpoint, policy_version, say))
-            except RolloutError as error:
-                first = first or error
-                if each.fault is not None:
+                changed = self._common(await each.engine.update(checkpoint, policy_version, say))
+                if changed != self.info and not said:  # it had them when it was opened; here nobody knows them yet
+                    await say(changed)
+                self._info = changed
+            except BaseException as error:
+                if each.fault is not None and self._is_open:
                     each.mending = asyncio.create_task(self._mend(each))
-                if refused:
+                if refused or not isinstance(error, RolloutError):
                     raise
+                first = first or error
             else:
                 each.fault = None
                 self._changed.set()

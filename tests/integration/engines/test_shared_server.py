@@ -144,7 +144,21 @@ async def test_a_pool_waits_until_others_have_loaded_and_goes_on_with_what_it_is
     count = len(taker.chunks)
     server.may_load.set()
     info = await changing
-    assert await other.update(tmp_path / "new", 3) == info
+    announced: list[EngineInfo] = []
+
+    async def refuse(info: EngineInfo) -> None:
+        raise OSError("the log is full")
+
+    async def announce(info: EngineInfo) -> None:
+        assert len(taker.chunks) == count
+        announced.append(info)
+
+    with pytest.raises(OSError, match="the log is full"):
+        await other.update(tmp_path / "new", 3, refuse)
+    assert other.info.policy_version == 0
+    assert await other.update(tmp_path / "new", 3, announce) == info
+    assert announced == [info]
+    assert await other.update(tmp_path / "new", 3, refuse) == info  # again: nothing changes
     await taker.task
     versions = [chunk.policy_version for chunk in taker.chunks]
     assert versions == [0] * count + [3] * (len(versions) - count)
