@@ -77,8 +77,7 @@ class Worker:
         self.owned: dict[str, Owned] = {}
         self.snapshot = Snapshot((), ())
         self._index, self._parts, self._config = index, parts, config
-        self.is_alone = is_alone
-        self._address = ""
+        self.is_alone, self._address = is_alone, ""
         self._lease = Lease(config.lease_ttl_s)
         self.news = News(index)
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -179,10 +178,13 @@ class Worker:
     async def place_beside(self, request_id: str, other_id: str) -> Place:
         """Where a job is, and one that asks about it shall be.  UnreachableError, ConflictError (it is elsewhere)."""
         place = await self.place_of(other_id)
-        if REQUEST_ID.fullmatch(request_id):  # else it is refused there
-            placed = await self._index.place(request_id, place.partition)
-            if placed != place.partition:
-                raise ConflictError(f"request {request_id!r} was submitted before, and is in another log of the root")
+        if self.is_alone or not REQUEST_ID.fullmatch(request_id):  # which is refused there
+            return place
+        is_here = place.service and other_id in place.service.ledger.jobs
+        if not (is_here or await self._index.partition_of(other_id)):  # it was forgotten, or never was
+            return await self.place_of(request_id)
+        if await self._index.place(request_id, place.partition) != place.partition:
+            raise ConflictError(f"request {request_id!r} was submitted before, and is in another log of the root")
         return place
 
     async def find(self, partition: str) -> Place:

@@ -15,7 +15,7 @@ import pytest
 from dsec.testing import FakeSubstrate
 from rollout.client import AsyncRolloutClient
 from rollout.config import RolloutConfig, WorkerConfig
-from rollout.errors import ConflictError, EngineError
+from rollout.errors import ConflictError, EngineError, NotFoundError
 from rollout.events import PolicyUpdated
 from rollout.jobs import make_conversation
 from rollout.main import load_tokenizer
@@ -173,3 +173,12 @@ async def test_a_question_is_placed_beside_what_it_asks_about(start: Start) -> N
         assert one.engine.drawn_count == drawn
         with pytest.raises(ConflictError, match="another log"):
             await two.client.quick(member.rollout_id, ["title"], request_id="elsewhere")
+        with pytest.raises(NotFoundError):
+            await two.client.quick("not-yet/copy.0", ["title"], request_id="early")
+        (late,) = await one.job("not-yet")
+        assert await two.client.quick(late.rollout_id, ["title"], request_id="early")
+        await one.client.ack([member.rollout_id])
+        while await index.partition_of("asked-about") is not None:  # noqa: ASYNC110  # the index hears in its own time
+            await asyncio.sleep(0.01)
+        for each in (one, two):
+            assert await each.client.quick(member.rollout_id, ["title"], request_id="question") == said
