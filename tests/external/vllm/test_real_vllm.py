@@ -239,7 +239,7 @@ def submit(client: RolloutClient, request_id: str) -> Iterator[Update]:
 def follow(
     updates: Iterator[Update], disturb: Callable[[], None] | None = None
 ) -> tuple[dict[str, list[int]], list[str]]:
-    """The tokens of rollouts that ended, by prompt, and how others failed; `disturb` is called in mid-stream of most."""
+    """The tokens of rollouts that ended, by prompt, and how others failed; `disturb` is called in mid-stream."""
     streamed: dict[str, list[int]] = {}
     drawn: dict[str, list[int]] = {}
     failures = []
