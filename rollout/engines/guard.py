@@ -42,15 +42,16 @@ def _problem(chunk: Sampled, request: SampleRequest, info: EngineInfo, count: in
         (len(ids) > 0, "a chunk without tokens"),
         (len(ids) == len(logprobs), "not one logprob for each token"),
         (total <= room, "more tokens than were asked for"),
-        (not ids or (min(ids) >= 0 and max(ids) < info.vocab_count), "a token id that the vocabulary does not have"),
+        (not ids or _are_known(ids, info), "a token id that the vocabulary does not have"),
         (not logprobs or (math.isfinite(sum(logprobs)) and max(logprobs) <= 0), "a logprob that is none"),
         (not has_stop or request.stop_ids.isdisjoint(ids[:-1]), "tokens after a stop id"),
         ((chunk.finish == "stop") == has_stop, "its end is not as its last token says"),
         ((chunk.finish is not None) == (has_stop or total == room), "an end too early, or none"),
         (len(chunk.top_logprobs) == (len(ids) if request.top_logprobs_count else 0), "not the likeliest of each token"),
-        (all(map(_is_told, chunk.top_logprobs)), "a likeliest token that is none"),
+        (all(_is_told(top, info) for top in chunk.top_logprobs), "a likeliest token that is none"),
         (0 <= chunk.policy_version <= info.policy_version, "a version of the weights that it was never given"),
         (len(chunk.masks) in (0, len(ids)), "not one mask for each token"),
+        (all(_are_known(mask, info) for mask in chunk.masks), "a mask of ids that the vocabulary does not have"),
         (
             len(chunk.hidden) == (2 * info.hidden_dim * len(ids) if request.returns_hidden else 0),
             "not one hidden state each",
@@ -63,8 +64,14 @@ def _problem(chunk: Sampled, request: SampleRequest, info: EngineInfo, count: in
     return _routes_problem(chunk.routes, info, len(request.token_ids) + total - 1) if chunk.routes else ""
 
 
-def _is_told(top: TopLogprobs) -> bool:
-    return len(top.token_ids) == len(top.logprobs) and min(top.token_ids) >= 0 and all(map(math.isfinite, top.logprobs))
+def _is_told(top: TopLogprobs, info: EngineInfo) -> bool:
+    has_each = len(top.token_ids) == len(top.logprobs)
+    return has_each and _are_known(top.token_ids, info) and all(map(math.isfinite, top.logprobs))
+
+
+def _are_known(token_ids: tuple[int, ...], info: EngineInfo) -> bool:
+    """They are some, and the vocabulary has them."""
+    return bool(token_ids) and min(token_ids) >= 0 and max(token_ids) < info.vocab_count
 
 
 def _routes_problem(routes: Routes, info: EngineInfo, end: int) -> str:

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from rollout import context
-from rollout.engine import Routes, Sampled, SampleRequest, Sampling
+from rollout.engine import Routes, Sampled, SampleRequest, Sampling, TopLogprobs
 from rollout.engines.guard import guarded
 from rollout.engines.testing import EngineFault, MisbehavingEngine
 from rollout.errors import EngineError
@@ -89,6 +89,10 @@ def routes_of(chunk: Sampled, expert_ids: bytes, later: int = 0) -> dict[str, ob
     return {"routes": Routes(chunk.routes.start + later, expert_ids)}
 
 
+def tops_of(chunk: Sampled, *token_ids: int) -> tuple[TopLogprobs, ...]:
+    return (TopLogprobs(token_ids, (-1.0,) * len(token_ids)),) * len(chunk.token_ids)
+
+
 @pytest.mark.parametrize(
     ("said", "change"),
     [
@@ -100,6 +104,16 @@ def routes_of(chunk: Sampled, expert_ids: bytes, later: int = 0) -> dict[str, ob
         ("must be distinct within a layer", lambda chunk: routes_of(chunk, bytes(len(chunk.routes.expert_ids)))),
         ("not one hidden state each", lambda chunk: {"hidden": chunk.hidden[2:]}),
         ("not one hidden state each", lambda _: {"hidden": b""}),
+        (
+            "a likeliest token that is none",
+            lambda chunk: {"top_logprobs": tops_of(chunk)},
+        ),
+        ("a likeliest token that is none", lambda chunk: {"top_logprobs": tops_of(chunk, 1 << 30)}),
+        ("a likeliest token that is none", lambda chunk: {"top_logprobs": tops_of(chunk, -1)}),
+        ("not one mask for each token", lambda chunk: {"masks": ((1,),) * (len(chunk.token_ids) + 1)}),
+        ("a mask of ids that", lambda chunk: {"masks": ((),) * len(chunk.token_ids)}),
+        ("a mask of ids that", lambda chunk: {"masks": ((1, 1 << 30),) * len(chunk.token_ids)}),
+        ("a mask of ids that", lambda chunk: {"masks": ((-1, 1),) * len(chunk.token_ids)}),
     ],
 )
 async def test_side_channels_that_cannot_be_right_are_an_error_of_the_engine(
