@@ -18,7 +18,7 @@ import msgspec
 from rollout.engine import Routing, Sampling, TopLogprobs
 from rollout.engines.embedded.checkpoint import Checkpoint
 from rollout.engines.embedded.library import CChunk, CConfig, CReport, CSampling, CStream, load_library
-from rollout.engines.embedded.weights import mapped
+from rollout.engines.embedded.weights import loaded
 from rollout.errors import EngineError
 
 BATCH_TOKENS_MAX = 128
@@ -192,7 +192,7 @@ class Model:
 
     def _load(self, checkpoint: Checkpoint, config: CConfig, threads_count: int) -> None:
         path = checkpoint.folder / "model.safetensors"
-        with mapped(path, checkpoint.tensors, checkpoint.weights_stamp) as addresses:
+        with loaded(path, checkpoint.tensors, checkpoint.weights_stamp) as addresses:
             odd = [
                 tensor.name
                 for tensor, address in zip(checkpoint.tensors, addresses, strict=True)

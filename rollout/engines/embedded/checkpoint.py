@@ -2,7 +2,7 @@
 
 Reading is strict, because the C side trusts what it is given: `config.py` checks the numbers, `tensors.py` where the
 weights lie, and this module what belongs to neither: routing tables, and a tokenizer that has what the service writes.
-Nothing is downloaded; the weights are mapped and copied once by `v4_create`.
+Nothing is downloaded; the weights are read again for `v4_create`, which copies them, and must not have changed.
 
 See: checkpoint/README.md, docs/architecture.md, "Engine".
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import msgspec
 
 from rollout.engines.embedded.config import Dimensions, read_dimensions, read_length_max
 from rollout.engines.embedded.tensors import GLOBALS, LAYER, Tensor, locate
-from rollout.engines.embedded.weights import Stamp, stamp_of
+from rollout.engines.embedded.weights import Stamp, read_weights
 from rollout.errors import EngineError
 from toolcall_dsl.dialect import V4
 
@@ -100,19 +99,15 @@ def _read_vocabulary(path: Path, vocab_count: int) -> Mapping[str, int]:
 
 def _read_weights(folder: Path, d: Dimensions, *, is_tied: bool) -> tuple[tuple[Tensor | None, ...], str, Stamp]:
     path = folder / "model.safetensors"
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            stamp = stamp_of(file)
-            with memoryview(data) as view:
-                tensors = locate(path, view, d, is_tied=is_tied)
-                _check_routes(path, d, view, tensors)
-            return tensors, hashlib.sha256(data).hexdigest(), stamp
-    except FileNotFoundError as error:
-        if (folder / "model.safetensors.index.json").exists():
-            raise EngineError(f"{path}: no such file; the weights must be in one, not in shards") from error
-        raise EngineError(f"{path}: no such file; a checkpoint folder needs it") from error
-    except (OSError, ValueError) as error:
-        raise EngineError(f"{path}: cannot be read as safetensors: {error}") from error
+    if not path.exists():
+        is_in_shards = (folder / "model.safetensors.index.json").exists()
+        why = "the weights must be in one, not in shards" if is_in_shards else "a checkpoint folder needs it"
+        raise EngineError(f"{path}: no such file; {why}")
+    data, stamp = read_weights(path)
+    with memoryview(data) as view:
+        tensors = locate(path, view, d, is_tied=is_tied)
+        _check_routes(path, d, view, tensors)
+    return tensors, hashlib.sha256(data).hexdigest(), stamp
 
 
 def _check_routes(path: Path, d: Dimensions, data: memoryview, tensors: tuple[Tensor | None, ...]) -> None:

@@ -1,10 +1,14 @@
 """Weights and tokenizers that are not what they say are refused by file and name, and harm nobody who draws."""
 
 import asyncio
+import contextlib
+import ctypes
+import itertools
 import json
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +19,7 @@ from rollout.engine import SampleRequest, Sampling
 from rollout.engines.embedded.binding import Chunk, Model, State
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT, load_checkpoint
 from rollout.engines.embedded.engine import EmbeddedEngine
-from rollout.engines.embedded.weights import mapped
+from rollout.engines.embedded.weights import loaded
 from rollout.errors import EngineError
 from rollout.main import load_tokenizer
 from toolcall_dsl import TokenizerError
@@ -181,16 +185,34 @@ def test_weights_that_change_between_check_and_load_are_refused(folder: Path, *,
         Model(checkpoint)
 
 
-def test_weights_that_change_while_they_are_copied_are_refused(folder: Path) -> None:
+def test_weights_that_are_cut_short_while_they_are_copied_are_those_that_were_read(folder: Path) -> None:
     checkpoint, path = load_checkpoint(folder), folder / "model.safetensors"
+    first = checkpoint.tensors[0]
+    assert first
+    stored = path.read_bytes()[first.pieces[0].begin : first.pieces[0].end]
+    with loaded(path, checkpoint.tensors, checkpoint.weights_stamp) as addresses:
+        os.truncate(path, 0)
+        assert addresses[0]
+        assert ctypes.string_at(addresses[0], len(stored)) == stored
 
-    def load() -> None:
-        with mapped(path, checkpoint.tensors, checkpoint.weights_stamp) as addresses:
-            assert addresses[0]
-            os.utime(path)
 
-    with pytest.raises(EngineError, match="was written to while it was loaded"):
-        load()
+def test_weights_that_are_written_to_while_they_are_read_end_nothing(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    stored, is_over = path.read_bytes(), threading.Event()
+
+    def write_in_place() -> None:
+        for share in itertools.cycle((1, 2, 3, 4)):
+            path.write_bytes(stored[: len(stored) * share // 4])
+            if is_over.is_set():
+                return
+
+    writer = threading.Thread(target=write_in_place)
+    writer.start()
+    for _ in range(40):
+        with contextlib.suppress(EngineError):
+            Model(load_checkpoint(folder)).close()
+    is_over.set()
+    writer.join()
 
 
 def logits_of(folder: Path | None = None) -> list[float]:
