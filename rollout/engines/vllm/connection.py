@@ -25,7 +25,8 @@ KEEP_ALIVE_S = 2.0
 BODY_BYTES_MAX = 64 << 20
 _HEADERS = {"accept-encoding": "identity"}
 _JSON = {"content-type": "application/json"}
-_FAILURES = (aiohttp.ClientError, TimeoutError, OSError)
+_FAILURES = (aiohttp.ClientError, TimeoutError, OSError, RuntimeError)
+"""RuntimeError: it was closed before it was asked or read."""
 _encoder = msgspec.json.Encoder()
 
 
@@ -107,13 +108,7 @@ class Connection:
 
     async def _payloads(self, response: aiohttp.ClientResponse, line_bytes_max: int) -> AsyncGenerator[bytes, None]:
         lines = Lines(line_bytes_max)
-        while True:
-            try:
-                data = await response.content.readany()
-            except _FAILURES as error:
-                raise _failed(error) from error
-            if not data:
-                return
+        while data := await _read(response):
             for payload in lines.feed(data):
                 yield payload
 
@@ -140,7 +135,7 @@ class Connection:
 
     async def _body(self, response: aiohttp.ClientResponse, bytes_max: int) -> bytes:
         body = bytearray()
-        async for data in response.content.iter_any():
+        while data := await _read(response):
             body += data
             if len(body) > bytes_max:
                 raise EngineError(f"an answer of more than {bytes_max} bytes")
@@ -150,6 +145,14 @@ class Connection:
         if self._session is None:
             raise EngineError("the engine is closed")
         return self._session
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    """What has come; nothing at the end.  EngineError."""
+    try:
+        return await response.content.readany()
+    except _FAILURES as error:
+        raise _failed(error) from error
 
 
 def _failed(error: BaseException) -> EngineError:
