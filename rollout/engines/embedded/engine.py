@@ -82,7 +82,7 @@ class EmbeddedEngine:
         self._is_paused = False
         self._mailboxes: dict[Job | Scoring, Mailbox] = {}
         self._sessions: set[str] = set()
-        self._updating = asyncio.Lock()
+        self._updating, self._ending = asyncio.Lock(), asyncio.Lock()
 
     @property
     def info(self) -> EngineInfo:
@@ -97,9 +97,19 @@ class EmbeddedEngine:
         return self._is_paused
 
     async def open(self) -> None:
-        """Check and load the checkpoint (about 0.2 s), start the thread.  EngineError names what is wrong."""
+        """Check and load the checkpoint (about 0.2 s), start the thread.  EngineError names what is wrong.
+
+        Nothing is left open if the caller is cancelled meanwhile.
+        """
         if self._thread is not None:
             raise EngineError("the engine is already open")
+        try:
+            await wal.settled(self._open())
+        except asyncio.CancelledError:
+            await self.close()
+            raise
+
+    async def _open(self) -> None:
         if self.cache is not None:
             self._tier = DiskTier(StateCache(self.cache, self._limits.cache_bytes_max, build_digest()))
         versions = await asyncio.to_thread(self._load)
@@ -271,6 +281,10 @@ class EmbeddedEngine:
 
     async def close(self) -> None:
         """Stop the thread and free everything; running requests end with EngineError.  Idempotent."""
+        async with self._ending:
+            await self._close()
+
+    async def _close(self) -> None:
         if self._thread is None:
             return
         kept: list[KeptState] = []

@@ -5,6 +5,7 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -193,3 +194,16 @@ async def test_one_who_wants_the_routes_of_its_prompt_computes_it(tmp_path: Path
         expected = await answer(engine, ask(PROMPTS[0]))
     async with opened(tmp_path) as engine:
         assert await answer(engine, ask(PROMPTS[0], returns_routes=True)) == expected
+
+
+async def test_engines_are_opened_and_closed_whole_whoever_is_cancelled_or_closes_twice(tmp_path: Path) -> None:
+    for steps in range(6):
+        engine = EmbeddedEngine(cache=tmp_path / "states")
+        opening = asyncio.create_task(engine.open())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        opening.cancel()
+        assert isinstance((await asyncio.gather(opening, return_exceptions=True))[0], asyncio.CancelledError)
+        assert not [thread for thread in threading.enumerate() if thread.name == "embedded-engine"]
+        await engine.open()
+        await asyncio.gather(engine.close(), engine.close(), engine.close())
