@@ -179,6 +179,7 @@ class FreshEngine(VllmEngine):
         self._post("/pause?mode=abort&clear_cache=false")
         self._post("/collective_rpc", method="reload_weights", kwargs={"weights_path": str(self.model)})
         self._post("/update_weight_version", new_version="default")
+        self._post("/resume")
 
     def _post(self, path: str, **body: Any) -> None:
         data = json.dumps(body).encode()
