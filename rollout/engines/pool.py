@@ -278,13 +278,14 @@ class EnginePool:
                     await say(changed)
                 self._info = changed
             except BaseException as error:
-                if each.fault is not None and self._is_open:
+                if each.fault is not None and each.mending is None and self._is_open:
                     each.mending = asyncio.create_task(self._mend(each))
                 if refused or not isinstance(error, RolloutError):
                     raise
                 first = first or error
             else:
-                each.fault = None
+                if each.mending is None:  # else it failed meanwhile, and is opened anew
+                    each.fault = None
                 self._changed.set()
                 return
         raise first or EngineError("there is no engine")
@@ -349,7 +350,8 @@ class EnginePool:
 
     async def _mend(self, member: PoolMember) -> None:
         again_s = AGAIN_S_MIN
-        await member.engine.close()
+        async with self._updates:  # one that loads is let do so
+            await member.engine.close()
         while True:
             await asyncio.sleep(again_s)
             again_s = min(2 * again_s, AGAIN_S_MAX)

@@ -7,6 +7,7 @@ with a request a RequestError.  Leaving a stream closes its connection, which en
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -74,7 +75,7 @@ class Connection:
         for response in self._responses:
             response.close()  # a session that closes does not wake who waits for more of one
         if session is not None:
-            await session.close()
+            await asyncio.shield(session.close())  # to its end: nobody could close it again
 
     async def get(self, path: str) -> Any:
         """The JSON of an answer.  EngineError, RequestError."""

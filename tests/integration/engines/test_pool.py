@@ -170,6 +170,27 @@ async def test_weights_that_none_can_take_change_nothing(
     assert (await pool.update(write_checkpoint(tmp_path / "new", 5), 3)).policy_version == 3
 
 
+async def test_an_engine_that_fails_while_it_loads_is_let_do_so_and_then_opened_once(
+    make_server: MakeServer, make_pool: MakePool, ask: Ask, tmp_path: Path
+) -> None:
+    server = await make_server()
+    pool = await make_pool(server)
+    server.may_load.clear()
+    changing = asyncio.create_task(pool.update(write_checkpoint(tmp_path / "new", 5), 3))
+    await server.is_loading.wait()
+    server.shut = "/pause"
+    with pytest.raises(EngineError, match="404"):
+        await pool.pause("keep")
+    assert list(pool.faults) == [server.url]
+    server.shut = ""
+    server.may_load.set()
+    assert (await changing).policy_version == 3
+    await healthy(pool)
+    versions = [path for path, _ in server.calls if path == "/version"]
+    assert {chunk.policy_version for chunk in await chunks_of(pool, ask(40))} == {3}
+    assert len(versions) == 2
+
+
 async def test_a_pool_waits_for_its_only_engine_and_can_be_preempted_and_closed_meanwhile(
     make_server: MakeServer, make_pool: MakePool, ask: Ask
 ) -> None:
