@@ -24,9 +24,9 @@ import re
 import time
 from bisect import insort
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 
 from rollout.engines.kept_state import TOKEN_BYTES, KeptState, NoStateError, read_state, write_state
 from rollout.errors import EngineError
@@ -56,7 +56,7 @@ class StateCache:
         self._bytes_max = bytes_max
         self._build = build
         self._writer = ThreadPoolExecutor(1, "state-cache-writer")
-        self._readers = ThreadPoolExecutor(_READERS_COUNT, "state-cache-reader")
+        self._readers = asyncio.Semaphore(_READERS_COUNT)
         self._sizes: dict[str, int] = {}
         self._counts: dict[str, list[int]] = {}
         """Of each model, the lengths that there are or were."""
@@ -94,12 +94,15 @@ class StateCache:
 
     async def fetch(self, tokens: bytes, weights_digest: str) -> KeptState | None:
         """The state of these very tokens; None if it cannot be had, and why is in the log."""
-        reading = self._readers.submit(self._read, tokens, weights_digest)
+        reading: Future[KeptState | None] = Future()
         try:
-            async with asyncio.timeout(_READ_S_MAX):
+            async with asyncio.timeout(_READ_S_MAX), self._readers:
+                reading.set_running_or_notify_cancel()
+                # a daemon: a disk that hangs keeps no process from its end
+                Thread(target=self._read_for, args=(reading, tokens, weights_digest), daemon=True).start()
                 return await asyncio.wrap_future(reading)
         except TimeoutError:
-            if not reading.cancelled():
+            if reading.running():
                 self._late.add(reading)
                 reading.add_done_callback(self._late.discard)
             _log.warning("%s: silent for %g s; contexts are computed again meanwhile", self._directory, _READ_S_MAX)
@@ -119,7 +122,6 @@ class StateCache:
         for state in states:
             self._writer.submit(self._write, state)
         await asyncio.to_thread(self._writer.shutdown)
-        self._readers.shutdown(wait=False, cancel_futures=True)
 
     def _model(self, weights_digest: str) -> str:
         return hashlib.blake2b(f"{self._build}\0{weights_digest}".encode(), digest_size=8).hexdigest()
@@ -127,6 +129,12 @@ class StateCache:
     def _name(self, tokens: bytes, weights_digest: str) -> str:
         digest = hashlib.blake2b(tokens, digest_size=16).hexdigest()
         return f"{self._model(weights_digest)}-{len(tokens) // TOKEN_BYTES}-{digest}.kv"
+
+    def _read_for(self, reading: Future[KeptState | None], tokens: bytes, weights_digest: str) -> None:
+        try:
+            reading.set_result(self._read(tokens, weights_digest))
+        except BaseException as error:  # nobody is above a thread
+            reading.set_exception(error)
 
     def _read(self, tokens: bytes, weights_digest: str) -> KeptState | None:
         name = self._name(tokens, weights_digest)

@@ -4,6 +4,8 @@ import asyncio
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -274,3 +276,29 @@ async def test_what_was_used_longest_ago_goes_first_also_after_a_restart(tmp_pat
         found = [first for first in (0, 1, 2, 3, 9) if cache.longest(tokens(101, first), "w")]
     assert {2, 9} <= set(found)
     assert len(found) < 5
+
+
+HANGING = """
+import asyncio, os, sys
+from pathlib import Path
+from rollout.engines.kept_state import KeptState
+from rollout.engines.state_cache import StateCache
+
+async def main(folder):
+    cache = StateCache(folder, 1 << 20, "build")
+    await cache.open()
+    cache.store(KeptState("build", ("w",), bytes(400), bytearray(1000)))
+    await cache.close()
+    (path,) = folder.iterdir()
+    path.unlink()
+    os.mkfifo(path)
+    cache = StateCache(folder, 1 << 20, "build")
+    assert await cache.fetch(bytes(400), "w") is None
+    await cache.close()
+
+asyncio.run(main(Path(sys.argv[1])))
+"""
+
+
+def test_a_disk_that_hangs_keeps_no_process_from_its_end(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", HANGING, tmp_path / "states"], check=True, timeout=60)
