@@ -8,6 +8,7 @@ with a request a RequestError.  Leaving a stream closes its connection, which en
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -39,8 +40,9 @@ def check_url(url: str) -> str:
     except ValueError:
         is_one = False
     if not is_one or parts.username is not None or parts.query or parts.fragment or not url.isprintable():
+        shown = re.sub(r"//[^/]*@", "//…@", url)  # what stands there may be a key
         raise RequestError(
-            f"{url!r} is no engine: write http://HOST:PORT, or https:// (a key goes into DSEC_ENGINE_KEY)"
+            f"{shown!r} is no engine: write http://HOST:PORT, or https:// (a key goes into DSEC_ENGINE_KEY)"
         )
     return url.rstrip("/")
 

@@ -46,8 +46,9 @@ def test_engines_are_one_url_after_the_other_and_a_key_is_not_shown(monkeypatch:
     assert "secret" not in repr(config)
     assert isinstance(make_engine(config), EnginePool)
     for urls in (("http://a:1", "http://a:1/"), ("unix:/a",), ("http://user:pw@a",), ("http://",), ("http://a:1/?x",)):
-        with pytest.raises(RequestError, match=r"--engine|is no engine"):
+        with pytest.raises(RequestError, match=r"--engine|is no engine") as refused:
             make_engine(RolloutConfig(engines=urls))
+        assert "pw" not in str(refused.value)
 
 
 def test_newer_weights_are_a_version_and_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
