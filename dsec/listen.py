@@ -25,6 +25,14 @@ from dsec.errors import InvalidArgumentError
 
 TOKEN_BYTES_MIN = 16
 EDGE_KEY = "DSEC_API_KEY"
+KEEPALIVE: tuple[tuple[str, Any], ...] = (
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+"""Options of a server: a client that is gone without a word is noticed, and clients may ask the same of us, however
+quiet a stream is."""
 
 
 class Certificate(msgspec.Struct, frozen=True):

@@ -42,15 +42,13 @@ def holds_edge(directory: Path) -> bool:
 def make_service(directory: Path, config: RolloutConfig, edge_url: str = "") -> RolloutService:
     """A service over `directory` with the engine of `make_engine` and the Edge of `make_substrate`.  Not open yet."""
     substrate, tokenizer = make_substrate(directory, config, edge_url), load_tokenizer(config.tokenizer)
-    engine = make_engine(config, vocab_count=tokenizer.vocab_count)
-    return RolloutService(directory, engine, substrate, tokenizer, config)
+    return RolloutService(directory, make_engine(config), substrate, tokenizer, config)
 
 
-def make_engine(config: RolloutConfig, cache: Path | None = None, vocab_count: int | None = None) -> Engine:
+def make_engine(config: RolloutConfig, cache: Path | None = None) -> Engine:
     """The servers that the config names, as one; without any the embedded engine.  RequestError: no such URL can be.
 
     States of the embedded engine's contexts lie where the config says, or else in `cache`, if anywhere.
-    `vocab_count` is the tokenizer's word, for servers whose model this host does not see.
     """
     if config.engines:
         from rollout.engines.pool import EnginePool
@@ -59,7 +57,7 @@ def make_engine(config: RolloutConfig, cache: Path | None = None, vocab_count: i
         if len(set(config.engines)) < len(config.engines):
             raise RequestError(f"--engine: the same server twice: {', '.join(config.engines)}")
         key = config.engine_key.get_secret_value()
-        engines = {url: VllmEngine(url, key=key, vocab_count=vocab_count) for url in config.engines}
+        engines = {url: VllmEngine(url, key=key) for url in config.engines}
         return EnginePool(engines, config.engine_silence_s / 2)  # before who waits for the pool loses patience
     limits = Limits(cache_bytes_max=config.engine_cache_bytes_max, threads_count=config.engine_threads_count)
     folder = config.engine_cache or cache

@@ -25,7 +25,7 @@ from dsec.edge.creation import CREATE_BYTES_MAX
 from dsec.edge.images.service import Images
 from dsec.edge.service import Edge
 from dsec.errors import DsecError, HostUnfitError, InvalidArgumentError
-from dsec.listen import Listen, TokenInterceptor, bind, claim_socket
+from dsec.listen import KEEPALIVE, Listen, TokenInterceptor, bind, claim_socket
 from dsec.pb.v1 import edge_pb2 as pb
 from dsec.pb.v1 import edge_pb2_grpc as pb_grpc
 from dsec.types import Stream
@@ -45,10 +45,7 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.so_reuseport", 0),
     ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.max_connection_idle_ms", 600_000),
-    ("grpc.keepalive_time_ms", 30_000),  # a client that is gone without a word is noticed
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # and clients may ask the same of us
-    ("grpc.http2.max_ping_strikes", 0),
+    *KEEPALIVE,
 ]
 _log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]

@@ -111,9 +111,8 @@ def serve(
         def substrate(directory: Path, number: int) -> Substrate:
             return make_substrate(directory, bounds, edge_url, number)
 
-        spoken = load_tokenizer(bounds.tokenizer)
-        engine = make_engine(bounds, directory / STATES, spoken.vocab_count)
-        parts = Parts(engine, spoken, bounds, substrate, has_served_edge=bool(edge_url))
+        engine = make_engine(bounds, directory / STATES)
+        parts = Parts(engine, load_tokenizer(bounds.tokenizer), bounds, substrate, has_served_edge=bool(edge_url))
         name = worker_id or (f"{socket.gethostname()}-{re.split('[:/]', address)[-1]}" if root else _ALONE_ID)
         return Worker(directory, index, parts, config, name, is_alone=root is None)
 

@@ -21,7 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from dsec.errors import DsecError
-from dsec.listen import Listen, TokenInterceptor, bind, claim_socket
+from dsec.listen import KEEPALIVE, Listen, TokenInterceptor, bind, claim_socket
 from dsec.wire import status_of
 from rollout.errors import RequestError, RolloutError
 from rollout.pb.v1.rollout_pb2 import DESCRIPTOR
@@ -120,6 +120,7 @@ async def start_server(
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
         ("grpc.so_reuseport", 0),
+        *KEEPALIVE,
     ]
     asks = [TokenInterceptor(where.token, health.SERVICE_NAME)] if where.token else []
     server = grpc.aio.server(

@@ -54,10 +54,9 @@ _PROMPT_ROW_BYTES = 128
 class VllmEngine:
     """An Engine over one server; see the port for what its methods promise."""
 
-    def __init__(self, url: str, *, key: str = "", vocab_count: int | None = None) -> None:
-        """RequestError for a URL that cannot be one.  `vocab_count`: where the model's config.json is not seen here."""
+    def __init__(self, url: str, *, key: str = "") -> None:
+        """RequestError for a URL that cannot be one."""
         self._connection = Connection(url, key)
-        self._vocab_count = vocab_count
         self._facts: Facts | None = None
         self._failure: RolloutError | None = None
         """Why an open engine cannot draw any more."""
@@ -109,7 +108,7 @@ class VllmEngine:
         await self._connection.open()
         try:
             await self._end_pause()
-            self._facts = await read_facts(self._connection, self._vocab_count)
+            self._facts = await read_facts(self._connection)
         except BaseException as error:
             await self._connection.close()
             if isinstance(error, RolloutError):

@@ -27,6 +27,8 @@ from rollout.engines.vllm.weights import (
 from rollout.engines.vllm.wire import GENERATE, TEMPERATURE_MIN, body_of, read_npy, words
 from rollout.errors import EngineError, RequestError, RolloutError
 
+UNSEEN_VOCAB_COUNT = 1 << 24
+"""Of a model whose config.json is not seen here; no tokenizer has the ids that pad a head."""
 _NAME_MAX = 120
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 
@@ -103,11 +105,8 @@ def unusable(url: str, error: RolloutError) -> EngineError:
     return EngineError(f"{url}: {error}{hint if is_shut else ''}")
 
 
-async def read_facts(connection: Connection, vocab_count: int | None) -> Facts:
-    """Ask the server everything.  EngineError: it is not there, or not as it must be.
-
-    `vocab_count` is believed where the model's config.json is not to be seen here.
-    """
+async def read_facts(connection: Connection) -> Facts:
+    """Ask the server everything.  EngineError: it is not there, or not as it must be."""
     try:
         version = str((await connection.get("/version"))["version"])
         model = _read(_Models, await connection.get("/v1/models")).data[0]
@@ -121,11 +120,9 @@ async def read_facts(connection: Connection, vocab_count: int | None) -> Facts:
     folder = Path(label.folder) if label.folder else root if label.policy_version == 0 and root.is_absolute() else None
     folder = folder if folder is not None and folder.is_dir() else None
     described = _described(root)
-    count = described.get("vocab_size", vocab_count)
+    count = described.get("vocab_size", UNSEEN_VOCAB_COUNT)
     if not isinstance(count, int) or count < 1:
-        raise EngineError(
-            f"the size of the vocabulary is not known: {words(str(root).encode())}/config.json is not here"
-        )
+        raise EngineError(f"{words(str(root).encode())}/config.json: vocab_size is no number of tokens")
     digest = label.weights_digest
     if not digest and folder is not None:
         digest = (await asyncio.to_thread(read_weights, folder)).digest

@@ -66,7 +66,14 @@ PRESETS = {
         environment=_V4_ENVIRONMENT,
     ),
 }
-_TINY_FLAGS = ("--dtype=float32", "--enforce-eager", "--max-num-seqs=16")
+_TINY_SEQUENCES_MAX = 16
+_TINY_FLAGS = (
+    "--dtype=float32",
+    "--enforce-eager",
+    f"--max-num-seqs={_TINY_SEQUENCES_MAX}",
+    f"--max-num-batched-tokens={_TINY_SEQUENCES_MAX * CONTEXT_TOKENS_MAX}",
+)
+"""Every prompt fits a step: on a CPU a server ends when it takes in one that has a seed in parts."""
 
 
 class Offload(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,7 +122,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
 
 def folder_preset(folder: Path) -> Preset:
     """A model that lies there; nothing is asked of Hugging Face."""
-    return Preset(model=str(folder), name=folder.resolve().name, environment=(("HF_HUB_OFFLINE", "1"),))
+    return Preset(model=str(folder.absolute()), name=folder.resolve().name, environment=(("HF_HUB_OFFLINE", "1"),))
 
 
 def tiny_preset(folder: Path) -> Preset:

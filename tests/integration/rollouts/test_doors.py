@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import ssl
 import subprocess
@@ -157,3 +158,22 @@ def test_a_token_file_that_is_empty_opens_no_port(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("\n")
     with pytest.raises(InvalidArgumentError, match="token is empty"):
         read_token(tmp_path / "token")
+
+
+async def test_clients_of_a_quiet_service_may_ask_as_often_as_they_like_whether_it_lives(serve: Serve) -> None:
+    """HTTP/2 (RFC 9113): PING is frame type 6, flag 1 an acknowledgement; type 7, GOAWAY, would throw us out."""
+    host, _, port = (await serve("127.0.0.1:0", TOKEN)).rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    settings, ping = bytes(3) + b"\x04" + bytes(5), b"\x00\x00\x08\x06" + bytes(5) + b"anybody?"
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+    async with asyncio.timeout(20):
+        for _ in range(10):
+            writer.write(ping)
+            kind, flags = 0, 0
+            while (kind, flags) != (6, 1):
+                header = await reader.readexactly(9)
+                kind, flags = header[3], header[4]
+                await reader.readexactly(int.from_bytes(header[:3]))
+                assert kind != 7
+    writer.close()
+    await writer.wait_closed()
