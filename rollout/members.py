@@ -12,7 +12,7 @@ from rollout import context, recovery
 from rollout.engine import Engine
 from rollout.engines.kv_files import KvFiles
 from rollout.environment.sandboxes import Sandboxes
-from rollout.errors import JournalError
+from rollout.errors import EngineError
 from rollout.events import (
     Event,
     FinishReason,
@@ -93,8 +93,8 @@ class Members:
         elif plan.action is Action.END_STALE:
             await self.finish([rollout_id], FinishReason.STALE)
         elif plan.action is Action.REFUSE:
-            why = "was drawn with other weights, and these are no newer version: serve it with the same checkpoint"
-            await self._record(InfraFailed(rollout_id, JournalError.code, JournalError.fault, f"{rollout_id} {why}"))
+            why = "was drawn with other weights, and these are no newer version: serve it with the same engine and checkpoint"
+            await self._record(InfraFailed(rollout_id, EngineError.code, EngineError.fault, f"{rollout_id} {why}"))
         return plan.action is Action.GO_ON
 
     def _found(self, rollout_id: str, state: State | None = None) -> Found:

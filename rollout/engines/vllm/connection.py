@@ -161,4 +161,6 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
 def _failed(error: BaseException) -> EngineError:
     if isinstance(error, TimeoutError):
         return EngineError("it does not answer")
-    return EngineError(f"{type(error).__name__}: {words(str(error).encode())}".rstrip(": "))
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return EngineError(f"nobody answers there: {words(str(error.os_error).encode())}")
+    return EngineError(f"the connection broke: {words(str(error).encode())}".rstrip(": "))

