@@ -93,7 +93,7 @@ class Members:
         elif plan.action is Action.END_STALE:
             await self.finish([rollout_id], FinishReason.STALE)
         elif plan.action is Action.REFUSE:
-            why = "was drawn with other weights, and these are no newer version: serve it with the same engine and checkpoint"
+            why = "was drawn with other weights, and these are no newer version: serve it with the engine it had"
             await self._record(InfraFailed(rollout_id, EngineError.code, EngineError.fault, f"{rollout_id} {why}"))
         return plan.action is Action.GO_ON
 

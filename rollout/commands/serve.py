@@ -151,7 +151,9 @@ async def _serve(directory: Path, doors: Doors, make: Callable[[str], Worker], i
     where = server.address
     try:
         worker = make(doors.advertise or where)
-        await worker.open(doors.advertise or where)
+        if not await _open(worker, doors.advertise or where, stop):
+            click.echo("dsec: stopped before it served", err=True)
+            return True
     except BaseException:
         await server.stop()
         raise
@@ -180,6 +182,21 @@ async def _serve(directory: Path, doors: Doors, make: Callable[[str], Worker], i
         broken.result()
     broken.cancel()
     return is_in_order
+
+
+async def _open(worker: Worker, address: str, stop: asyncio.Event) -> bool:
+    """False if a stop came before the worker was open: it waits for logs that others have, or that wait for weights."""
+    opening, stopped = asyncio.create_task(worker.open(address)), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([opening, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if opening.done():
+            await opening
+            return True
+        return False
+    finally:
+        opening.cancel()
+        stopped.cancel()
+        await asyncio.gather(opening, stopped, return_exceptions=True)
 
 
 @click.command(short_help="Who shares a root, and who owns what.", epilog="\b\nExample:\n  dsec workers /srv/rollouts")

@@ -23,6 +23,7 @@ from rollout.errors import RequestError
 from rollout.events import Event, PolicyUpdated
 from rollout.ledger import Ledger
 from rollout.policy import follow
+from rollout.scheduling.admission import check_engine
 from rollout.service import RolloutService
 from rollout.workers.index import Index, RolloutRow
 from toolcall_dsl import Tokenizer
@@ -128,6 +129,15 @@ class Parts:
     def __post_init__(self) -> None:
         """One engine, which all services draw with."""
         self.lent = Lent(self.engine)
+
+    async def open(self) -> None:
+        """Open the engine.  EngineError; RequestError: it does not suit the service's bounds, or the tokenizer."""
+        await self.engine.open()
+        try:
+            check_engine(self.config, self.engine.info, self.tokenizer)
+        except RequestError:
+            await self.engine.close()
+            raise
 
     def service(
         self, directory: Path, substrate: Substrate, epoch: int, observe: Callable[[Event], None]

@@ -104,7 +104,7 @@ class Worker:
             await self._index.open()
             self._resources.push_async_callback(self._index.close)
             await self._discover()
-            await self._parts.engine.open()
+            await self._parts.open()
             self._resources.push_async_callback(self._parts.engine.close)
             asked_at = _now()
             await self._index.join(self.owner, self.worker_id, address, self._lease.ttl_s)
