@@ -43,7 +43,7 @@ def uses(tokenizer: Tokenizer) -> dict[str, Use]:
         "encode_results": lambda **options: encode_results(["r"], tokenizer, **{"thinking": False, **options}),
         "instruction": lambda **options: instruction("query", **{"thinking": False, **options}),
         "shared_prefix": lambda **options: shared_prefix([], tokenizer, **options),
-        "read_answer": lambda **options: read_answer([], tokenizer, **options),
+        "read_answer": lambda **options: read_answer("query", [], tokenizer, **options),
     }
 
 
