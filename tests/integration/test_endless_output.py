@@ -79,8 +79,9 @@ def test_output_that_is_not_kept_is_told_with_its_size_and_ends_with_125(
         again = edge("logs", sandbox, key)
         said = "" if key == "whole" else told_of(size, len(ran.out))
         assert (ran.code, ran.err) == (code, said), key
-        assert (len(again.out), again.code) == (len(ran.out), 0 if key == "whole" else 125)
-        assert len(ran.out) == size if key == "whole" else 4 << 20 < len(ran.out) < size
+        assert again.code == (0 if key == "whole" else 125)
+        for printed in (ran.out, again.out):  # who reads along may get more of the end than is kept of it
+            assert len(printed) == size if key == "whole" else 4 << 20 < len(printed) < size
     as_json = edge("exec", sandbox, "--json", "--", "head", "-c", 20 << 20, "/dev/zero")
     assert (as_json.code, as_json.err, as_json.json()["truncated"]) == (0, "", True)
     edge.done("rm", sandbox)

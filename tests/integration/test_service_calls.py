@@ -135,7 +135,7 @@ async def test_a_cancel_whose_client_goes_away_is_carried_out_to_its_end(
     async with serving(tmp_path / "run") as setting:
         listener = await submitted(setting, request_)
         call = setting.rollouts.Cancel(pb.CancelRequest(request_id="job"))
-        await until(lambda: setting.service.ledger.cancelled == {"job"})
+        await until(lambda: setting.service.ledger.cancelled.keys() == {"job"})
         call.cancel()
         attached = asyncio.create_task(_listen(setting, request_))
         setting.world.may_end.set()
@@ -178,7 +178,7 @@ async def test_a_cancel_that_a_crash_cut_short_is_finished_by_the_next_start(
     async with serving(tmp_path / "run") as setting:
         listener = await submitted(setting, request_)
         cancel = asyncio.ensure_future(setting.rollouts.Cancel(pb.CancelRequest(request_id="job")))
-        await until(lambda: setting.service.ledger.cancelled == {"job"})
+        await until(lambda: setting.service.ledger.cancelled.keys() == {"job"})
         await setting.service.journal.close()  # nothing is written any more: as after a kill
         setting.world.may_end.set()
         with pytest.raises(grpc.RpcError) as caught:

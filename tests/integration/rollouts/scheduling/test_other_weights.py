@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from rollout.errors import JournalError
+from rollout.errors import EngineError
 from rollout.policy import Policy
 from rollout.request import PolicyRule
 from rollout.rpc.listing import standing
@@ -56,7 +56,7 @@ async def test_other_weights_under_a_known_number_draw_what_is_new_and_nothing_e
         service.resume(["cut/0.0"])
         await service.wait("cut")
         assert (standing(service.ledger, "cut/0.0"), here.sampled("cut/0.0")) == ("failed", stood_at)
-        assert here.record("cut/0.0").infra_failure["code"] == JournalError.code
+        assert here.record("cut/0.0").infra_failure["code"] == EngineError.code
         assert [drawn_by(here, f"{job}/0.0") for job in ("old", "cut", "new")] == [[(0, "0")], [(0, "0")], [(0, "1")]]
     async with drawing_with(here, "0").serving() as service:
         await service.wait("cut")
