@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import random
 import select
@@ -234,6 +235,7 @@ async def test_many_sandboxes_later_the_host_is_as_before(tmp_path: Path) -> Non
     def cgroup_count() -> int:
         return sum(1 for place in cgroups_named(name) for _ in place.glob("**/"))
 
+    gc.collect()  # what tests before left to it would go in the midst of the count
     containers = ContainerSubstrate(state_dir=tmp_path / "state")
     substrate = EdgeSubstrate(Edge(tmp_path / "edge", containers, EdgeConfig(log_sync="os")))
     await substrate.open()
