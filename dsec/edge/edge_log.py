@@ -190,13 +190,18 @@ class EdgeLog:
             await failed.commit.close()
         self._reserve.unlink(missing_ok=True)
         self._is_reserve_spent = True
+        is_told = False
         while not self._closing.is_set():
             try:
                 log = await asyncio.to_thread(self._open_log)
             except wal.StorageError as error:
-                _log.warning("the journal cannot be opened again: %s", error)
+                if not is_told:
+                    is_told = True
+                    _log.warning("what ends waits: the journal cannot be opened, tried every %g s: %s", RETRY_S, error)
                 await self._clock.wait(self._closing, RETRY_S)
                 continue
+            if is_told:
+                _log.warning("the journal is open again")
             self._fold_rest()
             self._generation = _Generation(wal.GroupCommit(log, self._config.sync_policy))
             return log.recovery.next_lsn
