@@ -71,7 +71,7 @@ def test_a_read_only_disk_is_told(dsec: Any, make_task: Any, tmp_path: Path) -> 
 def test_on_a_full_disk_a_run_stops_or_waits_and_with_more_space_it_goes_on_as_if_nothing_had_been(
     dsec: Any, tasks: Path, finished: Path, tmp_path: Path
 ) -> None:
-    """Whose write meets it first: the run's log ends the run; the Edge's journal waits for space, but begins nothing."""
+    """Whose write meets it first: the run's log ends the run; the Edge's journal waits, and begins nothing."""
     place, summary_path = tmp_path / "place", tmp_path / "summary.json"
     place.mkdir()
     ran = apart(
