@@ -199,7 +199,8 @@ class Model:
                 if tensor and not self.library.v4_is_finite(address, tensor.words_count)
             ]
             if odd:
-                raise EngineError(f"{path}: tensor {odd[0]} holds NaN or infinity, and so do {len(odd) - 1} others")
+                more = f" ({len(odd)} tensors do)" if odd[1:] else ""
+                raise EngineError(f"{path}: tensor {odd[0]} holds NaN or infinity{more}")
             table = (ctypes.c_void_p * len(addresses))(*addresses)
             self.pointer = self.library.v4_create(ctypes.byref(config), table, threads_count)
             if not self.pointer:

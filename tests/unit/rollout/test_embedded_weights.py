@@ -98,7 +98,11 @@ FAULTS: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "missing": (lambda t: t.pop(SINKS), f"tensor {SINKS} is missing"),
     "extra": (lambda t: t.update(odd=scalar()), "1 tensors are none of this model's: odd"),
     "of a layer beyond the last": (lambda t: t.update({"model.layers.6.attn_hc.base": scalar()}), "layers.6.attn_hc"),
-    "with a NaN": (with_words(NORM, 0x7FC0), f"tensor {NORM} holds NaN or infinity"),
+    "with a NaN": (with_words(NORM, 0x7FC0), f"tensor {NORM} holds NaN or infinity$"),
+    "with NaNs": (
+        lambda t: (with_words(NORM, 0x7FC0)(t), with_words(EXPERTS, 0x7FC0)(t)),
+        r"holds NaN or infinity \(2 tensors do\)$",
+    ),
     "with an infinity": (with_words(EXPERTS, 0xFF80), f"tensor {EXPERTS} holds NaN or infinity"),
     "of another shape": (
         lambda t: setattr(t[HEAD], "shape", [256, 4096]),
