@@ -32,7 +32,7 @@ from dsec.trajectory import (
 from rollout import journal, machine
 from rollout.bench.tasks import Task
 from rollout.engine import EngineInfo
-from rollout.errors import JournalError
+from rollout.errors import JournalError, NotFoundError
 from rollout.events import (
     ConversationAdmitted,
     Event,
@@ -55,6 +55,9 @@ from rollout.state import Phase, State, start
 from toolcall_dsl import Tokenizer
 from wal.floor import FIRST_LSN
 from wal.tokens import TokensAppended
+
+_SHOWN_MAX = 200
+"""Characters of an id that nobody checked."""
 
 
 class Ledger:
@@ -170,6 +173,12 @@ class Ledger:
         group_id, _, index = rollout_id.rpartition(".")
         job, group = self._group_of[group_id]
         return job, group, int(index)
+
+    def rollout(self, rollout_id: str) -> State:
+        """What is durable of a rollout.  NotFoundError: it has not begun, or was acknowledged, or never was."""
+        if (state := self.rollouts.get(rollout_id)) is None:
+            raise NotFoundError(f"no rollout {rollout_id[:_SHOWN_MAX]!r}")
+        return state
 
     def judges(self, rollout_id: str) -> list[str]:
         """The judges of a rollout that have not ended."""

@@ -19,14 +19,14 @@ from dataclasses import asdict
 
 from dsec.errors import StateError
 from rollout.engine import Sampling
-from rollout.errors import ConflictError, NotFoundError, RequestError
+from rollout.errors import ConflictError, RequestError
 from rollout.generation import Ask, Ended, context_bound, drawn_ids, generate, prompt_length
 from rollout.jobs import PRIORITY_MAX, check_length, make_conversation
 from rollout.record import QuickAnswer
 from rollout.request import Conversation, Job
 from rollout.service import RolloutService
 from rollout.state import State
-from toolcall_dsl import V4, Tokenizer
+from toolcall_dsl import V4, MessageError, Tokenizer
 from toolcall_dsl.quick import Instruction, instruction, read_answer, shared_prefix
 
 INSTRUCTIONS_MAX = 16
@@ -48,8 +48,7 @@ async def ask(
 
     An answer has `answer_tokens_count_max` tokens at most (0: 64).  The same request again gives the same answers,
     whatever the context is by now; without a `request_id` the questions end with their caller, and the log lets go
-    of them.  NotFoundError, RequestError, ConflictError, MessageError (no such instruction), StateError (it cannot
-    stand behind this context), EngineError.
+    of them.  NotFoundError, RequestError, ConflictError, StateError (it cannot stand behind this context), EngineError.
     """
     questions = list(questions)
     asked = [(each, None) if isinstance(each, str) else each for each in questions]
@@ -58,15 +57,18 @@ async def ask(
     if not 0 <= answer_tokens_count_max <= ANSWER_TOKENS_MAX:
         raise RequestError(f"answer_tokens_count_max is {answer_tokens_count_max}, at most {ANSWER_TOKENS_MAX}")
     bound = context_bound(service)
-    for task, url in asked:
-        instruction(task, thinking=False, url=url)  # what there is not, there is behind no context
-        check_length(url or "", service.tokenizer, bound, what=f"{task}: a url")
+    for number, (task, url) in enumerate(asked):
+        try:
+            instruction(task, thinking=False, url=url)  # what there is not, there is behind no context
+        except MessageError as error:
+            raise RequestError(f"instructions[{number}]: {error}") from error
+        check_length(url or "", service.tokenizer, bound, what=f"instructions[{number}]: a url")
     names = [_name(number, rollout_id, *each) for number, each in enumerate(asked)]
     known = service.ledger.jobs.get(request_id)
     if known is not None:
         project, prompts = known.project, _logged(service, known, names)
     else:
-        state = _state(service, rollout_id)
+        state = service.ledger.rollout(rollout_id)
         project = state.job.project
         prompts = await asyncio.to_thread(_prompts, names, asked, state, service.tokenizer, bound)
     tokens_count = answer_tokens_count_max or ANSWER_TOKENS_COUNT
@@ -109,12 +111,6 @@ def _logged(service: RolloutService, known: Job, names: list[str]) -> list[Conve
     if [group.task for group in known.groups] != names:
         raise ConflictError(f"request {known.request_id!r} was submitted before with other contents: instructions")
     return [service.ledger.conversations[group.task_digest] for group in known.groups]
-
-
-def _state(service: RolloutService, rollout_id: str) -> State:
-    if (state := service.ledger.rollouts.get(rollout_id)) is None:
-        raise NotFoundError(f"no rollout {rollout_id!r}")
-    return state
 
 
 def _prompts(

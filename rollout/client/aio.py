@@ -264,7 +264,7 @@ class AsyncRolloutClient:
         fill(request, {"answer_tokens_count_max": answer_tokens_count_max, "sampling": sampling})
         for task in tasks:
             name, url = task if isinstance(task, tuple) else (task, None)
-            request.instructions.add(task=name, url=url)
+            fill_fields(request.instructions.add(), task=name, url=url)
         reply = await self._connection.call("QuickInstruction", request, retries_engine=True)
         return tuple(struct_of(answer, QuickAnswer) for answer in reply.answers)
 

@@ -14,7 +14,7 @@ from contextlib import aclosing
 
 import msgspec
 
-from rollout.errors import NotFoundError, RequestError, ResultsError
+from rollout.errors import RequestError, ResultsError
 from rollout.events import RolloutEvent, RolloutFinished
 from rollout.export.manifest import SideChannel
 from rollout.pb.v1 import rollout_pb2 as pb
@@ -27,7 +27,6 @@ from rollout.rpc.listing import Filter, list_rollouts
 from rollout.rpc.messages import fill, parts, plain
 from rollout.rpc.updates import CHANNELS, Mask, trajectory_parts, updates_of
 from rollout.service import RolloutService
-from rollout.state import State
 
 NAMED_COUNT_MAX = 5000
 """Rollouts that one message names, however many a call was about."""
@@ -84,7 +83,7 @@ class Calls:
     async def replay(self, request: pb.ReplayRequest) -> AsyncIterator[pb.Update]:
         """The durable events of one rollout."""
         mask = frozenset(request.return_mask)
-        check_mask(mask, self._state(request.rollout_id).job)
+        check_mask(mask, self._service.ledger.rollout(request.rollout_id).job)
         async with aclosing(replay(self._service, request.rollout_id, request.from_event)) as records:
             async for lsn, told in records:
                 for update in await self._updates(lsn, told, mask):
@@ -93,17 +92,11 @@ class Calls:
     async def get(self, request: pb.GetRequest) -> AsyncIterator[pb.Trajectory]:
         """One rollout as it is."""
         mask = frozenset(request.return_mask)
-        check_mask(mask, self._state(request.rollout_id).job)
+        check_mask(mask, self._service.ledger.rollout(request.rollout_id).job)
         channels = await self._side_channels(request.rollout_id, mask)
         record = trajectory_record(self._service.ledger, request.rollout_id, channels)
         for part in trajectory_parts(record, mask):
             yield part
-
-    def _state(self, rollout_id: str) -> State:
-        """NotFoundError."""
-        if (state := self._service.ledger.rollouts.get(rollout_id)) is None:
-            raise NotFoundError(f"no rollout {rollout_id!r}")
-        return state
 
     async def list(self, request: pb.ListRequest) -> pb.ListResponse:
         """A page of rollouts."""

@@ -21,7 +21,6 @@ import wal
 from dsec.errors import OutOfRangeError
 from dsec.trajectory import KIND as SANDBOX_KIND
 from rollout import journal, steps
-from rollout.errors import NotFoundError
 from rollout.events import JobEvent, RolloutEvent, rollout_of
 from rollout.service import RolloutService
 
@@ -63,8 +62,7 @@ async def follow(service: RolloutService, request_id: str, from_event: int = 0) 
 
 async def replay(service: RolloutService, rollout_id: str, from_event: int = 0) -> AsyncGenerator[Told, None]:
     """The durable events of one rollout from an event on.  NotFoundError."""
-    if rollout_id not in service.ledger.rollouts:
-        raise NotFoundError(f"no rollout {rollout_id!r}")
+    service.ledger.rollout(rollout_id)
     first, last = service.ledger.lsns[rollout_id]
     async for told in _read(service, max(from_event, first), last, lambda each: each == rollout_id):
         yield told
