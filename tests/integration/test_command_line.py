@@ -60,7 +60,7 @@ def test_a_trajectory_is_complete_and_aligned_to_its_tokens(dsec: Any, finished:
         assert sum(span["length"] for span in spans) == len(ids) == len(logprobs)
         for span in spans:
             values = logprobs[span["start"] : span["start"] + span["length"]]
-            assert all((value is not None and value <= 0) == span["trainable"] for value in values)
+            assert [value for value in values if (value is not None and value <= 0) != span["trainable"]] == []
         assert sum(value is not None for value in logprobs) == record["tokens_sampled"]
         assert sum(turn["length"] for turn in record["turns"]) == record["tokens_sampled"]
         for call in record["tool_calls"]:
@@ -208,7 +208,8 @@ def test_a_directory_that_holds_a_run_is_not_run_into_again(dsec: Any, tasks: Pa
 
 def test_show_is_readable(dsec: Any, finished: Path) -> None:
     overview = dsec.done("show", finished).out
-    assert all(f"{task}.{index}" in overview for task in ("copy-5-000", "unclear") for index in (0, 1))
+    rollouts = [f"{task}.{index}" for task in ("copy-5-000", "unclear") for index in (0, 1)]
+    assert [name for name in rollouts if name not in overview] == []
     record = dsec.show(finished)["copy-5-000.1"]
     page = dsec.done("show", finished, "copy-5-000.1").out
     for shown in (
@@ -228,7 +229,7 @@ def test_show_is_readable(dsec: Any, finished: Path) -> None:
 def test_log_prints_every_record_decoded(dsec: Any, finished: Path) -> None:
     lines = dsec.done("log", finished, "--json").lines()
     assert [line["lsn"] for line in lines] == list(range(1, len(lines) + 1))
-    assert all("undecodable" not in line["record"] for line in lines)
+    assert [line for line in lines if "undecodable" in line["record"]] == []
     kinds = [line["record"].get("type") for line in lines]
     assert kinds.count("rollout_opened") == kinds.count("rollout_finished") == kinds.count("judged") == 8
     assert kinds.index("job_submitted") > max(n for n, kind in enumerate(kinds) if kind == "task_admitted")
@@ -318,12 +319,12 @@ def test_gc_leaves_living_runs_alone(dsec: Any, tasks: Path, tmp_path: Path) -> 
 
 def test_doctor_finds_this_host_fit(dsec: Any) -> None:
     findings = dsec.done("doctor", "--json").json()
-    assert all(finding["ok"] or finding["optional"] for finding in findings)
+    assert [finding for finding in findings if not finding["ok"] and not finding["optional"]] == []
     assert {"root", "kernel", "overlayfs", "cgroup2", "dsec-sandbox"} <= {finding["name"] for finding in findings}
     assert not [finding for finding in findings if finding["ok"] and finding["remedy"]]
     told = dsec.done("doctor", env={"COLUMNS": "40"}).out
     assert "missing" not in told
-    assert all(finding["detail"] in told for finding in findings)  # no path is broken into lines
+    assert [finding for finding in findings if finding["detail"] not in told] == []  # no path is broken into lines
 
 
 def test_doctor_looks_on_where_it_may_not_look(dsec: Any, tmp_path: Path) -> None:

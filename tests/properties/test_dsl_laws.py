@@ -104,8 +104,10 @@ def assistant(reasoning: str, content: str, wanted: Sequence[tuple[str, dict[str
 
 def assert_spans_cover(turn: ParsedTurn, count: int) -> None:
     assert sum(span.length for span in turn.spans) == count
-    assert all(span.length > 0 and span.kind in SAMPLED_KINDS for span in turn.spans)
-    assert all(before.start + before.length == after.start for before, after in pairwise(turn.spans))
+    assert [span for span in turn.spans if not (span.length > 0 and span.kind in SAMPLED_KINDS)] == []
+    assert [
+        (before, after) for before, after in pairwise(turn.spans) if before.start + before.length != after.start
+    ] == []
     assert not turn.spans or turn.spans[0].start == 0
 
 
@@ -131,7 +133,7 @@ def assert_sound(events: Sequence[TurnEvent], turn: ParsedTurn, policy: Policy) 
         turn.calls,
         turn.error,
     )
-    assert all(not isinstance(event, TurnFailed) for event in events[:-1])
+    assert [event for event in events[:-1] if isinstance(event, TurnFailed)] == []
     for event in events:
         if isinstance(event, CallFinished):
             texts = [e.json_text for e in events if isinstance(e, ArgumentsText) and e.index == event.index]
@@ -165,7 +167,7 @@ def test_a_rendered_turn_is_read_back_whatever_it_says_and_however_it_is_split(
     assert turn.error is None
     assert (turn.reasoning, turn.content) == (reasoning if thinking else "", content)
     assert [(call.name, call.arguments) for call in turn.calls] == wanted
-    assert all(call.status is ParseStatus.OK for call in turn.calls)
+    assert [call for call in turn.calls if call.status is not ParseStatus.OK] == []
     assert_spans_cover(turn, len(ids))
     for parts in (pieces(ids, cuts), pieces(ids, range(len(ids)))):
         parser = StreamParser(tokenizer(), thinking=thinking, policy=policy, dialect=dialect)

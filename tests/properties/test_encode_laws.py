@@ -113,7 +113,7 @@ def test_the_ids_of_a_conversation_spell_its_text(
     text = encode_text(talk, **options)
     segments = encode(talk, tokenizer(), train_on_assistant=trains, **options)
     assert tokenizer().decode(token_ids_of(segments)) == text
-    assert all(before.kind != after.kind for before, after in pairwise(segments))
+    assert [(before, after) for before, after in pairwise(segments) if before.kind == after.kind] == []
     assert trains or not any(segment.trainable for segment in segments)
 
 

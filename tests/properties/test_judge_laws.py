@@ -162,8 +162,8 @@ async def test_a_cancelled_rollout_takes_its_judges_with_it(tmp_path: Path) -> N
             if isinstance(event, TokensAppended) and "/judge." in event.request:
                 break
         assert await service.cancel("run") == 1
-        assert all(map(service.ledger.is_done, service.ledger.rollouts))
-    assert not any(isinstance(event, Judged) for _, event in journal.replay(tmp_path / "wal"))
+        assert [each for each in service.ledger.rollouts if not service.ledger.is_done(each)] == []
+    assert [event for _, event in journal.replay(tmp_path / "wal") if isinstance(event, Judged)] == []
 
 
 def length(record: TrajectoryRecord) -> dict[str, float]:

@@ -102,7 +102,7 @@ class Retained(RuleBasedStateMachine):
     def bytes_are_bounded_and_counted(self) -> None:
         assert 0 <= self.states.bytes_held <= BYTES_MAX
         assert (self.states.bytes_held == 0) == (len(self.states) == 0)
-        assert all(len(each.weights) == 1 for each in self.evicted), "others are of no use to anybody else"
+        assert [each for each in self.evicted if len(each.weights) != 1] == [], "others are of no use to anybody else"
 
 
 TestRetained = Retained.TestCase
@@ -155,4 +155,4 @@ def test_turns_of_many_sessions_push_out_none_of_them() -> None:
             states.put(state(*line), str(session))
             assert len(states) <= 11
     assert not evicted
-    assert all(states.own(str(session)) for session in range(10))
+    assert [session for session in range(10) if not states.own(str(session))] == []

@@ -93,7 +93,7 @@ class Model:
         reader = Reader(DIRECTORY, storage=self.disk)
         found = {record.lsn: record.payload.decode() for record in reader}
         assert reader.outcome is Outcome.END
-        assert all(self.history[lsn] == text for lsn, text in found.items())
+        assert [(lsn, text) for lsn, text in found.items() if self.history[lsn] != text] == []
         if found:
             assert sorted(found) == list(range(min(found), max(found) + 1))
         written = range(1, reader.next_lsn)

@@ -87,7 +87,7 @@ async def test_an_engine_that_is_killed_comes_back_by_itself_with_the_weights_of
     whole = await collect(pool, ask(300))
     takers = [Taker(pool, ask(300, session=f"s{number}")) for number in range(12)]
     await asyncio.gather(*(taker.has_begun.wait() for taker in takers))
-    assert all(drew(server) > 1 for server in servers)
+    assert [server for server in servers if drew(server) <= 1] == []
     await servers[1].stop()
     await asyncio.gather(*(taker.task for taker in takers))
     assert {joined(taker.chunks).token_ids for taker in takers} == {whole.token_ids}

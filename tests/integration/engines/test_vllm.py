@@ -112,7 +112,7 @@ async def test_what_was_cached_is_told_at_the_end_and_only_for_these_weights(
             await engine.update(checkpoint, 4)
         chunks = await chunks_of(engine, ask(5))
         counts.append(chunks[-1].cached_tokens_count)
-        assert not any(chunk.cached_tokens_count for chunk in chunks[:-1])
+        assert [chunk for chunk in chunks[:-1] if chunk.cached_tokens_count] == []
     assert counts == [0, 64, 0]
     assert not [path for path, _ in server.calls if path.startswith("/pause") and "clear_cache=false" not in path]
 

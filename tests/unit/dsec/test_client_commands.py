@@ -16,7 +16,7 @@ COMMAND = Command(argv=("make", "all"), timeout_s=2.5)
 
 def test_the_package_offers_the_client_and_its_errors() -> None:
     assert {"Sandbox", "AsyncSandbox", "CommandResult", "CommandFailedError", "DsecError"} <= set(dir(dsec))
-    assert all(getattr(dsec, name).__name__ == name for name in dir(dsec))
+    assert [name for name in dir(dsec) if getattr(dsec, name).__name__ != name] == []
     with pytest.raises(AttributeError):
         dsec.Sandboxes  # noqa: B018
     assert issubclass(dsec.CommandFailedError, dsec.DsecError)

@@ -67,7 +67,7 @@ async def test_what_images_say_is_bounded_with_the_request_and_not_written_down(
     with pytest.raises(InvalidArgumentError, match="how commands of this sandbox or image run"):
         await edge.create(CreateRequest(spec=SandboxSpec(layers=("AB",))))
     assert edge._registry.log.lsn == lsn
-    assert not any(edge._registry.admission.used.values())
+    assert [used for used in edge._registry.admission.used.values() if used] == []
     assert (await edge.create(CreateRequest(spec=SandboxSpec(layers=("A",))))).spec.defaults.env["A"] == "A" * 100_000
 
 

@@ -69,7 +69,7 @@ async def opened(cache: Path | None, limits: Limits | None = None) -> AsyncItera
 async def answer(engine: EmbeddedEngine, request: SampleRequest) -> tuple[int, tuple[int, ...], tuple[float, ...]]:
     """Tokens that were not computed, tokens, logprobs."""
     chunks: list[Sampled] = [chunk async for chunk in engine.sample(request)]
-    assert not any(chunk.kv for chunk in chunks), "who is spared a prefill is told of nothing else"
+    assert [chunk for chunk in chunks if chunk.kv] == [], "who is spared a prefill is told of nothing else"
     ids = tuple(token for chunk in chunks for token in chunk.token_ids)
     return chunks[0].cached_tokens_count, ids, tuple(logprob for chunk in chunks for logprob in chunk.logprobs)
 

@@ -17,8 +17,8 @@ def test_figures_keep_their_place_beside_the_longest_ids() -> None:
     out = io.StringIO()
     Console(file=out, width=80).print(table)
     lines = out.getvalue().splitlines()
-    assert all(len(line) <= 80 for line in lines)
-    assert all(name in lines[2] for name in names)
+    assert [line for line in lines if len(line) > 80] == []
+    assert [name for name in names if name not in lines[2]] == []
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
     assert "".join(row[0] for row in rows) == rollout_id
     assert rows[0][1] == "0.125"

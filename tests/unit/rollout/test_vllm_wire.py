@@ -59,7 +59,8 @@ def test_the_likeliest_are_ordered_counted_and_without_those_that_a_cut_left_no_
     ]
     rows = [row for chunk in chunks for row in chunk.top_logprobs]
     assert {len(row.token_ids) for row in rows} == {3}
-    assert all(list(row.logprobs) == sorted(row.logprobs, reverse=True) and min(row.logprobs) > -100 for row in rows)
+    assert [list(row.logprobs) for row in rows] == [sorted(row.logprobs, reverse=True) for row in rows]
+    assert [row for row in rows if min(row.logprobs) <= -100] == []
 
 
 def test_a_recorded_score_is_of_all_tokens_but_the_first() -> None:
@@ -67,7 +68,7 @@ def test_a_recorded_score_is_of_all_tokens_but_the_first() -> None:
     ids = exchange["body"]["token_ids"]
     scored = wire.scored_of(json.loads(exchange["answer"]), ids, 2, 5)
     assert len(scored.logprobs) == len(scored.top_logprobs) == len(ids) - 1
-    assert all(logprob < 0 for logprob in scored.logprobs)
+    assert [logprob for logprob in scored.logprobs if logprob >= 0] == []
     assert {len(top.token_ids) for top in scored.top_logprobs} == {2}
     assert wire.scored_of(json.loads(exchange["answer"]), ids, 0, 5).top_logprobs == ()
 
@@ -164,7 +165,7 @@ def test_a_stream_keeps_its_seed_and_others_have_others() -> None:
     seeds = {wire.seed_of(seed, key) for seed in range(20) for key in range(20)}
     assert len(seeds) == 400
     assert wire.seed_of(3, 7) == wire.seed_of(3, 7)
-    assert all(0 <= each < 1 << 63 for each in seeds)
+    assert [each for each in seeds if not 0 <= each < 1 << 63] == []
 
 
 def test_a_body_leaves_nothing_to_the_servers_own_defaults() -> None:

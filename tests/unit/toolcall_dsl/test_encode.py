@@ -192,7 +192,8 @@ def test_a_dropped_developer_of_the_context_costs_no_later_message() -> None:
 def test_tools_on_a_developer_message_keep_all_reasoning() -> None:
     messages, expected = official_fixture(3)
     assert [message["role"] for message in messages if message.get("tools")] == ["developer"]
-    assert all(message["reasoning_content"] in expected for message in messages if message.get("reasoning_content"))
+    reasonings = [message["reasoning_content"] for message in messages if message.get("reasoning_content")]
+    assert [text for text in reasonings if text not in expected] == []
 
 
 def test_an_address_is_marked_where_a_read_url_task_asks_about_it(tokenizer: Tokenizer) -> None:
@@ -229,7 +230,7 @@ def test_supervised_turns_are_sampled_and_masked_ones_forced(
     ]
     blocks = [text for kind, text in trained if kind == "SAMPLED_CALL"]
     assert [text[: text.index("tool_calls")] for text in blocks] == ["\n\n<｜DSML｜", "<｜DSML｜"]
-    assert all(text.endswith("</｜DSML｜tool_calls><｜end▁of▁sentence｜>") for text in blocks)
+    assert [text for text in blocks if not text.endswith("</｜DSML｜tool_calls><｜end▁of▁sentence｜>")] == []
     (forced,) = [segment for segment in segments if segment.kind is SpanKind.FORCED]
     assert (
         tokenizer.decode(forced.token_ids) == ("Three.</think>" * thinking) + "There are 3 lines.<｜end▁of▁sentence｜>"

@@ -73,7 +73,7 @@ def assert_events_tell(events: Sequence[TurnEvent], turn: ParsedTurn) -> None:
     for event in finished:
         assert CallStarted(event.index, event.call.name) in events
         assert json.loads(arguments_of(events, event.index)) == event.call.arguments
-    assert all(not isinstance(event, TurnFailed) for event in events[:-1])
+    assert [event for event in events[:-1] if isinstance(event, TurnFailed)] == []
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -189,7 +189,7 @@ def test_strict_announces_no_call_before_the_whole_turn_is_sound() -> None:
     for character in sound:
         parser.feed_text(character)
     before = list(iter(parser.next_event, None))
-    assert not any(isinstance(event, CallFinished) for event in before)
+    assert [event for event in before if isinstance(event, CallFinished)] == []
     parser.finish()
     assert list(iter(parser.next_event, None)) == [CallFinished(0, ToolCall("f", {"a": "x"}))]
 
@@ -197,7 +197,7 @@ def test_strict_announces_no_call_before_the_whole_turn_is_sound() -> None:
 @pytest.mark.parametrize("tail", ["x", f"{EOS}x", "\n"])
 def test_strict_never_announces_a_call_of_a_turn_that_fails_behind_it(tail: str) -> None:
     events = events_of(StreamParser(thinking=False), OPENED + parameter("a", "x") + CLOSED + tail)
-    assert not any(isinstance(event, CallFinished) for event in events)
+    assert [event for event in events if isinstance(event, CallFinished)] == []
     assert isinstance(events[-1], TurnFailed)
 
 
@@ -257,7 +257,7 @@ def test_a_character_cut_by_a_token_border_comes_out_whole(place: str, tokenizer
     events = events_of(parser, [lead, *([token_id] for token_id in ids)])
     texts = [getattr(event, "text", None) or getattr(event, "json_text", "") for event in events]
     assert "".join(texts[: len(texts)]).endswith("热海🧑")
-    assert not any("\ufffd" in text for text in texts)
+    assert [text for text in texts if "\ufffd" in text] == []
 
 
 @pytest.mark.parametrize(

@@ -301,7 +301,7 @@ def test_19_vllm_pr_54686_a_name_that_never_ends_swallows_no_body(read: Read) ->
         for policy in POLICIES:
             assert read(text + EOS, policy=policy).calls == ()
     started = events_of(StreamParser(thinking=False), HEAD + '<｜DSML｜invoke name="' + "x" * 5000)
-    assert not any(isinstance(event, CallStarted) for event in started)
+    assert [event for event in started if isinstance(event, CallStarted)] == []
     leak = [{"role": "user", "content": HEAD + invoke("f")}]
     assert encode_text(leak, thinking=False).count("｜DSML｜") == HEAD.count("｜DSML｜") + invoke("f").count("｜DSML｜")
 

@@ -143,7 +143,7 @@ async def test_one_request_made_by_many_while_the_context_goes_on_is_one_job(wor
             others = [asyncio.create_task(ask(service, ONE, SIX, request_id="asked")) for _ in range(8)]
             await asyncio.sleep(0)
         said = await asyncio.gather(first, *others)
-        assert all(answers == said[0] for answers in said)
+        assert [answers for answers in said if answers != said[0]] == []
         assert service.ledger.jobs.keys() == {"job", "asked"}
         fresh = await ask(service, ONE, SIX)
         assert fresh[0].prompt_tokens_count > said[0][0].prompt_tokens_count
