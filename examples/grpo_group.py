@@ -12,6 +12,7 @@ from rollout.client import RolloutClient
 from rollout.engine import Sampling
 
 address, *prompts = sys.argv[1:] or sys.exit(__doc__)
+sys.tracebacklimit = 0  # what is wrong with a request is said in a sentence
 with RolloutClient(address) as client:
     hot = Sampling(temperature=1.0, seed=7)
     for group in client.rollouts(prompts, group_size=8, request_id="grpo-step-1", sampling=hot):

@@ -69,4 +69,5 @@ if __name__ == "__main__":
     parser.add_argument("directory", nargs="?", type=Path, default=Path("runs/three-modes"), help="for the logs")
     parser.add_argument("--group-size", type=int, default=4, help="rollouts of each mode")
     parser.add_argument("--seed", type=int, default=7)
+    sys.tracebacklimit = 0  # what cannot be asked for is said in a sentence
     asyncio.run(main(parser.parse_args()))

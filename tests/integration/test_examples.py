@@ -117,9 +117,12 @@ def test_fifteen_lines_drive_a_grpo_group_and_again_after_a_crash_the_same(dsec:
     try:
         address = server.stdout.readline().split()[2].rstrip(",")
         ran = dsec.done(EXAMPLES / "grpo_group.py", address, "copy-1-000", "sort-1-000", command=sys.executable)
+        unknown = dsec(EXAMPLES / "grpo_group.py", address, "no-such-task", command=sys.executable)
     finally:
         server.terminate()
         server.communicate(timeout=30)
+    (said,) = unknown.err.splitlines()
+    assert "no bundled task no-such-task" in said
     lines = ran.out.splitlines()
     assert len(lines) == 18
     assert [line.split()[0] for line in lines if "mean" in line and line.endswith("whole")] != []
