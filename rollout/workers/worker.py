@@ -267,8 +267,8 @@ class Worker:
         if not self._lease.is_due(now):
             return
         if not await self._index.renew(self.owner, self._lease.ttl_s, self.running_count):
-            workers = (await self._index.snapshot()).living().values()
-            if any(each.worker_id == self.worker_id for each in workers):
+            workers = (await self._index.snapshot()).living().values()  # with ourselves, if the other task joined first
+            if any(each.worker_id == self.worker_id and each.owner != self.owner for each in workers):
                 raise RequestError(
                     f"another process is worker {self.worker_id!r} now: give each a --worker-id of its own"
                 )

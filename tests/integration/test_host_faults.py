@@ -26,7 +26,7 @@ def test_a_host_without_root_is_told(dsec: Any, make_task: Any, tmp_path: Path) 
             folder.chmod(0o755)
     run = tmp_path / "run"
     ran = apart(dsec, f"exec setpriv --reuid 65534 --clear-groups $DSEC run {task} --out {run}")
-    assert (ran.code, ran.out) == (3, "")
+    assert (ran.code, ran.out) == (3, ""), ran.err
     assert ran.err.startswith("dsec: this host cannot run sandboxes:\n")
     assert "  root: effective uid 65534; run as root (sudo)" in ran.err
     assert "Traceback" not in ran.err

@@ -271,3 +271,30 @@ async def test_logs_are_found_again_when_the_index_was_emptied(start: Start, tmp
     await served.turns(4)
     await served.engine.resume()
     assert await job == {"STOP"}
+
+
+async def test_a_lease_that_was_emptied_is_taken_again_whichever_of_two_tasks_sees_it_first(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = await start("a")
+    index = served.worker._index
+    both, joined = asyncio.Barrier(2), asyncio.Event()
+
+    async def renew(*lease: Any) -> bool:
+        if await Index.renew(index, *lease):
+            return True
+        if await both.wait():  # it looks who is there once the other has joined
+            await joined.wait()
+        return False
+
+    async def join(*lease: Any) -> None:
+        await Index.join(index, *lease)
+        joined.set()
+
+    monkeypatch.setattr(index, "renew", renew)
+    monkeypatch.setattr(index, "join", join)
+    with sqlite3.connect(tmp_path / "root/index.db", timeout=30) as database:
+        database.execute("DELETE FROM workers")
+    await joined.wait()
+    await served.turns()
+    assert await served.submit("job") == {"STOP"}
