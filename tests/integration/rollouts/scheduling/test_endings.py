@@ -23,6 +23,19 @@ def look_once(_session: str, turn: int) -> Reply:
     return DONE if turn else LOOK
 
 
+def hold_destroy(monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
+    """From now on an end of a sandbox begins, and goes on when it may."""
+    destroy, is_ending, may_end = FakeSandbox.destroy, asyncio.Event(), asyncio.Event()
+
+    async def destroy_late(sandbox: FakeSandbox) -> None:
+        is_ending.set()
+        await may_end.wait()
+        await destroy(sandbox)
+
+    monkeypatch.setattr(FakeSandbox, "destroy", destroy_late)
+    return is_ending, may_end
+
+
 async def test_rollouts_that_end_together_do_not_begin_in_the_room_that_one_of_them_leaves(world: Any) -> None:
     here = world(look_once, sandboxes_count_max=1)
     async with here.serving() as service:
@@ -37,19 +50,12 @@ async def test_rollouts_that_end_together_do_not_begin_in_the_room_that_one_of_t
 
 
 async def test_a_rollout_that_is_being_ended_is_not_resumed(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    destroy, is_ending, may_end = FakeSandbox.destroy, asyncio.Event(), asyncio.Event()
-
-    async def destroy_late(sandbox: FakeSandbox) -> None:
-        is_ending.set()
-        await may_end.wait()
-        await destroy(sandbox)
-
     here = world(look_once)
     async with here.serving() as service:
         await here.submit("job", "one", group_size=2)
         await here.until(lambda: here.tools_count == 2)
         await service.preempt()
-        monkeypatch.setattr(FakeSandbox, "destroy", destroy_late)
+        is_ending, may_end = hold_destroy(monkeypatch)
         ending = asyncio.create_task(service.finish("job", ["job/one.0"], FinishReason.STALE))
         await is_ending.wait()
         here.tool_may_end.set()
@@ -64,18 +70,11 @@ async def test_a_rollout_that_is_being_ended_is_not_resumed(world: Any, monkeypa
 async def test_an_end_that_takes_its_time_keeps_no_other_job_waiting(
     world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    destroy, is_ending, may_end = FakeSandbox.destroy, asyncio.Event(), asyncio.Event()
-
-    async def destroy_late(sandbox: FakeSandbox) -> None:
-        is_ending.set()
-        await may_end.wait()
-        await destroy(sandbox)
-
     here = world(look_once)
     async with here.serving() as service:
         await here.submit("slow", "one")
         await here.until(lambda: here.tools_count == 1)
-        monkeypatch.setattr(FakeSandbox, "destroy", destroy_late)
+        is_ending, may_end = hold_destroy(monkeypatch)
         ending = asyncio.create_task(service.cancel("slow"))
         await is_ending.wait()
         await here.ask("quick", 2)
