@@ -2,9 +2,10 @@
 
     python benchmarks/create_exec.py [--quick] [--json] [--without docker,crun]
 
-`dsec` and `dsec_warm` are the substrate in this process, `dsec_grpc` the Python client and an Edge in a process of
-its own, which journals.  Contenders take turns in every round, so that a noisy machine is noisy for all; compare
-ratios first, and minima before means.  What the others leave out is in contenders.py: their figures are flattered.
+`dsec` and `dsec_warm` are the substrate in this process, `dsec_grpc` and `dsec_grpc_warm` the Python client and an
+Edge in a process of its own, which journals.  Contenders take turns in every round, so that a noisy machine is noisy
+for all, and nobody's turn begins while another makes sandboxes ahead; compare ratios first, and minima before means.
+What the others leave out is in contenders.py: their figures are flattered.
 The processor time of a create is that of our processes, spawner, guests and Python together, over cycles of
 create and destroy; `KERNEL_FLOOR_MS` is what the system calls alone took, with a network namespace that
 was there.  Needs root.
@@ -52,6 +53,8 @@ KERNEL_FLOOR_MS = 1.7
 WARM_COUNT = 64
 SANDBOXES_COUNT_MAX = 512
 WARM_UP_S = 1.0
+"""Until a pool is full; a full one lacks a sandbox for no longer than:"""
+REFILL_S = 0.02
 TURNS = 3
 MIXED = tuple(
     SandboxSpec(memory_bytes=mib << 20, disk_bytes=mib << 19, cpu_cores=cores, pids_count_max=mib, hostname=f"of-{mib}")
@@ -69,15 +72,23 @@ async def open_substrate(warm_count: int = 0) -> ContainerSubstrate:
 
 
 @contextlib.asynccontextmanager
-async def variants() -> AsyncIterator[dict[str, Substrate]]:
-    """The ways to our sandboxes, warmed up."""
-    async with edge_process(sandboxes_count_max=SANDBOXES_COUNT_MAX) as url:
+async def open_remote(warm_count: int = 0) -> AsyncIterator[RemoteSubstrate]:
+    """A client of an Edge that is there for nobody else."""
+    async with edge_process(sandboxes_count_max=SANDBOXES_COUNT_MAX, warm_count=warm_count) as url:
         remote = RemoteSubstrate(url)
         await remote.open()
+        yield remote
+
+
+@contextlib.asynccontextmanager
+async def variants() -> AsyncIterator[dict[str, Substrate]]:
+    """The ways to our sandboxes, warmed up; those that make some ahead come last."""
+    async with open_remote() as remote, open_remote(WARM_COUNT) as warm_remote:
         found: dict[str, Substrate] = {
             "dsec": await open_substrate(),
-            "dsec_warm": await open_substrate(WARM_COUNT),
             "dsec_grpc": remote,
+            "dsec_warm": await open_substrate(WARM_COUNT),
+            "dsec_grpc_warm": warm_remote,
         }
         for substrate in found.values():
             await warm_up(substrate)
@@ -108,6 +119,12 @@ async def warm_up(substrate: Substrate) -> None:
     await asyncio.sleep(WARM_UP_S)
 
 
+async def end_turn(variant: str, refill_s: float) -> None:
+    """Let it make ahead what was taken, so that the next one does not pay for it."""
+    if variant.endswith("_warm"):
+        await asyncio.sleep(refill_s)
+
+
 async def take_turns(others: dict[str, Contender], rounds: int, figures: Figures) -> None:
     """One at a time; Docker, which needs a second a round, in every tenth."""
     async with variants() as ours:
@@ -115,10 +132,12 @@ async def take_turns(others: dict[str, Contender], rounds: int, figures: Figures
             for variant, substrate in ours.items():
                 sandbox = await figures.time(variant, "create_and_first_exec", birth(substrate))
                 await figures.time(variant, "destroy", sandbox.destroy())
+                await end_turn(variant, REFILL_S)
             for variant in ("dsec", "dsec_warm"):
                 for operation, spec in (("create", SandboxSpec()), ("create_mixed_specs", MIXED[index % len(MIXED)])):
                     sandbox = await figures.time(variant, operation, ours[variant].create(spec))
                     await sandbox.destroy()
+                await end_turn(variant, REFILL_S)
             await figures.time("subprocess", "create_and_first_exec", run_program("/bin/true"))
             for name, contender in others.items():
                 if name != "docker" or index % 10 == 0:
@@ -157,6 +176,7 @@ async def bursts(others: dict[str, Contender], count: int, figures: Figures) -> 
                 rates = await burst(count, count, create, lambda sandbox: sandbox.destroy())
                 found.setdefault(name, []).append(rates)
                 at_first.setdefault(name, rates[0])
+                await end_turn(name, WARM_UP_S)
             for name, other in others.items():
                 few = max(4, count // (12 if name == "docker" else 4))
                 rates = await burst(few, other.creates_in_flight, partial(container_birth, other), other.destroy)
