@@ -37,4 +37,4 @@ async def test_a_double_destroyed_under_a_command_is_lost() -> None:
     await substrate.open()
     sandbox = await substrate.create(SandboxSpec())
     with pytest.raises(SandboxLostError):
-        await asyncio.wait_for(sandbox.exec(Command(argv=("x",))), 5)
+        await asyncio.wait_for(sandbox.exec(Command(argv=("x",))), 60)

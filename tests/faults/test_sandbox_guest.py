@@ -148,7 +148,7 @@ async def test_a_guest_that_talks_nonsense_is_a_lost_sandbox(scripted: Container
     asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
     sandbox = await scripted.create(SandboxSpec())
     with pytest.raises(SandboxLostError):
-        await asyncio.wait_for(sandbox.exec(command), 10)
+        await asyncio.wait_for(sandbox.exec(command), 60)
     await sandbox.destroy()
     assert problems == []
 
@@ -172,7 +172,7 @@ async def test_a_spawner_that_talks_nonsense_is_replaced(tmp_path: Path) -> None
     substrate = ContainerSubstrate(SubstrateConfig(binary_path=program))
     await substrate.open()
     (tmp_path / "mad").touch()
-    sandbox = await asyncio.wait_for(substrate.create(SandboxSpec()), 10)
+    sandbox = await asyncio.wait_for(substrate.create(SandboxSpec()), 60)
     assert not (tmp_path / "mad").exists()
     assert (await sandbox.exec(Command(argv=("true",)))).exit_code == 0
     await substrate.close()

@@ -247,7 +247,7 @@ async def test_many_sandboxes_later_the_host_is_as_before(tmp_path: Path) -> Non
         sandboxes = await asyncio.gather(*(substrate.create(SandboxSpec()) for _ in range(20)))
         await asyncio.gather(*(shell(sandbox, "sleep 100 & echo x > /tmp/x") for sandbox in sandboxes))
         await asyncio.gather(*(sandbox.destroy() for sandbox in sandboxes))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(descriptors(keeper_pid)) != kept:  # noqa: ASYNC110 - it has still to read what it was told
                 await asyncio.sleep(0.002)
         # cgroups, user and network namespaces of the first twenty are kept for those that follow

@@ -40,7 +40,7 @@ async def opened(folder: Path, bytes_max: int = MIB, build: str = "build") -> As
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - threads tell nobody
             await asyncio.sleep(0)
 

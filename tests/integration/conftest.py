@@ -97,7 +97,7 @@ class Dsec:
     def __call__(self, *arguments: object, **options: Any) -> Ran:
         process = self.start(*arguments, **options)
         try:
-            out, err = process.communicate(timeout=90)
+            out, err = process.communicate(timeout=240)
         except subprocess.TimeoutExpired:
             self.kill(process)
             raise
@@ -256,7 +256,7 @@ class Edge:
 
     def stop(self) -> None:
         self.process.terminate()
-        _, err = self.process.communicate(timeout=60)
+        _, err = self.process.communicate(timeout=120)
         assert (self.process.returncode, err) == (0, "dsec: nothing is left\n")
 
     def begin(self, *arguments: object, **options: Any) -> subprocess.Popen[str]:

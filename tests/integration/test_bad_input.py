@@ -211,7 +211,7 @@ def test_one_directory_has_one_writer_and_ports_one_server(dsec: Any, make_task:
         refused(other, f"cannot listen on {address}: the port is in use")
     finally:
         server.terminate()
-        server.communicate(timeout=30)
+        server.communicate(timeout=120)
     assert server.returncode == 0
 
 

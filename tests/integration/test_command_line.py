@@ -284,7 +284,7 @@ def test_a_signal_stops_a_run_where_it_is_and_a_resume_finishes_it(
     process = dsec.start("run", tasks, "--out", run, *SAME_RUN)
     wait_for_tokens(process, run)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "stopped by SIGINT; finish with: " in err
     assert f"dsec run --resume --out {run}" in err
@@ -312,7 +312,7 @@ def test_gc_leaves_living_runs_alone(dsec: Any, tasks: Path, tmp_path: Path) -> 
     process = dsec.start("run", tasks, "--out", tmp_path / "run", *SAME_RUN, "--json")
     wait_for_tokens(process, tmp_path / "run")
     assert dsec.done("gc", "--json").json() == {"cgroups_removed": 0}
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     assert json.loads(out)["infra_failures"] == 0
 

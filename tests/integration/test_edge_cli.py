@@ -138,13 +138,13 @@ def test_an_interrupt_kills_the_command_and_a_reader_that_goes_away_ends_it(edge
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode == 130
     reader = edge.begin("exec", sandbox, "--key", "pipe", "--", "yes")
     assert reader.stdout is not None
     assert reader.stdout.readline() == "y\n"
     reader.stdout.close()
-    reader.wait(timeout=30)
+    reader.wait(timeout=120)
     reader.communicate()
     ended = {view["key"]: view for view in map(json.loads, edge.done("trajectory", sandbox, "--json").splitlines())}
     assert [ended[key]["exit_code"] for key in ("int", "pipe")] == [137, 137]
@@ -190,7 +190,7 @@ def test_a_terminal_is_the_commands_own(edge: Any, sandbox: str) -> None:
         process.send_signal(signal.SIGWINCH)
         wait_for("100 by 40")
         os.write(ours, b"exit 5\n")
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)
         assert process.returncode == 5
         assert termios.tcgetattr(theirs)[3] & termios.ECHO  # as it was
     finally:
@@ -345,6 +345,6 @@ def test_a_program_that_is_interrupted_leaves_no_sandbox(edge: Any, tmp_path: Pa
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert err.rstrip().endswith("KeyboardInterrupt")
     assert edge.done("ps", "-q") == ""

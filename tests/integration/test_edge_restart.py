@@ -50,7 +50,7 @@ def test_a_killed_edge_loses_neither_sandboxes_nor_commands(start_edge: Callable
     edge.start()
     assert edge.ready["adopted"] == 1
     edge.done("exec", sandbox, "--", "sh", "-c", "kill -0 $(cat /root/pid) && echo went > /root/go")
-    streamed, told = (process.communicate(timeout=60)[0] for process in waiting)
+    streamed, told = (process.communicate(timeout=120)[0] for process in waiting)
     assert streamed == "went\n"
     assert base64.b64decode(json.loads(told)["stdout"]) == b"went\n"
     assert [process.returncode for process in waiting] == [0, 0]
@@ -69,7 +69,7 @@ def test_a_stopped_edge_leaves_its_sandboxes_to_the_next(dsec: Any, tmp_path: Pa
     first = serve()
     sandbox = dsec.done("create", env=env).out.strip()
     first.terminate()
-    _, err = first.communicate(timeout=60)
+    _, err = first.communicate(timeout=120)
     assert (first.returncode, err) == (
         0,
         "dsec: 1 sandbox lives on for DSEC_EDGE_KEEP_S; the next `dsec edge serve` takes them up\n",
@@ -79,7 +79,7 @@ def test_a_stopped_edge_leaves_its_sandboxes_to_the_next(dsec: Any, tmp_path: Pa
     refused = dsec("edge", "serve", "--directory", tmp_path / "state", "--listen", f"unix:{tmp_path}/other", env=env)
     assert refused.code in (2, 3)
     second.terminate()
-    _, err = second.communicate(timeout=60)
+    _, err = second.communicate(timeout=120)
     assert err == "dsec: nothing is left\n"
 
 
@@ -96,7 +96,7 @@ def test_an_edge_with_nothing_to_keep_leaves_nothing(dsec: Any, tmp_path: Path, 
     assert edge.stdout.readline().startswith("dsec: serving")
     assert is_kept(tmp_path / "state")
     edge.terminate()
-    assert edge.communicate(timeout=60)[1] == "dsec: nothing is left\n"
+    assert edge.communicate(timeout=120)[1] == "dsec: nothing is left\n"
     assert not is_kept(tmp_path / "state")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"tcp:127.0.0.1:{taken.getsockname()[1]}"

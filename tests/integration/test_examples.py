@@ -89,7 +89,7 @@ def test_the_group_example_prints_rewards_of_a_bundled_task_and_of_a_folder(
             assert mean == f"mean {sum(rewards) / 4:.2f} of 4"
     finally:
         server.terminate()
-        server.communicate(timeout=30)
+        server.communicate(timeout=120)
 
 
 def test_the_group_example_attaches_again_after_a_crash_and_tells_a_wrong_task_in_a_line(
@@ -105,11 +105,11 @@ def test_the_group_example_attaches_again_after_a_crash_and_tells_a_wrong_task_i
         example = dsec.start(EXAMPLES / "submit_group.py", address, "copy-1-000", command=sys.executable)
         assert example.stderr.readline().endswith("; asking again\n")
         server = dsec.start(*serve, address)
-        out, _ = example.communicate(timeout=60)
+        out, _ = example.communicate(timeout=120)
         assert (example.returncode, out.splitlines()[-1][-4:]) == (0, "of 4")
     finally:
         server.terminate()
-        server.communicate(timeout=30)
+        server.communicate(timeout=120)
 
 
 def test_fifteen_lines_drive_a_grpo_group_and_again_after_a_crash_the_same(dsec: Any, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_fifteen_lines_drive_a_grpo_group_and_again_after_a_crash_the_same(dsec:
         unknown = dsec(EXAMPLES / "grpo_group.py", address, "no-such-task", command=sys.executable)
     finally:
         server.terminate()
-        server.communicate(timeout=30)
+        server.communicate(timeout=120)
     (said,) = unknown.err.splitlines()
     assert "no bundled task no-such-task" in said
     lines = ran.out.splitlines()

@@ -101,7 +101,7 @@ class SmallHost:
 
     def stop(self) -> str:
         os.kill(self.first_pid, signal.SIGTERM)
-        return str(self.process.communicate(timeout=60)[1])
+        return str(self.process.communicate(timeout=120)[1])
 
     def kill(self) -> None:
         """With the first process of a pid namespace all others end."""
@@ -179,7 +179,7 @@ def test_an_edge_that_gets_too_few_threads_says_so_and_ends(
     serve = (dsec.path, "edge", "serve", "--directory", tmp_path / "state", "--listen", f"unix:{tmp_path}/edge.sock")
     process = dsec.start("-c", f'echo $$ > {few}/cgroup.procs && exec "$0" "$@"', *serve, command="sh")
     try:
-        err = process.communicate(timeout=60)[1]
+        err = process.communicate(timeout=120)[1]
     finally:
         cgroup.remove_tree(few)
     assert (process.returncode, f"the host gave {room - 1} of the" in err, "pids.max" in err) == (3, True, True), err

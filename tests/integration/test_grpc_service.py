@@ -50,7 +50,7 @@ class Server:
         self.health = health_pb2_grpc.HealthStub(self.channel)
 
     def is_serving(self) -> bool:
-        reply = self.health.Check(health_pb2.HealthCheckRequest(), timeout=20)
+        reply = self.health.Check(health_pb2.HealthCheckRequest(), timeout=60)
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
     def submit(self, request: pb.SubmitRequest) -> list[pb.Update]:
@@ -59,7 +59,7 @@ class Server:
     def stop(self) -> None:
         self.channel.close()
         self.process.terminate()
-        _, err = self.process.communicate(timeout=30)
+        _, err = self.process.communicate(timeout=120)
         assert (self.process.returncode, err.startswith("dsec: stopped, "), err.count("\n")) == (0, True, 1), err
 
     def kill(self) -> None:
@@ -343,11 +343,11 @@ def test_noise_on_the_port_and_idle_connections_do_not_disturb_the_service(serve
     host, port = server.address.split(":")
     with contextlib.ExitStack() as open_ones:
         for number in range(100):
-            idle = open_ones.enter_context(socket.create_connection((host, int(port)), timeout=20))
+            idle = open_ones.enter_context(socket.create_connection((host, int(port)), timeout=60))
             if number % 2:
                 idle.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[: number // 2])
         for noise in (b"\0" * 1000, b"GET / HTTP/1.1\r\n\r\n", bytes(range(256)) * 64, b"\xff"):
-            with socket.create_connection((host, int(port)), timeout=20) as noisy, contextlib.suppress(ConnectionError):
+            with socket.create_connection((host, int(port)), timeout=60) as noisy, contextlib.suppress(ConnectionError):
                 noisy.sendall(noise)
                 noisy.shutdown(socket.SHUT_WR)
                 while noisy.recv(4096):

@@ -94,7 +94,7 @@ class Far:
         return list((self.directory / "store" / "tmp").iterdir())
 
     async def until_unfinished(self, count: int) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(self.unfinished) != count:  # noqa: ASYNC110  the disk tells nobody
                 await asyncio.sleep(0)
 

@@ -45,7 +45,7 @@ async def host(tmp_path: Path) -> AsyncIterator[Host]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - what is waited for is what a user would see, not an event
             await asyncio.sleep(0.002)
 

@@ -117,7 +117,7 @@ def test_the_page_about_training_is_one_program(dsec: Any, tmp_path: Path) -> No
         lines = dsec.done(program, command=sys.executable).out.splitlines()
     finally:
         server.terminate()
-        server.communicate(timeout=30)
+        server.communicate(timeout=120)
     assert sorted(line.split()[0] for line in lines[:2]) == ["step-1/copy-1-000", "step-1/sort-1-000"]
     assert re.fullmatch(r"\d+ step-2/count-1-000\.0 \d+ tokens", lines[2])
     assert re.fullmatch(r"STOP [01]\.0 \d+", lines[3])

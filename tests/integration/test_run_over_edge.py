@@ -103,7 +103,7 @@ def test_a_copy_of_a_living_run_leaves_that_its_sandboxes(
     copied = dsec.done(*run(edge, task, copy)).json()
     assert [view["id"] for view in sandboxes(edge)] == [sandbox_id]
     process.send_signal(signal.SIGCONT)
-    summary = json.loads(process.communicate(timeout=60)[0])
+    summary = json.loads(process.communicate(timeout=120)[0])
     assert [each["solved"] for each in (copied, summary)] == [1, 1]
     assert [each["commands_replayed"] > 0 for each in (copied, summary)] == [True, False]
     (trajectory,) = Ledger.read(out / "wal", load_tokenizer()).trajectories.values()
@@ -136,7 +136,7 @@ def test_a_served_edge_that_is_killed_under_a_run_costs_it_nothing(
     process, _ = in_its_solution(dsec, edge, task, out)
     edge.kill()
     edge.start()
-    said, err = process.communicate(timeout=90)
+    said, err = process.communicate(timeout=120)
     summary = json.loads(said)
     assert (summary["solved"], summary["infra_failures"], summary["commands_replayed"]) == (1, 0, 0), err
     assert sandboxes(edge) == []
@@ -171,7 +171,7 @@ def test_a_killed_run_that_nobody_resumes_leaves_nothing_at_the_edge(
 def test_an_interrupted_run_destroys_its_sandboxes(dsec: Any, edge: Any, task: Path, tmp_path: Path) -> None:
     process, _ = in_its_solution(dsec, edge, task, tmp_path / "run")
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 143, err
     assert dsec.guests() == []
 
@@ -181,7 +181,7 @@ def test_a_run_that_is_interrupted_while_it_starts_leaves_nothing(dsec: Any, tas
     while not (tmp_path / "run/edge").exists():
         assert process.poll() is None, process.communicate()
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == 143
     assert dsec.processes(dsec.sessions) == []
 

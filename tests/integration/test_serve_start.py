@@ -16,7 +16,7 @@ def test_an_engine_whose_contexts_are_too_short_is_refused_before_anything_is_se
 ) -> None:
     environment = {"DSEC_CONTEXT_TOKENS_COUNT_MAX": "5000"}
     process = dsec.start("serve", where, tmp_path / "served", "--listen", HERE, env=environment)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (2, "")
     assert "DSEC_CONTEXT_TOKENS_COUNT_MAX is 5000, and a context of the engine embedded holds 2048 tokens" in err
 
@@ -29,5 +29,5 @@ def test_a_signal_ends_a_start_that_waits_for_its_engine(dsec: Any, tmp_path: Pa
         connection, _ = silent.accept()
         with connection:
             process.send_signal(signal.SIGTERM)
-            out, err = process.communicate(timeout=30)
+            out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (0, "", "dsec: stopped before it served\n")

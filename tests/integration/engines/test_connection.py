@@ -69,7 +69,7 @@ async def test_closing_ends_every_call_and_stream_that_waits(
     await connection.close()
     for task in tasks:
         with pytest.raises(EngineError):
-            await asyncio.wait_for(task, 20)
+            await asyncio.wait_for(task, 60)
 
 
 async def test_who_comes_back_to_a_stream_that_was_closed_is_told(connection: Connection) -> None:

@@ -39,7 +39,7 @@ FAULTS: dict[WireFault, str] = {
 
 async def until(holds: object) -> None:
     """Wait for what the loop is about to do."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not holds():  # type: ignore[operator]  # noqa: ASYNC110 - a count of what streams have brought
             await asyncio.sleep(0.001)
 

@@ -48,7 +48,7 @@ class Server:
     def stop(self) -> None:
         self.client.close()
         self.process.terminate()
-        _, err = self.process.communicate(timeout=60)
+        _, err = self.process.communicate(timeout=120)
         assert (self.process.returncode, err) == (0, "dsec: stopped, 0 rollouts unfinished\n")
 
 

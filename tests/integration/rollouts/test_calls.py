@@ -352,10 +352,10 @@ async def test_noise_in_any_request_is_the_callers_fault_and_leaves_the_service_
             data = _noise(dice, kind)
             try:
                 if found.server_streaming:
-                    async for _reply in channel.unary_stream(path)(data, timeout=20):
+                    async for _reply in channel.unary_stream(path)(data, timeout=60):
                         pass
                 else:
-                    await channel.unary_unary(path)(data, timeout=20)
+                    await channel.unary_unary(path)(data, timeout=60)
             except grpc.aio.AioRpcError as error:
                 known = {"INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE", "ALREADY_EXISTS", "FAILED_PRECONDITION"}
                 assert error.code().name in known, (error.code(), error.details(), data)  # noqa: PT017

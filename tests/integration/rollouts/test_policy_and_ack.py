@@ -251,7 +251,7 @@ async def test_what_is_acknowledged_at_once_is_in_the_shards_too(serving: Any, t
 async def test_services_that_share_an_engine_all_know_its_weights(setting: Any, tmp_path: Path) -> None:
     engine, tokenizer = setting.engine, setting.service.tokenizer
     parts = Parts(engine, tokenizer, setting.service.config, lambda _directory, _epoch: FakeSubstrate(), False)
-    async with asyncio.timeout(30), AsyncExitStack() as stack:
+    async with asyncio.timeout(60), AsyncExitStack() as stack:
         services = []
         for name in ("a", "b"):
             service = parts.service(tmp_path / name, FakeSubstrate(), 1, lambda _event: None)

@@ -68,7 +68,7 @@ class WorkerProcess:
     def stop(self) -> str:
         """SIGTERM; what it said."""
         self.process.terminate()
-        _, err = self.process.communicate(timeout=60)
+        _, err = self.process.communicate(timeout=120)
         assert self.process.returncode == 0, err
         return str(err)
 

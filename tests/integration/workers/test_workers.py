@@ -63,7 +63,7 @@ def untouched(session_dsec: Any, tasks: Path, tmp_path_factory: pytest.TempPathF
         stub = RolloutServiceStub(channel)  # type: ignore[no-untyped-call]
         list(stub.Submit(request, timeout=120))
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     return tokens_of(session_dsec.show(directory))
 
 
@@ -309,7 +309,7 @@ def test_a_worker_whose_disk_is_full_says_so_and_ends_and_with_more_room_goes_on
         with pytest.raises(grpc.RpcError) as caught:
             list(stream)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        _, err = first.process.communicate(timeout=60)
+        _, err = first.process.communicate(timeout=120)
         assert first.process.returncode == 3
         assert "No space left on device (ENOSPC); acknowledged records are safe; free some space" in err
         subprocess.run(["mount", "-o", "remount,size=24m", root.directory], check=True)

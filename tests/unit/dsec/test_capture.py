@@ -30,7 +30,7 @@ def test_head_and_tail_are_the_ends_of_what_was_written(chunks: list[bytes], byt
 
 
 async def until_closed(end: PipeReader | PipeWriter) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while end.is_open:
             await turn()
 

@@ -36,7 +36,7 @@ async def test_a_guest_is_met_at_whatever_moment_it_comes(
         return ""
 
     with listener, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as guest:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             with await docker_sandbox.accepted(listener, end) as meeting:
                 guest.send(b"hello")
                 assert meeting.recv(5) == b"hello"

@@ -187,7 +187,7 @@ async def test_who_waits_for_a_keeper_that_is_killed_goes_on_with_the_next_one(t
     assert not behind[-1].done()
     keeper.release({"released": released})
     os.kill(pid, signal.SIGKILL)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await asyncio.gather(*behind, *keeper._tasks)
     assert keeper.pid != pid
     later = await again(keeper)

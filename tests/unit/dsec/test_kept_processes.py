@@ -90,7 +90,7 @@ async def test_no_descriptor_stays_here_or_with_the_keeper(kept: ContainerSubstr
         await asyncio.gather(running, return_exceptions=True)
     await sandbox.start(script("sleep 300", stdin=bytes(300_000)))
     await sandbox.destroy()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while held() != before:
             await turn()
 

@@ -37,7 +37,7 @@ async def fill(packets: PacketSocket, more: Iterable[Coroutine[Any, Any, Any]]) 
 
 async def errors_of(tasks: list[asyncio.Task[Any]]) -> list[type[BaseException]]:
     """Of those that failed."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         ends = await asyncio.gather(*tasks, return_exceptions=True)
     return [type(end) for end in ends if isinstance(end, BaseException)]
 

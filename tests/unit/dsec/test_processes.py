@@ -230,7 +230,7 @@ async def test_pauses_and_commands_race_and_every_command_ends(sandbox: Containe
     stubborn = await sandbox.start(script("echo ready; while :; do :; done"))
     await ready(stubborn)
     racing = asyncio.gather(pause(), run(), run(), pause())
-    async with asyncio.timeout(50):
+    async with asyncio.timeout(60):
         while not racing.done():
             await sandbox.resume()
             await asyncio.sleep(0)
