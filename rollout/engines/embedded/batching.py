@@ -1,7 +1,8 @@
 """Continuous batching: which tokens of which requests go through one model next.
 
 A turn is at most one prefill step (chunks of several requests, up to a budget of tokens) and one
-decode call (every request that waits for its next token, all together, for a few rounds).  So a
+draw (every request that waits for its next token, all together, for some rounds; who ends leaves the
+rest of them to the others, since a chunk costs whoever logs it more than its tokens do).  So a
 long prompt delays the others by one chunk, not by its length; tokens to score go through in chunks
 of their own.  This is plain synchronous code; a turn returns what it drew and who is done.
 
@@ -29,7 +30,7 @@ from typing import Literal
 import msgspec
 
 from rollout.engine import KvBreak
-from rollout.engines.embedded.binding import Chunk, Model, State, Stream
+from rollout.engines.embedded.binding import Chunk, Drawn, Model, State, Stream
 from rollout.engines.embedded.jobs import Job, Outcome, Scoring
 from rollout.engines.embedded.library import build_digest
 from rollout.engines.embedded.prefix_tree import shared_count
@@ -43,7 +44,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     `running_max` requests step together (each holds about 1 MB), `queue_max` more may wait.
     `prefill_tokens_max` tokens a turn (at most 128) go to prompts; `rounds_max` tokens a request
-    are drawn in one call unless a prompt or a scoring waits.  `state_bytes_max` bounds what is kept between
+    are drawn and told in one turn unless a prompt or a scoring waits.  `state_bytes_max` bounds what is kept between
     requests; 0 keeps nothing.  `cache_bytes_max` bounds the files of a cache directory.  `versions_max` versions of the
     weights are in memory at once, and `sessions_max` sessions are remembered until they are released.
     `threads_count` threads (1 to 16, but no more than there are usable processors) step together; it changes no token.
@@ -53,7 +54,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     running_max: int = 32
     queue_max: int = 1024
     prefill_tokens_max: int = 64
-    rounds_max: int = 8
+    rounds_max: int = 16
     state_bytes_max: int = 256 << 20
     cache_bytes_max: int = 1 << 30
     versions_max: int = 4
@@ -143,7 +144,7 @@ class Batch:
         self._idle_states.clear()
 
     def turn(self, *, admits: bool = True) -> list[Outcome]:
-        """One prefill step, one decode call and one chunk to score, whichever there is work for.
+        """One prefill step, some rounds of draws and one chunk to score, whichever there is work for.
 
         Without `admits` only what has been started goes on.
         """
@@ -242,39 +243,31 @@ class Batch:
                 self._retain(job)
 
     def _decode(self) -> list[Outcome]:
+        """The next tokens of all that can be drawn for; one that ends leaves the rounds to the others."""
         jobs = [job for job in self._running if job.state is not None and job.pending_count == 1]
-        if not jobs:
-            return []
         busy = self._scorings or len(jobs) < len(self._running)  # those that wait for a place get one when a job ends
-        rounds_max = min(1 if busy else self.limits.rounds_max, *(self._left(job) for job in jobs))
-        streams = [
-            Stream(
-                job.state,
-                job.tokens[-1],
-                job.request.sampling,
-                job.request.stream_key,
-                job.stop_ids,
-                job.request.top_logprobs_count,
-                job.wants_mask,
-                job.request.returns_routes,
-                job.request.returns_hidden,
-            )
-            for job in jobs
-            if job.state is not None
-        ]
-        outcomes = []
-        for job, drawn in zip(jobs, self.model.decode(streams, rounds_max), strict=True):
-            job.tokens.extend(token.token_id for token in drawn)
-            finish: Literal["stop", "length"] | None = None
-            if drawn[-1].token_id in job.request.stop_ids:
-                finish = "stop"
-            elif self._left(job) == 0:
-                finish = "length"
-            routes = job.take_routes(drawn, self.model.routing.row_bytes) if job.request.returns_routes else None
-            outcomes.append(Outcome(job, drawn, finish, self.policy_version, job.kv, job.cached_count, routes))
-            job.kv, job.cached_count = "", 0
-            job.session.drew_with, job.session.is_restored = self.model.weights_digest, False
-        return outcomes
+        rounds_left = 1 if busy else self.limits.rounds_max
+        drawn: dict[Job, list[Drawn]] = {job: [] for job in jobs}
+        finishes: dict[Job, Literal["stop", "length"]] = {}
+        while jobs and rounds_left:
+            rounds_max = min(rounds_left, *(self._left(job) for job in jobs))
+            for job, tokens in zip(jobs, self.model.decode([*map(_stream, jobs)], rounds_max), strict=True):
+                job.tokens.extend(token.token_id for token in tokens)
+                drawn[job] += tokens
+                if job.tokens[-1] in job.request.stop_ids:
+                    finishes[job] = "stop"
+                elif self._left(job) == 0:
+                    finishes[job] = "length"
+            rounds_left -= len(tokens)
+            jobs = [job for job in jobs if job not in finishes]
+        return [self._outcome(job, tokens, finishes.get(job)) for job, tokens in drawn.items()]
+
+    def _outcome(self, job: Job, drawn: list[Drawn], finish: Literal["stop", "length"] | None) -> Outcome:
+        routes = job.take_routes(drawn, self.model.routing.row_bytes) if job.request.returns_routes else None
+        outcome = Outcome(job, drawn, finish, self.policy_version, job.kv, job.cached_count, routes)
+        job.kv, job.cached_count = "", 0
+        job.session.drew_with, job.session.is_restored = self.model.weights_digest, False
+        return outcome
 
     def _score(self, job: Scoring) -> list[Outcome]:
         """The next chunk of the tokens to score."""
@@ -324,6 +317,21 @@ class Batch:
             job.state = None
         if isinstance(job, Job):
             job.routes.clear()
+
+
+def _stream(job: Job) -> Stream:
+    assert job.state is not None  # noqa: S101 - only those that have one are drawn for
+    return Stream(
+        job.state,
+        job.tokens[-1],
+        job.request.sampling,
+        job.request.stream_key,
+        job.stop_ids,
+        job.request.top_logprobs_count,
+        job.wants_mask,
+        job.request.returns_routes,
+        job.request.returns_hidden,
+    )
 
 
 def _urgency(job: Job) -> int:

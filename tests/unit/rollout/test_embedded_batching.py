@@ -203,6 +203,19 @@ def test_a_long_prompt_does_not_hold_up_the_others_for_its_length(batch: Batch) 
     assert talker.drawn_count - before >= turns
 
 
+def test_who_ends_cuts_no_turn_short_for_the_others(batch: Batch) -> None:
+    lengths = (3, 5, 40)
+    for count in lengths:
+        batch.add(job(PROMPTS[0], count, session=f"s{count}"))
+    told: dict[int, list[int]] = {count: [] for count in lengths}
+    while any(batch.jobs):
+        for each in batch.turn():
+            assert isinstance(each.job, Job)
+            told[each.job.request.tokens_count_max].append(len(each.drawn))
+    rounds = batch.limits.rounds_max
+    assert told == {3: [3], 5: [5], 40: [rounds, rounds, 40 - 2 * rounds]}
+
+
 def test_at_most_running_max_requests_step_together(model: RecordingModel) -> None:
     batch = batch_of(model, Limits(running_max=2))
     jobs = [job((0, 9 + i), count=50, session=str(i)) for i in range(5)]
