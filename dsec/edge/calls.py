@@ -151,8 +151,11 @@ class Calls:
         if not self._is_writing:
             self._is_writing = True
             try:
+                await asyncio.sleep(0)  # the commit that ended this call ended others, in this turn of the loop
                 while self._answers:
-                    await self._write(pb.CallReplies(replies=self._joined()))
+                    joined = self._joined()
+                    await self._write(pb.CallReplies(replies=joined))
+                    del self._answers[: len(joined)]
                     self._has_room.set()
             finally:
                 self._is_writing = False
@@ -163,8 +166,7 @@ class Calls:
         while count < len(self._answers) and (not count or size < JOINED_BYTES):
             size += len(self._answers[count].reply)
             count += 1
-        joined, self._answers = self._answers[:count], self._answers[count:]
-        return joined
+        return self._answers[:count]
 
     async def _answer(self, request: pb.CallRequest, *, has_place: bool) -> pb.CallReply:
         try:

@@ -98,7 +98,7 @@ class Creation:
 
         NotFoundError, InvalidArgumentError (together with what the images say it is too much).
         """
-        if self._layered is None:
+        if self._layered is None or not spec.layers:
             return spec
         made = await self._layered.composed(spec.layers)
         defaults = spec.defaults.over(made.defaults)

@@ -123,9 +123,9 @@ class Keeper:
                 f"the keeper can hold {self._count_max} descriptors and does: raise the hard limit of open files"
             )
 
-    async def drop(self, key: str) -> None:
-        """Keep it no more; nothing if it is not kept."""
-        await self._send_drop(self._forget([key]))
+    async def drop(self, *keys: str) -> None:
+        """Keep these no more; nothing for one that is not kept."""
+        await self._send_drop(self._forget(keys))
 
     def release(self, files: Mapping[str, int]) -> None:
         """Keep these no more, then close ours; nobody need wait for it."""

@@ -147,16 +147,16 @@ class DockerSandbox(GuestSandbox):
         if keeper is None:
             return
         self._facts = make_facts(self._spec)
-        await keeper.put(facts_key(self._id), self._facts)
+        files = {facts_key(self._id): self._facts}
+        if old < 0:
+            files[guest_key(self._id, _NO_SLOT, self._host_pid)] = self._living().fileno()
+        await keeper.put_all(files)
         if old >= 0:
             os.close(old)
-        else:
-            await keeper.put(guest_key(self._id, _NO_SLOT, self._host_pid), self._living().fileno())
 
     async def _forget(self) -> None:
         if self._substrate.keeper is not None and self._facts >= 0:
-            await self._substrate.keeper.drop(guest_key(self._id, _NO_SLOT, self._host_pid))
-            await self._substrate.keeper.drop(facts_key(self._id))
+            await self._substrate.keeper.drop(guest_key(self._id, _NO_SLOT, self._host_pid), facts_key(self._id))
             os.close(self._facts)
             self._facts = -1
 

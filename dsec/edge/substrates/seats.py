@@ -136,13 +136,13 @@ class Seat:
         keeper = self._seats.keeper
         if keeper is None:
             return
-        facts, old = make_facts(spec), self._facts
-        self._id, self._facts = sandbox_id, facts
-        await keeper.put(facts_key(sandbox_id), facts)
+        old, self._id, self._facts = self._facts, sandbox_id, make_facts(spec)
+        files = {facts_key(sandbox_id): self._facts}
+        if old < 0:
+            files[guest_key(sandbox_id, self.number, self._host_pid)] = self._connection
+        await keeper.put_all(files)
         if old >= 0:
             os.close(old)
-        else:
-            await keeper.put(guest_key(sandbox_id, self.number, self._host_pid), self._connection)
 
     async def release(self, *, had_network: bool) -> None:
         """End what is in the slot and free it; a spawner that died ended everything by itself.
@@ -158,7 +158,6 @@ class Seat:
 
     async def _forget(self) -> None:
         if self._seats.keeper is not None and self._facts >= 0:
-            await self._seats.keeper.drop(guest_key(self._id, self.number, self._host_pid))
-            await self._seats.keeper.drop(facts_key(self._id))
+            await self._seats.keeper.drop(guest_key(self._id, self.number, self._host_pid), facts_key(self._id))
             os.close(self._facts)
             self._facts = -1
