@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,6 +20,21 @@ settings.load_profile("any-speed")
 # A shell starts what runs in its background with SIGINT ignored, and all that we start would ignore it too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def descriptors() -> Callable[[], list[str]]:
+    """What this process has open, once the garbage has gone: what others left would go in the midst of a test."""
+
+    def list_() -> list[str]:
+        gc.collect()
+        found = []
+        for number in os.listdir("/proc/self/fd"):
+            with suppress(FileNotFoundError):  # the one of the listing
+                found.append(os.readlink(f"/proc/self/fd/{number}"))
+        return found
+
+    return list_
 
 
 @pytest.fixture(scope="session")

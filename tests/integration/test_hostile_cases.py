@@ -79,11 +79,9 @@ def host(tmp_path: Path) -> Iterator[Callable[[str], str]]:
         left.unlink(missing_ok=True)
 
 
-def held() -> tuple[int, int]:
-    """Descriptors and resident bytes of this process."""
+def resident_bytes() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    resident = next(line for line in lines if line.startswith("VmRSS"))
-    return len(os.listdir("/proc/self/fd")), int(resident.split()[1]) << 10
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) << 10
 
 
 class Play:
@@ -313,9 +311,13 @@ ALSO: dict[str, Callable[[Play], None]] = {
 
 @pytest.mark.parametrize("case", DRIVEN, ids=lambda case: case["id"])
 async def test_a_hostile_case_ends_as_it_must(
-    substrate: ContainerSubstrate, host_port: int, host: Callable[[str], str], case: dict[str, Any]
+    substrate: ContainerSubstrate,
+    host_port: int,
+    host: Callable[[str], str],
+    descriptors: Callable[[], list[str]],
+    case: dict[str, Any],
 ) -> None:
-    before, play = held(), Play(case, substrate, host_port, host)
+    before, memory_before, play = descriptors(), resident_bytes(), Play(case, substrate, host_port, host)
     if "a second sandbox answers" in str(play.expect.get("also")):
         await beside(await play.box("beside"), play.perform_all(case["ops"]))
     else:
@@ -327,6 +329,5 @@ async def test_a_hostile_case_ends_as_it_must(
     if "also" in play.expect:
         ALSO[case["id"]](play)
     await play.close()
-    descriptors, memory_bytes = held()
-    assert descriptors <= before[0]
-    assert memory_bytes - before[1] < MEMORY_GROWTH_BYTES_MAX
+    assert len(after := descriptors()) <= len(before), (before, after)
+    assert resident_bytes() - memory_before < MEMORY_GROWTH_BYTES_MAX

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -234,17 +235,21 @@ def serve_as(path: Path, *answers: bytes) -> threading.Thread:
     ],
 )
 async def test_a_keeper_of_another_build_is_left_alone_and_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, why: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    descriptors: Callable[[], list[str]],
+    answer: bytes,
+    why: str,
 ) -> None:
     monkeypatch.setattr(keeper_module, "ATTACH_TIMEOUT_S", 0.05 if "understand" in why else 10)
-    files = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     path = tmp_path / "keeper.sock"
     stranger = serve_as(path, answer)
     with pytest.raises(HostUnfitError, match=rf"{why}.*kill {os.getpid()}"):
         await Keeper.open(NATIVE_BINARY, path, 600)
     stranger.join()
     assert path.exists()
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert len(after := descriptors()) == len(before), (before, after)
 
 
 def test_both_sides_know_one_version() -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -69,10 +69,12 @@ async def test_output_on_disk_goes_with_its_sandbox(kept: ContainerSubstrate) ->
     assert not directory.exists()
 
 
-async def test_no_descriptor_stays_here_or_with_the_keeper(kept: ContainerSubstrate) -> None:
+async def test_no_descriptor_stays_here_or_with_the_keeper(
+    kept: ContainerSubstrate, descriptors: Callable[[], list[str]]
+) -> None:
     def held() -> tuple[int, int]:
         assert kept.keeper is not None
-        return len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{kept.keeper.pid}/fd"))
+        return len(descriptors()), len(os.listdir(f"/proc/{kept.keeper.pid}/fd"))
 
     before = held()
     sandbox = await kept.create(SandboxSpec())

@@ -203,7 +203,11 @@ async def test_engines_are_opened_and_closed_whole_whoever_is_cancelled_or_close
         for _ in range(steps):
             await asyncio.sleep(0)
         opening.cancel()
-        assert isinstance((await asyncio.gather(opening, return_exceptions=True))[0], asyncio.CancelledError)
+        (outcome,) = await asyncio.gather(opening, return_exceptions=True)
+        if outcome is None:  # it was faster than this task, on a machine that is busy elsewhere
+            await engine.close()
+        else:
+            assert isinstance(outcome, asyncio.CancelledError)
         assert not [thread for thread in threading.enumerate() if thread.name == "embedded-engine"]
         await engine.open()
         await asyncio.gather(engine.close(), engine.close(), engine.close())
