@@ -2,13 +2,15 @@
 PY := .venv/bin/python
 RUN_DIR ?= runs/main
 PYTEST_ARGS ?=
-# Two files at a time: the tests of one file may share what they started.
-BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
+# Three files at a time: on two cores one of them mostly waits.  The tests of one file may share what they started.
+BESIDE := -n 3 --dist loadfile --no-loadscope-reorder
 COVERED := tests/unit/wal tests/unit/toolcall_dsl tests/golden tests/faults/test_wal_retention.py \
     tests/faults/test_wal_storage_calls.py tests/properties/test_wal_laws.py tests/properties/test_token_laws.py \
     tests/properties/test_retention_laws.py tests/properties/test_dsl_laws.py tests/properties/test_encode_laws.py
 PIP := .venv/bin/pip install --disable-pip-version-check
 logged = $(1) > build/setup.log 2>&1 || { tail -n 30 build/setup.log; exit 1; }
+# Tests start hundreds of commands, and each would compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test test-external coverage covered check bench protos baseline lock setup setup-dev native clean
 
