@@ -27,12 +27,12 @@ class Column(Sequence[T]):
 
     def __add__(self, more: Sequence[T]) -> Column[T]:
         """Both, one after the other; the time is that of `more`, unless another column was made of this one before."""
-        is_end = self._length == len(self._items) and self._length > 0
-        longer: Column[T] = self.first(self._length)
-        if not is_end:
-            longer._items = self._items[: self._length]
-        longer._items.extend(more)
-        longer._length = len(longer._items)
+        length, items = self._length, self._items
+        if not length or length < len(items):  # the list is shared, by those that begin or went on otherwise
+            items = items[:length]
+        items.extend(more)
+        longer: Column[T] = Column.__new__(Column)
+        longer._items, longer._length = items, len(items)
         return longer
 
     def __radd__(self, before: tuple[T, ...]) -> tuple[T, ...]:

@@ -42,6 +42,7 @@ from rollout.events import (
     JobSubmitted,
     JobWorked,
     PolicyUpdated,
+    RolloutEvent,
     RolloutFinished,
     RolloutOpened,
     RolloutResumed,
@@ -114,6 +115,9 @@ class Ledger:
         if self.is_cut and self._is_left_over(event):
             return
         match event:
+            case TokensAppended():  # the most there is
+                self._count_sampled(event)
+                self._step(event.request, event, lsn)
             case TaskAdmitted():
                 self.tasks.setdefault(event.task.digest, event.task)
                 self._admit(event.task.digest, lsn)
@@ -148,15 +152,15 @@ class Ledger:
                 self._learn(event.engine)
                 self.extend(event.rollout_id, lsn)
             case _:
-                rollout_id = rollout_of(event)
-                if isinstance(event, TokensAppended):
-                    self._count_sampled(event)
                 if isinstance(event, RolloutResumed) and event.engine is not None:
                     self._learn(event.engine)
-                self.rollouts[rollout_id] = machine.step(self._state(rollout_id), event, self.tokenizer)
+                self._step(event.rollout_id, event, lsn)
                 if isinstance(event, RolloutFinished):
-                    self.trajectory(rollout_id).forget_contents()
-                self.extend(rollout_id, lsn)
+                    self.trajectory(event.rollout_id).forget_contents()
+
+    def _step(self, rollout_id: str, event: RolloutEvent, lsn: int) -> None:
+        self.rollouts[rollout_id] = machine.step(self._state(rollout_id), event, self.tokenizer)
+        self.extend(rollout_id, lsn)
 
     def trajectory(self, rollout_id: str) -> Trajectory:
         """The sandbox trajectory of a rollout; `apply` of its own records happens in place."""
@@ -338,7 +342,8 @@ class Ledger:
 
     def _count_sampled(self, event: TokensAppended) -> None:
         end = event.start + len(event.token_ids)
-        self.tokens_regenerated[event.request] += max(0, self._logged_until.get(event.request, 0) - event.start)
+        if (again := self._logged_until.get(event.request, 0) - event.start) > 0:
+            self.tokens_regenerated[event.request] += again
         self._logged_until[event.request] = end
         pairs = array("I", bytes(8 * len(event.token_ids)))
         pairs[::2], pairs[1::2] = array("I", range(event.start, end)), array("I", event.token_ids)

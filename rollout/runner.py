@@ -186,10 +186,14 @@ class Runner:
     async def gathered(self, rollout: Rollout) -> None:
         """Wait until the tokens that were gathered are durable, folded and told, also if cancelled.  wal.WalError."""
         told, rollout.tokens_told = rollout.tokens_told, None
-        if told is not None:
-            began = time.monotonic()
-            _ = told.result() if told.done() else await wal.settled(told)
-            rollout.spend(log_s=time.monotonic() - began)
+        if told is None:
+            return
+        if told.done():
+            told.result()
+            return
+        began = time.monotonic()
+        await wal.settled(told)
+        rollout.spend(log_s=time.monotonic() - began)
 
     async def set_down(self, rollout: Rollout) -> None:
         """Leave a rollout so that it can be taken up again here, and (with its log) anywhere."""

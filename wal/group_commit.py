@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
@@ -303,6 +304,11 @@ def _own_copy(error: WalError) -> WalError:
     return copy
 
 
+def _wake(ended: asyncio.Future[None], _: asyncio.Future[Any]) -> None:
+    if not ended.done():
+        ended.set_result(None)
+
+
 async def settled(work: Coroutine[Any, Any, T] | asyncio.Future[T]) -> T:
     """Await `work` to its end however often the caller is cancelled, then let the cancellation through.
 
@@ -312,8 +318,10 @@ async def settled(work: Coroutine[Any, Any, T] | asyncio.Future[T]) -> T:
     task = asyncio.ensure_future(work)
     cancellation: asyncio.CancelledError | None = None
     while not task.done():
+        ended = asyncio.get_running_loop().create_future()  # of our own: a cancellation ends it, and not the task
+        task.add_done_callback(partial(_wake, ended))
         try:
-            await asyncio.wait([task])
+            await ended
         except asyncio.CancelledError as error:
             cancellation = error
     if cancellation is None:

@@ -47,9 +47,23 @@ def _problem(chunk: Sampled, request: SampleRequest, info: EngineInfo, count: in
         (not has_stop or request.stop_ids.isdisjoint(ids[:-1]), "tokens after a stop id"),
         ((chunk.finish == "stop") == has_stop, "its end is not as its last token says"),
         ((chunk.finish is not None) == (has_stop or total == room), "an end too early, or none"),
+        (0 <= chunk.policy_version <= info.policy_version, "a version of the weights that it was never given"),
+        (0 <= chunk.cached_tokens_count <= len(request.token_ids), "more cached tokens than the prompt has"),
+    )
+    if problem := next((problem for holds, problem in rules if not holds), ""):
+        return problem
+    wants_more = request.top_logprobs_count or request.returns_routes or request.returns_hidden
+    if wants_more or chunk.top_logprobs or chunk.masks or chunk.routes is not None or chunk.hidden:
+        return _more_problem(chunk, request, info, len(request.token_ids) + total - 1)
+    return ""
+
+
+def _more_problem(chunk: Sampled, request: SampleRequest, info: EngineInfo, end: int) -> str:
+    """What is wrong with what a chunk tells beside its tokens, which end behind position `end`, or nothing."""
+    ids = chunk.token_ids
+    rules = (
         (len(chunk.top_logprobs) == (len(ids) if request.top_logprobs_count else 0), "not the likeliest of each token"),
         (all(_is_told(top, info) for top in chunk.top_logprobs), "a likeliest token that is none"),
-        (0 <= chunk.policy_version <= info.policy_version, "a version of the weights that it was never given"),
         (len(chunk.masks) in (0, len(ids)), "not one mask for each token"),
         (all(_are_known(mask, info) for mask in chunk.masks), "a mask of ids that the vocabulary does not have"),
         (
@@ -57,11 +71,10 @@ def _problem(chunk: Sampled, request: SampleRequest, info: EngineInfo, count: in
             "not one hidden state each",
         ),
         ((chunk.routes is not None) == request.returns_routes, "routes that were not asked for, or none"),
-        (0 <= chunk.cached_tokens_count <= len(request.token_ids), "more cached tokens than the prompt has"),
     )
     if problem := next((problem for holds, problem in rules if not holds), ""):
         return problem
-    return _routes_problem(chunk.routes, info, len(request.token_ids) + total - 1) if chunk.routes else ""
+    return _routes_problem(chunk.routes, info, end) if chunk.routes else ""
 
 
 def _is_told(top: TopLogprobs, info: EngineInfo) -> bool:

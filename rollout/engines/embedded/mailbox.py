@@ -50,17 +50,17 @@ class Mailbox:
 
 
 def _merged(run: list[Outcome]) -> Sampled:
-    drawn = [token for outcome in run for token in outcome.drawn]
     first, last = run[0], run[-1]
+    drawn = first.drawn if first is last else [token for outcome in run for token in outcome.drawn]
     return Sampled(
-        token_ids=tuple(token.token_id for token in drawn),
-        logprobs=tuple(token.logprob for token in drawn),
+        token_ids=tuple([token.token_id for token in drawn]),
+        logprobs=tuple([token.logprob for token in drawn]),
         finish=last.finish,
         policy_version=first.policy_version,
         cached_tokens_count=first.cached_count,
         kv=first.kv,
-        top_logprobs=tuple(token.top for token in drawn if token.top is not None),
-        masks=tuple(token.mask for token in drawn if token.mask is not None),
+        top_logprobs=tuple([token.top for token in drawn if token.top is not None]),
+        masks=tuple([token.mask for token in drawn if token.mask is not None]),
         routes=first.routes
         and Routes(first.routes.start, b"".join(each.routes.expert_ids for each in run if each.routes)),
         hidden=b"".join(token.hidden for token in drawn) if drawn[0].hidden else b"",
