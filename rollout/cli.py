@@ -120,4 +120,4 @@ def main() -> None:
     """Agentic sandbox rollouts for DeepSeek-V4: durable, preemptible, exact."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a narrow locale shows text escaped, never a traceback
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

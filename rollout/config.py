@@ -63,6 +63,9 @@ class RolloutConfig(BaseSettings):
     engine_silence_s: float = Field(
         default=600.0, gt=0, description="an engine that is not paused and says nothing for so long has failed"
     )
+    engine_start_s: float = Field(
+        default=3600.0, ge=0, description="how long a start waits for a first of these servers to be there"
+    )
     engine_threads_count: int = Field(
         default=2, ge=1, le=16, description="threads that step the embedded engine, but no more than processors"
     )

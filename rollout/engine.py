@@ -188,8 +188,18 @@ class Engine(Protocol):
         ...
 
     @property
+    def checkpoint(self) -> Path | None:
+        """The folder of the weights that draw, where this host sees it."""
+        ...
+
+    @property
     def is_paused(self) -> bool:
         """True from `pause` to `resume`: silence is no failure."""
+        ...
+
+    @property
+    def failure(self) -> str:
+        """Why nothing can be drawn now; nothing while it can be, or could but for a pause."""
         ...
 
     async def open(self) -> None:

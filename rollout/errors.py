@@ -70,6 +70,8 @@ class EngineError(RolloutError):
     code = "ENGINE_ERROR"
     retryable = True
     fault: ClassVar[Fault] = "peer"
+    is_absent = False
+    """Nobody answered there, who may yet."""
 
 
 class PreemptedError(EngineError):

@@ -58,7 +58,8 @@ def make_engine(config: RolloutConfig, cache: Path | None = None) -> Engine:
             raise RequestError(f"--engine: the same server twice: {', '.join(config.engines)}")
         key = config.engine_key.get_secret_value()
         engines = {url: VllmEngine(url, key=key) for url in config.engines}
-        return EnginePool(engines, config.engine_silence_s / 2)  # before who waits for the pool loses patience
+        silence_s = config.engine_silence_s / 2  # before who waits for the pool loses patience
+        return EnginePool(engines, silence_s, config.engine_start_s)
     limits = Limits(cache_bytes_max=config.engine_cache_bytes_max, threads_count=config.engine_threads_count)
     folder = config.engine_cache or cache
     return EmbeddedEngine(limits=limits, cache=folder if limits.cache_bytes_max else None)

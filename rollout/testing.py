@@ -126,6 +126,7 @@ class ScriptedEngine:
         self._running: dict[object, str] = {}
         self._drawing: set[object] = set()
         self._changed = asyncio.Event()
+        self.checkpoint: Path | None = None
         self.drawn_count = 0
         """Tokens drawn in the life of this object."""
 
@@ -138,6 +139,11 @@ class ScriptedEngine:
     def is_paused(self) -> bool:
         """See Engine."""
         return self._paused is not None
+
+    @property
+    def failure(self) -> str:
+        """See Engine."""
+        return "" if self._is_open else "the engine is closed"
 
     async def open(self) -> None:
         """Ready at once."""

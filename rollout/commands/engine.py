@@ -43,7 +43,9 @@ def engine() -> None:
 @click.argument("model")
 @click.argument("more", nargs=-1, type=click.UNPROCESSED)
 @click.option("--run", "runs", is_flag=True, help="Become that process, rather than print the command.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: environment, arguments, api_key_file.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object: environment, arguments, service, api_key_file."
+)
 @click.option("--python", default="python3", show_default=True, help="The Python that has vLLM installed.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; see the warning above.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Port to listen on.")
@@ -99,7 +101,7 @@ def serve_vllm(
     api_key_file: Path | None,
     tiny_dir: Path,
 ) -> None:
-    """Print the command, and its environment, that serves MODEL with vLLM as `dsec serve --engine` needs it.
+    """Print the command, and its environment, that serves MODEL with vLLM, and the `dsec serve` that draws with it.
 
     MODEL is v4-flash or v4-pro (weights from Hugging Face, or from a directory: -- --model=DIR), tiny (random weights
     in the service's vocabulary, written here; it needs no GPU), or a directory with a model of yours.  Arguments after
@@ -133,9 +135,10 @@ def serve_vllm(
     if as_json:
         click.echo(msgspec.json.encode(launch))
     elif runs:
+        click.echo(f"dsec: rollouts over it: {launch.render_service()}", err=True)
         _become(launch, key)
     else:
-        click.echo(f"# for vLLM {VLLM_VERSION}")
+        click.echo(f"# for vLLM {VLLM_VERSION}; rollouts over it: {launch.render_service()}")
         click.echo(launch.render())
 
 

@@ -21,9 +21,10 @@ from rollout.commands.run import EDGE_HELP, ENGINE_HELP, TOKENIZER_HELP, given_k
 from rollout.config import RolloutConfig, WorkerConfig
 from rollout.dialects.http_server import listen as listen_http
 from rollout.dialects.http_server import start_http_server
+from rollout.engine import Engine
 from rollout.errors import RequestError
 from rollout.main import STATES, load_tokenizer, make_engine, make_substrate
-from rollout.rpc.grpc_server import REQUEST_BYTES_MAX, handlers_of, start_server
+from rollout.rpc.grpc_server import REQUEST_BYTES_MAX, Server, handlers_of, start_server
 from rollout.rpc.listening import KEY, address_of, listen_at, told
 from rollout.workers.forward import Router
 from rollout.workers.index import Index, Snapshot, sqlite_url
@@ -32,6 +33,7 @@ from rollout.workers.worker import Worker
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NOT_IN_ORDER = 3
+_TELL_S = 1.0
 _ALONE_ID = "server"
 """The only worker of a directory that is served alone."""
 INDEX_HELP = (
@@ -106,17 +108,17 @@ def serve(
     bounds = RolloutConfig(**given_knobs(concurrency=concurrency, engines=engines, tokenizer=tokenizer))
     directory = root or out or Path("runs/server")
     index = Index(url or sqlite_url(directory))
+    engine = make_engine(bounds, directory / STATES)
 
     def make(address: str) -> Worker:
         def substrate(directory: Path, number: int) -> Substrate:
             return make_substrate(directory, bounds, edge_url, number)
 
-        engine = make_engine(bounds, directory / STATES)
         parts = Parts(engine, load_tokenizer(bounds.tokenizer), bounds, substrate, has_served_edge=bool(edge_url))
         name = worker_id or (f"{socket.gethostname()}-{re.split('[:/]', address)[-1]}" if root else _ALONE_ID)
         return Worker(directory, index, parts, config, name, is_alone=root is None)
 
-    if not asyncio.run(_serve(directory, doors, make, root is None)):
+    if not asyncio.run(_serve(directory, doors, make, engine, root is None)):
         click.echo(f"dsec: not stopped in order within {config.grace_s:g} s; the logs have what was done", err=True)
         os._exit(_NOT_IN_ORDER)
 
@@ -141,7 +143,7 @@ def _doors(listen: str, http: str, advertise: str, token: str, cert: Path | None
     return Doors(grpc_at, advertised, http_at, (cert, key) if is_https and cert and key else None, token)
 
 
-async def _serve(directory: Path, doors: Doors, make: Callable[[str], Worker], is_alone: bool) -> bool:
+async def _serve(directory: Path, doors: Doors, make: Callable[[str], Worker], engine: Engine, is_alone: bool) -> bool:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -164,10 +166,12 @@ async def _serve(directory: Path, doors: Doors, make: Callable[[str], Worker], i
         scheme = "https" if doors.http_certificate else "http"
         where += f" and {scheme}://{doors.http.url_with(http.port).partition(':')[2]}"
     await server.serve()
+    telling = asyncio.create_task(_tell(server, engine))
     what = f"log {directory}/wal" if is_alone else f"worker {worker.worker_id} of {directory}"
     click.echo(f"dsec: serving {where}, {what}, {counted(worker.running_count, 'rollout')} taken up")
     stopped, broken = asyncio.create_task(stop.wait()), asyncio.create_task(worker.failed())
     await asyncio.wait([stopped, broken], return_when=asyncio.FIRST_COMPLETED)
+    telling.cancel()
     if http is not None:
         await http.stop()
     for owned in worker.owned.values():
@@ -182,6 +186,13 @@ async def _serve(directory: Path, doors: Doors, make: Callable[[str], Worker], i
         broken.result()
     broken.cancel()
     return is_in_order
+
+
+async def _tell(server: Server, engine: Engine) -> None:
+    """Say over and over whether anything can be drawn."""
+    while True:
+        await server.tell(is_ready=not engine.failure)
+        await asyncio.sleep(_TELL_S)
 
 
 async def _open(worker: Worker, address: str, stop: asyncio.Event) -> bool:

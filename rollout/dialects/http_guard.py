@@ -18,6 +18,8 @@ BODIES_BYTES_MAX = 256 << 20
 BODY_S = 60.0
 """For a body to arrive in."""
 RETRY_S = 1
+PROBES = {"/health", "/live"}
+"""Open to everybody, with nothing to read or to tell."""
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -28,7 +30,7 @@ class Guard:
     """The application behind it sees requests with a whole body, of callers that may call."""
 
     def __init__(self, app: App, token: str = "") -> None:
-        """With `token` every call but /health needs it as a bearer; without one, no page in a browser may call."""
+        """With `token` every call but a probe needs it as a bearer; without one, no page in a browser may call."""
         self._app, self._token = app, token
         self._bytes = 0
 
@@ -56,8 +58,9 @@ class Guard:
             self._bytes -= length
 
     def _refusal(self, scope: Message, headers: dict[str, str]) -> tuple[int, str] | None:
-        given, is_probe = headers.get("authorization", "").encode(), scope["path"] == "/health"
-        if self._token and not is_probe and not secrets.compare_digest(given, f"Bearer {self._token}".encode()):
+        given, is_probe = headers.get("authorization", "").encode(), scope["path"] in PROBES
+        scope["may_call"] = not self._token or secrets.compare_digest(given, f"Bearer {self._token}".encode())
+        if not is_probe and not scope["may_call"]:
             return 401, "give the service's token: Authorization: Bearer TOKEN"
         if not self._token and not is_probe and "origin" in headers:
             return 403, "a page of another origin may not call this service"

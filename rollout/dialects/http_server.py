@@ -30,7 +30,7 @@ from rollout.dialects import chat, completions, quick, vllm
 from rollout.dialects.http_errors import add_errors, told_of
 from rollout.dialects.http_guard import Guard
 from rollout.dialects.options import StreamOptions
-from rollout.errors import NotFoundError, RequestError, RolloutError
+from rollout.errors import EngineError, NotFoundError, RequestError, RolloutError
 from rollout.generation import Ask, Drawn, Ended, context_bound, generate
 from rollout.rpc.listening import told
 from rollout.service import RolloutService
@@ -157,7 +157,14 @@ def _add_engine(app: FastAPI, find: Find) -> None:
         return JSONResponse({"object": "list", "data": [card]})
 
     @app.get("/health")
-    async def health() -> Response:
+    async def health(request: Request) -> Response:
+        failure = (await _find(find, None)).engine.failure
+        if failure:
+            raise EngineError(f"nothing can be drawn: {failure if request.scope['may_call'] else 'the log says why'}")
+        return Response()
+
+    @app.get("/live")
+    async def live() -> Response:
         return Response()
 
     @app.post("/pause")

@@ -1,27 +1,23 @@
-"""One engine among those of a pool: what it must be able to tell, and what two of them must have in common."""
+"""One engine among those of a pool: how it is opened, and what two of them must have in common."""
 
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
-from typing import Protocol
+import logging
+import time
+from collections.abc import Sequence
 
 from rollout.engine import Engine, EngineInfo
+from rollout.errors import EngineError
 
-
-class Member(Engine, Protocol):
-    """An engine that knows where its weights came from, so that others can be brought to them."""
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """The folder of the weights that draw, where this host sees it."""
-        ...
+AGAIN_S_MIN = 1.0
+_log = logging.getLogger(__name__)
 
 
 class PoolMember:
     """An engine; `fault` is why it is left out, None while it is not."""
 
-    def __init__(self, name: str, engine: Member) -> None:
+    def __init__(self, name: str, engine: Engine) -> None:
         self.name, self.engine = name, engine
         self.fault: str | None = "it was not opened yet"
         self.mending: asyncio.Task[None] | None = None
@@ -37,6 +33,21 @@ class PoolMember:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+
+async def open_all(members: Sequence[PoolMember], start_s_max: float) -> list[BaseException | None]:
+    """Open each; what went wrong with it.  While nobody answers anywhere all are asked again, for so long at most."""
+    until, told = time.monotonic() + start_s_max, ""
+    while True:
+        opened = await asyncio.gather(*(each.engine.open() for each in members), return_exceptions=True)
+        absent = [str(error) for error in opened if isinstance(error, EngineError) and error.is_absent]
+        left_s = until - time.monotonic()
+        if len(absent) < len(members) or left_s <= 0:
+            return opened
+        if (why := "; ".join(absent)) != told:
+            _log.warning("no engine is there yet, asked again for %.0f s: %s", left_s, why)
+            told = why
+        await asyncio.sleep(AGAIN_S_MIN)
 
 
 def difference(info: EngineInfo, other: EngineInfo, *, is_whole: bool = False) -> str:

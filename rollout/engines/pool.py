@@ -35,12 +35,12 @@ from rollout.engine import (
 )
 from rollout.engines.guard import guarded
 from rollout.engines.homes import Homes
-from rollout.engines.members import Member, PoolMember, difference
+from rollout.engines.members import AGAIN_S_MIN, PoolMember, difference, open_all
 from rollout.errors import EngineError, PreemptedError, RequestError, RolloutError
 
 FAILURES_MAX = 3
 """How many engines in a row may fail a request before it gets a token."""
-AGAIN_S_MIN, AGAIN_S_MAX = 1.0, 30.0
+AGAIN_S_MAX = 30.0
 _log = logging.getLogger(__name__)
 
 
@@ -55,15 +55,15 @@ class _Run:
 class EnginePool:
     """An Engine over one or more, by name; see the port for what its methods promise."""
 
-    def __init__(self, engines: Mapping[str, Member], silence_s_max: float) -> None:
-        """Who says nothing for so long, and is not paused, has failed."""
+    def __init__(self, engines: Mapping[str, Engine], silence_s_max: float, start_s_max: float = 0.0) -> None:
+        """Who says nothing for so long, and is not paused, has failed; `open` waits so long for a first to be there."""
         self._members = {name: PoolMember(name, engine) for name, engine in engines.items()}
-        self._silence_s_max = silence_s_max
+        self._silence_s_max, self._start_s_max = silence_s_max, start_s_max
         self._info: EngineInfo | None = None
         self._is_open = False
         self._paused: PauseMode | None = None
-        self._checkpoint: Path | None = None
-        """Of the weights that draw."""
+        self.checkpoint: Path | None = None
+        """See Engine."""
         self._updates = asyncio.Lock()
         self._homes = Homes()
         self._pinned: set[str] = set()
@@ -83,6 +83,15 @@ class EnginePool:
         return self._paused is not None or any(self._members[name].engine.is_paused for name in self._living)
 
     @property
+    def failure(self) -> str:
+        """See Engine; nothing while one of them draws."""
+        return (
+            ""
+            if self._living
+            else "; ".join(f"{name}: {why.removeprefix(f'{name}: ')}" for name, why in self.faults.items())
+        )
+
+    @property
     def faults(self) -> dict[str, str]:
         """The engines that are left out, and why."""
         return {name: each.fault for name, each in self._members.items() if each.fault is not None}
@@ -96,17 +105,17 @@ class EnginePool:
         if self._is_open:
             raise EngineError("the pool is already open")
         members = list(self._members.values())
-        opened = await asyncio.gather(*(each.engine.open() for each in members), return_exceptions=True)
+        opened = await open_all(members, self._start_s_max)
         found = [each for each, error in zip(members, opened, strict=True) if error is None]
         try:
             for error in opened:
                 if error is not None and not isinstance(error, EngineError):
                     raise error
             if not found:
-                raise next(error for error in opened if error is not None)
+                raise min((error for error in opened if isinstance(error, EngineError)), key=lambda one: one.is_absent)
             newest = max(found, key=lambda each: each.engine.info.policy_version)
             info = newest.engine.info
-            self._checkpoint = newest.engine.checkpoint
+            self.checkpoint = newest.engine.checkpoint
             shortest = min(each.engine.info.context_tokens_max for each in found)
             self._info = msgspec.structs.replace(info, context_tokens_max=shortest)
             for each in found:
@@ -240,7 +249,7 @@ class EnginePool:
             if is_new and self._pinned:
                 raise EngineError(f"{len(self._pinned)} sessions pin the weights of this pool: release them first")
             await self._update_first(checkpoint, policy_version, announce)
-            self._checkpoint = checkpoint
+            self.checkpoint = checkpoint
             living = (self._members[name] for name in self._living)
             behind = [each for each in living if each.engine.info.policy_version != policy_version]
             updates = (self._bring_up(each) for each in behind)
@@ -299,10 +308,10 @@ class EnginePool:
 
         async def compare(found: EngineInfo) -> None:
             if found.weights_digest != self.info.weights_digest:
-                raise EngineError(f"{self._checkpoint} holds other weights for it than for the others")
+                raise EngineError(f"{self.checkpoint} holds other weights for it than for the others")
 
-        if member.engine.info.policy_version < self.info.policy_version and self._checkpoint is not None:
-            await member.engine.update(self._checkpoint, self.info.policy_version, compare)
+        if member.engine.info.policy_version < self.info.policy_version and self.checkpoint is not None:
+            await member.engine.update(self.checkpoint, self.info.policy_version, compare)
 
     async def save(self, session: str, path: Path) -> int:
         """See Engine."""

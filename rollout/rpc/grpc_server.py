@@ -95,9 +95,14 @@ class Server:
         self.address = told(where.url_with(port))
 
     async def serve(self) -> None:
-        """Say SERVING."""
-        for served in ("", SERVICE.full_name):
-            await self._checks.set(served, health_pb2.HealthCheckResponse.SERVING)
+        """Say SERVING, of the process and of the service."""
+        await self._checks.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self.tell(is_ready=True)
+
+    async def tell(self, *, is_ready: bool) -> None:
+        """Say whether the service can carry out what it is asked."""
+        answer = health_pb2.HealthCheckResponse
+        await self._checks.set(SERVICE.full_name, answer.SERVING if is_ready else answer.NOT_SERVING)
 
     async def stop(self) -> None:
         """Say NOT_SERVING, take no more calls, give running ones a second; the log keeps what they watched."""

@@ -30,7 +30,7 @@ from rollout.engine import (
 )
 from rollout.engines.embedded.batching import Limits
 from rollout.engines.embedded.binding import BATCH_TOKENS_MAX, THREADS_MAX, Model
-from rollout.engines.embedded.checkpoint import Checkpoint, load_checkpoint
+from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, load_checkpoint
 from rollout.engines.embedded.disk_tier import DiskTier
 from rollout.engines.embedded.jobs import Job, Outcome, Scoring
 from rollout.engines.embedded.library import build_digest
@@ -92,9 +92,19 @@ class EmbeddedEngine:
         return self._info
 
     @property
+    def checkpoint(self) -> Path:
+        """See Engine."""
+        return self._folder or DEFAULT_CHECKPOINT
+
+    @property
     def is_paused(self) -> bool:
         """See Engine."""
         return self._is_paused
+
+    @property
+    def failure(self) -> str:
+        """See Engine."""
+        return CLOSED if self._thread is None else str(self._thread.error or "")
 
     async def open(self) -> None:
         """Check and load the checkpoint (about 0.2 s), start the thread.  EngineError names what is wrong.
@@ -112,9 +122,8 @@ class EmbeddedEngine:
     async def _open(self) -> None:
         if self.cache is not None:
             self._tier = DiskTier(StateCache(self.cache, self._limits.cache_bytes_max, build_digest()))
-        versions = await asyncio.to_thread(self._load)
-        if self._tier is not None:
             await self._tier.open()
+        versions = await asyncio.to_thread(self._load)
         self._thread = SteppingThread(versions, self._deliver, self._fail_all)
         if self._tier is not None:
             self._tier.thread = self._thread

@@ -160,7 +160,10 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
 
 def _failed(error: BaseException) -> EngineError:
     if isinstance(error, TimeoutError):
-        return EngineError("it does not answer")
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return EngineError(f"nobody answers there: {words(str(error.os_error).encode())}")
-    return EngineError(f"the connection broke: {words(str(error).encode())}".rstrip(": "))
+        failure = EngineError("it does not answer")
+    elif isinstance(error, aiohttp.ClientConnectorError):
+        failure = EngineError(f"nobody answers there: {words(str(error.os_error).encode())}")
+    else:
+        failure = EngineError(f"the connection broke: {words(str(error).encode())}".rstrip(": "))
+    failure.is_absent = True
+    return failure

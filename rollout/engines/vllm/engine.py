@@ -93,6 +93,11 @@ class VllmEngine:
         return self._paused is not None or self._is_updating
 
     @property
+    def failure(self) -> str:
+        """See Engine."""
+        return str(self._failure or ("" if self._connection.is_open else f"{self.url}: the engine is closed"))
+
+    @property
     def _known(self) -> Facts:
         if self._facts is None:
             raise EngineError(f"{self.url}: the engine was never open")
@@ -103,7 +108,7 @@ class VllmEngine:
 
         A pause that somebody left ends when this engine is opened first, and from then on none but its own.
         """
-        if self._is_open:
+        if self._connection.is_open:
             raise EngineError(f"{self.url}: the engine is already open")
         await self._connection.open()
         try:
@@ -122,10 +127,6 @@ class VllmEngine:
             await self._resume()
         elif await self._connection.get("/is_paused") != {"is_paused": False}:
             raise EngineError("somebody else paused it, and must resume it")
-
-    @property
-    def _is_open(self) -> bool:
-        return self._connection.is_open
 
     async def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
         """See Engine."""
@@ -241,9 +242,9 @@ class VllmEngine:
                 bytes_max=LINE_BYTES_MAX + len(token_ids) * (top_logprobs_count + 1) * _PROMPT_ROW_BYTES,
             )
             await self._check_label(info)
-        except (EngineError, RequestError):
+        except (EngineError, RequestError) as error:
             self._check()
-            raise
+            raise type(error)(f"{self.url}: {error}") from error
         finally:
             self._scores_count -= 1
             self._changed.set()
@@ -387,13 +388,13 @@ class VllmEngine:
     def _check(self, run: Run | None = None) -> None:
         if self._failure is not None:
             raise self._failure
-        if not self._is_open:
+        if not self._connection.is_open:
             raise EngineError(f"{self.url}: the engine is closed")
         if run is not None and run.is_preempted:
             raise PreemptedError("the request was preempted")
 
     async def _until(self, holds: Callable[[], bool]) -> None:
         """Wait for a change that makes it hold, or for the end of the engine."""
-        while not holds() and self._is_open and self._failure is None:
+        while not holds() and self._connection.is_open and self._failure is None:
             self._changed.clear()
             await self._changed.wait()

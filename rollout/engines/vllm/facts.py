@@ -102,7 +102,9 @@ def unusable(url: str, error: RolloutError) -> EngineError:
     """Why a server cannot be an engine; if a route of it is shut, with what opens it."""
     is_shut = any(f"answered {code}" in str(error) for code in (403, 404))
     hint = "; start it as `dsec engine serve-vllm` says, with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out"
-    return EngineError(f"{url}: {error}{hint if is_shut else ''}")
+    unusable = EngineError(f"{url}: {error}{hint if is_shut else ''}")
+    unusable.is_absent = isinstance(error, EngineError) and error.is_absent
+    return unusable
 
 
 async def read_facts(connection: Connection) -> Facts:

@@ -105,19 +105,26 @@ class Offload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """A process to start; the key that callers show is in a file, and in neither list."""
+    """A process to start, and the command that serves rollouts over it; the key is in a file, and in neither list."""
 
     environment: dict[str, str]
     arguments: list[str]
+    service: list[str]
     api_key_file: str = ""
 
     def render(self) -> str:
         """For a POSIX shell, one argument a line."""
         before = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        if self.api_key_file:
-            before.append(f'VLLM_API_KEY="$(cat {shlex.quote(self.api_key_file)})"')
+        before += self._key("VLLM_API_KEY")
         program = shlex.join(self.arguments[:3])
         return " \\\n".join([*before, program, *(f"    {shlex.quote(one)}" for one in self.arguments[3:])])
+
+    def render_service(self) -> str:
+        """For a POSIX shell, on one line."""
+        return " ".join([*self._key("DSEC_ENGINE_KEY"), shlex.join(self.service)])
+
+    def _key(self, variable: str) -> list[str]:
+        return [f'{variable}="$(cat {shlex.quote(self.api_key_file)})"'] if self.api_key_file else []
 
 
 def folder_preset(folder: Path) -> Preset:
@@ -166,7 +173,15 @@ def make_launch(
     if device == "cpu":
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(memory_gib)
     arguments = [python, "-m", MODULE, *flags, *more]
-    return Launch(environment=environment, arguments=arguments, api_key_file=api_key_file)
+    service = _service(host, port, preset.model)
+    return Launch(environment=environment, arguments=arguments, service=service, api_key_file=api_key_file)
+
+
+def _service(host: str, port: int, model: str) -> list[str]:
+    """A folder has its tokenizer beside the weights; where that of Hugging Face lies, nobody knows here."""
+    where = f"[{host}]" if ":" in host else host
+    folder = model if Path(model).is_absolute() else f"FOLDER-OF-{Path(model).name}"
+    return ["dsec", "serve", "--engine", f"http://{where}:{port}", "--tokenizer", folder]
 
 
 def _shared(block_tokens_count: int) -> tuple[str, ...]:

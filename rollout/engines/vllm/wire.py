@@ -31,6 +31,8 @@ WORDS_MAX = 400
 TEMPERATURE_MIN = 0.01
 """Below it the server silently takes this."""
 _NOT_THE_CALLERS = {401, 403, 404, 408, 429}
+_STARTING = {502, 503, 504}
+"""Of a server, or of a proxy before it, that is not up yet."""
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -201,8 +203,12 @@ def error_of(body: bytes, status: int) -> RolloutError:
         text = words(str(told.get("message", told)).encode())
     elif isinstance(told, str):
         text = words(told.encode())
-    is_callers = 400 <= code < 500 and code not in _NOT_THE_CALLERS
-    return (RequestError if is_callers else EngineError)(f"vLLM answered {code or 'an error'}: {text}")
+    said = f"vLLM answered {code or 'an error'}: {text}"
+    if 400 <= code < 500 and code not in _NOT_THE_CALLERS:
+        return RequestError(said)
+    failure = EngineError(said)
+    failure.is_absent = status in _STARTING
+    return failure
 
 
 def words(said: bytes) -> str:

@@ -247,10 +247,12 @@ async def test_a_pause_is_of_all_and_of_those_that_come_back(
     await pool.resume()
     assert [server.paused for server in servers] == [None, None]
     await taker.task
+    assert pool.failure == ""
     for server in servers:
         await server.stop()
     with pytest.raises(EngineError, match=f"{servers[0].url}: .*{servers[1].url}: "):
         await pool.pause("keep")
+    assert all(pool.failure.count(f"{server.url}: ") == 1 for server in servers)
 
 
 async def test_engines_that_can_never_be_one_are_named_with_what_they_differ_in(make_server: MakeServer) -> None:

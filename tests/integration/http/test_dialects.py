@@ -198,12 +198,17 @@ async def test_who_may_call_and_how_much_they_may_send(serving: Any) -> None:
         assert page.status_code == 403
         large = await client.post("/pause", content=bytes(BODY_BYTES_MAX + 1))
         assert large.status_code == 413
-    async with serving(model(), token="secret") as (client, _):
+    async with serving(model(), token="secret") as (client, service):
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer s\xe9cret".encode("latin-1")}):
             assert (await client.get("/v1/models", headers=headers)).status_code == 401  # type: ignore[arg-type]
         right = await client.get("/v1/models", headers={"authorization": "Bearer secret"})
         assert right.json()["data"][0]["id"] == "scripted"
         assert (await client.get("/health")).status_code == 200
+        await service.engine.close()
+        for headers, why in (({}, "the log says why"), ({"authorization": "Bearer secret"}, "the engine is closed")):
+            health = await client.get("/health", headers=headers)
+            assert (health.status_code, health.json()["error"]["message"]) == (503, f"nothing can be drawn: {why}")
+        assert (await client.get("/live")).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])

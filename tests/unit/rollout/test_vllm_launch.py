@@ -39,6 +39,23 @@ def test_what_is_printed_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
     words = [word for word in shlex.split(said.output, comments=True) if word.strip()]
     assert ran[-len(words) + words.index("-m") :] == words[words.index("-m") :]
     assert "0123456789abcdef" not in said.output
+    over_it = shlex.split(said.output.splitlines()[0].partition("over it: ")[2])
+    assert over_it[0] == f"DSEC_ENGINE_KEY=$(cat '{key}')"
+    assert over_it[1:5] == ["dsec", "serve", "--engine", "http://127.0.0.1:8000"]
+    assert over_it[5:] == ["--tokenizer", "FOLDER-OF-DeepSeek-V4-Pro"]
+
+
+def test_the_service_over_a_model_has_its_tokenizer(tmp_path: Path) -> None:
+    own = write_tiny_model(tmp_path / "own")
+    said = ask(str(own), "--json", "--port", "81", "--host", "::1")
+    assert json.loads(said.output)["service"] == [
+        "dsec",
+        "serve",
+        "--engine",
+        "http://[::1]:81",
+        "--tokenizer",
+        str(own),
+    ]
 
 
 def test_the_models_have_what_they_need_and_all_have_what_the_adapter_needs(tmp_path: Path) -> None:
@@ -83,7 +100,7 @@ def test_what_cannot_be_is_refused_in_a_line(arguments: tuple[str, ...], said: s
     result = ask(*arguments)
     assert result.exit_code == 2
     assert said in result.output
-    assert len(result.output.splitlines()) == 1
+    assert len(result.output.splitlines()) == (2 if "--run" in arguments else 1)
 
 
 def test_who_lets_others_connect_is_warned_that_the_key_does_not_guard_everything(tmp_path: Path) -> None:
