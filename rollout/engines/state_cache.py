@@ -1,8 +1,9 @@
 """States on disk, found again by the tokens that they took in: by this process, the next, and others beside it.
 
 A cache and nothing else: what is missing, damaged or of another model is computed again, with the same
-result, so nothing is synced, and no failure here is anybody's failure.  One thread writes and makes room,
-and others read, so nobody waits for the disk but the request that is spared a prefill.
+result, so nothing is synced, and no failure here is anybody's failure, but that of a directory that can never do.
+One thread writes and makes room, and others read, so nobody waits for the disk but the request that is spared a
+prefill; all are daemons, so that a disk that hangs keeps no process from its end.
 
 A name says it all: which model, how many tokens, and their digest.  A file is put in place whole, and
 read back as `kept_state.py` does it; a checksum is no signature, so the directory is for its user alone.
@@ -17,19 +18,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import logging
 import os
 import re
 import time
 from bisect import insort
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Lock, Thread
+from typing import TypeVar
 
 from rollout.engines.kept_state import TOKEN_BYTES, KeptState, NoStateError, read_state, write_state
-from rollout.errors import EngineError
+from rollout.errors import EngineError, RequestError
 
 TOKENS_MIN = 64
 """A state must spare so many: reading one costs as much as computing a dozen tokens (benchmarks/prefix_reuse.py)."""
@@ -42,10 +47,13 @@ _LOOK_S = 2.0
 """What other processes wrote is seen after so long."""
 _READ_S_MAX = 1.0
 """A disk that takes longer is slower than computing any context."""
+_OPEN_S_MAX, _CLOSE_S_MAX = 10.0, 10.0
+"""A disk that takes longer is not waited for, by who starts or by who stops."""
 _QUEUED_BYTES_MAX = 64 << 20
 _READERS_COUNT = 2
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class StateCache:
@@ -55,7 +63,7 @@ class StateCache:
         self._directory = directory
         self._bytes_max = bytes_max
         self._build = build
-        self._writer = ThreadPoolExecutor(1, "state-cache-writer")
+        self._writer = _Writer()
         self._readers = asyncio.Semaphore(_READERS_COUNT)
         self._sizes: dict[str, int] = {}
         self._counts: dict[str, list[int]] = {}
@@ -66,11 +74,18 @@ class StateCache:
         self._seen: tuple[int, float] = (-1, 0.0)
         """The directory's time of change, and when it was looked at."""
         self._late: set[object] = set()
-        self._is_failing = False
+        self._is_failing = self._is_closed = False
 
     async def open(self) -> None:
-        """Find what is there.  A directory that cannot be used is said in the log, and is an empty one."""
-        await asyncio.wrap_future(self._writer.submit(self._look))
+        """Make the directory, and find what is there.  RequestError: it cannot be, or is not this user's alone."""
+        try:
+            async with asyncio.timeout(_OPEN_S_MAX):
+                await asyncio.wrap_future(self._writer.submit(self._begin))
+        except TimeoutError:
+            _log.warning("%s: silent for %g s; states are taken from it when it answers", self._directory, _OPEN_S_MAX)
+        except RequestError:
+            self._writer.stop()
+            raise
 
     def longest(self, tokens: bytes, weights_digest: str) -> int:
         """Tokens of the longest proper prefix that there is a state of; 0 if there is none worth reading."""
@@ -98,8 +113,8 @@ class StateCache:
         try:
             async with asyncio.timeout(_READ_S_MAX), self._readers:
                 reading.set_running_or_notify_cancel()
-                # a daemon: a disk that hangs keeps no process from its end
-                Thread(target=self._read_for, args=(reading, tokens, weights_digest), daemon=True).start()
+                read = partial(self._read, tokens, weights_digest)
+                Thread(target=_carry_out, args=(reading, read), daemon=True).start()
                 return await asyncio.wrap_future(reading)
         except TimeoutError:
             if reading.running():
@@ -115,13 +130,24 @@ class StateCache:
             is_too_much = self._bytes_queued + size > _QUEUED_BYTES_MAX
             self._bytes_queued += 0 if is_too_much else size
         if not is_too_much:
-            self._writer.submit(self._write_queued, state)
+            self._writer.submit(partial(self._write_queued, state))
 
     async def close(self, states: Iterable[KeptState] = ()) -> None:
-        """Write what is queued and these states, and end."""
+        """Write what is queued and these states, and end; a disk that is too slow for that keeps what it has by then.
+
+        Idempotent.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
         for state in states:
-            self._writer.submit(self._write, state)
-        await asyncio.to_thread(self._writer.shutdown)
+            self._writer.submit(partial(self._write, state))
+        written = self._writer.stop()
+        try:
+            async with asyncio.timeout(_CLOSE_S_MAX):
+                await asyncio.wrap_future(written)
+        except TimeoutError:
+            _log.warning("%s: not all states were written within %g s", self._directory, _CLOSE_S_MAX)
 
     def _model(self, weights_digest: str) -> str:
         return hashlib.blake2b(f"{self._build}\0{weights_digest}".encode(), digest_size=8).hexdigest()
@@ -129,12 +155,6 @@ class StateCache:
     def _name(self, tokens: bytes, weights_digest: str) -> str:
         digest = hashlib.blake2b(tokens, digest_size=16).hexdigest()
         return f"{self._model(weights_digest)}-{len(tokens) // TOKEN_BYTES}-{digest}.kv"
-
-    def _read_for(self, reading: Future[KeptState | None], tokens: bytes, weights_digest: str) -> None:
-        try:
-            reading.set_result(self._read(tokens, weights_digest))
-        except BaseException as error:  # nobody is above a thread
-            reading.set_exception(error)
 
     def _read(self, tokens: bytes, weights_digest: str) -> KeptState | None:
         name = self._name(tokens, weights_digest)
@@ -211,6 +231,25 @@ class StateCache:
             held -= found.st_size
         self._list(self._files())
 
+    def _begin(self) -> None:
+        """RequestError: the directory cannot be, or others could put there what would be taken for states."""
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = self._directory.stat()
+            if not os.access(self._directory, os.R_OK | os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise RequestError(
+                f"cannot keep states in {self._directory}: {error.strerror}; "
+                "choose another directory (DSEC_ENGINE_CACHE), or mend that"
+            ) from error
+        if found.st_mode & 0o022 or found.st_uid != os.geteuid():
+            raise RequestError(
+                f"states in {self._directory} could be others' (mode {found.st_mode & 0o7777:o}, user {found.st_uid}): "
+                "have it writable by this user alone, or choose another directory (DSEC_ENGINE_CACHE)"
+            )
+        self._look()
+
     def _look(self) -> None:
         """See what other processes did, and make room if it is too much."""
         try:
@@ -254,6 +293,43 @@ class StateCache:
             self._sizes = {name: found.st_size for name, found in files}
             self._bytes_held = sum(self._sizes.values())
             self._counts = {model: sorted(each) for model, each in counts.items()}
+
+
+class _Writer:
+    """A thread that does one thing after the other."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Future[None], Callable[[], None] | None]] = SimpleQueue()
+        Thread(target=self._work, name="state-cache-writer", daemon=True).start()
+
+    def submit(self, call: Callable[[], None]) -> Future[None]:
+        """Done when it was called."""
+        return self._put(call)
+
+    def stop(self) -> Future[None]:
+        """Done when all was; nothing is called that comes later."""
+        return self._put(None)
+
+    def _put(self, call: Callable[[], None] | None) -> Future[None]:
+        done: Future[None] = Future()
+        self._calls.put((done, call))
+        return done
+
+    def _work(self) -> None:
+        is_over = False
+        while not is_over:
+            done, call = self._calls.get()
+            is_over = call is None
+            if done.set_running_or_notify_cancel():
+                _carry_out(done, call or (lambda: None))
+
+
+def _carry_out(done: Future[T], call: Callable[[], T]) -> None:
+    """Nobody is above a thread: whoever waits hears of what is raised."""
+    try:
+        done.set_result(call())
+    except BaseException as error:
+        done.set_exception(error)
 
 
 def _size(state: KeptState) -> int:

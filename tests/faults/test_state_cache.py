@@ -17,8 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout.engines import state_cache
+from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.engines.kept_state import TOKEN_BYTES, KeptState, write_state
 from rollout.engines.state_cache import TOKENS_MIN, StateCache
+from rollout.errors import RequestError
 
 MIB = 1 << 20
 
@@ -187,12 +189,27 @@ async def test_a_directory_that_vanishes_is_empty_and_comes_back(tmp_path: Path)
         assert await cache.fetch(tokens(200), "w") == state(200)
 
 
-async def test_a_directory_that_cannot_be_is_said_once_and_changes_nothing_else(
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [("file", "File exists"), ("file/below", "Not a directory"), ("open", "mode 777"), ("of a group", "mode 770")],
+)
+async def test_a_directory_that_can_never_do_is_refused_with_the_reason(tmp_path: Path, place: str, why: str) -> None:
+    (tmp_path / "file").write_text("")
+    for name, mode in {"open": 0o777, "of a group": 0o770}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(mode)
+    for cache in (StateCache(tmp_path / place, MIB, "build"), EmbeddedEngine(cache=tmp_path / place)):
+        with pytest.raises(RequestError, match=rf"{tmp_path / place}.*{why}.*DSEC_ENGINE_CACHE"):
+            await cache.open()
+
+
+async def test_a_directory_that_goes_wrong_is_said_once_and_changes_nothing_else(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    (tmp_path / "file").write_text("")
     async with opened(tmp_path / "file") as cache:
+        (tmp_path / "file").rmdir()
+        (tmp_path / "file").write_text("")
         for first in range(3):
             cache.store(state(100, first))
         await cache.close([state(100, 3)])
@@ -278,9 +295,25 @@ async def test_what_was_used_longest_ago_goes_first_also_after_a_restart(tmp_pat
     assert len(found) < 5
 
 
+async def test_a_write_that_hangs_holds_up_no_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_cache, "_CLOSE_S_MAX", 0.05)
+    cache, goes_on, is_over = StateCache(tmp_path, MIB, "build"), threading.Event(), threading.Event()
+    await cache.open()
+    cache._writer.submit(lambda: goes_on.wait() and None)
+    cache._writer.submit(is_over.set)
+    await cache.close([state(100)])
+    assert "not all states were written within 0.05 s" in caplog.text
+    assert not is_over.is_set()
+    goes_on.set()
+    assert await asyncio.to_thread(is_over.wait, 60), "it goes on if it can"
+
+
 HANGING = """
-import asyncio, os, sys
+import asyncio, os, sys, threading
 from pathlib import Path
+from rollout.engines import state_cache
 from rollout.engines.kept_state import KeptState
 from rollout.engines.state_cache import StateCache
 
@@ -294,6 +327,8 @@ async def main(folder):
     os.mkfifo(path)
     cache = StateCache(folder, 1 << 20, "build")
     assert await cache.fetch(bytes(400), "w") is None
+    state_cache.write_state, state_cache._CLOSE_S_MAX = (lambda *_: threading.Event().wait()), 0.05
+    cache.store(KeptState("build", ("w",), bytes(800), bytearray(1000)))
     await cache.close()
 
 asyncio.run(main(Path(sys.argv[1])))

@@ -25,7 +25,7 @@ class DiskTier:
         self.evicted: Callable[[KeptState], None] = cache.store
 
     async def open(self) -> None:
-        """Find what is on disk."""
+        """Find what is on disk.  RequestError, as StateCache has it."""
         await self._cache.open()
 
     def stored(self, tokens: bytes, weights_digest: str) -> bytes:
