@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import lru_cache
 
+from dsec.terminal import counted
 from rollout import context, recovery
 from rollout.engine import Engine
 from rollout.engines.kv_files import KvFiles
@@ -77,6 +78,21 @@ class Members:
         worked_s = sum(each.agent_s for each in state.spent) if state else 0.0
         waited_s = 0.0 if state and state.preempted else order.waited_s  # that, the resume has said
         return Rollout(rollout_id, task, bound_s - worked_s, order, spent=Spent(queue_s=waited_s))
+
+    def check_weights(self, rollout_ids: Iterable[str]) -> None:
+        """EngineError if some of these could not go on: other weights drew them, and the engine's are no newer."""
+        states = [self._ledger.rollouts[each] for each in rollout_ids if self._ledger.asks_for(each)]
+        found = ((state, self._found(state.opened.rollout_id, state)) for state in states)
+        refused = [state for state, each in found if recovery.decide(each).action is Action.REFUSE]
+        if refused:
+            state, now = refused[0], self._engine.info
+            version, drew = weights_at(state, state.tokens_count - 1, self._ledger.weights)
+            raise EngineError(
+                f"{counted(len(refused), 'unfinished rollout')} of this log cannot go on: {state.opened.rollout_id} "
+                f"was drawn by {state.engines[-1][1].name}, weights {drew[:12]}, and this is {now.name}, weights "
+                f"{now.weights_digest[:12]}, no newer version: serve it with the --engine that it had, or have other "
+                f"weights go on with it: DSEC_NEWER_WEIGHTS={version + 1}:DIR"
+            )
 
     def cut_off(self, rollout: Rollout) -> None:
         """It was stopped for good, and could not tell what it had spent: `finish` does."""

@@ -26,18 +26,22 @@ if TYPE_CHECKING:
     from rollout.service import RolloutService
 
 
-async def load_policy(service: RolloutService) -> None:
+async def load_policy(service: RolloutService, open_rollouts: Iterable[str]) -> None:
     """Have an engine with older weights draw with those that the log names last, or the operator's, if newer.
 
-    EngineError.
+    Newer ones that it has already, the log names from here on.  EngineError, also if none of that would let these
+    rollouts go on.
     """
     engine, named = service.engine, service.ledger.policy
     version = named.engine.policy_version if named is not None else 0
     if newer := service.config.newer_than(max(version, engine.info.policy_version)):
         version, checkpoint = newer
         await engine.update(checkpoint, version, lambda new: service.note(PolicyUpdated(new, str(checkpoint))))
+    elif engine.info.policy_version > version and engine.checkpoint is not None:
+        await service.note(PolicyUpdated(engine.info, str(engine.checkpoint)))
     elif named is not None:
         await follow(engine, named.checkpoint, version, named.engine.weights_digest)
+    service.members.check_weights(open_rollouts)
 
 
 async def follow(engine: Engine, checkpoint: str, policy_version: int, weights_digest: str) -> None:

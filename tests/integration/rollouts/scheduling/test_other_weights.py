@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from rollout.errors import EngineError
+from rollout.events import PolicyUpdated
 from rollout.policy import Policy
 from rollout.request import PolicyRule
-from rollout.rpc.listing import standing
 from rollout.testing import ENGINE, Reply, ScriptedEngine
 from wal.tokens import TokensAppended
 
@@ -45,22 +45,31 @@ async def begun(here: Any) -> None:
         await service.preempt()
 
 
-async def test_other_weights_under_a_known_number_draw_what_is_new_and_nothing_else(world: Any) -> None:
+async def test_a_log_is_not_served_with_weights_that_its_rollouts_could_not_go_on_with(world: Any) -> None:
     here = world()
     await begun(here)
-    stood_at = here.sampled("cut/0.0")
-    async with drawing_with(here, "1").serving() as service:
-        await service.wait("cut")
-        await here.ask("new", 1)
-        await service.wait("new")
-        service.resume(["cut/0.0"])
-        await service.wait("cut")
-        assert (standing(service.ledger, "cut/0.0"), here.sampled("cut/0.0")) == ("failed", stood_at)
-        assert here.record("cut/0.0").infra_failure["code"] == EngineError.code
-        assert [drawn_by(here, f"{job}/0.0") for job in ("old", "cut", "new")] == [[(0, "0")], [(0, "0")], [(0, "1")]]
+    said = r"1 unfinished rollout .* cut/0\.0 was drawn by .* 000000000000, .* 111111111111, .*DSEC_NEWER_WEIGHTS=1:DIR"
+    with pytest.raises(EngineError, match=said):
+        async with drawing_with(here, "1").serving():
+            pass
     async with drawing_with(here, "0").serving() as service:
         await service.wait("cut")
         assert (here.record("cut/0.0").finish_reason, drawn_by(here, "cut/0.0")) == ("STOP", [(0, "0")])
+    async with drawing_with(here, "1").serving() as service:
+        await here.ask("new", 1)
+        await service.wait("new")
+        assert [drawn_by(here, f"{job}/0.0") for job in ("old", "cut", "new")] == [[(0, "0")], [(0, "0")], [(0, "1")]]
+
+
+async def test_who_says_that_other_weights_are_newer_has_them_go_on(world: Any, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "weights").write_text("other")
+    here = world()
+    await begun(here)
+    here.config["newer_weights"] = (1, tmp_path / "other")
+    async with drawing_with(here, "1").serving() as service:
+        await service.wait("cut")
+        assert [version for version, _ in drawn_by(here, "cut/0.0")] == [0, 1]
 
 
 async def test_a_log_goes_on_with_weights_that_are_newer_than_any_it_names(world: Any) -> None:
@@ -70,6 +79,29 @@ async def test_a_log_goes_on_with_weights_that_are_newer_than_any_it_names(world
         await service.wait("cut")
         assert here.record("cut/0.0").finish_reason == "STOP"
         assert [drawn_by(here, f"{job}/0.0") for job in ("old", "cut")] == [[(0, "0")], [(0, "0"), (7, "7")]]
+        assert service.ledger.policy is None, "nobody could load them again"
+
+
+async def test_newer_weights_that_an_engine_has_already_are_named_and_count(world: Any, tmp_path: Path) -> None:
+    """A server that a trainer, or another service, gave weights."""
+    here = world()
+    async with here.serving() as service:
+        for name, max_lag in (("stale", 0), ("cut", None)):
+            await here.ask(name, 1, policy=PolicyRule(max_lag=max_lag))
+            await here.until(lambda name=name: here.sampled(f"{name}/0.0") == 2)
+            await service.preempt()
+    make_engine = drawing_with(here, "7", version=7).make_engine
+
+    def make() -> ScriptedEngine:
+        engine = make_engine()
+        engine.checkpoint = tmp_path / "seven"
+        return engine
+
+    here.make_engine = make
+    async with here.serving() as service:
+        await service.wait("cut")
+        assert service.ledger.policy == PolicyUpdated(service.engine.info, str(tmp_path / "seven"))
+        assert [here.record(f"{name}/0.0").finish_reason for name in ("stale", "cut")] == ["STALE", "STOP"]
 
 
 async def test_a_first_token_that_is_logged_behind_an_update_is_as_stale_as_one_before(
