@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rollout.engine import Sampling
+from rollout.engine import Sampled, SampleRequest, Sampling
 from rollout.engines.embedded.batching import Limits as EngineLimits
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
 from rollout.engines.embedded.engine import EmbeddedEngine
@@ -20,8 +22,9 @@ from rollout.errors import RequestError
 from rollout.export.exporter import export
 from rollout.ledger import Ledger
 from rollout.loader import Dataset, read_side_channel
+from rollout.main import load_tokenizer
 from rollout.request import Limits
-from rollout.testing import Reply, hidden_row, routes_row
+from rollout.testing import Reply, ScriptedEngine, hidden_row, routes_row
 
 HEAVY: Any = ("tokens", "logprobs", "topk", "routes", "hidden")
 LONG = Reply(content="word " * 60)
@@ -42,6 +45,22 @@ def check(token_ids: Any, loss_mask: Any, channels: dict[str, Any]) -> None:
 
 def has_sampled(setting: Any, count: int) -> bool:
     return any(state.sampled_count >= count for state in setting.service.ledger.rollouts.values())
+
+
+def pausing(engine: Any, count: int) -> Any:
+    """The engine, which pauses once it drew so many tokens: the rollout that is to be cut short has not ended then."""
+    sample, left = engine.sample, count
+
+    async def sample_some(request: SampleRequest) -> AsyncGenerator[Sampled, None]:
+        nonlocal left
+        async with aclosing(sample(request)) as chunks:
+            async for chunk in chunks:
+                if left > 0 and (left := left - len(chunk.token_ids)) <= 0:
+                    await engine.pause("keep")
+                yield chunk
+
+    engine.sample = sample_some
+    return engine
 
 
 async def test_side_channels_come_by_reference_with_the_end_of_a_rollout(serving: Any, tmp_path: Path) -> None:
@@ -72,8 +91,9 @@ async def test_rows_of_a_rollout_that_was_cut_short_again_and_again_are_there_on
     serving: Any, tmp_path: Path
 ) -> None:
     async with asyncio.timeout(120):
-        for stop in (5, 17, 18, 40):
-            async with serving(tmp_path / "run", reply=LONG, exports_shards=True) as setting:
+        for start, stop in pairwise((0, 5, 17, 18, 40)):
+            engine = pausing(ScriptedEngine(load_tokenizer(), lambda _session, _turn: LONG), stop - start)
+            async with serving(tmp_path / "run", engine=engine, exports_shards=True) as setting:
                 asking = asyncio.create_task(setting.groups("one", **ASKED))
                 await setting.until(partial(has_sampled, setting, stop))
                 asking.cancel()
@@ -107,7 +127,8 @@ async def test_the_embedded_engine_tells_the_same_rows_after_a_crash_bit_for_bit
 
     async def run(directory: Path, stop: int) -> tuple[int, dict[str, Any]]:
         """Which attempt ended it, and what came of it; the service goes once it drew from position `stop` on."""
-        async with serving(directory, engine=EmbeddedEngine(limits=ONE_BY_ONE), exports_shards=True) as setting:
+        engine = pausing(EmbeddedEngine(limits=ONE_BY_ONE), stop + 1)
+        async with serving(directory, engine=engine, exports_shards=True) as setting:
             updates = setting.client.submit([setting.ask("one")], request_id="job", **asked)
             async with aclosing(updates):
                 async for update in updates:
@@ -135,13 +156,12 @@ async def test_a_rollout_that_is_preempted_and_goes_on_over_its_saved_state_has_
 ) -> None:
     """Two halves by two versions: each row says whose router it was, and the rows of the first are not told again."""
     asked = {**ASKED, "sampling": Sampling(temperature=5.0, seed=3), "limits": Limits(turn_tokens_count_max=400)}
-    async with (
-        asyncio.timeout(120),
-        serving(tmp_path / "run", engine=EmbeddedEngine(limits=ONE_BY_ONE), exports_shards=True) as setting,
-    ):
+    engine = pausing(EmbeddedEngine(limits=ONE_BY_ONE), 20)
+    async with asyncio.timeout(120), serving(tmp_path / "run", engine=engine, exports_shards=True) as setting:
         asking = asyncio.create_task(setting.groups("one", **asked))
         await setting.until(partial(has_sampled, setting, 20))
         assert await setting.client.preempt(request_id="job") == ("job/one.0",)
+        await engine.resume()
         (state,) = setting.service.ledger.rollouts.values()
         await setting.client.update_policy(str(shutil.copytree(DEFAULT_CHECKPOINT, tmp_path / "new")), 3)
         await setting.client.resume(request_id="job")
