@@ -39,7 +39,7 @@ from rollout.engines.members import AGAIN_S_MIN, PoolMember, difference, open_al
 from rollout.errors import EngineError, PreemptedError, RequestError, RolloutError
 
 FAILURES_MAX = 3
-"""How many engines in a row may fail a request before it gets a token."""
+"""How many engines in a row may be left out for a request before it gets a token."""
 AGAIN_S_MAX = 30.0
 _log = logging.getLogger(__name__)
 
@@ -162,8 +162,7 @@ class EnginePool:
                 except PreemptedError:
                     raise
                 except EngineError as error:
-                    self._leave_out(member, str(error))
-                    failures_count += 1
+                    failures_count += self._leave_out(member, str(error))
                     if failures_count >= FAILURES_MAX:
                         raise
         finally:
@@ -183,8 +182,7 @@ class EnginePool:
                     token_ids, top_logprobs_count=top_logprobs_count, returns_hidden=returns_hidden
                 )
             except EngineError as error:
-                self._leave_out(member, str(error))
-                failures_count += 1
+                failures_count += self._leave_out(member, str(error))
                 if failures_count >= FAILURES_MAX:
                     raise
 
@@ -349,13 +347,14 @@ class EnginePool:
         home = self._homes.choose(session, request.token_ids, self._living)
         return self._members[home], before not in (None, home)
 
-    def _leave_out(self, member: PoolMember, fault: str) -> None:
-        """Until it is mended."""
+    def _leave_out(self, member: PoolMember, fault: str) -> bool:
+        """Until it is mended; False if it is out already: then it was closed for what another met."""
         if not self._is_open or member.fault is not None:
-            return
+            return False
         _log.warning("engine %s is left out: %s", member.name, fault)
         member.fault = fault
         member.mending = asyncio.create_task(self._mend(member))
+        return True
 
     async def _mend(self, member: PoolMember) -> None:
         again_s = AGAIN_S_MIN

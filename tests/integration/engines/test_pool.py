@@ -1,8 +1,8 @@
 """Several servers as one engine: who fails is left out, mended and taken back, and nothing is drawn twice."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from rollout.config import RolloutConfig
 from rollout.conformance.check import chunks_of, collect, joined
 from rollout.conformance.pauses import Taker
 from rollout.engine import SampleRequest, Sampling
-from rollout.engines import pool as pool_module
 from rollout.engines.homes import SESSIONS_SLACK
 from rollout.engines.pool import EnginePool
 from rollout.engines.vllm.engine import VllmEngine
@@ -29,22 +28,7 @@ MakeServer = Callable[..., Awaitable[WireDouble]]
 Ask = Callable[..., SampleRequest]
 Prompt = tuple[int, ...]
 MakePool = Callable[..., Awaitable[EnginePool]]
-
-
-@pytest.fixture
-async def make_pool(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[MakePool]:
-    """Pools that ask again soon."""
-    monkeypatch.setattr(pool_module, "AGAIN_S_MIN", 0.01)
-    monkeypatch.setattr(pool_module, "AGAIN_S_MAX", 0.05)
-    async with AsyncExitStack() as stack:
-
-        async def make(*servers: WireDouble, silence_s_max: float = 30.0) -> EnginePool:
-            pool = EnginePool({server.url: VllmEngine(server.url) for server in servers}, silence_s_max)
-            await pool.open()
-            stack.push_async_callback(pool.close)
-            return pool
-
-        yield make
+Healthy = Callable[[EnginePool], Awaitable[None]]
 
 
 def drew(server: WireDouble) -> int:
@@ -52,17 +36,11 @@ def drew(server: WireDouble) -> int:
     return sum(path.endswith("/generate") and "stream" in body for path, body in server.calls)
 
 
-async def healthy(pool: EnginePool) -> None:
-    async with asyncio.timeout(20):
-        while pool.faults:  # noqa: ASYNC110 - the pool mends by the clock
-            await asyncio.sleep(0.005)
-
-
 @pytest.mark.parametrize(
     "fault", ["cut", "error in stream", "no end", "too many", "nan", "unknown id", "noise", "hang"]
 )
 async def test_what_one_engine_breaks_another_goes_on_with(
-    make_server: MakeServer, make_pool: MakePool, ask: Ask, fault: WireFault
+    make_server: MakeServer, make_pool: MakePool, healthy: Healthy, ask: Ask, fault: WireFault
 ) -> None:
     servers = [await make_server(), await make_server()]
     pool = await make_pool(*servers, silence_s_max=2.0 if fault == "hang" else 30.0)
@@ -79,7 +57,7 @@ async def test_what_one_engine_breaks_another_goes_on_with(
 
 
 async def test_an_engine_that_is_killed_comes_back_by_itself_with_the_weights_of_the_others(
-    make_server: MakeServer, make_pool: MakePool, ask: Ask, tmp_path: Path
+    make_server: MakeServer, make_pool: MakePool, healthy: Healthy, ask: Ask, tmp_path: Path
 ) -> None:
     servers = [await make_server(), await make_server()]
     pool = await make_pool(*servers)
@@ -99,7 +77,7 @@ async def test_an_engine_that_is_killed_comes_back_by_itself_with_the_weights_of
 
 
 async def test_an_update_that_one_engine_misses_leaves_it_out_until_it_has_it(
-    make_server: MakeServer, make_pool: MakePool, ask: Ask, tmp_path: Path
+    make_server: MakeServer, make_pool: MakePool, healthy: Healthy, ask: Ask, tmp_path: Path
 ) -> None:
     servers = [await make_server(), await make_server()]
     pool = await make_pool(*servers)
@@ -118,7 +96,7 @@ async def test_an_update_that_one_engine_misses_leaves_it_out_until_it_has_it(
 
 
 async def test_a_pool_that_is_made_anew_finds_the_weights_and_brings_the_others_to_them(
-    make_server: MakeServer, make_pool: MakePool, ask: Ask, tmp_path: Path
+    make_server: MakeServer, make_pool: MakePool, healthy: Healthy, ask: Ask, tmp_path: Path
 ) -> None:
     servers = [await make_server(), await make_server()]
     first = await make_pool(*servers)
@@ -171,7 +149,7 @@ async def test_weights_that_none_can_take_change_nothing(
 
 
 async def test_an_engine_that_fails_while_it_loads_is_let_do_so_and_then_opened_once(
-    make_server: MakeServer, make_pool: MakePool, ask: Ask, tmp_path: Path
+    make_server: MakeServer, make_pool: MakePool, healthy: Healthy, ask: Ask, tmp_path: Path
 ) -> None:
     server = await make_server()
     pool = await make_pool(server)
@@ -230,7 +208,7 @@ async def test_a_request_that_kills_every_engine_is_given_up(
 
 
 async def test_a_pause_is_of_all_and_of_those_that_come_back(
-    make_server: MakeServer, make_pool: MakePool, ask: Ask
+    make_server: MakeServer, make_pool: MakePool, healthy: Healthy, ask: Ask
 ) -> None:
     servers = [await make_server(), await make_server()]
     pool = await make_pool(*servers)

@@ -1,0 +1,63 @@
+"""What one request, server or caller of a pool meets is not the others' to bear."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from rollout.conformance.check import collect
+from rollout.engine import SampleRequest
+from rollout.engines.pool import EnginePool
+from rollout.engines.vllm.testing import WireDouble
+from rollout.errors import EngineError
+
+MakeServer = Callable[..., Awaitable[WireDouble]]
+MakePool = Callable[..., Awaitable[EnginePool]]
+Healthy = Callable[[EnginePool], Awaitable[None]]
+Ask = Callable[..., SampleRequest]
+Prompt = tuple[int, ...]
+POISON = 13
+
+
+class HeldDouble(WireDouble):
+    """What it `holds` is answered when it may be; a prompt that ends with POISON by 500."""
+
+    holds = ""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.is_held, self.may_answer = asyncio.Event(), asyncio.Event()
+
+    async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        if body["token_ids"][-1] == POISON:
+            return web.json_response({"error": {"message": "a bug with this one", "code": 500}}, status=500)
+        if self.holds == "prompts" and len(body["token_ids"]) > 1:  # else it is being opened
+            await self._hold()
+        return await super()._generate(request, body)
+
+    async def _hold(self) -> None:
+        self.is_held.set()
+        await self.may_answer.wait()
+
+
+@pytest.mark.parametrize("servers_count", [1, 2])
+async def test_a_request_that_no_server_can_answer_fails_alone(
+    make_server: MakeServer, make_pool: MakePool, ask: Ask, prompt: Prompt, servers_count: int
+) -> None:
+    servers = [await make_server(kind=HeldDouble) for _ in range(servers_count)]
+    pool = await make_pool(*servers)
+    whole, scored = await collect(pool, ask(20)), await pool.score(prompt)
+    for server in servers:
+        server.holds = "prompts"
+    takers = [asyncio.create_task(collect(pool, ask(20, session=f"s{number}"))) for number in range(6)]
+    scoring = asyncio.create_task(pool.score(prompt))
+    await servers[0].is_held.wait()
+    for poisoned in (collect(pool, ask(20, session="bad", token_ids=(*prompt, POISON))), pool.score((*prompt, POISON))):
+        with pytest.raises(EngineError, match="a bug with this one"):
+            await poisoned
+    for server in servers:
+        server.may_answer.set()
+    assert [each.token_ids for each in await asyncio.gather(*takers)] == [whole.token_ids] * 6
+    assert await scoring == scored
