@@ -221,7 +221,7 @@ class EnginePool:
         await self._for_all(lambda engine: engine.resume())
 
     async def _for_all(self, call: Callable[[Engine], Any]) -> None:
-        """Leave out whoever cannot do it.  EngineError if nobody can."""
+        """Leave out whoever cannot do it.  EngineError if nobody is left."""
         members = [self._members[name] for name in self._living]
         results = await asyncio.gather(*(call(each.engine) for each in members), return_exceptions=True)
         failed: dict[str, RolloutError] = {}
@@ -231,7 +231,7 @@ class EnginePool:
                 self._leave_out(each, str(error))
             elif error is not None:
                 raise error
-        if failed and len(failed) == len(members):
+        if failed and not self._living:
             raise EngineError("; ".join(f"{name}: {error}" for name, error in failed.items()))
 
     async def update(self, checkpoint: Path, policy_version: int, announce: Announce | None = None) -> EngineInfo:
@@ -247,7 +247,6 @@ class EnginePool:
             if is_new and self._pinned:
                 raise EngineError(f"{len(self._pinned)} sessions pin the weights of this pool: release them first")
             await self._update_first(checkpoint, policy_version, announce)
-            self.checkpoint = checkpoint
             living = (self._members[name] for name in self._living)
             behind = [each for each in living if each.engine.info.policy_version != policy_version]
             updates = (self._bring_up(each) for each in behind)
@@ -278,23 +277,19 @@ class EnginePool:
                 if each.fault is not None:  # all are out: by somebody else, they may have these weights already
                     await each.stop_mending()
                     await each.reopen()
-                    if self._paused is not None:
-                        await each.engine.pause(self._paused)
                 changed = self._common(await each.engine.update(checkpoint, policy_version, say))
                 if changed != self.info and not said:  # it had them when it was opened; here nobody knows them yet
                     await say(changed)
-                self._info = changed
+                self._info, self.checkpoint = changed, checkpoint
+                if each.fault is not None and each.mending is None:  # else it failed meanwhile, and is opened anew
+                    await self._take_back(each)
+                return
             except BaseException as error:
                 if each.fault is not None and each.mending is None and self._is_open:
                     each.mending = asyncio.create_task(self._mend(each))
                 if refused or not isinstance(error, RolloutError):
                     raise
                 first = first or error
-            else:
-                if each.mending is None:  # else it failed meanwhile, and is opened anew
-                    each.fault = None
-                self._changed.set()
-                return
         raise first or EngineError("there is no engine")
 
     def _common(self, info: EngineInfo) -> EngineInfo:
@@ -369,17 +364,23 @@ class EnginePool:
                     await self._bring_up(member)
                     if problem := difference(member.engine.info, self.info, is_whole=True):
                         raise EngineError(problem)
-                    if self._paused is not None:
-                        await member.engine.pause(self._paused)
-                    member.fault = member.mending = None
+                    await self._take_back(member)
             except (EngineError, RequestError) as error:
                 if member.fault != str(error):
                     _log.warning("engine %s stays out: %s", member.name, error)
                 member.fault = str(error)
                 continue
             _log.warning("engine %s is back", member.name)
-            self._changed.set()
             return
+
+    async def _take_back(self, member: PoolMember) -> None:
+        """Let it draw again, paused if the pool is, whatever that becomes meanwhile.  EngineError."""
+        mode: PauseMode | None = None
+        while mode != self._paused:
+            mode = self._paused
+            await (member.engine.pause(mode) if mode else member.engine.resume())
+        member.fault = member.mending = None  # nothing may be awaited before
+        self._changed.set()
 
     def _check(self, run: _Run | None = None) -> None:
         if not self._is_open:

@@ -2,15 +2,16 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
 from rollout.conformance.check import collect
-from rollout.engine import SampleRequest
+from rollout.engine import PauseMode, SampleRequest
 from rollout.engines.pool import EnginePool
-from rollout.engines.vllm.testing import WireDouble
+from rollout.engines.vllm.testing import WireDouble, write_checkpoint
 from rollout.errors import EngineError
 
 MakeServer = Callable[..., Awaitable[WireDouble]]
@@ -37,6 +38,11 @@ class HeldDouble(WireDouble):
             await self._hold()
         return await super()._generate(request, body)
 
+    async def _pause(self, mode: str, clears: str) -> web.Response:
+        if self.holds == "pauses":
+            await self._hold()
+        return await super()._pause(mode, clears)
+
     async def _hold(self) -> None:
         self.is_held.set()
         await self.may_answer.wait()
@@ -61,3 +67,51 @@ async def test_a_request_that_no_server_can_answer_fails_alone(
         server.may_answer.set()
     assert [each.token_ids for each in await asyncio.gather(*takers)] == [whole.token_ids] * 6
     assert await scoring == scored
+
+
+@pytest.mark.parametrize("comes_by", ["itself", "new weights"])
+@pytest.mark.parametrize("mode", ["abort", None])
+async def test_a_pause_that_changes_while_an_engine_is_taken_back_is_that_engines_too(
+    make_server: MakeServer,
+    make_pool: MakePool,
+    healthy: Healthy,
+    tmp_path: Path,
+    mode: PauseMode | None,
+    comes_by: str,
+) -> None:
+    server = await make_server(kind=HeldDouble)
+    pool = await make_pool(server)
+    await pool.pause("keep")
+    server.shut = "/"
+    with pytest.raises(EngineError, match="404"):
+        await pool.pause("abort")
+    server.holds, server.shut = "pauses", ""
+    if comes_by == "itself":
+        coming = asyncio.ensure_future(healthy(pool))
+    else:
+        coming = asyncio.ensure_future(pool.update(write_checkpoint(tmp_path / "new", 5), 3))
+    await server.is_held.wait()
+    await (pool.pause(mode) if mode else pool.resume())
+    server.may_answer.set()
+    await coming
+    assert (server.paused, pool.is_paused, pool.faults) == (mode, mode is not None, {})
+
+
+async def test_a_pause_that_only_who_came_back_meanwhile_can_make_is_made(
+    make_server: MakeServer, make_pool: MakePool, healthy: Healthy
+) -> None:
+    servers = [await make_server(kind=HeldDouble) for _ in range(2)]
+    pool = await make_pool(*servers)
+    await servers[1].stop()
+    await pool.pause("keep")
+    await pool.resume()
+    servers[0].holds = "pauses"
+    pausing = asyncio.create_task(pool.pause("keep"))
+    await servers[0].is_held.wait()
+    await servers[1].start()
+    await healthy(pool)
+    await servers[0].stop()
+    await pausing
+    assert (servers[1].paused, list(pool.faults)) == ("keep", [servers[0].url])
+    await pool.resume()
+    assert (servers[1].paused, pool.is_paused) == (None, False)
