@@ -36,7 +36,7 @@ from rollout.engine import (
 from rollout.engines.guard import guarded
 from rollout.engines.homes import Homes
 from rollout.engines.members import AGAIN_S_MIN, PoolMember, difference, open_all
-from rollout.errors import EngineError, PreemptedError, RequestError, RolloutError
+from rollout.errors import EngineError, PreemptedError, RolloutError
 
 FAILURES_MAX = 3
 """How many engines in a row may be left out for a request before it gets a token."""
@@ -365,13 +365,15 @@ class EnginePool:
                     if problem := difference(member.engine.info, self.info, is_whole=True):
                         raise EngineError(problem)
                     await self._take_back(member)
-            except (EngineError, RequestError) as error:
-                if member.fault != str(error):
-                    _log.warning("engine %s stays out: %s", member.name, error)
-                member.fault = str(error)
-                continue
-            _log.warning("engine %s is back", member.name)
-            return
+            except Exception as error:  # whatever it is: who is not asked again stays out for good
+                is_known = isinstance(error, RolloutError)
+                fault = str(error) if is_known else f"{type(error).__name__}: {error}"
+                if member.fault != fault:
+                    _log.warning("engine %s stays out: %s", member.name, fault, exc_info=None if is_known else error)
+                member.fault = fault
+            else:
+                _log.warning("engine %s is back", member.name)
+                return
 
     async def _take_back(self, member: PoolMember) -> None:
         """Let it draw again, paused if the pool is, whatever that becomes meanwhile.  EngineError."""

@@ -59,8 +59,10 @@ DOORS = {
     },
 }
 """`tarfile` is for those that write: what others wrote is read by dsec/archive.py, within bounds."""
-BROAD_EXCEPT_FILES = re.compile(r"(_server|/main|/cli|toolcall_dsl/tokenizer|rewards/callables)\.py$")
-"""Servers; the one door of `tokenizers`, which raises plain Exception for a bad file; somebody else's reward."""
+BROAD_EXCEPT_FILES = re.compile(r"(_server|/main|/cli|toolcall_dsl/tokenizer|rewards/callables|engines/pool)\.py$")
+"""Servers; the one door of `tokenizers`, which raises plain Exception for a bad file; somebody else's reward; who asks
+an engine again until it is there.
+"""
 
 
 def tracked(*patterns: str) -> list[Path]:

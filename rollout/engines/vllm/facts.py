@@ -120,7 +120,7 @@ async def read_facts(connection: Connection) -> Facts:
         raise EngineError("its logprobs are not those that it draws by: add --logprobs-mode processed_logprobs")
     root = Path(model.root or config.model_config.model)
     folder = Path(label.folder) if label.folder else root if label.policy_version == 0 and root.is_absolute() else None
-    folder = folder if folder is not None and folder.is_dir() else None
+    folder = folder if folder is not None and _is_seen(folder) else None
     described = _described(root)
     count = described.get("vocab_size", UNSEEN_VOCAB_COUNT)
     if not isinstance(count, int) or count < 1:
@@ -160,9 +160,17 @@ def _read(kind: type[Any], told: Any) -> Any:
     return msgspec.convert(told, kind)
 
 
+def _is_seen(folder: Path) -> bool:
+    """False also for what no file system takes for a name."""
+    try:
+        return folder.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def _described(root: Path) -> dict[str, Any]:
     try:
-        return read_config(root) if root.is_absolute() else {}
+        return read_config(root) if root.is_absolute() and _is_seen(root) else {}
     except EngineError:
         return {}
 

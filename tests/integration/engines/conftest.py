@@ -51,8 +51,10 @@ async def make_pool(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[.
     monkeypatch.setattr(pool_module, "AGAIN_S_MAX", 0.05)
     async with AsyncExitStack() as stack:
 
-        async def make(*servers: WireDouble, silence_s_max: float = 30.0) -> EnginePool:
-            pool = EnginePool({server.url: VllmEngine(server.url) for server in servers}, silence_s_max)
+        async def make(
+            *servers: WireDouble, silence_s_max: float = 30.0, kind: type[VllmEngine] = VllmEngine
+        ) -> EnginePool:
+            pool = EnginePool({server.url: kind(server.url) for server in servers}, silence_s_max)
             await pool.open()
             stack.push_async_callback(pool.close)
             return pool

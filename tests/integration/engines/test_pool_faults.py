@@ -11,10 +11,13 @@ from aiohttp import web
 from rollout.conformance.check import collect
 from rollout.engine import PauseMode, SampleRequest
 from rollout.engines.pool import EnginePool
+from rollout.engines.vllm.engine import VllmEngine
+from rollout.engines.vllm.facts import UNSEEN_VOCAB_COUNT
 from rollout.engines.vllm.testing import WireDouble, write_checkpoint
 from rollout.errors import EngineError
 
 MakeServer = Callable[..., Awaitable[WireDouble]]
+Opened = Callable[..., Awaitable[VllmEngine]]
 MakePool = Callable[..., Awaitable[EnginePool]]
 Healthy = Callable[[EnginePool], Awaitable[None]]
 Ask = Callable[..., SampleRequest]
@@ -115,3 +118,38 @@ async def test_a_pause_that_only_who_came_back_meanwhile_can_make_is_made(
     assert (servers[1].paused, list(pool.faults)) == ("keep", [servers[0].url])
     await pool.resume()
     assert (servers[1].paused, pool.is_paused) == (None, False)
+
+
+@pytest.mark.parametrize("root", ["/a\0b", "/" + "a" * 5000], ids=["nul", "long root"])
+@pytest.mark.parametrize("label", ["default", f"0@{'a' * 64} /{'b' * 4000}"], ids=["default", "long label"])
+async def test_folders_that_no_host_can_have_are_not_seen(
+    make_server: MakeServer, opened: Opened, root: str, label: str
+) -> None:
+    server = await make_server()
+    server._root, server.label = root, label
+    engine = await opened(server)
+    assert (engine.checkpoint, engine.info.vocab_count) == (None, UNSEEN_VOCAB_COUNT)
+
+
+async def test_an_engine_that_cannot_be_opened_for_a_reason_that_nobody_foresaw_is_asked_again(
+    make_server: MakeServer, make_pool: MakePool, healthy: Healthy, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Odd(VllmEngine):
+        oddities_count = 0
+
+        async def open(self) -> None:
+            if self.oddities_count:
+                Odd.oddities_count -= 1
+                raise ZeroDivisionError("of all things")
+            await super().open()
+
+    server = await make_server()
+    pool = await make_pool(server, kind=Odd)
+    Odd.oddities_count = 3
+    await server.stop()
+    with pytest.raises(EngineError):
+        await pool.pause("keep")
+    await server.start()
+    await healthy(pool)
+    said = [record for record in caplog.records if "ZeroDivisionError: of all things" in record.getMessage()]
+    assert [record.exc_info is not None for record in said] == [True]
