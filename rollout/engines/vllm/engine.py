@@ -242,13 +242,13 @@ class VllmEngine:
                 bytes_max=LINE_BYTES_MAX + len(token_ids) * (top_logprobs_count + 1) * _PROMPT_ROW_BYTES,
             )
             await self._check_label(info)
+            return wire.scored_of(told, token_ids, top_logprobs_count, info.policy_version)
         except (EngineError, RequestError) as error:
             self._check()
             raise type(error)(f"{self.url}: {error}") from error
         finally:
             self._scores_count -= 1
             self._changed.set()
-        return wire.scored_of(told, token_ids, top_logprobs_count, info.policy_version)
 
     async def preempt(self, session: str) -> None:
         """See Engine."""

@@ -162,6 +162,15 @@ async def test_an_announcement_that_fails_gives_the_server_its_weights_back(
     assert server.label == "default"
 
 
+async def test_what_fails_names_its_server(make_server: MakeServer, opened: Opened, ask: Ask, prompt: Prompt) -> None:
+    server = await make_server()
+    engine = await opened(server)
+    server.fault = "status 500"
+    for failing in (collect(engine, ask()), engine.score(prompt)):
+        with pytest.raises(EngineError, match=f"^{server.url}: vLLM answered 500: EngineCore"):
+            await failing
+
+
 async def test_a_server_that_lost_its_weights_draws_nothing_until_it_is_opened_again(
     make_server: MakeServer, opened: Opened, tmp_path: Path, ask: Ask, prompt: Prompt
 ) -> None:
