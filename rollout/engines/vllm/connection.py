@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import msgspec
 
-from rollout.engines.vllm.wire import Lines, error_of, words
+from rollout.engines.vllm.wire import Lines, decode_json, error_of, words
 from rollout.errors import EngineError, RequestError
 
 CONNECT_S_MAX = 10.0
@@ -131,10 +131,7 @@ class Connection:
             raise _failed(error) from error
         if response.status != 200:
             raise error_of(body, response.status)
-        try:
-            return msgspec.json.decode(body) if body else None
-        except msgspec.DecodeError as error:
-            raise EngineError(f"{path}: its answer is no JSON: {error}") from error
+        return decode_json(body, f"{path}: its answer is no JSON") if body else None
 
     async def _body(self, response: aiohttp.ClientResponse, bytes_max: int) -> bytes:
         body = bytearray()

@@ -36,11 +36,14 @@ WireFault = Literal[
     "unknown id",
     "endless line",
     "noise",
+    "no text",
+    "nested",
     "hang",
     "status 500",
     "aborts",
     "other version",
     "no routes",
+    "vast routes",
 ]
 
 
@@ -100,8 +103,9 @@ def route_of(token_id: int) -> bytes:
     return bytes((token_id + layer + nth) % EXPERTS_COUNT for layer in range(LAYERS) for nth in range(TOP_K))
 
 
-def _npy(rows: bytes) -> str:
-    count = len(rows) // (LAYERS * TOP_K)
+def _npy(rows: bytes, times: int = 1) -> str:
+    """A file that says that it has them so many times."""
+    count = times * len(rows) // (LAYERS * TOP_K)
     header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({count}, {LAYERS}, {TOP_K}), }}".ljust(117) + "\n"
     return base64.b64encode(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + rows).decode()
 
@@ -346,7 +350,9 @@ class WireDouble:
         return {"index": 0, "token_ids": drawn, "logprobs": {"content": content}, "sampling_mask": masks}, has_stopped
 
     def _routes(self, ids: Sequence[int], start: int) -> str | None:
-        return _npy(b"".join(map(route_of, ids[start:]))) if self._tells_routes and self.fault != "no routes" else None
+        if not self._tells_routes or self.fault == "no routes":
+            return None
+        return _npy(b"".join(map(route_of, ids[start:])), 1 << 50 if self.fault == "vast routes" else 1)
 
     async def _break(self, response: web.StreamResponse, choice: dict[str, Any]) -> bool:
         """Do as the fault says with an event; False if nothing comes behind it."""
@@ -365,6 +371,10 @@ class WireDouble:
                 await asyncio.Event().wait()
             case "noise":
                 await response.write(b"data: {\xff\xfe\x1b[2J}\n\n")
+            case "no text":
+                await response.write(b'data: {"choices": [{"finish_reason": "\xff"}]}\n\n')
+            case "nested":
+                await response.write(b'data: {"error": ' + b"[" * 5000 + b"]" * 5000 + b"}\n\n")
             case "endless line":
                 with contextlib.suppress(ConnectionError):
                     while True:

@@ -18,8 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
-
+from rollout.engines.vllm.wire import decode_json
 from rollout.errors import EngineError
 
 UNLABELLED = "default"
@@ -65,8 +64,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The model's config.json, its text model's where there are several.  EngineError."""
     path = folder / "config.json"
     try:
-        config = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError) as error:
+        config = decode_json(path.read_bytes(), f"{folder}: no checkpoint: config.json", dict[str, Any])
+    except OSError as error:
         raise EngineError(f"{folder}: no checkpoint: {error}") from error
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
@@ -109,12 +108,12 @@ def _tensors(path: Path, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         if not 0 < length <= min(HEADER_BYTES_MAX, size - 8):
             raise EngineError(f"{path}: no .safetensors: its header is cut short")
         header = file.read(length)
+    entries = decode_json(header, f"{path}: no .safetensors", dict[str, dict[str, Any]])
+    entries.pop("__metadata__", None)
     try:
-        entries = msgspec.json.decode(header, type=dict[str, dict[str, Any]])
-        entries.pop("__metadata__", None)
         end = max((each["data_offsets"][1] for each in entries.values()), default=0)
         tensors = {name: (str(each["dtype"]), tuple(each["shape"])) for name, each in entries.items()}
-    except (msgspec.DecodeError, KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError) as error:
         raise EngineError(f"{path}: no .safetensors: {error}") from error
     if end != size - 8 - length:
         raise EngineError(f"{path}: its tensors take {end} bytes, and it has {size - 8 - length}")

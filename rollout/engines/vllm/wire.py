@@ -9,10 +9,9 @@ See: vLLM 0.32, entrypoints/scale_out/token_in_token_out/protocol.py; tests/gold
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
-import io
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +29,12 @@ NO_LOGPROB = -9999.0
 WORDS_MAX = 400
 TEMPERATURE_MIN = 0.01
 """Below it the server silently takes this."""
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00..{'descr': '([|<>][iu][1248])', 'fortran_order': (True|False), "
+    rb"'shape': \((\d{1,9}), (\d{1,9}), (\d{1,9})\), } *\n",
+    re.DOTALL,
+)
+"""The head of a .npy as it is written: numpy reads it as Python, which is not for text of a peer."""
 _NOT_THE_CALLERS = {401, 403, 404, 408, 429}
 _STARTING = {502, 503, 504}
 """Of a server, or of a proxy before it, that is not up yet."""
@@ -93,9 +98,6 @@ class Event(msgspec.Struct, frozen=True):
     error: Any = None
 
 
-_events = msgspec.json.Decoder(Event)
-
-
 class Lines:
     """Cuts a stream of server-sent events into the payloads of its lines, none of them longer than a bound."""
 
@@ -114,6 +116,14 @@ class Lines:
         if max(map(len, [*lines, self._rest])) > self._line_bytes_max:
             raise EngineError(f"a line of more than {self._line_bytes_max} bytes")
         return [line[5:].strip() for line in lines if line.startswith(b"data:")]
+
+
+def decode_json(data: bytes, what: str, kind: Any = Any) -> Any:
+    """A value of a kind, from JSON that others wrote.  EngineError, which begins with `what`, for what is none."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (ValueError, RecursionError) as error:  # of bytes that are no UTF-8, of what is nested too deeply
+        raise EngineError(f"{what}: {error}: {words(data)!r}") from error
 
 
 def seed_of(seed: int, stream_key: int) -> int:
@@ -180,10 +190,7 @@ def scored_of(told: Any, token_ids: Sequence[int], tops_count: int, policy_versi
 
 def event_of(payload: bytes) -> Event:
     """What a line says.  EngineError for what is no event, and the error that it tells."""
-    try:
-        event = _events.decode(payload)
-    except msgspec.DecodeError as error:
-        raise EngineError(f"not an event of the stream: {error}: {words(payload)!r}") from error
+    event: Event = decode_json(payload, "not an event of the stream", Event)
     if event.error is not None:
         raise error_of(payload, 0)
     return event
@@ -193,13 +200,13 @@ def error_of(body: bytes, status: int) -> RolloutError:
     """The error that a body tells, under an HTTP status or (0) in a stream that was begun."""
     code, text = status, words(body)
     try:
-        told = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+        told = decode_json(body, "no error")
+    except EngineError:
         told = None
     if isinstance(told, dict):
         told = told.get("error", told.get("detail", told))
     if isinstance(told, dict):
-        code = told["code"] if isinstance(told.get("code"), int) else status
+        code = told["code"] if told.get("code") in range(1000) else status
         text = words(str(told.get("message", told)).encode())
     elif isinstance(told, str):
         text = words(told.encode())
@@ -248,7 +255,7 @@ def _prompt_row(row: dict[str, Any] | None, token_id: int, count: int) -> tuple[
     try:
         found = {int(name): float(each["logprob"]) for name, each in (row or {}).items()}
         logprob = found[token_id]
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         raise EngineError("a token of the prompt without its logprob") from None
     if not math.isfinite(logprob) or logprob <= NO_LOGPROB:
         raise EngineError("a logprob that is none")
@@ -266,10 +273,14 @@ def routes_of(text: str, start: int, end: int, routing: Routing) -> Routes:
 
 
 def read_npy(text: object) -> Any:
-    """The array in base64 of a .npy file.  EngineError."""
+    """The integers in base64 of a .npy file, of three dimensions.  EngineError."""
     import numpy as np  # only where routes are told
 
     try:
-        return np.load(io.BytesIO(base64.b64decode(str(text), validate=True)), allow_pickle=False)
-    except (binascii.Error, ValueError, OSError, EOFError) as error:
+        data = base64.b64decode(str(text), validate=True)
+        if (head := _NPY.match(data)) is None:
+            raise ValueError("not integers of three dimensions")
+        rows, shape = np.frombuffer(data, head[1].decode(), offset=head.end()), tuple(map(int, head.groups()[2:]))
+        return rows.reshape(shape, order="F" if head[2] == b"True" else "C")
+    except ValueError as error:
         raise EngineError(f"routed_experts are no .npy: {words(str(error).encode())}") from error

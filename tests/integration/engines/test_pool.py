@@ -37,7 +37,7 @@ def drew(server: WireDouble) -> int:
 
 
 @pytest.mark.parametrize(
-    "fault", ["cut", "error in stream", "no end", "too many", "nan", "unknown id", "noise", "hang"]
+    "fault", ["cut", "error in stream", "no end", "too many", "nan", "unknown id", "noise", "no text", "nested", "hang"]
 )
 async def test_what_one_engine_breaks_another_goes_on_with(
     make_server: MakeServer, make_pool: MakePool, healthy: Healthy, ask: Ask, fault: WireFault

@@ -1,8 +1,10 @@
 """vLLM's wire as values: what a real server said is read, what no server may say is an error in words."""
 
 import base64
+import io
 import json
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,10 @@ def test_errors_in_all_their_shapes_are_one_line_without_controls() -> None:
         (b"<html>\x1b]0;bad gateway\x07" + b"x" * 10_000, 502, EngineError),
         (b"[1, 2]", 500, EngineError),
         (b"", 500, EngineError),
+        (b'{"error": "\xff\x1b[2J"}', 500, EngineError),
+        (b"[" * 100_000, 500, EngineError),
+        (b'{"error": {"message": ' + b"[" * 900 + b"]" * 900 + b"}}", 500, EngineError),
+        (b'{"error": {"message": "x", "code": ' + b"9" * 4000 + b"}}", 500, EngineError),
         (b'{"error": {"message": "too long", "code": 400}}', 200, RequestError),
     )
     for body, status, kind in shapes:
@@ -116,6 +122,9 @@ def test_a_line_that_does_not_end_is_an_error_at_its_bound() -> None:
 NOISE: tuple[Callable[[], Any], ...] = (
     lambda: wire.event_of(b"{"),
     lambda: wire.event_of(b"[]"),
+    lambda: wire.event_of(b'{"choices": [{"finish_reason": "\xff"}]}'),
+    lambda: wire.event_of(b'{"error": ' + b"[" * 5000 + b"]" * 5000 + b"}"),
+    lambda: wire.event_of(b'{"who knows": ' + b"[" * 5000 + b"]" * 5000 + b"}"),
     lambda: wire.event_of(b'{"choices": [{"token_ids": ["1"]}]}'),
     lambda: wire.event_of(b'{"choices": [{"token_ids": [1.5]}]}'),
     lambda: wire.event_of(b'{"choices": [{"logprobs": {"content": [{"token_id": 1, "logprob": NaN}]}}]}'),
@@ -125,6 +134,7 @@ NOISE: tuple[Callable[[], Any], ...] = (
     lambda: wire.scored_of({"prompt_logprobs": [None]}, (1, 2), 0, 0),
     lambda: wire.scored_of({"prompt_logprobs": [None, {"3": {"logprob": -1.0}}]}, (1, 2), 0, 0),
     lambda: wire.scored_of({"prompt_logprobs": [None, {"2": {"logprob": "x"}}]}, (1, 2), 0, 0),
+    lambda: wire.scored_of({"prompt_logprobs": [None, {"2": {"logprob": -(10**400)}}]}, (1, 2), 0, 0),
     lambda: wire.scored_of({"prompt_logprobs": [None, [1]]}, (1, 2), 0, 0),
     lambda: wire.scored_of([], (1, 2), 0, 0),
 )
@@ -137,9 +147,10 @@ def test_what_no_server_may_say_is_an_engine_error(read: Callable[[], Any]) -> N
 
 
 def test_routes_are_read_at_their_width_and_nothing_else_passes_for_them() -> None:
-    def npy(rows: bytes, shape: tuple[int, ...], kind: str = "|u1") -> str:
+    def npy(rows: bytes, shape: object, kind: str = "|u1") -> str:
         header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
-        return base64.b64encode(b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + header.encode() + rows).decode()
+        head = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
+        return base64.b64encode(head + rows).decode()
 
     rows = b"".join(map(route_of, (5, 6, 7)))
     assert wire.routes_of(npy(rows, (3, LAYERS, TOP_K)), 4, 7, ROUTING).expert_ids == rows
@@ -156,9 +167,23 @@ def test_routes_are_read_at_their_width_and_nothing_else_passes_for_them() -> No
         npy(b"\xff" * len(rows), (3, LAYERS, TOP_K)),
         npy(bytes(4 * len(rows)), (3, LAYERS, TOP_K), "<f4"),
         npy(bytes(8 * len(rows)), (3, LAYERS, TOP_K), "|O"),
+        npy(rows, (1 << 50, LAYERS, TOP_K)),
+        npy(rows, (10**30, LAYERS, TOP_K)),
+        npy(rows, (-3, LAYERS, TOP_K)),
+        npy(rows, "-" * 9000 + "1"),
+        npy(rows, "(" * 9000),
+        base64.b64encode(b"PK\x03\x04" + bytes(100)).decode(),
+        base64.b64encode(empty_zip()).decode(),
     ):
         with pytest.raises(EngineError, match="routed_experts"):
             wire.routes_of(text, 4, 7, ROUTING)
+
+
+def empty_zip() -> bytes:
+    """What numpy takes for a .npz."""
+    file = io.BytesIO()
+    zipfile.ZipFile(file, "w").close()
+    return file.getvalue()
 
 
 def test_a_stream_keeps_its_seed_and_others_have_others() -> None:
@@ -214,6 +239,7 @@ def test_a_checkpoint_is_known_by_its_files_and_told_from_what_is_none(tmp_path:
         check_fits(two, read_weights(two), read_weights(one))
     path = again / "model.safetensors"
     whole = path.read_bytes()
+    no_text, nested = b'{"weight": {"dtype": "\xff"}}', b'{"weight": {"dtype": ' + b"[" * 5000
     for broken in (
         b"",
         whole[:5],
@@ -221,10 +247,16 @@ def test_a_checkpoint_is_known_by_its_files_and_told_from_what_is_none(tmp_path:
         whole + b"x",
         struct.pack("<Q", 1 << 60) + whole[8:],
         b"\x02" + whole[1:],
+        struct.pack("<Q", len(no_text)) + no_text,
+        struct.pack("<Q", len(nested)) + nested,
     ):
         path.write_bytes(broken)
         with pytest.raises(EngineError, match="again"):
             read_weights(again)
+    for text in (b"", b"[]", b'{"vocab_size": "\xff"}', b'{"vocab_size": ' + b"[" * 5000 + b"]" * 5000 + b"}"):
+        (two / "config.json").write_bytes(text)
+        with pytest.raises(EngineError, match=r"no checkpoint: config\.json"):
+            read_config(two)
     (one / "config.json").unlink()
     for folder in (one, tmp_path / "nowhere", tmp_path):
         with pytest.raises(EngineError, match="no checkpoint"):
