@@ -48,6 +48,8 @@ LINE_BYTES_MAX = 16 << 20
 ROUTED_TOKENS_MAX = 256
 """Tokens of an answer whose routes come at once: the server tells them with a request's last token only."""
 ABORT_EVERY_S, SCORE_S_MAX = 0.5, 600.0
+CUT_S_MAX = CALL_S_MAX
+"""How long a request may have been sent without being answered, before new weights are given up for it."""
 _PROMPT_ROW_BYTES = 128
 
 
@@ -359,7 +361,11 @@ class VllmEngine:
             run.is_cut = True
             self._abort(run)
         await self._pause("abort")
-        await self._until(lambda: all(run.has_begun or not run.request_id for run in self._runs))
+        try:
+            async with asyncio.timeout(CUT_S_MAX):
+                await self._until(lambda: all(run.has_begun or not run.request_id for run in self._runs))
+        except TimeoutError:
+            raise EngineError(f"{self.url}: it neither answers a request nor ends it") from None
         self._check()
 
     async def save(self, session: str, path: Path) -> int:

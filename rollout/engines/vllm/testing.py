@@ -156,6 +156,11 @@ class WireDouble:
         """Where it is."""
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def requests_count(self) -> int:
+        """Those that run."""
+        return len(self._running)
+
     async def idle(self) -> None:
         """Wait until it has no request left."""
         await self._until(lambda: not self._running)

@@ -11,6 +11,7 @@ from rollout.conformance.check import after, chunks_of, collect
 from rollout.conformance.pauses import Taker
 from rollout.engine import EngineInfo, Routes, Sampled, SampleRequest, Sampling
 from rollout.engines.guard import guarded
+from rollout.engines.vllm import engine as engine_module
 from rollout.engines.vllm.engine import ROUTED_TOKENS_MAX, VllmEngine
 from rollout.engines.vllm.testing import VOCAB_COUNT, WireDouble, WireFault, route_of, write_checkpoint
 from rollout.engines.vllm.wire import seed_of
@@ -197,6 +198,27 @@ async def test_a_server_that_lost_its_weights_draws_nothing_until_it_is_opened_a
     await server.start()
     await engine.open()
     assert await collect(engine, ask(200)) == whole
+
+
+async def test_an_update_is_given_up_where_the_server_never_answers_a_request(
+    make_server: MakeServer, opened: Opened, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "CUT_S_MAX", 0.05)
+    server = await make_server()
+    engine = await opened(server)
+    whole = await collect(engine, ask())
+    server.fault, server.fault_at = "hang", 0
+    async with aclosing(engine.sample(ask(session="other"))) as stream:
+        waiting = asyncio.ensure_future(anext(stream))
+        await until(lambda: server.requests_count)
+        async with asyncio.timeout(60):
+            with pytest.raises(EngineError, match="neither answers a request nor ends it"):
+                await engine.update(write_checkpoint(tmp_path / "new", 5), 3)
+        server.fault = None
+        assert (server.label, engine.is_paused) == ("default", False)
+        assert await collect(engine, ask()) == whole
+        waiting.cancel()
+        await asyncio.wait([waiting])
 
 
 async def test_streams_that_an_update_crosses_are_cut_and_stamped_to_the_token(
