@@ -9,6 +9,7 @@ See: docs/adr/0027-engines-over-http.md.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import msgspec
@@ -37,14 +38,22 @@ class Change:
         """Nothing is to be loaded."""
 
     async def begin(self) -> None:
-        """Put the mark.  EngineError, and nothing changed: somebody else changes the weights, or has."""
+        """Put the mark.  EngineError, and nothing changed: somebody else changes the weights, or has.
+
+        Whoever does not hear that it is there, or is cancelled meanwhile, takes it away.
+        """
         old, new = self._facts.info, self._info
         self._label = await read_label(self._connection)
         found = parse_label(self._label).policy_version
         if found not in (old.policy_version, new.policy_version):
             raise EngineError(f"{self._connection.url}: its weights are version {found}, of which nobody told")
         self._is_there = found == new.policy_version or new.weights_digest == old.weights_digest
-        await self._put(CHANGING + self._label)
+        try:
+            await self._put(CHANGING + self._label)
+        except BaseException:
+            with contextlib.suppress(RolloutError):
+                await self._put(self._label)
+            raise
 
     async def carry_out(self, announce: Announce | None) -> Facts:
         """What is known of the server from then on.  Raises what `announce` does; EngineError."""

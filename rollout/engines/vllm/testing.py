@@ -44,6 +44,7 @@ WireFault = Literal[
     "other version",
     "no routes",
     "vast routes",
+    "mark unanswered",
 ]
 
 
@@ -203,6 +204,11 @@ class WireDouble:
                 return web.json_response({"weight_version": self.label})
             case "update_weight_version":
                 self.label = body["new_version"]
+                if self.fault == "mark unanswered" and self.label.startswith("changing"):
+                    self.is_loading.set()
+                    await self.may_load.wait()
+                    if request.transport is not None:
+                        request.transport.abort()
                 return web.json_response({"success": True, "new_version": self.label})
             case "collective_rpc":
                 return await self._reload(Path(body["kwargs"]["weights_path"]))

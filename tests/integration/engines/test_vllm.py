@@ -200,6 +200,28 @@ async def test_a_server_that_lost_its_weights_draws_nothing_until_it_is_opened_a
     assert await collect(engine, ask(200)) == whole
 
 
+@pytest.mark.parametrize("is_cancelled", [True, False])
+async def test_a_mark_whose_answer_nobody_hears_is_taken_away(
+    make_server: MakeServer, opened: Opened, tmp_path: Path, ask: Ask, is_cancelled: bool
+) -> None:
+    server = await make_server()
+    engine = await opened(server)
+    whole = await collect(engine, ask())
+    server.fault = "mark unanswered"
+    if is_cancelled:
+        server.may_load.clear()
+    update = asyncio.create_task(engine.update(write_checkpoint(tmp_path / "new", 5), 3))
+    await server.is_loading.wait()
+    if is_cancelled:
+        update.cancel()
+    with pytest.raises(asyncio.CancelledError if is_cancelled else EngineError):
+        await update
+    server.fault = None
+    server.may_load.set()
+    assert await collect(engine, ask()) == whole
+    assert (await engine.update(tmp_path / "new", 3)).policy_version == 3
+
+
 async def test_an_update_is_given_up_where_the_server_never_answers_a_request(
     make_server: MakeServer, opened: Opened, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
