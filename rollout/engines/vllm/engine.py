@@ -47,7 +47,7 @@ LINE_BYTES_MAX = 16 << 20
 """Of an event without routes: a few tokens, each with the ids that a cut kept."""
 ROUTED_TOKENS_MAX = 256
 """Tokens of an answer whose routes come at once: the server tells them with a request's last token only."""
-ABORT_EVERY_S, SCORE_S_MAX = 0.5, 600.0
+SCORE_S_MAX = 600.0
 CUT_S_MAX = CALL_S_MAX
 """How long a request may have been sent without being answered, before new weights are given up for it."""
 _PROMPT_ROW_BYTES = 128
@@ -189,11 +189,11 @@ class VllmEngine:
         body = wire.body_of(request, request_id, count, facts.info.weights_digest, has_priorities=facts.has_priorities)
         if told_count and request.returns_routes:
             body["sampling_params"]["routed_experts_prompt_start"] = told_count
-        run.request_id, run.has_begun = request_id, False
+        run.begin(request_id)
         try:
             async with self._connection.stream(wire.GENERATE, body, line_bytes_max) as payloads:
                 if run.is_preempted or run.is_cut:
-                    self._abort(run)
+                    run.abort(self._connection)
                 async for chunk in read_chunks(payloads, run, request, told_count, facts):
                     if not is_checked:
                         await self._check_label(facts.info, run)
@@ -206,10 +206,7 @@ class VllmEngine:
             self._check()  # a closed engine says that it is
             raise type(error)(f"{self.url}: {error}") from error
         finally:
-            run.request_id = ""
-            if run.aborting is not None:
-                run.aborting.cancel()
-                run.aborting = None
+            run.end()
             self._changed.set()
         if parts and parts[-1].routes is not None:
             yield joined(parts)
@@ -259,19 +256,8 @@ class VllmEngine:
     def _interrupt(self, runs: Iterable[Run]) -> None:
         for run in runs:
             run.is_preempted = True
-            self._abort(run)
+            run.abort(self._connection)
         self._changed.set()
-
-    def _abort(self, run: Run) -> None:
-        """Have the server end a run's open request, of which it may not know yet."""
-        if run.request_id and run.aborting is None:
-            run.aborting = asyncio.create_task(self._keep_aborting(wire.ID_PREFIX + run.request_id))
-
-    async def _keep_aborting(self, name: str) -> None:
-        while True:
-            with contextlib.suppress(RolloutError):  # a server that is gone ends the stream
-                await self._connection.post(wire.ABORT, {"request_ids": [name]})
-            await asyncio.sleep(ABORT_EVERY_S)
 
     async def release(self, session: str) -> None:
         """See Engine."""
@@ -359,7 +345,7 @@ class VllmEngine:
         await self._until(lambda: not self._scores_count)
         for run in self._runs:
             run.is_cut = True
-            self._abort(run)
+            run.abort(self._connection)
         await self._pause("abort")
         try:
             async with asyncio.timeout(CUT_S_MAX):

@@ -7,6 +7,7 @@ server says with it, which weights drew and what experts the tokens went through
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator
 from typing import Literal
 
@@ -14,9 +15,12 @@ import msgspec
 
 from rollout.engine import EngineInfo, Sampled, SampleRequest
 from rollout.engines.vllm import wire
+from rollout.engines.vllm.connection import Connection
 from rollout.engines.vllm.facts import Facts
 from rollout.engines.vllm.weights import parse_label
-from rollout.errors import EngineError
+from rollout.errors import EngineError, RolloutError
+
+ABORT_EVERY_S = 0.5
 
 
 class Run:
@@ -31,7 +35,30 @@ class Run:
         self.is_preempted = False
         self.is_cut = False
         """The open request is to end; the answer goes on."""
-        self.aborting: asyncio.Task[None] | None = None
+        self._aborting: asyncio.Task[None] | None = None
+
+    def begin(self, request_id: str) -> None:
+        """A request is sent."""
+        self.request_id, self.has_begun = request_id, False
+
+    def abort(self, connection: Connection) -> None:
+        """Have the server end the open request, of which it may not know yet."""
+        if self.request_id and self._aborting is None:
+            self._aborting = asyncio.create_task(_keep_aborting(connection, wire.ID_PREFIX + self.request_id))
+
+    def end(self) -> None:
+        """The request is no longer open."""
+        self.request_id = ""
+        if self._aborting is not None:
+            self._aborting.cancel()
+            self._aborting = None
+
+
+async def _keep_aborting(connection: Connection, name: str) -> None:
+    while True:
+        with contextlib.suppress(RolloutError):  # a server that is gone ends the stream
+            await connection.post(wire.ABORT, {"request_ids": [name]})
+        await asyncio.sleep(ABORT_EVERY_S)
 
 
 async def read_chunks(

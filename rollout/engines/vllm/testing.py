@@ -11,20 +11,18 @@ import base64
 import contextlib
 import hashlib
 import json
-import math
-import random
 import struct
 from array import array
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from aiohttp import web
 
+from rollout.engines.vllm.testing_model import NO_LOGPROB, draw, logprobs_of, processed
+
 VOCAB_COUNT, CONTEXT_TOKENS_MAX, BLOCK_TOKENS = 512, 1024, 32
 LAYERS, EXPERTS_COUNT, TOP_K = 3, 8, 2
-NO_LOGPROB = -9999.0
 TOKEN_S = 0.002
 """How long a token takes: whoever interrupts an answer is to find some of it left."""
 WireFault = Literal[
@@ -57,46 +55,6 @@ def write_checkpoint(folder: Path, number: int, vocab_count: int = VOCAB_COUNT) 
     data = hashlib.sha256(bytes([number])).digest()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
     return folder
-
-
-@lru_cache(maxsize=1 << 14)
-def _logprobs(weights: bytes, vocab_count: int, context: bytes) -> tuple[float, ...]:
-    """Of all tokens, at temperature 1."""
-    source = random.Random(hashlib.sha256(weights + context).digest())  # noqa: S311 - a model, no secret
-    logits = [4 * source.random() for _ in range(vocab_count)]
-    total = math.log(math.fsum(map(math.exp, logits)))
-    return tuple(logit - total for logit in logits)
-
-
-def _processed(logprobs: Sequence[float], params: dict[str, Any]) -> list[float]:
-    """After temperature and cuts; what a cut left no chance has `NO_LOGPROB`."""
-    temperature = params.get("temperature", 1.0) or 1.0
-    order = sorted(range(len(logprobs)), key=lambda i: (-logprobs[i], i))
-    scaled = [each / temperature for each in logprobs]
-    total = math.fsum(map(math.exp, scaled))
-    kept, mass = [], 0.0
-    for i in order[: params.get("top_k") or None]:
-        kept.append(i)
-        mass += math.exp(scaled[i]) / total
-        if mass >= params.get("top_p", 1.0):
-            break
-    norm = math.log(math.fsum(math.exp(scaled[i]) for i in kept))
-    cut = [NO_LOGPROB] * len(logprobs)
-    for i in kept:
-        cut[i] = scaled[i] - norm
-    return list(logprobs) if temperature == 1.0 and len(kept) == len(order) else cut
-
-
-def _draw(logprobs: Sequence[float], params: dict[str, Any], position: int) -> int:
-    """As vLLM's newer runner: the noise is a function of seed and position."""
-    if not params.get("temperature"):
-        return max(range(len(logprobs)), key=lambda i: (logprobs[i], -i))
-    left = random.Random(f"{params.get('seed')}/{position}").random()  # noqa: S311 - noise that comes again
-    for i, logprob in enumerate(logprobs):
-        left -= math.exp(logprob) if logprob > NO_LOGPROB else 0.0
-        if left <= 0:
-            return i
-    return max(range(len(logprobs)), key=lambda i: logprobs[i])
 
 
 def route_of(token_id: int) -> bytes:
@@ -335,7 +293,7 @@ class WireDouble:
         await response.write_eof()
 
     def _next(self, ids: Sequence[int]) -> tuple[float, ...]:
-        return _logprobs(self._weights, self._vocab_count, array("I", ids).tobytes())
+        return logprobs_of(self._weights, self._vocab_count, array("I", ids).tobytes())
 
     def _choice(
         self, ids: list[int], params: dict[str, Any], spans: list[dict[str, Any]], prompt_count: int, count: int = 1
@@ -346,8 +304,8 @@ class WireDouble:
         masks: list[list[int]] = []
         has_stopped = False
         while len(drawn) < count and not has_stopped:
-            logprobs = _processed(self._next(ids), params)
-            token = _draw(logprobs, params, len(ids))
+            logprobs = processed(self._next(ids), params)
+            token = draw(logprobs, params, len(ids))
             ranked = sorted(range(len(logprobs)), key=lambda i: (i != token, -logprobs[i], i))
             tops = [{"token_id": i, "logprob": logprobs[i]} for i in ranked[: max(params.get("logprobs") or 1, 1)]]
             content.append({"token_id": token, "logprob": logprobs[token], "rank": 1, "top_logprobs": tops})
