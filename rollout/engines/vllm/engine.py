@@ -141,9 +141,9 @@ class VllmEngine:
         drawn: list[int] = []
         try:
             while True:
-                await self._until(lambda: self._may_draw or run.is_preempted)
+                await self._until(lambda: self._may_draw(run) or run.is_preempted)
                 self._check(run)
-                run.is_cut = False
+                run.is_running, run.is_cut = True, False
                 rest = msgspec.structs.replace(request, token_ids=request.token_ids + tuple(drawn))
                 kv = self._enter(request)
                 told_count = len(rest.token_ids) - 1 if drawn else 0
@@ -227,7 +227,7 @@ class VllmEngine:
         check_score(token_ids, self.info, top_logprobs_count, returns_hidden=returns_hidden)
         if len(token_ids) == self.info.context_tokens_max:
             raise RequestError(f"token_ids: vLLM scores at most {len(token_ids) - 1} tokens of this context")
-        await self._until(lambda: self._may_draw)
+        await self._until(self._may_draw)
         self._check()
         info = self.info
         if len(token_ids) == 1:
@@ -272,7 +272,9 @@ class VllmEngine:
         if mode == "abort":
             self._interrupt(self._runs)
         if mode == "wait":
-            await self._until(lambda: self._paused != "wait" or not any(run.request_id for run in self._runs))
+            if before == "keep" and not self._is_updating:
+                await self._resume()
+            await self._until(lambda: not self._is_finishing)
         try:
             if self._paused == mode:
                 await self._pause(mode)
@@ -323,7 +325,7 @@ class VllmEngine:
             try:
                 await self._change(Change(self._connection, self._known, changed, checkpoint), announce)
             finally:
-                if self._holds_server and self._paused is None and self._failure is None:
+                if self._holds_server and (self._paused is None or self._is_finishing) and self._failure is None:
                     with contextlib.suppress(RolloutError):
                         await self._resume()
                 self._is_updating = False
@@ -373,9 +375,14 @@ class VllmEngine:
         await self._connection.close()
         self._changed.set()
 
+    def _may_draw(self, run: Run | None = None) -> bool:
+        finishes = self._paused == "wait" and run is not None and run.is_running
+        return (self._paused is None or finishes) and not self._is_updating
+
     @property
-    def _may_draw(self) -> bool:
-        return self._paused is None and not self._is_updating
+    def _is_finishing(self) -> bool:
+        """A pause waits for answers that were begun."""
+        return self._paused == "wait" and any(run.is_running for run in self._runs)
 
     def _check(self, run: Run | None = None) -> None:
         if self._failure is not None:

@@ -32,6 +32,8 @@ class Run:
         """Of the request that is open at the server; "" if none is."""
         self.has_begun = False
         """The server has answered it: it knows it for sure."""
+        self.is_running = False
+        """Some request was begun for it: a pause that waits lets the answer finish."""
         self.is_preempted = False
         self.is_cut = False
         """The open request is to end; the answer goes on."""

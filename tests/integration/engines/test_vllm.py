@@ -302,6 +302,46 @@ async def test_routes_come_in_parts_with_their_tokens_and_again_after_a_crash(
             await collect(engine, ask(7, returns_routes=True))
 
 
+async def test_a_pause_that_waits_lets_an_answer_finish_that_comes_in_parts(
+    make_server: MakeServer, opened: Opened, ask: Ask
+) -> None:
+    server = await make_server(tells_routes=True)
+    engine = await opened(server)
+    running = asyncio.create_task(collect(engine, ask(ROUTED_TOKENS_MAX + 50, returns_routes=True)))
+    await until(lambda: server.requests_count)
+    await engine.pause("wait")
+    late = asyncio.create_task(collect(engine, ask(3, session="late")))
+    assert len((await running).token_ids) == ROUTED_TOKENS_MAX + 50
+    assert (server.paused, server.requests_count, late.done()) == ("wait", 0, False)
+    await engine.resume()
+    assert len((await late).token_ids) == 3
+
+
+async def test_what_stood_still_or_was_cut_finishes_in_a_pause_that_waits(
+    make_server: MakeServer, opened: Opened, ask: Ask, tmp_path: Path
+) -> None:
+    server = await make_server()
+    engine = await opened(server)
+    running = Taker(engine, ask(60))
+    await running.has_begun.wait()
+    await engine.pause("keep")
+    async with asyncio.timeout(60):
+        await engine.pause("wait")
+    assert (len(running.token_ids), server.paused) == (60, "wait")
+    await engine.resume()
+    running = Taker(engine, ask(200))
+    await running.has_begun.wait()
+    server.may_load.clear()
+    update = asyncio.create_task(engine.update(write_checkpoint(tmp_path / "new", 5), 3))
+    await server.is_loading.wait()
+    pause = asyncio.create_task(engine.pause("wait"))
+    await asyncio.sleep(0)
+    server.may_load.set()
+    async with asyncio.timeout(60):
+        await asyncio.gather(update, pause)
+    assert (len(running.token_ids), server.paused) == (200, "wait")
+
+
 async def test_a_preemption_that_comes_before_the_server_heard_of_the_request_is_kept(
     make_server: MakeServer, opened: Opened, ask: Ask
 ) -> None:
