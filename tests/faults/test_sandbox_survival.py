@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +164,19 @@ async def test_a_sandbox_survives_one_edge_after_another(state_dir: Path) -> Non
     await substrate.close()
 
 
-async def test_detaching_leaves_the_sandboxes_to_the_next_open(state_dir: Path) -> None:
+async def test_detaching_leaves_the_sandboxes_to_the_next_open(
+    state_dir: Path, descriptors: Callable[[], list[str]]
+) -> None:
+    def facts_count() -> int:
+        return descriptors().count("/memfd:facts (deleted)")
+
+    before = facts_count()
     first = await reopen(state_dir, warm_count=2)
     sandbox = await first.create(SandboxSpec())
     await shell(sandbox, "echo kept > /root/file")
+    assert facts_count() == before + 1
     await first.detach()
+    assert facts_count() == before, "the keeper has its own"
     with pytest.raises(SandboxLostError):
         await shell(sandbox, "true")
     second = await reopen(state_dir)

@@ -193,6 +193,11 @@ class ContainerSandbox(GuestSandbox):
     async def _reclaim(self) -> None:
         await asyncio.to_thread(self.seat.box.reclaim)
 
+    def detach(self) -> None:
+        """Leave it to the next process."""
+        super().detach()
+        self.seat.detach()
+
     async def _release(self) -> None:
         had_network = await self._substrate.gateway.detach(self._id)
         await self._substrate.release(self, had_network=had_network)

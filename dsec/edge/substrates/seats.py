@@ -159,5 +159,10 @@ class Seat:
     async def _forget(self) -> None:
         if self._seats.keeper is not None and self._facts >= 0:
             await self._seats.keeper.drop(guest_key(self._id, self.number, self._host_pid), facts_key(self._id))
+            self.detach()
+
+    def detach(self) -> None:
+        """Close our copy of the facts: the keeper has its own."""
+        if self._facts >= 0:
             os.close(self._facts)
             self._facts = -1

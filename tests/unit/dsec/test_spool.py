@@ -72,8 +72,10 @@ def test_a_command_that_says_nothing_costs_no_file(tmp_path: Path) -> None:
 def test_the_next_process_goes_on_where_the_file_ends(tmp_path: Path) -> None:
     first = Spool(tmp_path / "box", 1000, 10_000).open(7, "stderr", 100)
     drain(first, b"before ")
+    first.close()
     second = Spool(tmp_path / "box", 1000, 10_000).open(7, "stderr", 100)
     drain(second, b"after")
+    second.close()
     assert second.output() == Output(head=b"before after")
 
 
@@ -81,6 +83,7 @@ def test_a_full_disk_is_drained_all_the_same(tmp_path: Path) -> None:
     full = SpooledOutput("/dev/full", 10, 1 << 20)
     drain(full, b"0123456789" * 10)
     full.add(memoryview(b"end"))
+    full.close()
     assert full.output() == Output(tail=b"89end", dropped_bytes=98)
 
 
@@ -95,7 +98,9 @@ def test_old_outputs_make_room_for_new_ones(tmp_path: Path) -> None:
     with pytest.raises(OutOfRangeError, match="made room"):
         outputs[0].read(0, 1)
     again = Spool(tmp_path, 1 << 20, 20_000)
-    drain(again.open(9, "stdout", 100), bytes(5000))
+    last = again.open(9, "stdout", 100)
+    drain(last, bytes(5000))
+    last.close()
     again.end(9, "stdout", 5000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4.out", "9.out"]
     again.remove()
@@ -104,7 +109,9 @@ def test_old_outputs_make_room_for_new_ones(tmp_path: Path) -> None:
 
 def test_the_output_of_sandboxes_that_are_gone_is_swept(tmp_path: Path) -> None:
     for name in ("dead", "alive"):
-        drain(Spool(tmp_path / name, 100, 1000).open(1, "stdout", 100), b"x")
+        output = Spool(tmp_path / name, 100, 1000).open(1, "stdout", 100)
+        drain(output, b"x")
+        output.close()
     sweep(tmp_path, {"alive"})
     sweep(tmp_path / "nowhere", set())
     assert [path.name for path in tmp_path.iterdir()] == ["alive"]
