@@ -16,7 +16,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from dsec.edge.linux import cgroup
 from dsec.listen import Certificate, make_listen
 from dsec.testing import FakeHost, FakeSandbox, FakeSubstrate
 from dsec.types import Command, ExecResult, Output
+from rollout.engine import Sampled, SampleRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = str(Path(sys.executable).with_name("dsec"))
@@ -217,6 +219,29 @@ def make_task(folder: Path, *, instruction: str = "Write yes to done.txt.", test
 @pytest.fixture(name="make_task")
 def make_task_fixture() -> Any:
     return make_task
+
+
+@pytest.fixture(scope="session")
+def pausing() -> Callable[..., Any]:
+    """The engine given; it pauses once so many sessions drew `count` tokens, before what is to be stopped has ended."""
+
+    def make(engine: Any, count: int, sessions_count: int = 1) -> Any:
+        sample, drawn, is_due = engine.sample, Counter[str](), True
+
+        async def sample_some(request: SampleRequest) -> AsyncGenerator[Sampled, None]:
+            nonlocal is_due
+            async with contextlib.aclosing(sample(request)) as chunks:
+                async for chunk in chunks:
+                    drawn[request.session] += len(chunk.token_ids)
+                    if is_due and sum(each >= count for each in drawn.values()) == sessions_count:
+                        is_due = False
+                        await engine.pause("keep")
+                    yield chunk
+
+        engine.sample = sample_some
+        return engine
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -78,12 +78,11 @@ async def test_members_of_a_stream_come_mixed_and_whole(serving: Any, events: An
 
 
 async def test_a_client_that_leaves_a_silent_stream_ends_what_it_did_not_name(
-    serving: Any, seen: Any, tmp_path: Path
+    serving: Any, seen: Any, pausing: Any, tmp_path: Path
 ) -> None:
-    async with serving(model(Reply(reasoning="thinking " * 400))) as (client, service):
+    async with serving(pausing(model(Reply(reasoning="thinking " * 400)), 10)) as (client, service):
         async with client.stream("POST", PATH, json={**CHAT, "stream": True}) as response:
             await anext(response.aiter_lines())
-            await service.engine.pause("keep")
         await seen[RolloutFinished].wait()
         await service.engine.resume()
     values = [value for _, value in journal.replay(tmp_path / "served/wal")]
@@ -188,7 +187,7 @@ async def test_there_is_room_for_so_many_bytes_and_connections(
 
 @pytest.mark.parametrize("mode", ["keep", "abort"])
 async def test_a_stream_that_a_pause_stops_goes_on_after_it(serving: Any, mode: str) -> None:
-    engine = model(long := Reply(reasoning="thinking " * 400), chunk_tokens_count=1)
+    engine = model(long := Reply(reasoning="thinking " * 2000), chunk_tokens_count=1)
     asked = {**CHAT, "stream": True}
     async with serving(engine) as (client, _), client.stream("POST", PATH, json=asked) as response:
         lines = response.aiter_lines()

@@ -35,18 +35,24 @@ def checkpoint(directory: Path, name: str) -> str:
     return str(folder)
 
 
-async def begun(setting: Any, **asked: Any) -> asyncio.Task[Any]:
-    """A group of two that has drawn some tokens and stands, for its engine is paused."""
-    asking = asyncio.create_task(setting.groups("one", group_size=2, limits=LIMITS, **asked))
-    states = setting.service.ledger.rollouts
-    await setting.until(lambda: len(states) == 2 and all(state.sampled_count > 3 for state in states.values()))
-    await setting.client.pause_engine()
-    return asking
+@pytest.fixture
+def begun(pausing: Any) -> Any:
+    """`await begun(setting)`: a group of two that has drawn some tokens and stands, for its engine is paused."""
+
+    async def begin(setting: Any, **asked: Any) -> asyncio.Task[Any]:
+        pausing(setting.engine, 4, sessions_count=2)
+        asking = asyncio.create_task(setting.groups("one", group_size=2, limits=LIMITS, **asked))
+        states = setting.service.ledger.rollouts
+        await setting.until(lambda: len(states) == 2 and all(state.sampled_count > 3 for state in states.values()))
+        await setting.client.pause_engine()
+        return asking
+
+    return begin
 
 
 @pytest.mark.parametrize(("on_update", "cause"), [("keep", "kept"), ("cut", "rebuilt"), ("pin", None)])
 async def test_new_weights_under_a_rollout_are_recorded(
-    serving: Any, tmp_path: Path, on_update: Any, cause: str | None
+    serving: Any, begun: Any, tmp_path: Path, on_update: Any, cause: str | None
 ) -> None:
     async with asyncio.timeout(60), serving(tmp_path / "run", reply=LONG) as setting:
         asking = await begun(setting, policy=PolicyRule(on_update=on_update))
@@ -90,7 +96,9 @@ async def test_weights_come_from_below_the_operators_root_whatever_links_say(ser
             await setting.client.update_policy(str(root / "real"), 1)
 
 
-async def test_what_falls_too_far_behind_ends_as_stale_and_the_rest_goes_on(serving: Any, tmp_path: Path) -> None:
+async def test_what_falls_too_far_behind_ends_as_stale_and_the_rest_goes_on(
+    serving: Any, begun: Any, tmp_path: Path
+) -> None:
     async with asyncio.timeout(60), serving(tmp_path / "run", reply=LONG) as setting:
         asking = await begun(setting, policy=PolicyRule(max_lag=1))
         await setting.client.update_policy(checkpoint(tmp_path, "one"), 1)
@@ -101,7 +109,7 @@ async def test_what_falls_too_far_behind_ends_as_stale_and_the_rest_goes_on(serv
         assert [trajectory for trajectory in group.trajectories if trajectory.record.tokens_sampled <= 3] == []
 
 
-async def test_a_restart_draws_with_the_weights_that_the_log_names(serving: Any, tmp_path: Path) -> None:
+async def test_a_restart_draws_with_the_weights_that_the_log_names(serving: Any, begun: Any, tmp_path: Path) -> None:
     async with asyncio.timeout(60):
         async with serving(tmp_path / "run", reply=LONG) as setting:
             asking = await begun(setting)
@@ -169,7 +177,7 @@ async def test_a_prompt_does_not_go_while_a_job_that_names_it_is_let_in(
             assert setting.service.ledger.jobs.keys() == {"next"}
 
 
-async def test_what_has_not_ended_cannot_be_acknowledged(serving: Any, tmp_path: Path) -> None:
+async def test_what_has_not_ended_cannot_be_acknowledged(serving: Any, begun: Any, tmp_path: Path) -> None:
     async with asyncio.timeout(60), serving(tmp_path / "run", reply=LONG) as setting:
         asking = await begun(setting)
         with pytest.raises(StateError, match=r"not ended yet: job/one.0, job/one.1 \(2 in all\)"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
 from itertools import pairwise
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rollout.engine import Sampled, SampleRequest, Sampling
+from rollout.engine import Sampling
 from rollout.engines.embedded.batching import Limits as EngineLimits
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
 from rollout.engines.embedded.engine import EmbeddedEngine
@@ -47,22 +46,6 @@ def has_sampled(setting: Any, count: int) -> bool:
     return any(state.sampled_count >= count for state in setting.service.ledger.rollouts.values())
 
 
-def pausing(engine: Any, count: int) -> Any:
-    """The engine, which pauses once it drew so many tokens: the rollout that is to be cut short has not ended then."""
-    sample, left = engine.sample, count
-
-    async def sample_some(request: SampleRequest) -> AsyncGenerator[Sampled, None]:
-        nonlocal left
-        async with aclosing(sample(request)) as chunks:
-            async for chunk in chunks:
-                if left > 0 and (left := left - len(chunk.token_ids)) <= 0:
-                    await engine.pause("keep")
-                yield chunk
-
-    engine.sample = sample_some
-    return engine
-
-
 async def test_side_channels_come_by_reference_with_the_end_of_a_rollout(serving: Any, tmp_path: Path) -> None:
     async with asyncio.timeout(60), serving(tmp_path / "run", exports_shards=True) as setting:
         updates = await setting.job(**{**ASKED, "fields": HEAVY})
@@ -88,7 +71,7 @@ async def test_side_channels_come_by_reference_with_the_end_of_a_rollout(serving
 
 
 async def test_rows_of_a_rollout_that_was_cut_short_again_and_again_are_there_once(
-    serving: Any, tmp_path: Path
+    serving: Any, pausing: Any, tmp_path: Path
 ) -> None:
     async with asyncio.timeout(120):
         for start, stop in pairwise((0, 5, 17, 18, 40)):
@@ -121,7 +104,9 @@ async def test_a_server_without_shards_refuses_what_would_come_in_them(setting: 
     assert setting.service.ledger.jobs == {}
 
 
-async def test_the_embedded_engine_tells_the_same_rows_after_a_crash_bit_for_bit(serving: Any, tmp_path: Path) -> None:
+async def test_the_embedded_engine_tells_the_same_rows_after_a_crash_bit_for_bit(
+    serving: Any, pausing: Any, tmp_path: Path
+) -> None:
     sampling, limits = Sampling(temperature=5.0, seed=3), Limits(turn_tokens_count_max=400)
     asked: Any = {**ASKED, "fields": (*HEAVY, "live_tokens"), "sampling": sampling, "limits": limits}
 
@@ -152,7 +137,7 @@ async def test_the_embedded_engine_tells_the_same_rows_after_a_crash_bit_for_bit
 
 
 async def test_a_rollout_that_is_preempted_and_goes_on_over_its_saved_state_has_all_rows(
-    serving: Any, tmp_path: Path
+    serving: Any, pausing: Any, tmp_path: Path
 ) -> None:
     """Two halves by two versions: each row says whose router it was, and the rows of the first are not told again."""
     asked = {**ASKED, "sampling": Sampling(temperature=5.0, seed=3), "limits": Limits(turn_tokens_count_max=400)}
