@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,11 @@ def plain_units(text: str) -> str:
     return valid_text(text).encode().decode("latin-1")
 
 
+class _Units(dict[int, str]):
+    def __missing__(self, _: int) -> str:
+        return _UNKNOWN
+
+
 class Tokenizer:
     """A byte-level BPE tokenizer of the DeepSeek family."""
 
@@ -92,11 +97,13 @@ class Tokenizer:
         self._control_id_set = frozenset(added.values())
         self.digest = hashlib.sha256(definition.encode()).hexdigest()
         self.unit_map = UnitMap(added)
-        self._units = {i: _byte_level_units(token, source) for token, i in vocabulary.items() if token not in added}
-        self._units.update({i: self.unit_map.find(token) for token, i in added.items()})
-        self.token_bytes_max = max(map(len, self._units.values()), default=1)
+        units = _Units((i, _byte_level_units(token, source)) for token, i in vocabulary.items() if token not in added)
+        units.update({i: self.unit_map.find(token) for token, i in added.items()})
+        self.units: Callable[[int], str] = units.__getitem__
+        """Units of one token; an id outside the vocabulary reads as U+FFFD.  It is asked for every token there is."""
+        self.token_bytes_max = max(map(len, units.values()), default=1)
         """Of plain text that one token can stand for."""
-        self.vocab_count = max(self._units, default=-1) + 1
+        self.vocab_count = max(units, default=-1) + 1
         """Every id is below it."""
 
     @classmethod
@@ -131,10 +138,6 @@ class Tokenizer:
         """TokenizerError, which names them all, for control tokens that the vocabulary lacks."""
         if missing := [token for token in tokens if token not in self._control_ids]:
             raise TokenizerError(f"{self._source}: the vocabulary lacks the control tokens {', '.join(missing)}")
-
-    def units(self, token_id: int) -> str:
-        """Units of one token; an id outside the vocabulary reads as U+FFFD."""
-        return self._units.get(token_id, _UNKNOWN)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, control tokens spelled out, bytes that are not UTF-8 as U+FFFD."""
