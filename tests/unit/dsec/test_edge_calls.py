@@ -98,6 +98,18 @@ async def test_what_ends_while_a_message_is_on_its_way_goes_out_together_and_not
     assert [[reply.id for reply in message.replies] for message in peer.messages] == [[1], [2, 3, 4, 5, 6, 7, 8], [9]]
 
 
+async def test_what_ends_in_one_turn_of_the_loop_goes_out_in_one_message() -> None:
+    peer = Peer()
+    end = peer.block("slow")
+    peer.send(*(get(number, "slow") for number in range(3)))
+    for _ in range(3):
+        await peer.begun.get()
+    end.set()
+    peer.sent.put_nowait(None)
+    await peer.serving
+    assert [[reply.id for reply in message.replies] for message in peer.messages] == [[0, 1, 2]]
+
+
 async def test_errors_have_the_status_and_the_details_that_the_method_gave() -> None:
     peer = Peer()
     peer.send(get(1, "no"), pb.CallRequest(id=2, method="Attach"), pb.CallRequest(id=3, method="Broken"))
