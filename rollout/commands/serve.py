@@ -19,8 +19,6 @@ from dsec.sandbox import Substrate
 from dsec.terminal import counted, render_columns
 from rollout.commands.run import EDGE_HELP, ENGINE_HELP, TOKENIZER_HELP, given_knobs
 from rollout.config import RolloutConfig, WorkerConfig
-from rollout.dialects.http_server import listen as listen_http
-from rollout.dialects.http_server import start_http_server
 from rollout.engine import Engine
 from rollout.errors import RequestError
 from rollout.main import STATES, load_tokenizer, make_engine, make_substrate
@@ -148,7 +146,11 @@ async def _serve(directory: Path, doors: Doors, make: Callable[[str], Worker], e
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     router = Router(handlers_of, REQUEST_BYTES_MAX, doors.token)
-    listening = listen_http(doors.http) if doors.http else None
+    listening = None
+    if doors.http is not None:  # a third of the start of a server, and few ask for it
+        from rollout.dialects.http_server import listen, start_http_server
+
+        listening = listen(doors.http)
     server = await start_server(None, doors.listen, [router])
     where = server.address
     try:
