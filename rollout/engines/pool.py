@@ -135,6 +135,7 @@ class EnginePool:
         check_request(request, self.info)
         run = _Run(request.session)
         self._runs.add(run)
+        room = min(request.tokens_count_max, self.info.context_tokens_max - len(request.token_ids))
         drawn: list[int] = []
         failures_count = 0
         try:
@@ -144,9 +145,7 @@ class EnginePool:
                 member, is_moved = self._home(request)
                 is_rest = bool(drawn)  # what is cached of that, is not of the prompt alone
                 rest = msgspec.structs.replace(
-                    request,
-                    token_ids=request.token_ids + tuple(drawn),
-                    tokens_count_max=request.tokens_count_max - len(drawn),
+                    request, token_ids=request.token_ids + tuple(drawn), tokens_count_max=room - len(drawn)
                 )
                 try:
                     async with aclosing(guarded(member.engine, rest, self._silence_s_max)) as chunks:

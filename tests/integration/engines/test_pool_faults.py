@@ -9,6 +9,7 @@ import pytest
 from aiohttp import web
 
 from rollout.conformance.check import collect
+from rollout.conformance.pauses import Taker
 from rollout.engine import PauseMode, SampleRequest
 from rollout.engines.pool import EnginePool
 from rollout.engines.vllm.engine import VllmEngine
@@ -29,10 +30,20 @@ class HeldDouble(WireDouble):
     """What it `holds` is answered when it may be; a prompt that ends with POISON by 500."""
 
     holds = ""
+    context_tokens_max = 0
+    """What it says of its context."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.is_held, self.may_answer = asyncio.Event(), asyncio.Event()
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        if request.path == self.holds:
+            await self._hold()
+        if request.path == "/v1/models" and self.context_tokens_max:
+            model = {"id": "hash", "root": self._root, "max_model_len": self.context_tokens_max}
+            return web.json_response({"data": [model]})
+        return await super()._answer(request)
 
     async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         if body["token_ids"][-1] == POISON:
@@ -40,11 +51,6 @@ class HeldDouble(WireDouble):
         if self.holds == "prompts" and len(body["token_ids"]) > 1:  # else it is being opened
             await self._hold()
         return await super()._generate(request, body)
-
-    async def _pause(self, mode: str, clears: str) -> web.Response:
-        if self.holds == "pauses":
-            await self._hold()
-        return await super()._pause(mode, clears)
 
     async def _hold(self) -> None:
         self.is_held.set()
@@ -88,7 +94,7 @@ async def test_a_pause_that_changes_while_an_engine_is_taken_back_is_that_engine
     server.shut = "/"
     with pytest.raises(EngineError, match="404"):
         await pool.pause("abort")
-    server.holds, server.shut = "pauses", ""
+    server.holds, server.shut = "/pause", ""
     if comes_by == "itself":
         coming = asyncio.ensure_future(healthy(pool))
     else:
@@ -108,7 +114,7 @@ async def test_a_pause_that_only_who_came_back_meanwhile_can_make_is_made(
     await servers[1].stop()
     await pool.pause("keep")
     await pool.resume()
-    servers[0].holds = "pauses"
+    servers[0].holds = "/pause"
     pausing = asyncio.create_task(pool.pause("keep"))
     await servers[0].is_held.wait()
     await servers[1].start()
@@ -153,3 +159,19 @@ async def test_an_engine_that_cannot_be_opened_for_a_reason_that_nobody_foresaw_
     await healthy(pool)
     said = [record for record in caplog.records if "ZeroDivisionError: of all things" in record.getMessage()]
     assert [record.exc_info is not None for record in said] == [True]
+
+
+async def test_no_answer_is_longer_than_the_shortest_of_the_contexts(
+    make_server: MakeServer, make_pool: MakePool, ask: Ask, prompt: Prompt
+) -> None:
+    servers = [await make_server(), await make_server(kind=HeldDouble)]
+    servers[1].context_tokens_max = len(prompt) + 40
+    pool = await make_pool(*servers)
+    assert pool.info.context_tokens_max == len(prompt) + 40
+    whole = await collect(pool, ask(900))
+    assert (len(whole.token_ids), whole.finish) == (40, "length")
+    taker = Taker(pool, ask(900))
+    await taker.has_begun.wait()
+    await servers[0].stop()
+    await taker.task
+    assert taker.token_ids == whole.token_ids
