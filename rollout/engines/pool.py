@@ -105,9 +105,9 @@ class EnginePool:
         if self._is_open:
             raise EngineError("the pool is already open")
         members = list(self._members.values())
-        opened = await open_all(members, self._start_s_max)
-        found = [each for each, error in zip(members, opened, strict=True) if error is None]
         try:
+            opened = await open_all(members, self._start_s_max)
+            found = [each for each, error in zip(members, opened, strict=True) if error is None]
             for error in opened:
                 if error is not None and not isinstance(error, EngineError):
                     raise error
@@ -122,7 +122,7 @@ class EnginePool:
                 if problem := difference(each.engine.info, info):
                     raise EngineError(f"{each.name} and {newest.name} cannot be one pool: {problem}")
         except BaseException:
-            await asyncio.gather(*(each.engine.close() for each in found))
+            await asyncio.gather(*(each.engine.close() for each in members))
             raise
         self._is_open = True
         for each, error in zip(members, opened, strict=True):

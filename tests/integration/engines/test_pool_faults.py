@@ -175,3 +175,23 @@ async def test_no_answer_is_longer_than_the_shortest_of_the_contexts(
     await servers[0].stop()
     await taker.task
     assert taker.token_ids == whole.token_ids
+
+
+async def test_an_opening_that_is_given_up_leaves_no_engine_open(make_server: MakeServer) -> None:
+    servers = [await make_server(), await make_server(kind=HeldDouble)]
+    servers[1].holds = "/version"
+    engines = {server.url: VllmEngine(server.url) for server in servers}
+    pool = EnginePool(engines, 30.0)
+    opening = asyncio.create_task(pool.open())
+    await servers[1].is_held.wait()
+    async with asyncio.timeout(20):
+        while engines[servers[0].url]._facts is None:  # noqa: ASYNC110 - it is open when it is
+            await asyncio.sleep(0.001)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert all("closed" in engine.failure for engine in engines.values())
+    servers[1].may_answer.set()
+    await pool.open()
+    assert pool.faults == {}
+    await pool.close()
