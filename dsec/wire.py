@@ -67,6 +67,7 @@ STATUS: dict[str, grpc.StatusCode] = {
     "RESULTS_UNWRITABLE": grpc.StatusCode.UNAVAILABLE,
     "SHARD_DAMAGED": grpc.StatusCode.DATA_LOSS,
     "ENGINE_ERROR": grpc.StatusCode.UNAVAILABLE,
+    "FOREIGN_WEIGHTS": grpc.StatusCode.UNAVAILABLE,
     "PREEMPTED": grpc.StatusCode.UNAVAILABLE,
     "VERIFIER_ERROR": grpc.StatusCode.FAILED_PRECONDITION,
     "JOURNAL": grpc.StatusCode.DATA_LOSS,

@@ -74,6 +74,12 @@ class EngineError(RolloutError):
     """Nobody answered there, who may yet."""
 
 
+class ForeignWeightsError(EngineError):
+    """Somebody else changed an engine's weights: the tokens that it handed over last may be of those."""
+
+    code = "FOREIGN_WEIGHTS"
+
+
 class PreemptedError(EngineError):
     """A request was ended on purpose at a token boundary; all that was drawn has been handed over."""
 

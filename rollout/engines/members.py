@@ -1,4 +1,4 @@
-"""One engine among those of a pool: how it is opened, and what two of them must have in common."""
+"""The engines of a pool and the requests that they draw: how they are opened, and what two of them must share."""
 
 from __future__ import annotations
 
@@ -33,6 +33,17 @@ class PoolMember:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+
+class PoolRun:
+    """A request, wherever it is drawn."""
+
+    def __init__(self, session: str) -> None:
+        self.session = session
+        self.member: PoolMember | None = None
+        """Who draws it, and has handed tokens over."""
+        self.end: EngineError | None = None
+        """Why it is not to go on elsewhere."""
 
 
 async def open_all(members: Sequence[PoolMember], start_s_max: float) -> list[BaseException | None]:

@@ -35,21 +35,13 @@ from rollout.engine import (
 )
 from rollout.engines.guard import guarded
 from rollout.engines.homes import Homes
-from rollout.engines.members import AGAIN_S_MIN, PoolMember, difference, open_all
-from rollout.errors import EngineError, PreemptedError, RolloutError
+from rollout.engines.members import AGAIN_S_MIN, PoolMember, PoolRun, difference, open_all
+from rollout.errors import EngineError, ForeignWeightsError, PreemptedError, RolloutError
 
 FAILURES_MAX = 3
 """How many engines in a row may be left out for a request before it gets a token."""
 AGAIN_S_MAX = 30.0
 _log = logging.getLogger(__name__)
-
-
-class _Run:
-    """A request, wherever it is drawn."""
-
-    def __init__(self, session: str) -> None:
-        self.session = session
-        self.is_preempted = False
 
 
 class EnginePool:
@@ -67,7 +59,7 @@ class EnginePool:
         self._updates = asyncio.Lock()
         self._homes = Homes()
         self._pinned: set[str] = set()
-        self._runs: set[_Run] = set()
+        self._runs: set[PoolRun] = set()
         self._changed = asyncio.Event()
 
     @property
@@ -85,11 +77,8 @@ class EnginePool:
     @property
     def failure(self) -> str:
         """See Engine; nothing while one of them draws."""
-        return (
-            ""
-            if self._living
-            else "; ".join(f"{name}: {why.removeprefix(f'{name}: ')}" for name, why in self.faults.items())
-        )
+        faults = {} if self._living else self.faults
+        return "; ".join(f"{name}: {why.removeprefix(f'{name}: ')}" for name, why in faults.items())
 
     @property
     def faults(self) -> dict[str, str]:
@@ -127,21 +116,24 @@ class EnginePool:
         self._is_open = True
         for each, error in zip(members, opened, strict=True):
             each.fault = None
-            if error is not None or each.engine.info.policy_version < info.policy_version:
-                self._leave_out(each, str(error) if error is not None else "its weights are older than the others'")
+            if isinstance(error, EngineError):
+                self._leave_out(each, error)
+            elif each.engine.info.policy_version < info.policy_version:
+                self._leave_out(each, EngineError("its weights are older than the others'"))
 
     async def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
         """See Engine; on another engine where one fails."""
         check_request(request, self.info)
-        run = _Run(request.session)
+        run = PoolRun(request.session)
         self._runs.add(run)
         room = min(request.tokens_count_max, self.info.context_tokens_max - len(request.token_ids))
         drawn: list[int] = []
         failures_count = 0
         try:
             while True:
-                await self._until(lambda: bool(self._living) or run.is_preempted)
+                await self._until(lambda: bool(self._living) or run.end is not None)
                 self._check(run)
+                run.member = None
                 member, is_moved = self._home(request)
                 is_rest = bool(drawn)  # what is cached of that, is not of the prompt alone
                 rest = msgspec.structs.replace(
@@ -152,6 +144,7 @@ class EnginePool:
                         async for chunk in chunks:
                             if chunk.cached_tokens_count and is_rest:
                                 chunk = msgspec.structs.replace(chunk, cached_tokens_count=0)  # noqa: PLW2901
+                            run.member = member
                             drawn += chunk.token_ids
                             failures_count = 0
                             yield msgspec.structs.replace(chunk, kv=chunk.kv or "rebuilt") if is_moved else chunk
@@ -161,7 +154,7 @@ class EnginePool:
                 except PreemptedError:
                     raise
                 except EngineError as error:
-                    failures_count += self._leave_out(member, str(error))
+                    failures_count += self._leave_out(member, error)
                     if failures_count >= FAILURES_MAX:
                         raise
         finally:
@@ -181,7 +174,7 @@ class EnginePool:
                     token_ids, top_logprobs_count=top_logprobs_count, returns_hidden=returns_hidden
                 )
             except EngineError as error:
-                failures_count += self._leave_out(member, str(error))
+                failures_count += self._leave_out(member, error)
                 if failures_count >= FAILURES_MAX:
                     raise
 
@@ -193,7 +186,8 @@ class EnginePool:
 
     def _interrupt(self, session: str | None) -> None:
         for run in self._runs:
-            run.is_preempted |= session in (None, run.session)
+            if session in (None, run.session):
+                run.end = run.end or PreemptedError("the request was preempted")
         self._changed.set()
 
     async def release(self, session: str) -> None:
@@ -227,7 +221,7 @@ class EnginePool:
         for each, error in zip(members, results, strict=True):
             if isinstance(error, RolloutError):
                 failed[each.name] = error
-                self._leave_out(each, str(error))
+                self._leave_out(each, error)
             elif error is not None:
                 raise error
         if failed and not self._living:
@@ -251,7 +245,7 @@ class EnginePool:
             updates = (self._bring_up(each) for each in behind)
             for each, error in zip(behind, await asyncio.gather(*updates, return_exceptions=True), strict=True):
                 if isinstance(error, RolloutError):
-                    self._leave_out(each, str(error))
+                    self._leave_out(each, error)
                 elif error is not None:
                     raise error
             return self.info
@@ -341,12 +335,15 @@ class EnginePool:
         home = self._homes.choose(session, request.token_ids, self._living)
         return self._members[home], before not in (None, home)
 
-    def _leave_out(self, member: PoolMember, fault: str) -> bool:
+    def _leave_out(self, member: PoolMember, error: RolloutError) -> bool:
         """Until it is mended; False if it is out already: then it was closed for what another met."""
+        if isinstance(error, ForeignWeightsError):
+            for run in self._runs:
+                run.end = error if run.member is member else run.end
         if not self._is_open or member.fault is not None:
             return False
-        _log.warning("engine %s is left out: %s", member.name, fault)
-        member.fault = fault
+        _log.warning("engine %s is left out: %s", member.name, error)
+        member.fault = str(error)
         member.mending = asyncio.create_task(self._mend(member))
         return True
 
@@ -383,11 +380,11 @@ class EnginePool:
         member.fault = member.mending = None  # nothing may be awaited before
         self._changed.set()
 
-    def _check(self, run: _Run | None = None) -> None:
+    def _check(self, run: PoolRun | None = None) -> None:
         if not self._is_open:
             raise EngineError("the pool is closed")
-        if run is not None and run.is_preempted:
-            raise PreemptedError("the request was preempted")
+        if run is not None and run.end is not None:
+            raise run.end
 
     async def _until(self, holds: Callable[[], bool]) -> None:
         while not holds() and self._is_open:

@@ -18,7 +18,7 @@ from rollout.engines.vllm import wire
 from rollout.engines.vllm.connection import Connection
 from rollout.engines.vllm.facts import Facts
 from rollout.engines.vllm.weights import parse_label
-from rollout.errors import EngineError, RolloutError
+from rollout.errors import EngineError, ForeignWeightsError, RolloutError
 
 ABORT_EVERY_S = 0.5
 
@@ -103,19 +103,19 @@ async def read_chunks(
 
 def _check_end(run: Run, choice: wire.Choice, info: EngineInfo) -> None:
     """EngineError if a request ended as nobody here wanted, or was drawn by other weights than those known."""
+    for each in choice.weight_versions or ():
+        check_label(each.version, info)
     if choice.finish_reason not in {"stop", "length", "abort"}:
         raise EngineError(f"a request ended by {choice.finish_reason!r}"[:200])
     if choice.finish_reason == "abort" and not (run.is_preempted or run.is_cut):
         raise EngineError("somebody else aborted the request at the server")
-    for each in choice.weight_versions or ():
-        check_label(each.version, info)
 
 
 def check_label(text: str, info: EngineInfo) -> None:
-    """EngineError unless weights that are labelled so are those that are known."""
+    """ForeignWeightsError unless weights that are labelled so are those that are known."""
     label = parse_label(text)
     if label.policy_version != info.policy_version or label.weights_digest not in {"", info.weights_digest}:
-        raise EngineError(
+        raise ForeignWeightsError(
             f"its weights were changed to {text[:200]!r} behind this service, which knows version "
             f"{info.policy_version}: change them by UpdatePolicy"
         )

@@ -15,7 +15,7 @@ from rollout.engines.pool import EnginePool
 from rollout.engines.vllm.engine import VllmEngine
 from rollout.engines.vllm.facts import UNSEEN_VOCAB_COUNT
 from rollout.engines.vllm.testing import WireDouble, write_checkpoint
-from rollout.errors import EngineError
+from rollout.errors import EngineError, ForeignWeightsError
 
 MakeServer = Callable[..., Awaitable[WireDouble]]
 Opened = Callable[..., Awaitable[VllmEngine]]
@@ -195,3 +195,34 @@ async def test_an_opening_that_is_given_up_leaves_no_engine_open(make_server: Ma
     await pool.open()
     assert pool.faults == {}
     await pool.close()
+
+
+async def test_an_answer_that_ends_with_weights_that_nobody_told_of_goes_on_nowhere(
+    make_server: MakeServer, make_pool: MakePool, ask: Ask
+) -> None:
+    servers = [await make_server(), await make_server()]
+    pool = await make_pool(*servers)
+    whole = await collect(pool, ask(60))
+    taker = Taker(pool, ask(60))
+    await taker.has_begun.wait()
+    servers[0].label = "77"
+    with pytest.raises(ForeignWeightsError, match="changed to '77' behind this service"):
+        await taker.task
+    assert await collect(pool, ask(60)) == whole
+    assert list(pool.faults) == [servers[0].url]
+
+
+async def test_who_was_drawn_with_weights_that_another_finds_changed_goes_on_nowhere(
+    make_server: MakeServer, make_pool: MakePool, ask: Ask
+) -> None:
+    servers = [await make_server(), await make_server()]
+    pool = await make_pool(*servers)
+    whole = await collect(pool, ask(60))
+    takers = [Taker(pool, ask(900, session=f"s{number}")) for number in range(3)]
+    await asyncio.gather(*(taker.has_begun.wait() for taker in takers))
+    servers[0].label = "77"
+    assert await collect(pool, ask(60, session="late")) == whole
+    for taker in takers:
+        with pytest.raises(ForeignWeightsError, match="changed to '77' behind this service"):
+            await taker.task
+    assert list(pool.faults) == [servers[0].url]
