@@ -18,6 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from rollout.engines.vllm.wire import decode_json
 from rollout.errors import EngineError
 
@@ -40,6 +42,12 @@ class Label(NamedTuple):
     def __str__(self) -> str:
         """As the server keeps it."""
         return f"{self.policy_version}@{self.weights_digest} {self.folder}"
+
+
+class _Tensor(msgspec.Struct, frozen=True):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
 
 
 class Weights(NamedTuple):
@@ -108,16 +116,14 @@ def _tensors(path: Path, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         if not 0 < length <= min(HEADER_BYTES_MAX, size - 8):
             raise EngineError(f"{path}: no .safetensors: its header is cut short")
         header = file.read(length)
-    entries = decode_json(header, f"{path}: no .safetensors", dict[str, dict[str, Any]])
+    what = f"{path}: no .safetensors"
+    entries = decode_json(header, what, dict[str, msgspec.Raw])
     entries.pop("__metadata__", None)
-    try:
-        end = max((each["data_offsets"][1] for each in entries.values()), default=0)
-        tensors = {name: (str(each["dtype"]), tuple(each["shape"])) for name, each in entries.items()}
-    except (KeyError, TypeError, IndexError) as error:
-        raise EngineError(f"{path}: no .safetensors: {error}") from error
+    found = {name: decode_json(bytes(entry), what, _Tensor) for name, entry in entries.items()}
+    end = max((each.data_offsets[1] for each in found.values()), default=0)
     if end != size - 8 - length:
         raise EngineError(f"{path}: its tensors take {end} bytes, and it has {size - 8 - length}")
-    return tensors
+    return {name: (each.dtype, each.shape) for name, each in found.items()}
 
 
 def check_fits(folder: Path, new: Weights, old: Weights) -> None:

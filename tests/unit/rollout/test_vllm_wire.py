@@ -249,6 +249,10 @@ def test_a_checkpoint_is_known_by_its_files_and_told_from_what_is_none(tmp_path:
         b"\x02" + whole[1:],
         struct.pack("<Q", len(no_text)) + no_text,
         struct.pack("<Q", len(nested)) + nested,
+        whole.replace(b'"shape": [8]', b'"shape":[[]]'),
+        whole.replace(b"[0, 32]", b'["", 1]'),
+        whole.replace(b'"F32"', b"32   "),
+        whole.replace(b'"dtype"', b'"dtypo"'),
     ):
         path.write_bytes(broken)
         with pytest.raises(EngineError, match="again"):
