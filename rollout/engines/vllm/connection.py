@@ -24,7 +24,8 @@ CONNECT_S_MAX = 10.0
 CALL_S_MAX = 60.0
 KEEP_ALIVE_S = 2.0
 """Of a connection that nobody uses: shorter than the server's 5, or a call meets its end."""
-BODY_BYTES_MAX = 64 << 20
+BODY_BYTES_MAX = 4 << 20
+"""Of an answer whose length is not that of a prompt: the longest is what a server says of its own model."""
 _HEADERS = {"accept-encoding": "identity"}
 _JSON = {"content-type": "application/json"}
 _FAILURES = (aiohttp.ClientError, TimeoutError, OSError, RuntimeError)

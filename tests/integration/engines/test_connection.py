@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from rollout.engines.vllm.connection import Connection
+from rollout.engines.vllm.connection import BODY_BYTES_MAX, Connection
 from rollout.errors import EngineError
 
 ANSWERS = {
@@ -13,6 +13,10 @@ ANSWERS = {
     "half a header": b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n",
     "half a body": b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nabc",
     "half an error": b"HTTP/1.1 500 no\r\ncontent-length: 100\r\n\r\nabc",
+}
+ENDLESS = {
+    "an answer": b"HTTP/1.1 200 OK\r\n\r\n" + bytes(BODY_BYTES_MAX + 1),
+    "an error": b"HTTP/1.1 500 no\r\n\r\n" + bytes(BODY_BYTES_MAX + 1),
 }
 
 
@@ -24,13 +28,13 @@ def arrived() -> asyncio.Queue[str]:
 
 @pytest.fixture
 async def connection(arrived: asyncio.Queue[str]) -> AsyncIterator[Connection]:
-    """To a server that is asked for one of `ANSWERS` by path, begins with it, and ends by itself if asked for /end/."""
+    """To a server that is asked for an answer by path, begins with it, and ends by itself if asked for /end/."""
     writers: list[asyncio.StreamWriter] = []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers.append(writer)
         path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode().replace("%20", " ")
-        writer.write(ANSWERS[path.rsplit("/", 1)[1]])
+        writer.write((ANSWERS | ENDLESS)[path.rsplit("/", 1)[1]])
         arrived.put_nowait(path)
         if path.startswith("/end/"):
             writer.close()
@@ -56,6 +60,15 @@ async def test_what_a_server_breaks_off_is_an_engine_error(connection: Connectio
     for call in (take(connection, f"/end/{answer}"), connection.post(f"/end/{answer}")):
         with pytest.raises(EngineError):
             await call
+
+
+@pytest.mark.parametrize("answer", ENDLESS)
+async def test_an_answer_is_read_up_to_its_bound(connection: Connection, answer: str) -> None:
+    with pytest.raises(EngineError, match=f"more than {4 << 20} bytes"):
+        await connection.post(f"/{answer}")
+    if answer == "an error":
+        with pytest.raises(EngineError, match=f"more than {4 << 20} bytes"):
+            await take(connection, f"/{answer}")
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
