@@ -82,7 +82,8 @@ class EmbeddedEngine:
         self._is_paused = False
         self._mailboxes: dict[Job | Scoring, Mailbox] = {}
         self._sessions: set[str] = set()
-        self._updating, self._ending = asyncio.Lock(), asyncio.Lock()
+        self._updating, self._turning = asyncio.Lock(), asyncio.Lock()
+        """Held by who changes its weights, and by who opens or closes it."""
 
     @property
     def info(self) -> EngineInfo:
@@ -111,13 +112,14 @@ class EmbeddedEngine:
 
         Nothing is left open if the caller is cancelled meanwhile.
         """
-        if self._thread is not None:
-            raise EngineError("the engine is already open")
-        try:
-            await wal.settled(self._open())
-        except asyncio.CancelledError:
-            await self.close()
-            raise
+        async with self._turning:
+            if self._thread is not None:
+                raise EngineError("the engine is already open")
+            try:
+                await wal.settled(self._open())
+            except asyncio.CancelledError:
+                await self._close()
+                raise
 
     async def _open(self) -> None:
         if self.cache is not None:
@@ -290,7 +292,7 @@ class EmbeddedEngine:
 
     async def close(self) -> None:
         """Stop the thread and free everything; running requests end with EngineError.  Idempotent."""
-        async with self._ending:
+        async with self._turning:
             await self._close()
 
     async def _close(self) -> None:
