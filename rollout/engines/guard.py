@@ -11,11 +11,14 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, closing
+from operator import lt
 
 from rollout.engine import Engine, EngineInfo, Routes, Sampled, SampleRequest, TopLogprobs
 from rollout.errors import EngineError
 from wal.errors import RecordInvalidError
 from wal.token_routes import RoutesRecorded, encode_routes
+
+_F32_MAX = (2 - 2**-23) * 2.0**127
 
 
 async def guarded(engine: Engine, request: SampleRequest, silence_s_max: float) -> AsyncGenerator[Sampled, None]:
@@ -43,7 +46,7 @@ def _problem(chunk: Sampled, request: SampleRequest, info: EngineInfo, count: in
         (len(ids) == len(logprobs), "not one logprob for each token"),
         (total <= room, "more tokens than were asked for"),
         (not ids or _are_known(ids, info), "a token id that the vocabulary does not have"),
-        (not logprobs or (math.isfinite(sum(logprobs)) and max(logprobs) <= 0), "a logprob that is none"),
+        (not logprobs or _are_logprobs(logprobs), "a logprob that is none"),
         (not has_stop or request.stop_ids.isdisjoint(ids[:-1]), "tokens after a stop id"),
         ((chunk.finish == "stop") == has_stop, "its end is not as its last token says"),
         ((chunk.finish is not None) == (has_stop or total == room), "an end too early, or none"),
@@ -67,6 +70,10 @@ def _more_problem(chunk: Sampled, request: SampleRequest, info: EngineInfo, end:
         (len(chunk.masks) in (0, len(ids)), "not one mask for each token"),
         (all(_are_known(mask, info) for mask in chunk.masks), "a mask of ids that the vocabulary does not have"),
         (
+            all(token in mask and _ascends(mask) for token, mask in zip(ids, chunk.masks, strict=False)),
+            "a mask without the token that was drawn, or in disorder",
+        ),
+        (
             len(chunk.hidden) == (2 * info.hidden_dim * len(ids) if request.returns_hidden else 0),
             "not one hidden state each",
         ),
@@ -78,8 +85,17 @@ def _more_problem(chunk: Sampled, request: SampleRequest, info: EngineInfo, end:
 
 
 def _is_told(top: TopLogprobs, info: EngineInfo) -> bool:
-    has_each = len(top.token_ids) == len(top.logprobs)
-    return has_each and _are_known(top.token_ids, info) and all(map(math.isfinite, top.logprobs))
+    ids, logprobs = top.token_ids, top.logprobs
+    return len(set(ids)) == len(ids) == len(logprobs) and _are_known(ids, info) and _are_logprobs(logprobs)
+
+
+def _are_logprobs(values: tuple[float, ...]) -> bool:
+    """Numbers that an f32 holds, and none above 0."""
+    return math.isfinite(sum(values)) and max(values) <= 0 and min(values) >= -_F32_MAX
+
+
+def _ascends(token_ids: tuple[int, ...]) -> bool:
+    return all(map(lt, token_ids, token_ids[1:]))
 
 
 def _are_known(token_ids: tuple[int, ...], info: EngineInfo) -> bool:

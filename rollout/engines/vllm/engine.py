@@ -241,7 +241,7 @@ class VllmEngine:
                 bytes_max=LINE_BYTES_MAX + len(token_ids) * (top_logprobs_count + 1) * _PROMPT_ROW_BYTES,
             )
             await self._check_label(info)
-            return wire.scored_of(told, token_ids, top_logprobs_count, info.policy_version)
+            return wire.scored_of(told, token_ids, top_logprobs_count, info)
         except (EngineError, RequestError) as error:
             self._check()
             raise type(error)(f"{self.url}: {error}") from error

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from dsec.terminal import shortened, visible_line
-from rollout.engine import Routes, Routing, Sampled, SampleRequest, Scored, TopLogprobs
+from rollout.engine import EngineInfo, Routes, Routing, Sampled, SampleRequest, Scored, TopLogprobs
 from rollout.errors import EngineError, RequestError, RolloutError
 
 GENERATE, ABORT = "/inference/v1/generate", "/inference/v1/abort_requests"
@@ -175,15 +175,18 @@ def score_body(token_ids: Sequence[int], request_id: str, salt: str, tops_count:
     }
 
 
-def scored_of(told: Any, token_ids: Sequence[int], tops_count: int, policy_version: int) -> Scored:
+def scored_of(told: Any, token_ids: Sequence[int], tops_count: int, info: EngineInfo) -> Scored:
     """The logprobs of a prompt's tokens.  EngineError."""
     rows = told.get("prompt_logprobs") if isinstance(told, dict) else None
     if not isinstance(rows, list) or len(rows) != len(token_ids):
         raise EngineError(f"{len(token_ids)} tokens were to be scored, and not as many came back")
-    scored = [_prompt_row(row, token, tops_count) for row, token in zip(rows[1:], token_ids[1:], strict=True)]
+    scored = [
+        _prompt_row(row, token, tops_count, info.vocab_count)
+        for row, token in zip(rows[1:], token_ids[1:], strict=True)
+    ]
     return Scored(
         logprobs=tuple(logprob for logprob, _ in scored),
-        policy_version=policy_version,
+        policy_version=info.policy_version,
         top_logprobs=tuple(top for _, top in scored) if tops_count else (),
     )
 
@@ -250,16 +253,19 @@ def likeliest(candidates: tuple[Candidate, ...], count: int) -> TopLogprobs:
     return TopLogprobs(tuple(each.token_id for each in ordered), tuple(each.logprob for each in ordered))
 
 
-def _prompt_row(row: dict[str, Any] | None, token_id: int, count: int) -> tuple[float, TopLogprobs]:
+def _prompt_row(row: dict[str, Any] | None, token_id: int, count: int, vocab_count: int) -> tuple[float, TopLogprobs]:
     """The logprob of a token of the prompt, and the likeliest ones.  EngineError."""
     try:
         found = {int(name): float(each["logprob"]) for name, each in (row or {}).items()}
         logprob = found[token_id]
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         raise EngineError("a token of the prompt without its logprob") from None
-    if not math.isfinite(logprob) or logprob <= NO_LOGPROB:
+    top = likeliest(tuple(Candidate(*each) for each in found.items()), count)
+    if not NO_LOGPROB < logprob <= 0 or max(top.logprobs, default=0) > 0:
         raise EngineError("a logprob that is none")
-    return logprob, likeliest(tuple(Candidate(*each) for each in found.items()), count)
+    if min(found) < 0 or max(found) >= vocab_count:
+        raise EngineError("a token that the vocabulary does not have")
+    return logprob, top
 
 
 def routes_of(text: str, start: int, end: int, routing: Routing) -> Routes:

@@ -1,6 +1,7 @@
 """The guard between an engine and everything that believes it."""
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import get_args
@@ -89,8 +90,8 @@ def routes_of(chunk: Sampled, expert_ids: bytes, later: int = 0) -> dict[str, ob
     return {"routes": Routes(chunk.routes.start + later, expert_ids)}
 
 
-def tops_of(chunk: Sampled, *token_ids: int) -> tuple[TopLogprobs, ...]:
-    return (TopLogprobs(token_ids, (-1.0,) * len(token_ids)),) * len(chunk.token_ids)
+def tops_of(chunk: Sampled, *token_ids: int, logprob: float = -1.0) -> tuple[TopLogprobs, ...]:
+    return (TopLogprobs(token_ids, (logprob,) * len(token_ids)),) * len(chunk.token_ids)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +111,15 @@ def tops_of(chunk: Sampled, *token_ids: int) -> tuple[TopLogprobs, ...]:
         ),
         ("a likeliest token that is none", lambda chunk: {"top_logprobs": tops_of(chunk, 1 << 30)}),
         ("a likeliest token that is none", lambda chunk: {"top_logprobs": tops_of(chunk, -1)}),
+        ("a likeliest token that is none", lambda chunk: {"top_logprobs": tops_of(chunk, 1, 1)}),
+        ("a likeliest token that is none", lambda chunk: {"top_logprobs": tops_of(chunk, 1, logprob=1e300)}),
+        ("a likeliest token that is none", lambda chunk: {"top_logprobs": tops_of(chunk, 1, logprob=1e-9)}),
+        ("a likeliest token that is none", lambda chunk: {"top_logprobs": tops_of(chunk, 1, logprob=-3.5e38)}),
+        ("a likeliest token that is none", lambda chunk: {"top_logprobs": tops_of(chunk, 1, logprob=math.nan)}),
+        ("a logprob that is none", lambda chunk: {"logprobs": (-3.5e38,) * len(chunk.token_ids)}),
+        ("a mask without the token", lambda chunk: {"masks": tuple((token ^ 1,) for token in chunk.token_ids)}),
+        ("or in disorder", lambda chunk: {"masks": tuple((token, token) for token in chunk.token_ids)}),
+        ("or in disorder", lambda chunk: {"masks": tuple((token, 0) for token in chunk.token_ids)}),
         ("not one mask for each token", lambda chunk: {"masks": ((1,),) * (len(chunk.token_ids) + 1)}),
         ("a mask of ids that", lambda chunk: {"masks": ((),) * len(chunk.token_ids)}),
         ("a mask of ids that", lambda chunk: {"masks": ((1, 1 << 30),) * len(chunk.token_ids)}),

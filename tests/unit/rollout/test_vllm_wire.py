@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import struct
 import zipfile
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rollout.engine import Routing, SampleRequest, Sampling
+from rollout.engine import EngineInfo, Routing, SampleRequest, Sampling
 from rollout.engines.vllm import wire
 from rollout.engines.vllm.testing import LAYERS, TOP_K, route_of, write_checkpoint
 from rollout.engines.vllm.weights import Label, check_fits, parse_label, read_config, read_weights
@@ -19,6 +20,9 @@ from rollout.errors import EngineError, RequestError
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden/vllm/exchanges.json").read_text())
 EXCHANGES: dict[str, Any] = {each["name"]: each for each in GOLDEN["exchanges"]}
+INFO = EngineInfo(
+    name="vllm/x", build="b", weights_digest="", vocab_count=1 << 18, context_tokens_max=64, policy_version=5
+)
 ROUTING = Routing(layer_ids=tuple(range(LAYERS)), experts_count=8, top_k=TOP_K)
 
 
@@ -68,11 +72,11 @@ def test_the_likeliest_are_ordered_counted_and_without_those_that_a_cut_left_no_
 def test_a_recorded_score_is_of_all_tokens_but_the_first() -> None:
     exchange = EXCHANGES["score"]
     ids = exchange["body"]["token_ids"]
-    scored = wire.scored_of(json.loads(exchange["answer"]), ids, 2, 5)
+    scored = wire.scored_of(json.loads(exchange["answer"]), ids, 2, INFO)
     assert len(scored.logprobs) == len(scored.top_logprobs) == len(ids) - 1
     assert [logprob for logprob in scored.logprobs if logprob >= 0] == []
     assert {len(top.token_ids) for top in scored.top_logprobs} == {2}
-    assert wire.scored_of(json.loads(exchange["answer"]), ids, 0, 5).top_logprobs == ()
+    assert wire.scored_of(json.loads(exchange["answer"]), ids, 0, INFO).top_logprobs == ()
 
 
 @pytest.mark.parametrize("name", ["out of vocabulary", "no tokens", "too many logprobs"])
@@ -131,12 +135,26 @@ NOISE: tuple[Callable[[], Any], ...] = (
     lambda: wire.sampled_of(wire.Choice(token_ids=(1,)), 0, 0),
     lambda: wire.sampled_of(wire.Choice(token_ids=(1,), logprobs=wire.Logprobs((wire.Drawn(2, -1.0),))), 0, 0),
     lambda: wire.sampled_of(wire.Choice(token_ids=(1,), logprobs=wire.Logprobs((wire.Drawn(1, -9999.0),))), 0, 0),
-    lambda: wire.scored_of({"prompt_logprobs": [None]}, (1, 2), 0, 0),
-    lambda: wire.scored_of({"prompt_logprobs": [None, {"3": {"logprob": -1.0}}]}, (1, 2), 0, 0),
-    lambda: wire.scored_of({"prompt_logprobs": [None, {"2": {"logprob": "x"}}]}, (1, 2), 0, 0),
-    lambda: wire.scored_of({"prompt_logprobs": [None, {"2": {"logprob": -(10**400)}}]}, (1, 2), 0, 0),
-    lambda: wire.scored_of({"prompt_logprobs": [None, [1]]}, (1, 2), 0, 0),
-    lambda: wire.scored_of([], (1, 2), 0, 0),
+    lambda: wire.scored_of({"prompt_logprobs": [None]}, (1, 2), 0, INFO),
+    lambda: wire.scored_of({"prompt_logprobs": [None, {"3": {"logprob": -1.0}}]}, (1, 2), 0, INFO),
+    lambda: wire.scored_of({"prompt_logprobs": [None, {"2": {"logprob": "x"}}]}, (1, 2), 0, INFO),
+    lambda: wire.scored_of({"prompt_logprobs": [None, {"2": {"logprob": -(10**400)}}]}, (1, 2), 0, INFO),
+    lambda: wire.scored_of({"prompt_logprobs": [None, [1]]}, (1, 2), 0, INFO),
+    lambda: wire.scored_of({"prompt_logprobs": [None, {"2": {"logprob": 0.5}}]}, (1, 2), 0, INFO),
+    lambda: wire.scored_of({"prompt_logprobs": [None, {"2": {"logprob": math.nan}}]}, (1, 2), 0, INFO),
+    lambda: wire.scored_of(
+        {"prompt_logprobs": [None, {"2": {"logprob": -1.0}, "3": {"logprob": 1e300}}]}, (1, 2), 2, INFO
+    ),
+    lambda: wire.scored_of(
+        {"prompt_logprobs": [None, {"2": {"logprob": -1.0}, "-3": {"logprob": -1.0}}]}, (1, 2), 2, INFO
+    ),
+    lambda: wire.scored_of(
+        {"prompt_logprobs": [None, {"2": {"logprob": -1.0}, str(INFO.vocab_count): {"logprob": -1.0}}]},
+        (1, 2),
+        2,
+        INFO,
+    ),
+    lambda: wire.scored_of([], (1, 2), 0, INFO),
 )
 
 
