@@ -83,9 +83,11 @@ class Batch:
         yield from self._scorings
 
     @property
-    def is_running(self) -> bool:
-        """Whether anything has been started and is not done."""
-        return bool(self._running or (self._scorings and self._scorings[0].state))
+    def started(self) -> Iterator[Job | Scoring]:
+        """What has been started and is not done."""
+        yield from self._running
+        if self._scorings and self._scorings[0].state:
+            yield self._scorings[0]
 
     def add(self, job: Job | Scoring) -> None:
         """Queue a job."""

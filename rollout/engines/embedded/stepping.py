@@ -110,7 +110,7 @@ class SteppingThread:
                     outcomes = versions.turn()
                     if outcomes:
                         self._call_loop(self._told, outcomes)
-                    if self._stand_still and (versions.stands or not versions.is_paused):
+                    if self._stand_still and not versions.is_finishing:
                         for done in self._stand_still:
                             self._call_loop(_resolve, done, None)
                         self._stand_still.clear()

@@ -59,16 +59,20 @@ class Versions:
             yield from batch.jobs
 
     @property
-    def is_paused(self) -> bool:
-        """True from `pause` to `resume`."""
-        return self._paused is not None
+    def stands(self) -> bool:
+        """Whether a turn would do nothing: there is no work, a pause forbids it, or it awaits its states."""
+        may_go_on = self.jobs if self._paused is None else self._started if self._paused == "wait" else ()
+        return all(job.awaits_state for job in may_go_on)
 
     @property
-    def stands(self) -> bool:
-        """Whether a turn would do nothing: there is no work, or a pause forbids it."""
-        if self._paused is None:
-            return all(job.awaits_state for job in self.jobs)
-        return self._paused != "wait" or not any(batch.is_running for batch in self._batches())
+    def is_finishing(self) -> bool:
+        """Whether a pause waits for what has been started."""
+        return self._paused == "wait" and next(self._started, None) is not None
+
+    @property
+    def _started(self) -> Iterator[Job | Scoring]:
+        for batch in self._batches():
+            yield from batch.started
 
     def turn(self) -> list[Outcome]:
         """A turn of every version."""

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +78,20 @@ def until_drawn(versions: Versions, running: Job) -> None:
 
 def ids(told: list[Outcome]) -> list[int]:
     return [token.token_id for outcome in told for token in outcome.drawn]
+
+
+def test_a_pause_that_waits_stands_still_for_a_state_and_is_over_once_its_request_is(versions: Versions) -> None:
+    stored = array("I", PROMPT[:-1]).tobytes()
+    waiting = job(5, session="waits")
+    versions.add(waiting, stored)
+    until_drawn(versions, job(60, session="other"))
+    versions.pause("wait")
+    while len([*versions.jobs]) > 1:
+        versions.turn()
+    assert (versions.stands, versions.is_finishing, waiting.drawn_count) == (True, True, 0)
+    versions.admit(stored, None)
+    assert len(ids(drain(versions))) == 5
+    assert not versions.is_finishing
 
 
 def test_a_kept_request_is_drawn_by_the_new_weights_over_the_state_that_the_old_ones_left(
