@@ -18,7 +18,7 @@ from rollout.engine import Announce, EngineInfo
 from rollout.engines.vllm.connection import Connection
 from rollout.engines.vllm.facts import Facts, read_label
 from rollout.engines.vllm.weights import CHANGING, Label, parse_label
-from rollout.errors import EngineError, RolloutError
+from rollout.errors import EngineError, ForeignWeightsError, RolloutError
 
 LOAD_S_MAX = 3600.0
 
@@ -46,7 +46,7 @@ class Change:
         self._label = await read_label(self._connection)
         found = parse_label(self._label).policy_version
         if found not in (old.policy_version, new.policy_version):
-            raise EngineError(f"{self._connection.url}: its weights are version {found}, of which nobody told")
+            raise ForeignWeightsError(f"{self._connection.url}: its weights are version {found}, of which nobody told")
         self._is_there = found == new.policy_version or new.weights_digest == old.weights_digest
         try:
             await self._put(CHANGING + self._label)

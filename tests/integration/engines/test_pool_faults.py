@@ -212,6 +212,19 @@ async def test_an_answer_that_ends_with_weights_that_nobody_told_of_goes_on_nowh
     assert list(pool.faults) == [servers[0].url]
 
 
+async def test_who_was_drawn_with_weights_that_an_update_finds_changed_goes_on_nowhere(
+    make_server: MakeServer, make_pool: MakePool, ask: Ask, tmp_path: Path
+) -> None:
+    servers = [await make_server(), await make_server()]
+    pool = await make_pool(*servers)
+    taker = Taker(pool, ask(900))
+    await taker.has_begun.wait()
+    servers[0].label = "77"
+    assert (await pool.update(write_checkpoint(tmp_path / "new", 5), 3)).policy_version == 3
+    with pytest.raises(ForeignWeightsError, match="77"):
+        await taker.task
+
+
 async def test_who_was_drawn_with_weights_that_another_finds_changed_goes_on_nowhere(
     make_server: MakeServer, make_pool: MakePool, ask: Ask
 ) -> None:
