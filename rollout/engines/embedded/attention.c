@@ -4,12 +4,10 @@
  * batch more than a token sees. Keys are visited oldest first, then entries oldest first: an order that depends on the
  * position alone, so decode, prefill and a rebuilt context agree bit for bit.
  */
-#include <float.h>
-
 #include "model.h"
 #include "simd.h"
 
-enum { HEADS = V4_HEADS, CHAINS = 4 };
+enum { HEADS = V4_HEADS };
 
 /* Rotate pairs of the last rope_dim floats; direction -1 undoes it. rope: cos, sin pairs of a position.
  * Fused by name: left as a product and a sum, GCC 12's vectoriser fuses them even where contraction is off. */
@@ -42,40 +40,30 @@ static void load_query(const v4_model *model, const v4_layer *layer, const float
         for (int h = 0; h < HEADS; h++) memcpy(query + d * HEADS + 2 * h, heads + h * dim + d, 2 * sizeof *query);
 }
 
-/* Softmax with a sink: scores become shares that are not yet divided by the returned total, which is that of four
- * chains, one for every fourth key. The scores have room for a whole number of chains. */
-static f8 exponentiate(float *scores, int count, f8 sink) {
-    f8 tops[CHAINS] = {sink, sink, sink, sink}, totals[CHAINS] = {{0}};
-    for (int i = count * HEADS; i % (CHAINS * HEADS); i++) scores[i] = -FLT_MAX; /* whose share is lost beside the 1 of the top */
-    for (int k = 0; k < count; k += CHAINS)
-        for (int i = 0; i < CHAINS; i++) tops[i] = f8_max(tops[i], f8_load(scores + (k + i) * HEADS));
-    f8 top = f8_max(f8_max(tops[0], tops[1]), f8_max(tops[2], tops[3]));
-    for (int k = 0; k < count; k += CHAINS)
-        for (int i = 0; i < CHAINS; i++) {
-            f8 share = f8_exp(f8_load(scores + (k + i) * HEADS) - top);
-            totals[i] += share;
-            f8_store(scores + (k + i) * HEADS, share);
-        }
-    return ((totals[0] + totals[1]) + (totals[2] + totals[3])) + f8_exp(sink - top);
-}
-
 /* Rows of keys that follow each other in memory. */
 typedef struct {
     const float *rows;
     int count;
 } v4_run;
 
-/* What a token sees: its window (two runs, where the ring begins anew), then the entries. */
-static void look(const v4_model *model, const v4_layer *layer, int token, const v4_bench *bench, v4_run runs[3]) {
+/* What a token sees of its window: two runs, where the ring begins anew. */
+static void look_back(const v4_model *model, const v4_layer *layer, int token, v4_run runs[2]) {
     uint32_t position = model->scratch.positions[token], slots = (uint32_t)model->window_slots;
     uint32_t tokens = (uint32_t)model->window_tokens, seen = position < tokens ? position + 1 : tokens;
     uint32_t first = (position + 1 - seen) % slots, straight = seen < slots - first ? seen : slots - first;
-    const float *floats = model->scratch.floats[token], *window = floats + layer->window_offset;
+    const float *window = model->scratch.floats[token] + layer->window_offset;
     runs[0] = (v4_run){window + (size_t)first * (size_t)model->config.head_dim, (int)straight};
     runs[1] = (v4_run){window, (int)(seen - straight)};
-    runs[2] = (v4_run){window, 0};
+}
+
+/* What a token sees: its window, then the entries. */
+static void look(const v4_model *model, const v4_layer *layer, int token, const v4_bench *bench, v4_run runs[3]) {
+    uint32_t position = model->scratch.positions[token];
+    look_back(model, layer, token, runs);
+    runs[2] = (v4_run){runs[0].rows, 0};
     if (layer->kind == V4_SLIDING) return;
-    runs[2] = (v4_run){floats + layer->pool.entries_offset, (int)((position + 1) / (uint32_t)layer->pool.rate)};
+    const float *entries = model->scratch.floats[token] + layer->pool.entries_offset;
+    runs[2] = (v4_run){entries, (int)((position + 1) / (uint32_t)layer->pool.rate)};
     if (layer->kind != V4_CSA || !model->indexed) return;
     int selected = v4_index_select(model, layer, token, bench);
     if (selected) runs[2] = (v4_run){bench->selected, selected};
@@ -86,25 +74,27 @@ static void attend(v4_model *model, const v4_layer *layer, int begin, int end, i
     const v4_kernels *kernels = model->kernels;
     const v4_bench *bench = &model->scratch.benches[thread];
     int dim = config->head_dim;
-    float scale = 1.0f / __builtin_sqrtf((float)dim);
+    float scale = 1.0f / __builtin_sqrtf((float)dim), totals[HEADS];
     for (int token = begin; token < end; token++) {
         const float *rope = layer->rope + (size_t)model->scratch.positions[token] * (size_t)layer->rope_dim;
         size_t row = (size_t)token * (size_t)model->heads_width;
-        v4_run runs[3];
+        v4_run runs[3], next[3];
         look(model, layer, token, bench, runs);
+        look_back(model, layer, token + 1 < model->scratch.tokens_count ? token + 1 : token, next);
+        next[2] = runs[2];
         int seen = runs[0].count + runs[1].count + runs[2].count;
         for (int first = 0; first < config->heads_count; first += HEADS) {
             float *out = model->scratch.attended + row + (size_t)(first * dim), *scores = bench->scores;
             load_query(model, layer, rope, model->scratch.query + row + first * dim, bench->query);
             for (int i = 0; i < 3; scores += runs[i++].count * HEADS)
                 kernels->score(bench->query, runs[i].rows, runs[i].count, dim, scale, scores);
-            f8 total = exponentiate(bench->scores, seen, f8_load(layer->sinks + first));
+            kernels->share_out(bench->scores, seen, layer->sinks + first, totals);
             memset(out, 0, (size_t)(HEADS * dim) * sizeof *out);
             scores = bench->scores;
             for (int i = 0; i < 3; scores += runs[i++].count * HEADS)
-                kernels->gather(scores, runs[i].rows, runs[i].count, dim, out);
+                kernels->gather(scores, runs[i].rows, next[i].rows, runs[i].count, dim, out);
             for (int h = 0; h < HEADS; h++) {
-                for (int d = 0; d < dim; d += 8) f8_store(out + h * dim + d, f8_load(out + h * dim + d) / total[h]);
+                for (int d = 0; d < dim; d += 8) f8_store(out + h * dim + d, f8_load(out + h * dim + d) / totals[h]);
                 v4_rotate(out + h * dim, rope, dim, layer->rope_dim, -1.0f);
             }
         }

@@ -2,7 +2,7 @@
 #include "model.h"
 #include "simd.h"
 
-enum { UNIT = V4_UNIT, STEP = 2 * V4_UNIT, PIECES = 4, WORTH = 1 << 14, RANGE = 6 };
+enum { UNIT = V4_UNIT, STEP = 2 * V4_UNIT, PIECES = 4, WORTH = 1 << 14, RANGE_MIN = 4, RANGE_MAX = 6 };
 
 int v4_matrix_create(v4_model *model, v4_matrix *out, int rows, int cols) {
     size_t padded = (size_t)(rows + UNIT - 1) / UNIT * UNIT;
@@ -81,8 +81,9 @@ static void range_piece(void *job, int index, int thread) {
 }
 
 void v4_each(v4_model *model, const v4_layer *layer, int count, v4_range *range) {
-    int block = count / (PIECES * model->threads_count);
-    block = block < 1 ? 1 : block > RANGE ? RANGE : block;
+    int threads = model->threads_count, block = count / (PIECES * threads), fair = (count + threads - 1) / threads;
+    if (block < RANGE_MIN) block = fair < RANGE_MIN ? fair : RANGE_MIN; /* weights are loaded once a range */
+    if (block > RANGE_MAX) block = RANGE_MAX;
     ranges job = {model, layer, range, count, block};
     v4_share(model->pool, (count + block - 1) / block, range_piece, &job);
 }

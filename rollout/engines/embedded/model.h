@@ -26,7 +26,9 @@ typedef struct {
 typedef struct {
     void (*linear)(const v4_product *product, int begin, int end);
     void (*score)(const float *query, const float *keys, int count, int dim, float scale, float *scores);
-    void (*gather)(const float *shares, const float *rows, int count, int dim, float *out);
+    void (*share_out)(float *scores, int count, const float *sinks, float *totals);
+    void (*gather)(const float *shares, const float *rows, const float *ahead, int count, int dim, float *out);
+    double (*exponentiate)(const float *logits, float top, float scale, int count, float *weights);
 } v4_kernels;
 
 extern const v4_kernels v4_kernels_narrow, v4_kernels_wide;

@@ -36,31 +36,22 @@ static float bounded(float logit) {
 
 static f8 bounded8(f8 logits) { return f8_min(f8_max(logits, f8_splat(-FLT_MAX)), f8_splat(FLT_MAX)); }
 
+/* The first of the largest. */
 static int argmax(const float *logits, int count) {
     f8 tops = f8_splat(-FLT_MAX);
     for (int i = 0; i < count; i += 8) tops = f8_max(bounded8(f8_load(logits + i)), tops);
     float top = -FLT_MAX;
+    int best = 0;
     for (int i = 0; i < 8; i++) top = tops[i] > top ? tops[i] : top;
-    for (int best = 0;; best++)
-        if (bounded(logits[best]) == top) return best;
+    while (!i8_any(bounded8(f8_load(logits + best)) == f8_splat(top))) best += 8;
+    while (bounded(logits[best]) != top) best++;
+    return best;
 }
 
 /* 1 / temperature as a float that is neither 0 nor infinite: 0 times a distance beyond all floats is a NaN. */
 static float inverse(double temperature) {
     double scale = temperature > 0.0 ? 1.0 / temperature : 1.0;
     return (float)(scale < (double)FLT_MIN ? (double)FLT_MIN : scale > (double)FLT_MAX ? (double)FLT_MAX : scale);
-}
-
-/* weights[i] = e^((logits[i] - top) / temperature), 0 where that is below e^-87; returns their sum. */
-static double exponentiate(const float *logits, float top, float scale, int count, float *weights) {
-    double total = 0.0;
-    for (int i = 0; i < count; i += 8) {
-        f8 x = (bounded8(f8_load(logits + i)) - top) * scale;
-        f8 weight = f8_select(x < f8_splat(-87.0f), f8_splat(0.0f), f8_exp(x));
-        f8_store(weights + i, weight);
-        total += (double)f8_sum(weight);
-    }
-    return total;
 }
 
 static int before(const float *weights, int32_t a, int32_t b) {
@@ -159,7 +150,7 @@ static distribution whole(const v4_model *model, int thread, const float *logits
     int count = model->config.vocab_count;
     *best = argmax(logits, count);
     float top = bounded(logits[*best]);
-    double total = exponentiate(logits, top, scale, count, bench->weights);
+    double total = model->kernels->exponentiate(logits, top, scale, count, bench->weights);
     return (distribution){bench, logits, count, total, top, scale, NULL, count};
 }
 

@@ -57,13 +57,25 @@ V4_INLINE f8 f8_max(f8 a, f8 b) { return f8_select(a > b, a, b); }
 V4_INLINE f8 f8_min(f8 a, f8 b) { return f8_select(a < b, a, b); }
 #endif
 
-/* The one order in which lanes are added: halves, then quarters, then the last pair. */
-V4_INLINE float f8_sum(f8 v) {
-    float a = v[0] + v[4], b = v[1] + v[5], c = v[2] + v[6], d = v[3] + v[7];
-    return (a + c) + (b + d);
+/* Whether any lane of a comparison holds. */
+V4_INLINE int i8_any(i8 mask) {
+#ifdef V4_X86
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+    int32_t any = 0;
+    for (int i = 0; i < 8; i++) any |= mask[i];
+    return any != 0;
+#endif
 }
 
 typedef float f4 __attribute__((vector_size(16)));
+
+/* The one order in which lanes are added: halves, then quarters, then the last pair. */
+V4_INLINE float f8_sum(f8 v) {
+    f4 half = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+    f4 quarter = half + __builtin_shufflevector(half, half, 2, 3, 2, 3);
+    return quarter[0] + quarter[1];
+}
 
 /* f8_sum of four vectors at once, in the same order. */
 V4_INLINE f4 f8_sum4(f8 p, f8 q, f8 r, f8 s) {
@@ -76,25 +88,29 @@ V4_INLINE f4 f8_sum4(f8 p, f8 q, f8 r, f8 s) {
     return __builtin_shufflevector(pq, rs, 0, 2, 4, 6) + __builtin_shufflevector(pq, rs, 1, 3, 5, 7);
 }
 
-/* e^x to about one unit in the last place; x is clamped to the range of normal results. */
-V4_INLINE f8 f8_exp(f8 x) {
-    const f8 magic = f8_splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    x = f8_min(f8_max(x, f8_splat(-87.33f)), f8_splat(88.3f));
-    f8 shifted = f8_fma(x, f8_splat(1.44269504088896341f), magic);
-    f8 n = shifted - magic;
-    f8 r = f8_fma(n, f8_splat(-0.693359375f), x);
-    r = f8_fma(n, f8_splat(2.12194440e-4f), r);
-    f8 p = f8_splat(1.0f / 5040);
-    p = f8_fma(p, r, f8_splat(1.0f / 720));
-    p = f8_fma(p, r, f8_splat(1.0f / 120));
-    p = f8_fma(p, r, f8_splat(1.0f / 24));
-    p = f8_fma(p, r, f8_splat(1.0f / 6));
-    p = f8_fma(p, r, f8_splat(0.5f));
-    p = f8_fma(p, r, f8_splat(1.0f));
-    p = f8_fma(p, r, f8_splat(1.0f));
-    i8 exponent = ((i8)shifted - (i8)magic + 127) << 23;
-    return p * (f8)exponent;
-}
+/* e^x to about one unit in the last place; x is clamped to the range of normal results. One text for all widths: V is a
+ * vector of floats, I of as many integers. */
+#define V4_DEFINE_EXP(NAME, V, I, SPLAT, FMA, MAX, MIN)                          \
+    V4_INLINE V NAME(V x) {                                                      \
+        const V magic = SPLAT(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */ \
+        x = MIN(MAX(x, SPLAT(-87.33f)), SPLAT(88.3f));                           \
+        V shifted = FMA(x, SPLAT(1.44269504088896341f), magic);                  \
+        V n = shifted - magic;                                                   \
+        V r = FMA(n, SPLAT(-0.693359375f), x);                                   \
+        r = FMA(n, SPLAT(2.12194440e-4f), r);                                    \
+        V p = SPLAT(1.0f / 5040);                                                \
+        p = FMA(p, r, SPLAT(1.0f / 720));                                        \
+        p = FMA(p, r, SPLAT(1.0f / 120));                                        \
+        p = FMA(p, r, SPLAT(1.0f / 24));                                         \
+        p = FMA(p, r, SPLAT(1.0f / 6));                                          \
+        p = FMA(p, r, SPLAT(0.5f));                                              \
+        p = FMA(p, r, SPLAT(1.0f));                                              \
+        p = FMA(p, r, SPLAT(1.0f));                                              \
+        I exponent = ((I)shifted - (I)magic + 127) << 23;                        \
+        return p * (V)exponent;                                                  \
+    }
+
+V4_DEFINE_EXP(f8_exp, f8, i8, f8_splat, f8_fma, f8_max, f8_min)
 
 /* log(1 + u) for u in [0, 1], as 2 atanh(u / (2 + u)). */
 V4_INLINE f8 f8_log1p(f8 u) {
