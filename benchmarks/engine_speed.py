@@ -201,17 +201,17 @@ def measure_memory(prompts: list[tuple[int, ...]]) -> dict[str, float]:
 async def measure(
     rounds: int, own_tokens: int, oracle_tokens: int, beside: tuple[int, ...], threads_count: int
 ) -> dict[str, Any]:
-    """Every figure of every side in each round; the baselines only at `beside` streams."""
+    """Every figure of every side in each round; baselines at `beside` streams, at several in the last round alone."""
     prompts = load_prompts()
     memory = measure_memory(prompts)
     own, oracle = EmbeddedSide(prompts, threads_count), OracleSide(prompts, threads_count)
     await own.open()
     samples: list[dict[str, tuple[float, ...]]] = []
-    for _ in range(rounds + 1):
+    for number in range(rounds + 1):
         row: dict[str, tuple[float, ...]] = {}
         for count in STREAMS:
             figures = [await own.decode(count, own_tokens)]
-            if count in beside:
+            if count in beside and (count == 1 or number == rounds):
                 figures += [oracle.generate(count, oracle_tokens), oracle.loop(count, oracle_tokens)]
             row[f"decode_{count}_tokens_per_s"] = tuple(figures)
         row["prefill_tokens_per_s"] = (await own.prefill(), oracle.prefill())
@@ -226,17 +226,17 @@ def summarize(samples: list[dict[str, tuple[float, ...]]]) -> dict[str, Any]:
     """Medians: of each side, and of each round's ratios."""
 
     def middle(name: str, side: int) -> float:
-        return statistics.median(sample[name][side] for sample in samples)
+        return statistics.median(sample[name][side] for sample in samples if len(sample[name]) > side)
 
     def ratio(over: str, under: str, side: int = 0) -> float:
         return statistics.median(sample[over][0] / sample[under][side] for sample in samples)
 
-    names = list(samples[0])
+    names = list(samples[-1])
     single = "decode_1_tokens_per_s"
     return {
         "figures": {name: middle(name, 0) for name in names},
-        "transformers": {name: middle(name, 1) for name in names if len(samples[0][name]) > 1},
-        "torch_loop": {name: middle(name, 2) for name in names if len(samples[0][name]) > 2},
+        "transformers": {name: middle(name, 1) for name in names if len(samples[-1][name]) > 1},
+        "torch_loop": {name: middle(name, 2) for name in names if len(samples[-1][name]) > 2},
         "ratios": {
             "single_stream_over_transformers": ratio(single, single, 1),
             "single_stream_over_torch_loop": ratio(single, single, 2),
