@@ -297,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")  # the baselines' deprecations
-    plan = (3, 64, 8, (1,)) if options.quick else (7, 200, 16, (1, 16))
+    plan = (3, 64, 8, (1,)) if options.quick else (5, 200, 16, (1, 16))
     result = asyncio.run(measure(*plan, options.threads))
     result["goals"] = {what: {"measured": value, "met": is_met} for what, value, _, is_met in goals_of(result)}
     if options.json:
