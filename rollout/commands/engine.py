@@ -50,7 +50,9 @@ def engine() -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; see the warning above.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Port to listen on.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="What computes.  [default: cuda; cpu for tiny]")
-@click.option("--gpus", type=click.IntRange(1, 64), help="Data-parallel ranks.  [default: 4 of v4-flash, 8 of v4-pro]")
+@click.option(
+    "--gpus", type=click.IntRange(1, 64), help="Data-parallel ranks.  CUDA only.  [default: 4 of v4-flash, 8 of v4-pro]"
+)
 @click.option("--context-tokens", type=click.IntRange(16), help="Longest context.  [default: the model's]")
 @click.option(
     "--memory-gib",
@@ -111,6 +113,11 @@ def serve_vllm(
     only.  Let it listen where nobody but the service can connect.
     """
     device = device or ("cpu" if model == TINY else "cuda")
+    for given, option in ((offload, "--offload"), (gpus, "--gpus"), (masks, "--masks")):
+        if given and device == "cpu":
+            raise RequestError(f"{option} needs a GPU, and --device is cpu")
+    if memory_gib and device == "cuda" and offload is None:
+        raise RequestError("--memory-gib bounds what --offload passes through: give --offload, or leave it out")
     memory_gib = memory_gib or (1 if model == TINY else 10)
     launch = make_launch(
         _preset(model, tiny_dir),
@@ -121,7 +128,7 @@ def serve_vllm(
         gpus_count=gpus or 0,
         context_tokens_count=context_tokens or 0,
         memory_gib=memory_gib,
-        offload=_offload(offload, weight_version, memory_gib, device),
+        offload=_offload(offload, weight_version, memory_gib),
         returns_routes=routes,
         returns_masks=masks,
         api_key_file=str(api_key_file or ""),
@@ -155,11 +162,9 @@ def _preset(model: str, tiny_dir: Path) -> Preset:
     return folder_preset(folder)
 
 
-def _offload(folder: Path | None, weight_version: str, memory_gib: int, device: Device) -> Offload | None:
+def _offload(folder: Path | None, weight_version: str, memory_gib: int) -> Offload | None:
     if folder is None:
         return None
-    if device == "cpu":
-        raise RequestError("--offload: vLLM offloads from a GPU only, and --device is cpu")
     if not weight_version or "/" in weight_version or weight_version in {".", ".."}:
         raise RequestError(f"--weight-version {weight_version!r} must be the name of a directory below --offload")
     return Offload(folder=folder.absolute(), weight_version=weight_version, memory_gib=memory_gib)
