@@ -8,7 +8,8 @@ found kept, and the answer.  Times are from the call to the last answer, medians
 (those of `action` and `authority` have two).  The engine's port is measured by itself, and the service with its durable
 log, also while 64 rollouts share its 16 slots: how long a question waits there, and a usual request.  `--vllm URL` does
 the port's part with a vLLM server (block size, prefix cache and scheduler are its own): what is not kept there is a
-context of the same length that the server never saw.
+context of the same length that the server never saw.  `--vllm-python` starts one on this host's processors, with random
+weights.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, ExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from plots import panels
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from vllm_server import SIZES, on_processors
 
 from dsec.testing import FakeSubstrate
 from rollout.config import RolloutConfig
@@ -358,6 +360,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--answer-tokens", type=int, default=4, help="the most that an answer has")
     parser.add_argument("--vllm", metavar="URL", help="a vLLM server (--enable-prompt-tokens-details) as the engine")
+    parser.add_argument("--vllm-python", metavar="PYTHON", help="start one of this Python's vLLM, on the processors")
+    parser.add_argument("--vllm-size", choices=SIZES, default="160m", help="of its model")
     parser.add_argument("--quick", action="store_true", help="contexts of 100 and 1,000, two repeats")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--figure", type=Path, help="where to draw the picture")
@@ -366,7 +370,10 @@ def main() -> None:
         options.contexts, options.repeats = (100, 1000), 2
     if not all(20 <= length <= 2000 for length in options.contexts):
         parser.error("--contexts: 20 to 2000 tokens")
-    with Progress(console=Console(stderr=True), disable=options.json) as progress:
+    with ExitStack() as stack:
+        if options.vllm_python:
+            options.vllm = stack.enter_context(on_processors(options.vllm_python, options.vllm_size))
+        progress = stack.enter_context(Progress(console=Console(stderr=True), disable=options.json))
         bar = progress.add_task("contexts", total=len(options.contexts))
         rows = asyncio.run(measure(options, lambda: progress.advance(bar)))
         busy = None if options.vllm else asyncio.run(of_busy(options))

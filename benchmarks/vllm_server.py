@@ -1,4 +1,4 @@
-"""A vLLM server in processes of its own, and its wire in a page: what `vllm_gpu.py` measures with.
+"""A vLLM server in processes of its own, and its wire in a page: what `vllm_gpu.py`, and others, measure with.
 
 Plain HTTP rather than the adapter: it speaks to older releases, too, and times what a client sees.
 """
@@ -12,7 +12,9 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,9 +23,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from rollout.engines.vllm.launch import Preset, make_launch
+from rollout.engines.vllm.launch import VLLM_VERSION, Preset, make_launch, tiny_preset
+from rollout.engines.vllm.tiny import write_tiny_model
 
 START_S_MAX = 420.0
+SIZES = {"tiny": (1, 2), "30m": (8, 8), "160m": (16, 12)}
+"""Of a model of random weights: how many times the tiny one's width, and its layers."""
 
 
 @dataclass
@@ -52,7 +57,7 @@ class Server:
 
     def __init__(self, setup: Setup, preset: Preset, name: str, *more: str, **how: Any) -> None:
         self.setup, self.log = setup, setup.logs / f"{name}.log"
-        launch = make_launch(preset, device="cuda", port=setup.port, python=setup.python, more=more, **how)
+        launch = make_launch(preset, port=setup.port, python=setup.python, more=more, **{"device": "cuda"} | how)
         # before 0.32 the route of token ids is always there, and its flag unknown
         old = tuple(int(part) for part in setup.version.split(".")[:2]) < (0, 32)
         arguments = [one for one in launch.arguments if not (old and one == "--enable-scale-out")]
@@ -136,6 +141,21 @@ class Server:
                     return
             time.sleep(0.25)
         raise RuntimeError(f"vLLM did not start in {START_S_MAX:.0f} s:\n{last_error(self.log)}")
+
+
+@contextlib.contextmanager
+def on_processors(python: str, size: str) -> Iterator[str]:
+    """The URL of a server of that Python's vLLM, with a model of such a size, that computes on this host."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    scale, layers_count = SIZES[size]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        preset = tiny_preset(write_tiny_model(folder / "model", scale=scale, layers_count=layers_count))
+        setup = Setup(python, port, folder, folder, VLLM_VERSION)
+        with Server(setup, preset, "vllm", device="cpu", memory_gib=4) as server:
+            server.ask([0], 1)  # the first step may take a minute
+            yield f"http://127.0.0.1:{port}"
 
 
 def _cached(event: dict[str, Any]) -> int:

@@ -12,6 +12,7 @@ import json
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
 
 _HIDDEN, _HEADS, _KV_HEADS, _HEAD_DIM, _INNER, _LAYERS = 64, 4, 2, 32, 128, 2
 CONTEXT_TOKENS_MAX = 2048
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "attention_bias": False,
@@ -39,6 +40,7 @@ CONFIG = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
+_WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 _EXPERTS = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -52,24 +54,28 @@ _HEAD_GAIN = 3.0
 """What the best token has before the next: float32 never confuses them, and chance still has a choice."""
 
 
-def write_tiny_model(folder: Path, seed: int = 0, experts_count: int = 0) -> Path:
+def write_tiny_model(
+    folder: Path, seed: int = 0, experts_count: int = 0, *, scale: int = 1, layers_count: int = _LAYERS
+) -> Path:
     """Write config, tokenizer and weights to `folder`, which is made if need be; returns it.
 
-    With `experts_count` each layer has that many, and two of them for a token: the model to see routes with.
+    With `experts_count` each layer has that many, and two of them for a token: the model to see routes with.  `scale`
+    is how many times wider it is, for who wants it to take its time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     vocab_count: int = json.loads((DEFAULT_CHECKPOINT / "config.json").read_text())["vocab_size"]
     routed = {**_EXPERTS, "num_experts": experts_count} if experts_count else {}
-    config = CONFIG | routed | {"vocab_size": vocab_count}
+    config = CONFIG | routed | {name: CONFIG[name] * scale for name in _WIDTHS}
+    config |= {"vocab_size": vocab_count, "num_hidden_layers": layers_count}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEFAULT_CHECKPOINT / name, folder / name)
     chance = np.random.default_rng(seed)
     tensors = {}
-    for name, shape in _shapes(vocab_count, experts_count).items():
+    for name, shape in _shapes(config, experts_count).items():
         gain = _HEAD_GAIN if name.startswith("lm_head") else 1.0
-        scale = gain if "embed" in name else gain / shape[-1] ** 0.5
-        values = np.ones(shape) if len(shape) == 1 else chance.standard_normal(shape) * scale
+        spread = gain if "embed" in name else gain / shape[-1] ** 0.5
+        values = np.ones(shape) if len(shape) == 1 else chance.standard_normal(shape) * spread
         tensors[name] = ("F32", shape, values.astype("<f4").tobytes())
     write_safetensors(folder / "model.safetensors", tensors)
     return folder
@@ -89,24 +95,26 @@ def write_safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...],
         file.writelines(data for _, _, data in tensors.values())
 
 
-def _shapes(vocab_count: int, experts_count: int) -> dict[str, tuple[int, ...]]:
+def _shapes(config: dict[str, Any], experts_count: int) -> dict[str, tuple[int, ...]]:
     """By tensor; the last dimension of a matrix is what it takes in."""
-    query, pair = _HEADS * _HEAD_DIM, _KV_HEADS * _HEAD_DIM
+    hidden, inside, vocab_count = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    query, pair = config["num_attention_heads"] * _HEAD_DIM, config["num_key_value_heads"] * _HEAD_DIM
     layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm": (_HIDDEN,),
-        "self_attn.q_proj": (query, _HIDDEN),
-        "self_attn.k_proj": (pair, _HIDDEN),
-        "self_attn.v_proj": (pair, _HIDDEN),
-        "self_attn.o_proj": (_HIDDEN, query),
+        "input_layernorm": (hidden,),
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (pair, hidden),
+        "self_attn.v_proj": (pair, hidden),
+        "self_attn.o_proj": (hidden, query),
         "self_attn.q_norm": (_HEAD_DIM,),
         "self_attn.k_norm": (_HEAD_DIM,),
-        "post_attention_layernorm": (_HIDDEN,),
+        "post_attention_layernorm": (hidden,),
     }
-    inner = {"gate_proj": (_INNER, _HIDDEN), "up_proj": (_INNER, _HIDDEN), "down_proj": (_HIDDEN, _INNER)}
+    inner = {"gate_proj": (inside, hidden), "up_proj": (inside, hidden), "down_proj": (hidden, inside)}
     for block in [f"mlp.experts.{i}" for i in range(experts_count)] or ["mlp"]:
         layer |= {f"{block}.{name}": shape for name, shape in inner.items()}
     if experts_count:
-        layer["mlp.gate"] = (experts_count, _HIDDEN)
-    names = {f"model.layers.{i}.{name}": shape for i in range(_LAYERS) for name, shape in layer.items()}
-    outer = {"model.embed_tokens": (vocab_count, _HIDDEN), "model.norm": (_HIDDEN,), "lm_head": (vocab_count, _HIDDEN)}
+        layer["mlp.gate"] = (experts_count, hidden)
+    layers_count = config["num_hidden_layers"]
+    names = {f"model.layers.{i}.{name}": shape for i in range(layers_count) for name, shape in layer.items()}
+    outer = {"model.embed_tokens": (vocab_count, hidden), "model.norm": (hidden,), "lm_head": (vocab_count, hidden)}
     return {f"{name}.weight": shape for name, shape in (outer | names).items()}

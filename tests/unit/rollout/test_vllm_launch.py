@@ -121,6 +121,19 @@ def test_a_seed_gives_the_same_tiny_model_in_the_vocabulary_of_the_service(tmp_p
     assert (one / "tokenizer.json").read_bytes() == (DEFAULT_CHECKPOINT / "tokenizer.json").read_bytes()
 
 
+def test_the_tiny_model_can_be_wider_and_deeper(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, scale=2, layers_count=3)
+    data = (folder / "model.safetensors").read_bytes()
+    tensors = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"]) == (2 * CONFIG["hidden_size"], 3)
+    assert tensors["model.layers.2.self_attn.q_proj.weight"]["shape"] == [
+        config["num_attention_heads"] * config["head_dim"],
+        config["hidden_size"],
+    ]
+    assert "model.layers.3.input_layernorm.weight" not in tensors
+
+
 def test_the_tiny_model_with_experts_has_a_gate_and_that_many_of_them_in_each_layer(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path, experts_count=3)
     data = (folder / "model.safetensors").read_bytes()
