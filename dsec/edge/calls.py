@@ -151,7 +151,6 @@ class Calls:
         if not self._is_writing:
             self._is_writing = True
             try:
-                await asyncio.sleep(0)  # the commit that ended this call ended others, in this turn of the loop
                 while self._answers:
                     joined = self._joined()
                     await self._write(pb.CallReplies(replies=joined))

@@ -98,18 +98,6 @@ async def test_what_ends_while_a_message_is_on_its_way_goes_out_together_and_not
     assert [[reply.id for reply in message.replies] for message in peer.messages] == [[1], [2, 3, 4, 5, 6, 7, 8], [9]]
 
 
-async def test_what_ends_in_one_turn_of_the_loop_goes_out_in_one_message() -> None:
-    peer = Peer()
-    end = peer.block("slow")
-    peer.send(*(get(number, "slow") for number in range(3)))
-    for _ in range(3):
-        await peer.begun.get()
-    end.set()
-    peer.sent.put_nowait(None)
-    await peer.serving
-    assert [[reply.id for reply in message.replies] for message in peer.messages] == [[0, 1, 2]]
-
-
 async def test_errors_have_the_status_and_the_details_that_the_method_gave() -> None:
     peer = Peer()
     peer.send(get(1, "no"), pb.CallRequest(id=2, method="Attach"), pb.CallRequest(id=3, method="Broken"))
@@ -188,6 +176,37 @@ async def test_no_more_is_read_while_the_bound_is_under_way_or_not_taken() -> No
     peer.sent.put_nowait(None)
     await peer.serving
     assert peer.arrived.qsize() == CALLS_COUNT_MAX + 10
+
+
+class OneByOne(Peer):
+    """Takes a message whenever it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lets = asyncio.Semaphore(0)
+
+    async def write(self, message: pb.CallReplies) -> None:
+        await self.lets.acquire()
+        await super().write(message)
+
+
+async def test_answers_on_their_way_count_as_not_taken() -> None:
+    peer = OneByOne()
+    for number in range(CALLS_COUNT_MAX + 10):
+        peer.send(get(number, "a"))
+    for _ in range(CALLS_COUNT_MAX - 1):  # and who writes
+        await peer.begun.get()
+    peer.lets.release()
+    assert (await peer.arrived.get()).id == 0
+    await peer.begun.get()  # in its place
+    for _ in range(100):  # all others are in one message by now
+        await asyncio.sleep(0)
+    assert peer.begun.empty()
+    peer.sent.put_nowait(None)
+    for _ in range(CALLS_COUNT_MAX):
+        peer.lets.release()
+    await peer.serving
+    assert peer.arrived.qsize() == CALLS_COUNT_MAX + 9
 
 
 async def test_beyond_the_bound_of_all_streams_calls_are_refused() -> None:
