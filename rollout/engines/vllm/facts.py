@@ -194,6 +194,6 @@ def _routing(choice: dict[str, Any], described: dict[str, Any]) -> Routing | Non
     """What rows of routes mean, from the shape of one and the model's config; None where it cannot be known."""
     experts = next((described[name] for name in _EXPERTS if isinstance(described.get(name), int)), None)
     layers, shape = described.get("num_hidden_layers"), read_npy(choice.get("routed_experts")).shape
-    if experts is None or not isinstance(layers, int) or len(shape) != 3 or not 0 < shape[1] <= layers:
+    if experts is None or not isinstance(layers, int) or not (0 < shape[1] <= layers and 0 < shape[2] <= experts):
         return None
     return Routing(layer_ids=tuple(range(layers - shape[1], layers)), experts_count=experts, top_k=shape[2])

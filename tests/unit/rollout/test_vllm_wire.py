@@ -14,6 +14,7 @@ import pytest
 
 from rollout.engine import EngineInfo, Routing, SampleRequest, Sampling
 from rollout.engines.vllm import wire
+from rollout.engines.vllm.facts import _routing
 from rollout.engines.vllm.testing import LAYERS, TOP_K, route_of, write_checkpoint
 from rollout.engines.vllm.weights import Label, check_fits, parse_label, read_config, read_weights
 from rollout.errors import EngineError, RequestError
@@ -195,6 +196,20 @@ def test_routes_are_read_at_their_width_and_nothing_else_passes_for_them() -> No
     ):
         with pytest.raises(EngineError, match="routed_experts"):
             wire.routes_of(text, 4, 7, ROUTING)
+
+
+def test_rows_of_routes_that_have_no_meaning_are_not_told() -> None:
+    described = {"num_experts": 8, "num_hidden_layers": LAYERS}
+    for shape, is_known in (
+        ((1, LAYERS, TOP_K), True),
+        ((1, LAYERS, 0), False),
+        ((1, 0, 2), False),
+        ((1, 1, 9), False),
+    ):
+        header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+        rows = bytes(math.prod(shape))
+        text = base64.b64encode(b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + header.encode() + rows).decode()
+        assert (_routing({"routed_experts": text}, described) is not None) == is_known
 
 
 def empty_zip() -> bytes:
