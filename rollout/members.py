@@ -13,7 +13,7 @@ from rollout import context, recovery
 from rollout.engine import Engine
 from rollout.engines.kv_files import KvFiles
 from rollout.environment.sandboxes import Sandboxes
-from rollout.errors import EngineError
+from rollout.errors import EngineError, ForeignWeightsError
 from rollout.events import (
     Event,
     FinishReason,
@@ -118,7 +118,9 @@ class Members:
         if state is None:
             return Found(UNOPENED, self._ledger.member(rollout_id)[0].request_id in self._ledger.cancelled)
         weights, now = Weights.SAME, self._engine.info
-        if state.versions:
+        if state.failure is not None and state.failure.code == ForeignWeightsError.code:
+            weights = Weights.UNKNOWN
+        elif state.versions:
             version, drew = weights_at(state, state.tokens_count - 1, self._ledger.weights)
             others = Weights.UPDATED if now.policy_version > version else Weights.OTHER
             weights = Weights.SAME if now.weights_digest == drew else others

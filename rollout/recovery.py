@@ -37,6 +37,8 @@ class Weights(StrEnum):
     """Others, of a newer version."""
     OTHER = "other"
     """Others, of the same version or an older one."""
+    UNKNOWN = "unknown"
+    """Nobody knows which drew last: somebody changed the engine's behind the service."""
 
 
 class Pending(StrEnum):
@@ -126,6 +128,8 @@ def decide(found: Found) -> Recovery:
             return Recovery(Action.REFUSE, Kv.NOT_NEEDED, Run.NOTHING)
         case Found(weights=Weights.UPDATED, on_update="pin") if found.tail in _SAMPLED:
             return Recovery(Action.END_STALE, Kv.NOT_NEEDED, Run.NOTHING)  # its weights went with the process
+        case Found(weights=Weights.UNKNOWN) if found.tail in _SAMPLED:
+            return Recovery(Action.END_STALE, Kv.NOT_NEEDED, Run.NOTHING)
     return Recovery(Action.GO_ON, _kv(found), decide_run(found.pending) if found.tail in _MAY_RUN else Run.NOTHING)
 
 

@@ -32,7 +32,7 @@ def expected(found: Found) -> Recovery:
         return Recovery(Action.END_CANCELLED, *IDLE)
     run = RUNS[found.pending]
     saved = Kv.RESTORE if found.has_saved_kv and found.weights is Weights.SAME else Kv.PREFILL
-    stale = found.weights is Weights.UPDATED and found.on_update == "pin"
+    stale = found.weights is Weights.UNKNOWN or (found.weights is Weights.UPDATED and found.on_update == "pin")
     unknown = found.weights is Weights.OTHER
     match found.tail:
         case Phase.PREPARE:
@@ -54,7 +54,7 @@ def expected(found: Found) -> Recovery:
 
 
 def test_every_combination_is_decided_as_written_down() -> None:
-    assert len(EVERY) == 8 * 2 * 3 * 3 * 2 * 6
+    assert len(EVERY) == 8 * 2 * 4 * 3 * 2 * 6
     assert [(found, decide(found)) for found in EVERY] == [(found, expected(found)) for found in EVERY]
 
 

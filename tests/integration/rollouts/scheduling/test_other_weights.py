@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from rollout.errors import EngineError
+from rollout.engine import Sampled, SampleRequest
+from rollout.errors import EngineError, ForeignWeightsError
 from rollout.events import PolicyUpdated
+from rollout.main import load_tokenizer
 from rollout.policy import Policy
 from rollout.request import PolicyRule
 from rollout.testing import ENGINE, Reply, ScriptedEngine
@@ -125,3 +129,23 @@ async def test_a_first_token_that_is_logged_behind_an_update_is_as_stale_as_one_
         may_be_logged.set()
         await service.wait("job")
         assert here.record("job/0.0").finish_reason == "STALE"
+
+
+async def test_what_nobody_knows_weights_drew_ends_as_stale_instead_of_going_on(world: Any) -> None:
+    class Changed(ScriptedEngine):
+        async def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
+            async with aclosing(super().sample(request)) as chunks:
+                yield await anext(chunks)
+            raise ForeignWeightsError("the weights were changed behind this service")
+
+    here = world()
+    here.make_engine = lambda: Changed(load_tokenizer(), lambda _session, _turn: TURN)
+    async with here.serving() as service:
+        await here.ask("cut", 1)
+        await service.wait("cut")
+        assert service.ledger.rollouts["cut/0.0"].failure.code == "FOREIGN_WEIGHTS"
+        drawn = here.sampled("cut/0.0")
+        assert drawn > 0
+    async with drawing_with(here, "0").serving() as service:
+        await service.wait("cut")
+        assert (here.record("cut/0.0").finish_reason, here.sampled("cut/0.0")) == ("STALE", drawn)
