@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import gc
 import importlib
 import json
@@ -185,6 +186,7 @@ def measure_memory(prompts: list[tuple[int, ...]]) -> dict[str, float]:
         for chunk in chunks:
             model.step([Chunk(warm, chunk)])
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what loading has freed is not taken again uncounted
         before, states = resident_bytes(), [State(model) for _ in range(STATES)]
         for chunk in chunks:
             for state in states:
