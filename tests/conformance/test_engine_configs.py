@@ -80,8 +80,8 @@ def drawn(model: Model, token_ids: list[int], others: int) -> list[int]:
     states = [State(model) for _ in range(1 + others)]
     for index, state in enumerate(states):
         model.step([Chunk(state, token_ids[:-1] if index == 0 else token_ids[: 1 + index])])
-    streams = [Stream(state, token_ids[-1], Sampling(), 0, ()) for state in states]
-    tokens = [token.token_id for token in model.decode(streams, DRAWN_COUNT)[0]]
+    streams = [Stream(state, token_ids[-1], Sampling(), 0, (), DRAWN_COUNT) for state in states]
+    tokens = [token.token_id for token in model.decode(streams)[0]]
     for state in states:
         state.close()
     return tokens

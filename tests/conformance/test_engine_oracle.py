@@ -120,7 +120,7 @@ def test_greedy_tokens_equal_those_of_generate(model: Model, oracle: DeepseekV4F
     state = State(model)
     for begin in range(0, len(token_ids) - 1, BATCH_TOKENS_MAX):
         model.step([Chunk(state, token_ids[begin : min(begin + BATCH_TOKENS_MAX, len(token_ids) - 1)])])
-    (drawn,) = model.decode([Stream(state, token_ids[-1], Sampling(), 0, (EOS_ID,))], tokens_count)
+    (drawn,) = model.decode([Stream(state, token_ids[-1], Sampling(), 0, (EOS_ID,), tokens_count)])
     assert [token.token_id for token in drawn] == expected
     state.close()
 
@@ -136,8 +136,8 @@ def test_experts_and_hidden_states_are_those_of_the_oracle(
         chunk = Chunk(state, ids, routes=bytearray(len(ids) * routing.row_bytes))
         model.step([chunk])
         routes += chunk.routes
-    stream = Stream(state, token_ids[-1], Sampling(), 0, (EOS_ID,), wants_routes=True, wants_hidden=True)
-    (drawn,) = model.decode([stream], 8)
+    stream = Stream(state, token_ids[-1], Sampling(), 0, (EOS_ID,), 8, wants_routes=True, wants_hidden=True)
+    (drawn,) = model.decode([stream])
     state.close()
     routes += b"".join(token.routes for token in drawn)
     read = [*token_ids, *(token.token_id for token in drawn[:-1])]

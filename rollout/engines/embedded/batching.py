@@ -248,21 +248,18 @@ class Batch:
         """The next tokens of all that can be drawn for; one that ends leaves the rounds to the others."""
         jobs = [job for job in self._running if job.state is not None and job.pending_count == 1]
         busy = self._scorings or len(jobs) < len(self._running)  # those that wait for a place get one when a job ends
-        rounds_left = 1 if busy else self.limits.rounds_max
-        drawn: dict[Job, list[Drawn]] = {job: [] for job in jobs}
-        finishes: dict[Job, Literal["stop", "length"]] = {}
-        while jobs and rounds_left:
-            rounds_max = min(rounds_left, *(self._left(job) for job in jobs))
-            for job, tokens in zip(jobs, self.model.decode([*map(_stream, jobs)], rounds_max), strict=True):
-                job.tokens.extend(token.token_id for token in tokens)
-                drawn[job] += tokens
-                if job.tokens[-1] in job.request.stop_ids:
-                    finishes[job] = "stop"
-                elif self._left(job) == 0:
-                    finishes[job] = "length"
-            rounds_left -= len(tokens)
-            jobs = [job for job in jobs if job not in finishes]
-        return [self._outcome(job, tokens, finishes.get(job)) for job, tokens in drawn.items()]
+        rounds_max = 1 if busy else self.limits.rounds_max
+        streams = [_stream(job, min(rounds_max, self._left(job))) for job in jobs]
+        outcomes = []
+        for job, drawn in zip(jobs, self.model.decode(streams) if jobs else [], strict=True):
+            job.tokens.extend(token.token_id for token in drawn)
+            finish: Literal["stop", "length"] | None = None
+            if job.tokens[-1] in job.request.stop_ids:
+                finish = "stop"
+            elif self._left(job) == 0:
+                finish = "length"
+            outcomes.append(self._outcome(job, drawn, finish))
+        return outcomes
 
     def _outcome(self, job: Job, drawn: list[Drawn], finish: Literal["stop", "length"] | None) -> Outcome:
         routes = job.take_routes(drawn, self.model.routing.row_bytes) if job.request.returns_routes else None
@@ -321,7 +318,7 @@ class Batch:
             job.routes.clear()
 
 
-def _stream(job: Job) -> Stream:
+def _stream(job: Job, rounds_max: int) -> Stream:
     assert job.state is not None  # noqa: S101 - only those that have one are drawn for
     return Stream(
         job.state,
@@ -329,6 +326,7 @@ def _stream(job: Job) -> Stream:
         job.request.sampling,
         job.request.stream_key,
         job.stop_ids,
+        rounds_max,
         job.request.top_logprobs_count,
         job.wants_mask,
         job.request.returns_routes,

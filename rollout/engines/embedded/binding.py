@@ -83,13 +83,17 @@ class Chunk(msgspec.Struct):
 
 
 class Stream(msgspec.Struct):
-    """A sequence to decode: `token_id` was drawn (or is the prompt's last) and is not in the state yet."""
+    """A sequence to decode: `token_id` was drawn (or is the prompt's last) and is not in the state yet.
+
+    At most `rounds_max` tokens are drawn for it.
+    """
 
     state: State
     token_id: int
     sampling: Sampling
     stream_key: int
     stop_ids: Sequence[int]
+    rounds_max: int
     top_count: int = 0
     wants_mask: bool = False
     wants_routes: bool = False
@@ -262,16 +266,16 @@ class Model:
         self.library.v4_score(self.pointer, state.pointer, ids, count, logprobs, reports.table)
         return [reports.drawn(row, token_ids[row + 1], logprobs[row], 0, hidden_dim) for row in range(count)]
 
-    def decode(self, streams: Sequence[Stream], rounds_max: int) -> list[list[Drawn]]:
-        """Draw up to `rounds_max` tokens for every stream; ends with the round that drew a stop id.
+    def decode(self, streams: Sequence[Stream]) -> list[list[Drawn]]:
+        """Draw tokens for every stream, until it has its `rounds_max` or drew a stop id.
 
         Each list starts with the token after `token_id`; its last one is not in the state yet.
         """
-        count = len(streams)
+        count, rounds_max = len(streams), max(stream.rounds_max for stream in streams)
         table = (CStream * count)()
         for row, stream in zip(table, streams, strict=True):
-            self._check_ids(stream.state, (stream.token_id,), rounds_max)
-            row.state, row.token_id = stream.state.pointer, stream.token_id
+            self._check_ids(stream.state, (stream.token_id,), stream.rounds_max)
+            row.state, row.token_id, row.rounds_max = stream.state.pointer, stream.token_id, stream.rounds_max
             row.sampling = _sampling(stream.sampling, stream.stream_key)
             row.stops_count = len(stream.stop_ids)
             row.stop_ids[: len(stream.stop_ids)] = tuple(stream.stop_ids)
@@ -279,19 +283,13 @@ class Model:
         token_ids = (ctypes.c_uint32 * (count * rounds_max))()
         logprobs = (ctypes.c_float * (count * rounds_max))()
         reports = self._wanted(streams, rounds_max)
-        rounds = self.library.v4_decode(
-            self.pointer, table, count, rounds_max, token_ids, logprobs, reports.table if reports else None
-        )
+        self.library.v4_decode(self.pointer, table, count, token_ids, logprobs, reports.table if reports else None)
+        rows = [range(s, table[s].drawn_count * count, count) for s in range(count)]
         if reports is None:
-            return [
-                [Drawn(token_ids[r * count + s], logprobs[r * count + s]) for r in range(rounds)] for s in range(count)
-            ]
+            return [[Drawn(token_ids[row], logprobs[row]) for row in of] for of in rows]
+        routes_bytes, hidden_dim = self.routing.row_bytes, self.dimensions.hidden_dim
         return [
-            [
-                reports.drawn(row, token_ids[row], logprobs[row], self.routing.row_bytes, self.dimensions.hidden_dim)
-                for row in range(s, rounds * count, count)
-            ]
-            for s in range(count)
+            [reports.drawn(row, token_ids[row], logprobs[row], routes_bytes, hidden_dim) for row in of] for of in rows
         ]
 
     def _wanted(self, streams: Sequence[Stream], rounds_max: int) -> _Reports | None:

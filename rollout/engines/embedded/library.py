@@ -116,6 +116,8 @@ class CStream(ctypes.Structure):
         ("state", ctypes.c_void_p),
         ("sampling", CSampling),
         ("token_id", ctypes.c_uint32),
+        ("rounds_max", ctypes.c_int32),
+        ("drawn_count", ctypes.c_int32),
         ("stops_count", ctypes.c_int32),
         ("stop_ids", ctypes.c_uint32 * STOP_IDS_MAX),
     )
@@ -152,7 +154,7 @@ def load_library(path: Path = LIBRARY, cpuinfo: Path = Path("/proc/cpuinfo")) ->
             (pointer, pointer, ctypes.POINTER(CSampling), ctypes.c_uint32, pointer, reports),
         ),
         ("v4_score", None, (pointer, pointer, pointer, integer, pointer, reports)),
-        ("v4_decode", integer, (pointer, ctypes.POINTER(CStream), integer, integer, pointer, pointer, reports)),
+        ("v4_decode", None, (pointer, ctypes.POINTER(CStream), integer, pointer, pointer, reports)),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

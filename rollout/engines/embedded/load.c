@@ -170,6 +170,20 @@ static void place_state(v4_model *model) {
     model->state_floats = offset;
 }
 
+/* The finished model once more, for one thread: what is its own is the scratch memory, from the model's blocks. */
+static int create_lane(v4_model *model, int index) {
+    int threads = model->threads_count, tokens_max = (model->config.batch_tokens_max + threads - 1) / threads;
+    v4_scratch scratch = {0};
+    if (v4_scratch_create(model, &scratch, tokens_max, 1)) return -1;
+    v4_model *lane = model->lanes[index] = malloc(sizeof *lane);
+    if (!lane) return -1;
+    *lane = *model;
+    lane->scratch = scratch;
+    lane->pool = NULL;
+    lane->threads_count = 1;
+    return 0;
+}
+
 v4_model *v4_create(const v4_config *config, const void *const *tensors, int32_t threads_count) {
     v4_model *model = calloc(1, sizeof *model);
     if (!model) return NULL;
@@ -191,18 +205,21 @@ v4_model *v4_create(const v4_config *config, const void *const *tensors, int32_t
     bad = bad || !(model->norm = floats_of(model, tensors[V4_T_NORM], hidden));
     bad = bad || !(model->embedding = v4_take(model, embedding_bytes));
     if (!bad) memcpy(model->embedding, tensors[V4_T_EMBED], embedding_bytes);
-    bad = bad || v4_scratch_create(model, threads_count) || !(model->pool = v4_pool_create(threads_count));
+    bad = bad || v4_scratch_create(model, &model->scratch, config->batch_tokens_max, threads_count);
+    bad = bad || !(model->pool = v4_pool_create(threads_count));
+    place_state(model);
+    for (int i = 0; i < threads_count && threads_count > 1 && !bad; i++) bad = create_lane(model, i);
     if (bad) {
         v4_destroy(model);
         return NULL;
     }
-    place_state(model);
     return model;
 }
 
 void v4_destroy(v4_model *model) {
     if (!model) return;
     v4_pool_destroy(model->pool);
+    for (int i = 0; i < V4_THREADS_MAX; i++) free(model->lanes[i]);
     for (size_t i = 0; i < model->blocks_count; i++) free(model->blocks[i]);
     free(model);
 }

@@ -77,6 +77,7 @@ typedef struct {
     int32_t batch_count, tokens_count;
     uint32_t *token_ids, *positions;
     float **floats;                  /* of the state that the token belongs to */
+    int32_t *running;                /* which streams v4_decode still draws for */
     float *streams, *mixed, *post, *comb, *normed, *projected, *query, *attended, *output, *index_query, *low_rank;
     float *routed, *route_weights, *finals, *logits;
     int32_t *route_ids, *route_slots;
@@ -96,8 +97,9 @@ struct v4_model {
     uint16_t *embedding;
     float *norm, *rope_main, *rope_compress;
     v4_scratch scratch;
-    v4_pool *pool;
+    v4_pool *pool;                   /* NULL: the caller's thread alone */
     int32_t threads_count;
+    v4_model *lanes[V4_THREADS_MAX]; /* the same model for one thread each, with scratch memory of its own; or NULL */
     const v4_kernels *kernels;
     size_t state_floats;
     int32_t heads_width;             /* floats of a token's heads, with empty ones up to a multiple of eight */
@@ -136,7 +138,7 @@ double v4_log(double x);
 int v4_rope_create(v4_model *model);
 
 /* step.c */
-int v4_scratch_create(v4_model *model, int threads_count);
+int v4_scratch_create(v4_model *model, v4_scratch *scratch, int tokens_max, int threads_count);
 
 /* Rounded up to a whole number of vectors. */
 static inline int v4_padded(int n) { return (n + 7) / 8 * 8; }

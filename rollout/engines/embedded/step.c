@@ -2,6 +2,8 @@
 #include "model.h"
 #include "simd.h"
 
+enum { LANE_STREAMS_MIN = 4 };       /* with fewer, weights that each thread loads for itself cost more than waiting */
+
 typedef struct {
     void *field;
     size_t bytes;
@@ -29,11 +31,10 @@ static int create_bench(v4_model *model, v4_bench *b) {
     return take_all(model, needs, sizeof needs / sizeof *needs);
 }
 
-/* Room for batch_tokens_max tokens in every intermediate of the forward pass. */
-int v4_scratch_create(v4_model *model, int threads_count) {
+/* Room for tokens_max tokens in every intermediate of the forward pass. */
+int v4_scratch_create(v4_model *model, v4_scratch *s, int tokens_max, int threads_count) {
     const v4_config *c = &model->config;
-    v4_scratch *s = &model->scratch;
-    size_t n = (size_t)c->batch_tokens_max, hidden = (size_t)c->hidden_dim, f = sizeof(float), columns = 0;
+    size_t n = (size_t)tokens_max, hidden = (size_t)c->hidden_dim, f = sizeof(float), columns = 0;
     size_t width = (size_t)model->heads_width, streams = (size_t)c->streams_count;
     size_t active = n * (size_t)c->experts_active, slots = active + n;
     for (int l = 0; l < c->layers_count; l++)
@@ -51,6 +52,7 @@ int v4_scratch_create(v4_model *model, int threads_count) {
         {&s->gathered, slots * hidden * f}, {&s->hidden, slots * 2 * (size_t)c->expert_dim * f},
         {&s->slots, slots * hidden * f}, {&s->products, (size_t)(c->experts_count + 1) * sizeof(v4_product)},
         {&s->logits, n * (size_t)c->vocab_count * f}, {&s->chunks, n * sizeof(v4_chunk)},
+        {&s->running, n * sizeof(int32_t)},
     };
     int bad = take_all(model, needs, sizeof needs / sizeof *needs);
     for (int t = 0; t < threads_count && !bad; t++) bad = create_bench(model, &s->benches[t]);
@@ -190,41 +192,77 @@ void v4_score(v4_model *model, v4_state *state, const uint32_t *token_ids, int32
     v4_share(model->pool, count, score_piece, &job);
 }
 
-/* One round of draws, a row a stream. */
+/* What v4_decode was asked for. */
 typedef struct {
     v4_model *model;
     v4_stream *streams;
+    int count;
     uint32_t *token_ids;
     float *logprobs;
     v4_report *reports;
+} decoding;
+
+/* One round of draws, a piece a stream that still runs. */
+typedef struct {
+    v4_model *model;
+    const decoding *of;
+    int round;
 } drawing;
 
-static void draw_piece(void *job, int index, int thread) {
-    const drawing *d = job;
-    v4_stream *stream = &d->streams[index];
-    v4_report *report = d->reports ? &d->reports[index] : NULL;
-    stream->token_id = v4_draw(d->model, thread, d->model->scratch.chunks[index].logits, &stream->sampling,
-                               stream->state->position, &d->logprobs[index], report);
-    d->token_ids[index] = stream->token_id;
-    if (report) tell_hidden(d->model, index, report->hidden);
+static v4_report *report_of(const decoding *d, int round, int stream) {
+    return d->reports ? &d->reports[round * d->count + stream] : NULL;
 }
 
-int32_t v4_decode(v4_model *model, v4_stream *streams, int32_t streams_count, int32_t rounds_count,
-                  uint32_t *token_ids, float *logprobs, v4_report *reports) {
+static void draw_piece(void *job, int index, int thread) {
+    const drawing *it = job;
+    const v4_scratch *scratch = &it->model->scratch;
+    int s = scratch->running[index], row = it->round * it->of->count + s;
+    v4_stream *stream = &it->of->streams[s];
+    v4_report *report = report_of(it->of, it->round, s);
+    stream->token_id = v4_draw(it->model, thread, scratch->chunks[index].logits, &stream->sampling,
+                               stream->state->position, &it->of->logprobs[row], report);
+    it->of->token_ids[row] = stream->token_id;
+    stream->drawn_count++;
+    if (report) tell_hidden(it->model, index, report->hidden);
+}
+
+/* Streams [begin, end), all together in each round, each until it ends. */
+static void draw_all(v4_model *model, const decoding *d, int begin, int end) {
     v4_chunk *chunks = model->scratch.chunks;
-    size_t vocab = (size_t)model->config.vocab_count;
-    drawing job = {model, streams, token_ids, logprobs, reports};
-    for (int s = 0; s < streams_count; s++)
-        chunks[s] = (v4_chunk){streams[s].state, &streams[s].token_id, model->scratch.logits + (size_t)s * vocab, 1, 1, NULL};
-    int stopped = 0, round = 0;
-    for (; round < rounds_count && !stopped; round++) {
-        for (int s = 0; job.reports && s < streams_count; s++) chunks[s].routes = job.reports[s].routes;
-        v4_step(model, chunks, streams_count);
-        v4_share(model->pool, streams_count, draw_piece, &job);
-        for (int s = 0; s < streams_count; s++) stopped |= is_stop(&streams[s]);
-        job.token_ids += streams_count;
-        job.logprobs += streams_count;
-        if (job.reports) job.reports += streams_count;
+    int32_t *running = model->scratch.running, count = end - begin;
+    drawing job = {model, d, 0};
+    for (int i = 0; i < count; i++) running[i] = begin + i;
+    for (; count; job.round++) {
+        for (int i = 0; i < count; i++) {
+            v4_stream *stream = &d->streams[running[i]];
+            v4_report *report = report_of(d, job.round, running[i]);
+            float *logits = model->scratch.logits + (size_t)i * (size_t)model->config.vocab_count;
+            chunks[i] = (v4_chunk){stream->state, &stream->token_id, logits, 1, 1, report ? report->routes : NULL};
+        }
+        v4_step(model, chunks, count);
+        v4_share(model->pool, count, draw_piece, &job);
+        int left = 0;
+        for (int i = 0; i < count; i++) {
+            const v4_stream *stream = &d->streams[running[i]];
+            if (stream->drawn_count < stream->rounds_max && !is_stop(stream)) running[left++] = running[i];
+        }
+        count = left;
     }
-    return round;
+}
+
+static void lane_piece(void *job, int index, int thread) {
+    (void)thread;
+    const decoding *d = job;
+    int lanes = d->model->threads_count;
+    draw_all(d->model->lanes[index], d, d->count * index / lanes, d->count * (index + 1) / lanes);
+}
+
+/* A few streams share each product among the threads; of many, each thread has some to itself, and waits for nobody. */
+void v4_decode(v4_model *model, v4_stream *streams, int32_t streams_count, uint32_t *token_ids, float *logprobs,
+               v4_report *reports) {
+    decoding job = {model, streams, streams_count, token_ids, logprobs, reports};
+    for (int s = 0; s < streams_count; s++) streams[s].drawn_count = 0;
+    if (model->threads_count > 1 && streams_count >= LANE_STREAMS_MIN * model->threads_count)
+        v4_share(model->pool, model->threads_count, lane_piece, &job);
+    else draw_all(model, &job, 0, streams_count);
 }

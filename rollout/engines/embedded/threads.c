@@ -43,7 +43,7 @@ static void count_fork(void) { atomic_fetch_add(&forks, 1); }
 
 static void watch_forks(void) { (void)pthread_atfork(NULL, NULL, count_fork); }
 
-static int has_helpers(const v4_pool *pool) { return pool->helpers_count && pool->forks == atomic_load(&forks); }
+static int has_helpers(const v4_pool *pool) { return pool && pool->helpers_count && pool->forks == atomic_load(&forks); }
 
 static void rest(void) {
 #ifdef V4_X86

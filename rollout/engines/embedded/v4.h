@@ -88,11 +88,13 @@ typedef struct {
     uint16_t *hidden;
 } v4_report;
 
-/* One running sequence of v4_decode.  token_id is drawn but not yet in the state. */
+/* One running sequence of v4_decode.  token_id is drawn but not yet in the state.  In: rounds_max, at least 1, tokens to
+ * draw at most; out: drawn_count. */
 typedef struct {
     v4_state *state;
     v4_sampling sampling;
     uint32_t token_id;
+    int32_t rounds_max, drawn_count;
     int32_t stops_count;
     uint32_t stop_ids[V4_STOPS_MAX];
 } v4_stream;
@@ -134,10 +136,9 @@ V4_API uint32_t v4_sample(v4_model *model, const float *logits, const v4_samplin
 V4_API void v4_score(v4_model *model, v4_state *state, const uint32_t *token_ids, int32_t count, float *logprobs,
                      v4_report *reports);
 
-/* Draw up to rounds_count tokens for every stream, all streams together in each round; ends early
- * after a round in which one of them drew a stop id.  Returns the rounds done; round r of stream s
- * is at [r * streams_count + s], also in reports, which may be NULL. */
-V4_API int32_t v4_decode(v4_model *model, v4_stream *streams, int32_t streams_count, int32_t rounds_count,
-                         uint32_t *token_ids, float *logprobs, v4_report *reports);
+/* Draw tokens for every stream until it has drawn rounds_max or a stop id.  What stream s draws in round r is at
+ * [r * streams_count + s], also in reports, which may be NULL. */
+V4_API void v4_decode(v4_model *model, v4_stream *streams, int32_t streams_count, uint32_t *token_ids, float *logprobs,
+                      v4_report *reports);
 
 #endif

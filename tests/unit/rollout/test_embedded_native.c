@@ -16,6 +16,7 @@
 #include "v4.h"
 
 enum { VOCAB = 64, LAYERS = 3, CONTEXT = 64, BATCH = 16, WORDS = 1 << 15, TOKENS = 50, HIDDEN = 32, ROUTES = LAYERS * 2 };
+enum { STREAMS = 12, ROUNDS = 8, DRAWS = STREAMS * ROUNDS };
 
 static v4_config config = {
     .vocab_count = VOCAB, .hidden_dim = HIDDEN, .streams_count = 4, .layers_count = LAYERS, .heads_count = 8,
@@ -81,28 +82,29 @@ static void feed(v4_model *model, v4_state *state, const uint32_t *ids, int size
     }
 }
 
+/* So many that each of three threads has some to itself. */
 static void decode(v4_model *model, v4_state **states, const uint8_t *packed, size_t packed_bytes) {
-    uint32_t ids[8 * 3];
-    float logprobs[8 * 3];
-    v4_stream streams[3] = {{.token_id = 1}, {.token_id = 1}, {.token_id = 1}};
+    uint32_t ids[DRAWS];
+    float logprobs[DRAWS];
+    v4_stream streams[STREAMS];
     const v4_sampling how[3] = {{.seed = 1, .temperature = 0}, {.seed = 2, .stream_key = 9, .temperature = 1, .top_k = 5, .top_p = 0.9},
                                 {.seed = 3, .temperature = 0.7, .top_p = 1}};
-    for (int s = 0; s < 3; s++) {
+    for (int s = 0; s < STREAMS; s++) {
         expect(!v4_state_unpack(model, states[s], packed, packed_bytes), "a packed state is taken back");
-        streams[s].state = states[s];
-        streams[s].sampling = how[s];
+        streams[s] = (v4_stream){.state = states[s], .sampling = how[s % 3], .token_id = 1, .rounds_max = ROUNDS - s / 3};
     }
-    static uint32_t tops[8 * 3][5], masks[8 * 3][VOCAB];
-    static float top_logprobs[8 * 3][5];
-    v4_report reports[8 * 3];
-    static uint8_t routes[8 * 3][ROUTES];
-    static uint16_t hidden[8 * 3][HIDDEN];
-    for (int i = 0; i < 8 * 3; i++)
+    static uint32_t tops[DRAWS][5], masks[DRAWS][VOCAB];
+    static float top_logprobs[DRAWS][5];
+    v4_report reports[DRAWS];
+    static uint8_t routes[DRAWS][ROUTES];
+    static uint16_t hidden[DRAWS][HIDDEN];
+    for (int i = 0; i < DRAWS; i++)
         reports[i] = (v4_report){tops[i], masks[i], top_logprobs[i], 1 + i % 5, 0, i % 3 ? routes[i] : NULL,
                                  i % 2 ? hidden[i] : NULL};
-    int rounds = v4_decode(model, streams, 3, 8, ids, logprobs, reports);
-    expect(rounds == 8, "nothing stops before the last round");
-    for (int i = 0; i < 8 * 3; i++) {
+    v4_decode(model, streams, STREAMS, ids, logprobs, reports);
+    for (int s = 0; s < STREAMS; s++) expect(streams[s].drawn_count == ROUNDS - s / 3, "each draws what it may");
+    for (int i = 0; i < DRAWS; i++) {
+        if (i / STREAMS >= streams[i % STREAMS].drawn_count) continue;
         expect(reports[i].top_count >= 1 && reports[i].top_count <= 5, "the likeliest are told");
         expect(reports[i].mask_count == 0 || i % 3 == 1, "only what cuts has a mask");
         for (int t = 0; t < reports[i].top_count; t++)
@@ -111,9 +113,9 @@ static void decode(v4_model *model, v4_state **states, const uint8_t *packed, si
         absorb(masks[i], (size_t)reports[i].mask_count * sizeof **masks);
         absorb(routes[i], sizeof routes[i]);
         absorb(hidden[i], sizeof hidden[i]);
+        absorb(&ids[i], sizeof ids[i]);
+        absorb(&logprobs[i], sizeof logprobs[i]);
     }
-    absorb(ids, sizeof ids);
-    absorb(logprobs, sizeof logprobs);
 }
 
 /* Teacher forcing in chunks equals teacher forcing at once. */
@@ -171,9 +173,9 @@ static void score_in_a_child(v4_model *model, v4_state **states, const uint32_t 
 static void run(int threads_count) {
     static float logits[TOKENS][VOCAB];
     v4_model *model = random_model(threads_count);
-    v4_state *states[3];
+    v4_state *states[STREAMS];
     uint32_t ids[TOKENS];
-    for (int s = 0; s < 3; s++) expect((states[s] = v4_state_create(model)) != NULL, "a state is created");
+    for (int s = 0; s < STREAMS; s++) expect((states[s] = v4_state_create(model)) != NULL, "a state is created");
     for (int i = 0; i < TOKENS; i++) ids[i] = (uint32_t)(i * i + 3 * i) % VOCAB;
     feed(model, states[0], ids, 1, logits, 0);
     feed(model, states[1], ids, 7, logits, 1);
@@ -190,7 +192,7 @@ static void run(int threads_count) {
     free(packed);
     expect(v4_is_finite(ids, 2) && !v4_is_finite("\x00\x00\x80\x7f", 2), "an infinity is seen");
     sample_extremes(model);
-    for (int s = 0; s < 3; s++) v4_state_destroy(states[s]);
+    for (int s = 0; s < STREAMS; s++) v4_state_destroy(states[s]);
     v4_destroy(model);
 }
 

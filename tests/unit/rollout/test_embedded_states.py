@@ -43,7 +43,7 @@ def full(model: Model, token_ids: list[int]) -> tuple[State, list[float]]:
 
 
 def continuation(model: Model, state: State, token_id: int, count: int, sampling: Sampling = WARM) -> list[Drawn]:
-    return model.decode([Stream(state, token_id, sampling, 5, ())], count)[0]
+    return model.decode([Stream(state, token_id, sampling, 5, (), count)])[0]
 
 
 def test_a_prefill_in_any_chunks_equals_token_by_token(model: Model) -> None:
@@ -68,7 +68,7 @@ def test_a_sequence_does_not_notice_its_batch(model: Model) -> None:
         for i, chunk, logits in zip(rows, chunks, model.step(chunks), strict=True):
             begins[i] += len(chunk.token_ids)
             last[i] = logits
-    drawn = model.decode([Stream(s, ids[-1], WARM, 5, ()) for s, ids in zip(together, contexts, strict=True)], 12)
+    drawn = model.decode([Stream(s, ids[-1], WARM, 5, (), 12) for s, ids in zip(together, contexts, strict=True)])
     assert list(zip(last, drawn, strict=True)) == alone
 
 
@@ -107,7 +107,7 @@ def test_decoding_ends_with_the_round_in_which_a_stop_was_drawn(model: Model) ->
     greedy = continuation(model, first, 0, 6, Sampling())
     stop = greedy[3].token_id
     expected = next(i for i, token in enumerate(greedy) if token.token_id == stop) + 1
-    assert model.decode([Stream(second, 0, Sampling(), 5, (stop,))], 6)[0] == greedy[:expected]
+    assert model.decode([Stream(second, 0, Sampling(), 5, (stop,), 6)])[0] == greedy[:expected]
 
 
 def test_a_packed_state_grows_by_the_token_until_the_window_is_full(model: Model) -> None:
@@ -146,5 +146,5 @@ def test_what_the_kernels_trust_is_checked_before_they_are_called(model: Model) 
     with pytest.raises(EngineError, match="a batch is"):
         model.step([Chunk(state, [1] * (BATCH_TOKENS_MAX + 1))])
     with pytest.raises(EngineError, match="a context holds at most"):
-        model.decode([Stream(state, 1, WARM, 0, ())], model.dimensions.context_tokens_max + 1)
+        model.decode([Stream(state, 1, WARM, 0, (), model.dimensions.context_tokens_max + 1)])
     assert state.position == 0

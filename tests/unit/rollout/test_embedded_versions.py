@@ -107,7 +107,7 @@ def test_a_kept_request_is_drawn_by_the_new_weights_over_the_state_that_the_old_
     versions.update(new, 1)
     drawn = ids(drain(versions))
     by_hand.model = new
-    expected = new.decode([Stream(by_hand, seen[-1], WARM, 5, ())], len(drawn))[0]
+    expected = new.decode([Stream(by_hand, seen[-1], WARM, 5, (), len(drawn))])[0]
     assert drawn == [token.token_id for token in expected]
     by_hand.close()
 
