@@ -26,8 +26,8 @@ def sequence(number: int) -> list[int]:
 def streams_of(states: dict[int, State]) -> list[Stream]:
     hows = [Sampling(), Sampling(temperature=1.0, seed=5), Sampling(temperature=0.8, top_p=0.9, top_k=40, seed=6)]
     return [
-        Stream(states[i], 17 + i, hows[i % 3], i, (), ROUNDS - i % 4, top_count=i % 2, wants_hidden=True)
-        for i in states
+        Stream(state, 17 + i, hows[i % 3], i, (), ROUNDS - i % 4, top_count=i % 2, wants_hidden=True)
+        for i, state in states.items()
     ]
 
 
