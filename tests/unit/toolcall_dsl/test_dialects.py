@@ -18,10 +18,12 @@ from toolcall_dsl import (
     V4_1,
     Dialect,
     MessageError,
+    ParseStatus,
     Tokenizer,
     TokenizerError,
     encode,
     encode_text,
+    parse_text,
 )
 
 GOLDEN = Path(__file__).parents[2] / "golden/dsml"
@@ -268,3 +270,14 @@ def test_the_system_token_is_needed_only_where_it_is_written(tokenizer: Tokenize
     assert encode([QUESTION], tokenizer, thinking=False, dialect=V4_1)
     with pytest.raises(TokenizerError, match="<｜System｜>"):
         encode([QUESTION], tokenizer, thinking=True, dialect=V4_1)
+
+
+def test_a_block_tag_of_another_name_in_a_value_is_text_to_strict_and_its_end_to_tolerant() -> None:
+    text = (
+        '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="c" string="true">'
+        "one<｜DSML｜toolcalls>two</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls><｜end▁of▁sentence｜>"
+    )
+    (strict,) = parse_text(text, thinking=False).calls
+    (tolerant,) = parse_text(text, thinking=False, policy="tolerant").calls
+    assert (strict.arguments, strict.status) == ({"c": "one<｜DSML｜toolcalls>two"}, ParseStatus.OK)
+    assert (tolerant.arguments, tolerant.status) == ({"c": "one"}, ParseStatus.RECOVERED)
