@@ -7,7 +7,8 @@ Claims, each a check of its own, over models with random weights that are writte
 `routes`: the experts of lost tokens come back with one more token, row for row (model runner V1, which has no seeds).
 `fork`: a Quick Instruction over a long context costs its own tokens only, also from files after kill -9; times need
 weights of a real size, hence a model of Qwen3-8B's shape.
-`v4`: DeepSeek-V4 with its own kernels, in small: whether it starts, decodes, and goes on after a break.
+`v4`: DeepSeek-V4 with its own kernels, in small: whether it starts, decodes, and goes on after a break; `v4-kv` and
+`v4-routes` are `kv` and `routes` over it.
 
 Servers are started one after another on --port, by the Python that has vLLM.  Without a GPU or vLLM nothing is done.
 See: docs/serving.md, "Engines".
@@ -27,9 +28,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from vllm_server import Answer, Server, Setup
-from vllm_v4 import write_small_v4
+from vllm_v4 import read_hashed_experts, write_small_v4
 
 from rollout.engines.vllm.launch import Offload, Preset, tiny_preset
 from rollout.engines.vllm.tiny import write_tiny_model
@@ -204,20 +207,26 @@ def _forks(server: Server, length: int) -> Iterator[Row]:
     yield f"fork of {length:,} tokens: first token, and computed", f"{ms(median(forks))} and {ms(median(colds))} ms"
 
 
+def _v4_server(setup: Setup, name: str, runner: str, **how: Any) -> Server:
+    environment = (("VLLM_USE_V2_MODEL_RUNNER", str(int(runner == "V2"))), ("VLLM_DEEP_GEMM_WARMUP", "skip"))
+    folder = setup.scratch / "v4"
+    if not (folder / "model.safetensors").exists():
+        write_small_v4(folder)
+    preset = Preset(
+        model=str(folder),
+        name="v4",
+        block_tokens_count=256,
+        context_tokens_count=8192,
+        flags=("--kv-cache-dtype=fp8",),
+        environment=environment,
+    )
+    return Server(setup, preset, name, *memory(4, "--max-num-batched-tokens=2048"), **how)
+
+
 def check_v4(setup: Setup) -> Iterator[Row]:
     """Four layers with all three kinds of attention, hashed and learned routes, under both model runners."""
-    folder = write_small_v4(setup.scratch / "v4")
     for runner in ("V1", "V2"):
-        environment = (("VLLM_USE_V2_MODEL_RUNNER", str(int(runner == "V2"))), ("VLLM_DEEP_GEMM_WARMUP", "skip"))
-        preset = Preset(
-            model=str(folder),
-            name="v4",
-            block_tokens_count=256,
-            context_tokens_count=8192,
-            flags=("--kv-cache-dtype=fp8",),
-            environment=environment,
-        )
-        with Server(setup, preset, f"v4-{runner}", *memory(4, "--max-num-batched-tokens=2048")) as server:
+        with _v4_server(setup, f"v4-{runner}", runner) as server:
             yield f"v4, runner {runner}: start", f"{server.start_s:.0f} s"
             yield from _v4(server, runner)
 
@@ -227,16 +236,72 @@ def _v4(server: Server, runner: str) -> Iterator[Row]:
     whole = server.ask(prompt, 64, 8)
     yield f"v4, {runner}: decodes, first tokens", str(whole.tokens[:8])
     again = server.ask(prompt, 64, 8, "again").tokens
-    alike = next((i for i, pair in enumerate(zip(again, whole.tokens, strict=True)) if len(set(pair)) > 1), 64)
-    yield f"v4, {runner}: the same request again, tokens alike", f"{alike} of 64"
+    yield f"v4, {runner}: the same request again, tokens alike", f"{alike(again, whole.tokens)} of 64"
     for how, salt in (("cached", ""), ("computed again", "new")):
         same = resumed(server, prompt, whole.tokens, list(range(1, 64, 8)), 8, salt)
         yield f"v4, {runner}, prefix {how}: cuts continued as unbroken", f"{sum(same)} of {len(same)}"
-    long = context(4000, 81)
-    server.ask(long, 8, 8)
-    fork, cold = server.ask([*long, 5], 1, 8), server.ask(context(4001, 82), 1, 8)
-    yield f"v4, {runner}, fork of 4,000 tokens: cached", str(fork.cached)
-    yield f"v4, {runner}, fork: first token, and computed", f"{ms(fork.first_s)} and {ms(cold.first_s)} ms"
+    for length in (4000, 8000):
+        long = context(length, 81)
+        server.ask(long, 8, 8)
+        forks = [server.ask([*long, 5 + i], 1, 8) for i in range(4)]
+        colds = [server.ask(context(length + 1, length + i), 1, 8) for i in range(4)]
+        yield f"v4, {runner}, fork of {length:,} tokens: cached", str(forks[-1].cached)
+        times = f"{ms(median(forks[1:]))} and {ms(median(colds[1:]))} ms"  # the first ones compile what they need
+        yield f"v4, {runner}, fork of {length:,} tokens: first token, and computed", times
+
+
+def check_v4_kv(setup: Setup) -> Iterator[Row]:
+    """V4's compressed KV, windows and compressor states in files; a stream is killed, and the next process goes on."""
+    offload = Offload(folder=setup.scratch / "kv-v4", weight_version="0", memory_gib=4)
+    prompt, partial = context(3000, 83), Answer()
+    with _v4_server(setup, "v4-kv-before", "V2", offload=offload) as server:
+        whole = server.ask(prompt, 600, 9, "whole").tokens
+        for count in server.stream(partial, prompt, 600, 9):
+            if count >= 400:
+                server.kill()
+                break
+    kept = partial.tokens
+    yield "v4 kv: a stream beside the unbroken one, tokens alike", f"{alike(kept, whole)} of {len(kept)}"
+    files = [path for path in offload.folder.rglob("*") if path.is_file()]
+    yield "v4 kv: files, MB", f"{len(files)}, {sum(path.stat().st_size for path in files) / 1e6:.1f}"
+    with _v4_server(setup, "v4-kv-after", "V2", offload=offload) as server:
+        yield "v4 kv: start after kill -9", f"{server.start_s:.0f} s"
+        colds = [server.ask(context(3000 + len(kept), 84 + i), 1, 9) for i in range(3)]
+        rest = server.ask(prompt + kept, 600 - len(kept), 9)
+        new = server.ask(prompt + kept, 600 - len(kept), 9, "new")
+        yield "v4 kv: tokens read from files, of prompt and logged", f"{rest.cached} of {3000 + len(kept)}"
+        yield "v4 kv: first token, from files and computed", f"{ms(rest.first_s)} and {ms(median(colds[1:]))} ms"
+        for how, answer in (("from files", rest), ("computed again", new)):
+            most = len(answer.tokens)
+            yield f"v4 kv, {how}: alike to the unbroken one", f"{alike(answer.tokens, whole[len(kept) :])} of {most}"
+
+
+def check_v4_routes(setup: Setup) -> Iterator[Row]:
+    """The experts of hashed and learned layers, and those of a stream that was lost, with one token more."""
+    prompt, lost = context(700, 85), Answer()
+    with _v4_server(setup, "v4-routes-before", "V1", returns_routes=True) as server:
+        whole = server.ask(prompt, 64, 10)
+        for count in server.stream(lost, prompt, 64, 10, "other"):
+            if count >= 32:
+                server.kill()
+                break
+    assert whole.routes is not None
+    yield "v4 routes, at the end of 700 + 64 tokens: rows", f"{whole.routes.shape} {whole.routes.dtype}"
+    table = read_hashed_experts(setup.scratch / "v4")[(prompt + whole.tokens)[: len(whole.routes)]]
+    hashed = (np.sort(whole.routes[:, 0]) == np.sort(table)).all(axis=1)
+    yield "v4 routes of the hashed layer: rows as its table says", f"{int(hashed.sum())} of {len(hashed)}"
+    with _v4_server(setup, "v4-routes-after", "V1", returns_routes=True) as server:
+        for how, salt in (("after kill -9 with max_tokens=1", ""), ("the same computed once more", "new")):
+            again = server.ask(prompt + whole.tokens[:32], 1, 10, salt).routes
+            assert again is not None
+            equal = (np.sort(again) == np.sort(whole.routes[: len(again)])).all(axis=2)
+            layers = ", ".join(str(int(one)) for one in equal.sum(axis=0))
+            yield f"v4 routes, {how}: rows equal in each layer", f"{layers} of {len(again)}"
+
+
+def alike(one: list[int], other: list[int]) -> int:
+    """How many tokens they begin with in common."""
+    return next((i for i, pair in enumerate(zip(one, other, strict=False)) if len(set(pair)) > 1), len(one))
 
 
 def median(answers: list[Answer]) -> float:
@@ -251,7 +316,7 @@ def ms(seconds: float) -> str:
 
 CHECKS: dict[str, Callable[[Setup], Iterator[Row]]] = {
     "seeds": check_seeds, "pause": check_pause, "kv": check_kv, "routes": check_routes, "fork": check_fork,
-    "v4": check_v4,
+    "v4": check_v4, "v4-kv": check_v4_kv, "v4-routes": check_v4_routes,
 }  # fmt: skip
 
 

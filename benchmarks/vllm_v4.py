@@ -59,6 +59,16 @@ def write_small_v4(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def read_hashed_experts(folder: Path) -> np.ndarray[Any, Any]:
+    """The first layer's experts for each token, as `write_small_v4` drew them."""
+    with (folder / "model.safetensors").open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(size))["layers.0.ffn.gate.tid2eid"]
+        file.seek(8 + size + entry["data_offsets"][0])
+        count = int(np.prod(entry["shape"]))
+        return np.frombuffer(file.read(4 * count), "<i4").reshape(entry["shape"])
+
+
 class _Drawn:
     """Tensors drawn so far; each keeps the size of what goes through it about the same."""
 
