@@ -111,21 +111,24 @@ V4_INLINE void linear_tile(int units, int tokens, const v4_tile *tile) {
     }
 }
 
+/* In as few tiles as can be, of about equal sizes: one of a single token would load each weight for it alone. */
 V4_INLINE void linear_tokens(int units, int tokens, v4_tile tile) {
-    for (; tokens >= TOKENS; tokens -= TOKENS) {
-        linear_tile(units, TOKENS, &tile);
-        tile.x += TOKENS * tile.x_stride;
-        tile.y += TOKENS * tile.y_stride;
-    }
-    switch (tokens) {
-    case 1: linear_tile(units, 1, &tile); break;
-    case 2: linear_tile(units, 2, &tile); break;
+    for (int tiles = (tokens + TOKENS - 1) / TOKENS; tiles; tiles--) {
+        int some = tokens / tiles;
+        switch (some) {
+        case 1: linear_tile(units, 1, &tile); break;
+        case 2: linear_tile(units, 2, &tile); break;
+        case 3: linear_tile(units, 3, &tile); break;
 #if LANES == 16
-    case 3: linear_tile(units, 3, &tile); break;
-    case 4: linear_tile(units, 4, &tile); break;
-    case 5: linear_tile(units, 5, &tile); break;
+        case 4: linear_tile(units, 4, &tile); break;
+        case 5: linear_tile(units, 5, &tile); break;
+        case 6: linear_tile(units, 6, &tile); break;
 #endif
-    default: break;
+        default: break;
+        }
+        tokens -= some;
+        tile.x += some * tile.x_stride;
+        tile.y += some * tile.y_stride;
     }
 }
 
