@@ -15,7 +15,7 @@ from transformers import DeepseekV4ForCausalLM
 from rollout.engine import Sampling
 from rollout.engines.embedded.binding import Chunk, Model, State, Stream
 from rollout.engines.embedded.checkpoint import load_checkpoint
-from tests.conformance.v4_models import VOCAB_COUNT, break_ties_by_age, make_model, random_config, save
+from tests.conformance.v4_models import CSA, HCA, VOCAB_COUNT, break_ties_by_age, make_model, random_config, save
 
 pytestmark = pytest.mark.filterwarnings("default")  # the oracle's own deprecations are not ours
 
@@ -28,6 +28,7 @@ LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 CASES: list[dict[str, object]] = [
     *({} for _ in range(8)),
     {"n_routed_experts": 300, "moe_intermediate_size": 16},
+    {"compress_rates": {CSA: 64, HCA: 1}, "sliding_window": 3},
     {"rope_parameters": {"type": "yarn", **YARN}},
     {
         "head_dim": 32,

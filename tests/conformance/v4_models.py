@@ -25,6 +25,7 @@ def random_config(source: random.Random, **changes: object) -> dict[str, object]
     layers_count, experts_count = source.randint(4, 6), source.randint(2, 20)
     kinds = [SLIDING, CSA, HCA, CSA, *source.choices([SLIDING, CSA, HCA], k=layers_count - 4)]
     mlp_kinds = ["hash_moe", "moe", *source.choices(["hash_moe", "moe"], k=layers_count - 2)]
+    rates = (source.randint(1, 6), source.randint(7, 24))
     source.shuffle(kinds)
     source.shuffle(mlp_kinds)
     return {
@@ -41,7 +42,7 @@ def random_config(source: random.Random, **changes: object) -> dict[str, object]
         "o_groups": groups,
         "o_lora_rank": source.choice([16, 32]) // groups,
         "sliding_window": source.randint(3, 40),
-        "compress_rates": {CSA: source.randint(2, 6), HCA: source.randint(8, 24)},
+        "compress_rates": dict(zip(source.choice([(CSA, HCA), (HCA, CSA)]), rates, strict=True)),
         "index_n_heads": source.randint(1, 5),
         "index_head_dim": source.choice([dim for dim in (8, 16, 24) if dim >= rope_dim]),
         "index_topk": source.randint(2, 6),

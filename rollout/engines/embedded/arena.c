@@ -10,6 +10,13 @@
 
 #include "model.h"
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+enum { GAP = 4096 };                 /* what lies there must not be touched, so that an overflow inside of a block shows */
+#else
+enum { GAP = 0 };
+#endif
+
 enum { ALIGNMENT = 64, HUGE_PAGE = 2 << 20, BLOCK = 32 << 20 };
 
 static void *block_create(size_t bytes) {
@@ -23,8 +30,8 @@ static void *block_create(size_t bytes) {
 
 void *v4_take(v4_model *model, size_t bytes) {
     bytes = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    if (model->blocks_count == 0 || model->block_used + bytes > model->block_bytes) {
-        size_t wanted = bytes > BLOCK ? (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE : BLOCK;
+    if (model->blocks_count == 0 || model->block_used + bytes + GAP > model->block_bytes) {
+        size_t wanted = bytes + GAP > BLOCK ? (bytes + GAP + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE : BLOCK;
         if (model->blocks_count == V4_BLOCKS_MAX) return NULL;
         void *block = block_create(wanted);
         if (!block) return NULL;
@@ -33,6 +40,9 @@ void *v4_take(v4_model *model, size_t bytes) {
         model->block_used = 0;
     }
     char *start = (char *)model->blocks[model->blocks_count - 1] + model->block_used;
-    model->block_used += bytes;
+    model->block_used += bytes + GAP;
+#ifdef __SANITIZE_ADDRESS__
+    __asan_poison_memory_region(start + bytes, GAP);
+#endif
     return start;
 }

@@ -22,7 +22,9 @@ static int take_all(v4_model *model, const need *needs, size_t count) {
 static int create_bench(v4_model *model, v4_bench *b) {
     const v4_config *c = &model->config;
     size_t f = sizeof(float), dim = (size_t)c->head_dim, vocab = (size_t)c->vocab_count;
-    size_t entries = (size_t)(c->context_tokens_max / c->csa_rate) + 1, keys = (size_t)model->window_tokens + entries;
+    int densest = c->csa_rate < c->hca_rate ? c->csa_rate : c->hca_rate;
+    size_t entries = (size_t)(c->context_tokens_max / c->csa_rate) + 1; /* the indexer is CSA's */
+    size_t keys = (size_t)model->window_tokens + (size_t)(c->context_tokens_max / densest) + 1;
     size_t chosen = (size_t)c->index_topk < entries ? (size_t)c->index_topk : entries;
     const need needs[] = {
         {&b->scores, (keys + V4_SLACK) * V4_HEADS * f}, {&b->query, dim * V4_HEADS * f}, {&b->index_scores, entries * f},

@@ -201,6 +201,8 @@ int main(int count, char **arguments) {
     run(threads_count);
     config.streams_count = 3, config.heads_count = 6, config.experts_count = 11, config.scoring = V4_SIGMOID;
     run(threads_count); /* nothing a multiple of a vector */
+    config.csa_rate = 8, config.hca_rate = 2;
+    run(threads_count); /* more entries of HCA than of CSA */
     printf("%016llx\n", (unsigned long long)digest);
     return 0;
 }
