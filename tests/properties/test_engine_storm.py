@@ -5,7 +5,7 @@ import contextlib
 import json
 import random
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -13,13 +13,16 @@ import pytest
 
 from rollout.engine import PauseMode, SampleRequest, Sampling, Scored
 from rollout.engines.embedded.batching import Limits
+from rollout.engines.embedded.binding import Drawn, Model, Stream
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
 from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.errors import EngineError, PreemptedError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/embedded_prompts.json").read_text())
-PROMPTS = [(*GOLDEN[i % 2]["token_ids"][:120], 17 + i) for i in range(6)]
+PROMPTS = [(*GOLDEN[i % 2]["token_ids"][:120], 17 + i) for i in range(12)]
 COUNT = 60
+LANES_FROM = 8
+"""Sequences from which on each of two threads has some to itself."""
 
 
 def request(number: int, token_ids: tuple[int, ...]) -> SampleRequest:
@@ -140,9 +143,18 @@ async def test_tokens_do_not_depend_on_what_became_of_states_on_disk(
     await weather(3, is_damaged=True)
 
 
-@pytest.mark.parametrize("seed", range(4))
-async def test_tokens_do_not_depend_on_what_happens_between_them(tmp_path: Path, expected: Storm, seed: int) -> None:
-    engine = EmbeddedEngine(limits=Limits(running_max=4, state_bytes_max=1_000_000, prefill_tokens_max=16))
+@pytest.mark.parametrize(("seed", "running_max"), [(0, 4), (1, 4), (2, 10), (3, 12)])
+async def test_tokens_do_not_depend_on_what_happens_between_them(
+    tmp_path: Path, expected: Storm, seed: int, running_max: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, decode = set[int](), Model.decode
+
+    def watched(model: Model, streams: Sequence[Stream]) -> list[list[Drawn]]:
+        together.add(len(streams))
+        return decode(model, streams)
+
+    monkeypatch.setattr(Model, "decode", watched)
+    engine = EmbeddedEngine(limits=Limits(running_max=running_max, state_bytes_max=1_000_000, prefill_tokens_max=16))
     await engine.open()
     storm = Storm(engine, tmp_path, random.Random(seed))
     disturber = asyncio.create_task(storm.disturb())
@@ -151,5 +163,6 @@ async def test_tokens_do_not_depend_on_what_happens_between_them(tmp_path: Path,
     await asyncio.wait([disturber])
     await engine.close()
     assert disturber.cancelled()
+    assert (max(together) >= LANES_FROM) == (running_max >= LANES_FROM), together
     assert (storm.tokens, storm.logprobs) == (expected.tokens, expected.logprobs)
     assert {score.logprobs for score in storm.scores} <= {expected.scores[0].logprobs}

@@ -30,13 +30,17 @@ from typing import Literal
 import msgspec
 
 from rollout.engine import KvBreak
-from rollout.engines.embedded.binding import Chunk, Drawn, Model, State, Stream
+from rollout.engines.embedded.binding import Chunk, Drawn, Model, NoRoomError, State, Stream
 from rollout.engines.embedded.jobs import Job, Outcome, Scoring
 from rollout.engines.embedded.library import build_digest
 from rollout.engines.embedded.prefix_tree import shared_count
 from rollout.engines.embedded.retained import RetainedStates
 from rollout.engines.kept_state import KeptState
 from rollout.errors import EngineError
+
+MASK_BYTES_MAX = 16 << 20
+"""Room for the masks of a turn, each as long as the vocabulary; one round of them is drawn however long."""
+ID_BYTES = 4
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -247,11 +251,16 @@ class Batch:
     def _decode(self) -> list[Outcome]:
         """The next tokens of all that can be drawn for; one that ends leaves the rounds to the others."""
         jobs = [job for job in self._running if job.state is not None and job.pending_count == 1]
+        if not jobs:
+            return []
         busy = self._scorings or len(jobs) < len(self._running)  # those that wait for a place get one when a job ends
-        rounds_max = 1 if busy else self.limits.rounds_max
-        streams = [_stream(job, min(rounds_max, self._left(job))) for job in jobs]
+        rounds_max = 1 if busy else self._rounds_max(jobs)
+        try:
+            told = self.model.decode([_stream(job, min(rounds_max, self._left(job))) for job in jobs])
+        except NoRoomError as error:  # the others go on with the next turn
+            return [Outcome(max(jobs, key=_demand), [], None, error=error)]
         outcomes = []
-        for job, drawn in zip(jobs, self.model.decode(streams) if jobs else [], strict=True):
+        for job, drawn in zip(jobs, told, strict=True):
             job.tokens.extend(token.token_id for token in drawn)
             finish: Literal["stop", "length"] | None = None
             if job.tokens[-1] in job.request.stop_ids:
@@ -260,6 +269,11 @@ class Batch:
                 finish = "length"
             outcomes.append(self._outcome(job, drawn, finish))
         return outcomes
+
+    def _rounds_max(self, jobs: list[Job]) -> int:
+        """Of one turn; fewer where masks would fill the memory."""
+        round_bytes = ID_BYTES * self.model.dimensions.vocab_count * sum(job.wants_mask for job in jobs)
+        return max(1, min(self.limits.rounds_max, MASK_BYTES_MAX // max(1, round_bytes)))
 
     def _outcome(self, job: Job, drawn: list[Drawn], finish: Literal["stop", "length"] | None) -> Outcome:
         routes = job.take_routes(drawn, self.model.routing.row_bytes) if job.request.returns_routes else None
@@ -277,7 +291,10 @@ class Batch:
         begin = job.state.position
         end = min(begin + self.limits.prefill_tokens_max + 1, len(job.token_ids))
         token_ids = job.token_ids[begin:end]
-        job.told += self.model.score(job.state, token_ids, job.top_count, wants_hidden=job.wants_hidden)
+        try:
+            job.told += self.model.score(job.state, token_ids, job.top_count, wants_hidden=job.wants_hidden)
+        except NoRoomError as error:
+            return [Outcome(job, [], None, error=error)]
         return [Outcome(job, job.told, "length", self.policy_version)] if end == len(job.token_ids) else []
 
     def _left(self, job: Job) -> int:
@@ -332,6 +349,12 @@ def _stream(job: Job, rounds_max: int) -> Stream:
         job.request.returns_routes,
         job.request.returns_hidden,
     )
+
+
+def _demand(job: Job) -> tuple[bool, bool, int, bool]:
+    """Who takes most memory for what it wants to be told is the largest."""
+    request = job.request
+    return job.wants_mask, request.returns_hidden, request.top_logprobs_count, request.returns_routes
 
 
 def _urgency(job: Job) -> int:

@@ -26,6 +26,10 @@ THREADS_MAX = 16
 U64_MASK = (1 << 64) - 1
 
 
+class NoRoomError(EngineError):
+    """Memory is too short for what would be told; nothing has been computed."""
+
+
 class State:
     """What one sequence leaves behind: about 1 MB, `position` tokens long.
 
@@ -129,17 +133,23 @@ class _Reports:
     def want(
         self, row: int, top_count: int, mask_count_max: int = 0, routes_bytes: int = 0, hidden_dim: int = 0
     ) -> None:
-        """Room in a row for so many of the likeliest tokens, for a mask, for routes, for a hidden state; 0 for none."""
+        """Room in a row for so many of the likeliest tokens, for a mask, for routes, for a hidden state; 0 for none.
+
+        NoRoomError.
+        """
         report = self.table[row]
-        if top_count:
-            report.top_count = top_count
-            report.top_ids, report.top_logprobs = (ctypes.c_uint32 * top_count)(), (ctypes.c_float * top_count)()
-        if mask_count_max:
-            report.mask_ids = (ctypes.c_uint32 * mask_count_max)()
-        if routes_bytes:
-            report.routes = (ctypes.c_uint8 * routes_bytes)()
-        if hidden_dim:
-            report.hidden = (ctypes.c_uint16 * hidden_dim)()
+        try:
+            if top_count:
+                report.top_count = top_count
+                report.top_ids, report.top_logprobs = (ctypes.c_uint32 * top_count)(), (ctypes.c_float * top_count)()
+            if mask_count_max:
+                report.mask_ids = (ctypes.c_uint32 * mask_count_max)()
+            if routes_bytes:
+                report.routes = (ctypes.c_uint8 * routes_bytes)()
+            if hidden_dim:
+                report.hidden = (ctypes.c_uint16 * hidden_dim)()
+        except MemoryError as error:
+            raise NoRoomError("out of memory for what is to be told beside the tokens; ask for less of it") from error
         self._memory += [report.top_ids, report.top_logprobs, report.mask_ids, report.routes, report.hidden]
 
     def top(self, row: int) -> TopLogprobs | None:
@@ -253,7 +263,10 @@ class Model:
     def score(
         self, state: State, token_ids: Sequence[int], top_count: int = 0, *, wants_hidden: bool = False
     ) -> list[Drawn]:
-        """Append all ids but the last to a state, and tell of each but the first how likely it was (2 to 129 ids)."""
+        """Append all ids but the last to a state, and tell of each but the first how likely it was (2 to 129 ids).
+
+        NoRoomError.
+        """
         count = len(token_ids) - 1
         self._check_ids(state, token_ids, count)
         self._check_batch(count, [state])
@@ -269,7 +282,7 @@ class Model:
     def decode(self, streams: Sequence[Stream]) -> list[list[Drawn]]:
         """Draw tokens for every stream, until it has its `rounds_max` or drew a stop id.
 
-        Each list starts with the token after `token_id`; its last one is not in the state yet.
+        Each list starts with the token after `token_id`; its last one is not in the state yet.  NoRoomError.
         """
         count, rounds_max = len(streams), max(stream.rounds_max for stream in streams)
         table = (CStream * count)()

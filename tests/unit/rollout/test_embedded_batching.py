@@ -5,7 +5,6 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -15,7 +14,7 @@ from rollout.engines.embedded.batching import Batch, Limits
 from rollout.engines.embedded.binding import Chunk, Model
 from rollout.engines.embedded.checkpoint import load_checkpoint
 from rollout.engines.embedded.engine import EmbeddedEngine
-from rollout.engines.embedded.jobs import BRANCH_TOKENS_MIN, Job, Outcome, Scoring
+from rollout.engines.embedded.jobs import BRANCH_TOKENS_MIN, Job, Outcome
 from rollout.engines.embedded.retained import RetainedStates
 from rollout.engines.embedded.versions import Versions
 from rollout.errors import EngineError, RequestError
@@ -349,52 +348,3 @@ async def test_an_engine_that_is_opened_and_closed_by_several_at_once_is_opened_
     await opening
     assert engine.failure
     assert [each for each in threading.enumerate() if each not in before and each.name == "embedded-engine"] == []
-
-
-class CrampedLibrary:
-    """The C engine in a memory that has room for `states_max` states."""
-
-    def __init__(self, library: Any, states_max: int) -> None:
-        self._library = library
-        self.states_max = states_max
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._library, name)
-
-    def v4_state_create(self, model: int) -> int | None:
-        self.states_max -= 1
-        return self._library.v4_state_create(model) if self.states_max >= 0 else None
-
-
-@pytest.mark.parametrize("kept_bytes_max", [0, 1 << 20])
-def test_who_finds_no_memory_for_a_state_waits_for_that_of_another(kept_bytes_max: int) -> None:
-    model = RecordingModel(CHECKPOINT)
-    limits = Limits(state_bytes_max=kept_bytes_max)
-    ample, cramped = batch_of(model, limits), batch_of(model, limits)
-    jobs = [[job((*PROMPTS[0], number), 3, str(number)) for number in range(4)] for _ in range(2)]
-    run(ample, *jobs[0])
-    model.library = CrampedLibrary(model.library, 1)
-    cramped.add(Scoring(PROMPTS[0], 0))
-    run(cramped, *jobs[1])
-    assert [each.tokens for each in jobs[1]] == [each.tokens for each in jobs[0]]
-    for batch in (ample, cramped):
-        batch.close()
-    model.close()
-
-
-def test_who_finds_no_memory_and_nobody_to_wait_for_fails_alone() -> None:
-    model = RecordingModel(CHECKPOINT)
-    model.library = library = CrampedLibrary(model.library, 0)
-    batch = batch_of(model, Limits())
-    alone, scoring = job(PROMPTS[0]), Scoring(PROMPTS[0], 0)
-    for each in (alone, scoring):
-        batch.add(each)
-    failed = batch.turn()
-    assert [outcome.job for outcome in failed] == [alone, scoring]
-    assert [outcome for outcome in failed if "out of memory for a sequence state" not in str(outcome.error)] == []
-    assert [job for job in batch.jobs if job] == []
-    library.states_max = 1
-    run(batch, again := job(PROMPTS[0]))
-    assert again.drawn_count == 2
-    batch.close()
-    model.close()
