@@ -284,8 +284,8 @@ def check_request(request: SampleRequest, info: EngineInfo) -> None:
         raise RequestError("temperature must be finite and not negative")
     if 0 < sampling.temperature < TEMPERATURE_MIN:
         raise RequestError(f"temperature is {sampling.temperature:g}: use 0 for greedy, or at least 0.001")
-    if not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
-        raise RequestError("top_p must be above 0 and at most 1, top_k not negative")
+    if not 0 < sampling.top_p <= 1 or not 0 <= sampling.top_k < 1 << 32:
+        raise RequestError("top_p must be above 0 and at most 1, top_k not negative and below 2**32")
     if len(request.stop_ids) > STOP_IDS_MAX or not all(0 <= id_ < info.vocab_count for id_ in request.stop_ids):
         raise RequestError(f"stop_ids: at most {STOP_IDS_MAX} ids of the vocabulary")
     check_top_logprobs(request.top_logprobs_count)

@@ -134,6 +134,7 @@ async def a_request_that_can_never_run_is_refused_by_the_name_of_its_field(subje
         ({"sampling": Sampling(temperature=1.0, top_p=0.0)}, "top_p"),
         ({"sampling": Sampling(temperature=1.0, top_p=1.1)}, "top_p"),
         ({"sampling": Sampling(temperature=1.0, top_k=-1)}, "top_k"),
+        ({"sampling": Sampling(temperature=1.0, top_k=(1 << 32) + 1)}, "top_k"),
         ({"stop_ids": frozenset({10**9})}, "stop_ids"),
         ({"stop_ids": frozenset(range(17))}, "stop_ids"),
         ({"top_logprobs_count": -1}, "top_logprobs_count"),
