@@ -110,21 +110,22 @@ class EmbeddedEngine:
     async def open(self) -> None:
         """Check and load the checkpoint (about 0.2 s), start the thread.  EngineError names what is wrong.
 
-        Nothing is left open if the caller is cancelled meanwhile.
+        Nothing is left open if that fails, or if the caller is cancelled meanwhile.
         """
         async with self._turning:
             if self._thread is not None:
                 raise EngineError("the engine is already open")
             try:
                 await wal.settled(self._open())
-            except asyncio.CancelledError:
+            except BaseException:
                 await self._close()
                 raise
 
     async def _open(self) -> None:
         if self.cache is not None:
-            self._tier = DiskTier(StateCache(self.cache, self._limits.cache_bytes_max, build_digest()))
-            await self._tier.open()
+            tier = DiskTier(StateCache(self.cache, self._limits.cache_bytes_max, build_digest()))
+            await tier.open()
+            self._tier = tier
         versions = await asyncio.to_thread(self._load)
         self._thread = SteppingThread(versions, self._deliver, self._fail_all)
         if self._tier is not None:
@@ -296,13 +297,12 @@ class EmbeddedEngine:
             await self._close()
 
     async def _close(self) -> None:
-        if self._thread is None:
-            return
         kept: list[KeptState] = []
-        if self._tier is not None and self._thread.error is None:
-            with contextlib.suppress(EngineError):  # it failed just now
-                kept = await self._thread.call(Versions.kept)
-        await self._thread.stop()
+        if self._thread is not None:
+            if self._tier is not None and self._thread.error is None:
+                with contextlib.suppress(EngineError):  # it failed just now
+                    kept = await self._thread.call(Versions.kept)
+            await self._thread.stop()
         self._thread = self._info = None
         if self._tier is not None:
             await self._tier.close(kept)

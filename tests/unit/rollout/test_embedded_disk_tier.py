@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,10 +15,11 @@ import pytest
 
 from rollout.engine import Sampled, SampleRequest, Sampling
 from rollout.engines.embedded.batching import Limits
+from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
 from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.engines.embedded.library import build_digest
 from rollout.engines.kept_state import KeptState, read_state, write_state
-from rollout.errors import PreemptedError
+from rollout.errors import EngineError, PreemptedError
 
 GOLDEN = Path(__file__).parents[2] / "golden/embedded_prompts.json"
 PROMPTS = [tuple(prompt["token_ids"]) for prompt in json.loads(GOLDEN.read_text())]
@@ -211,3 +213,21 @@ async def test_engines_are_opened_and_closed_whole_whoever_is_cancelled_or_close
         assert not [thread for thread in threading.enumerate() if thread.name == "embedded-engine"]
         await engine.open()
         await asyncio.gather(engine.close(), engine.close(), engine.close())
+
+
+async def test_an_engine_that_fails_to_open_leaves_nothing_behind_and_opens_when_it_can(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(DEFAULT_CHECKPOINT, tmp_path / "checkpoint"))
+    whole = (folder / "config.json").read_bytes()
+    (folder / "config.json").write_text("{")
+    engine = EmbeddedEngine(folder, cache=tmp_path / "states")
+    for _ in range(3):
+        with pytest.raises(EngineError, match="cannot be read as JSON"):
+            await engine.open()
+    for thread in threading.enumerate():
+        if thread.name == "state-cache-writer":
+            await asyncio.to_thread(thread.join, 10.0)
+            assert not thread.is_alive(), "it waits for states of an engine that never was"
+    (folder / "config.json").write_bytes(whole)
+    await engine.open()
+    assert (await answer(engine, ask(PROMPTS[0])))[0] == 0
+    await engine.close()
