@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,7 @@ class Tokenizer:
         except Exception as error:  # the tokenizers library raises no narrower class
             raise TokenizerError(f"{source}: not a usable tokenizers JSON: {error}") from error
         self._source = source
+        merged_ids(vocabulary, added, source)
         self._control_ids = added
         self._control_id_set = frozenset(added.values())
         self.digest = hashlib.sha256(definition.encode()).hexdigest()
@@ -142,6 +143,16 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, control tokens spelled out, bytes that are not UTF-8 as U+FFFD."""
         return self.unit_map.text("".join(map(self.units, ids)))
+
+
+def merged_ids(vocabulary: Mapping[str, int], added: Mapping[str, int], source: str) -> dict[str, int]:
+    """Every token's id.  TokenizerError, which names them, for two tokens that share one."""
+    ids = {**vocabulary, **added}
+    spellings: dict[int, str] = {}
+    for token, token_id in ids.items():
+        if (other := spellings.setdefault(token_id, token)) != token:
+            raise TokenizerError(f"{source}: tokens {other!r:.80} and {token!r:.80} share the id {token_id!r:.40}")
+    return ids
 
 
 def _definition(text: str, source: str) -> tuple[dict[str, Any], dict[str, int], dict[str, int]]:

@@ -22,6 +22,8 @@ from rollout.engines.embedded.tensors import GLOBALS, LAYER, Tensor, locate
 from rollout.engines.embedded.weights import Stamp, read_weights
 from rollout.errors import EngineError
 from toolcall_dsl.dialect import V4
+from toolcall_dsl.errors import TokenizerError
+from toolcall_dsl.tokenizer import merged_ids
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoint"
 
@@ -53,8 +55,11 @@ def load_checkpoint(folder: Path | None = None) -> Checkpoint:
     length_max = read_length_max(lengths, _read_json(lengths))
     config = folder / "config.json"
     dimensions, is_tied = read_dimensions(config, _read_json(config), length_max)
-    tensors, digest, stamp = _read_weights(folder, dimensions, is_tied=is_tied)
-    ids = _read_vocabulary(folder / "tokenizer.json", dimensions.vocab_count)
+    try:
+        tensors, digest, stamp = _read_weights(folder, dimensions, is_tied=is_tied)
+        ids = _read_vocabulary(folder / "tokenizer.json", dimensions.vocab_count)
+    except MemoryError as error:
+        raise EngineError(f"{folder}: cannot be read: out of memory") from error
     return Checkpoint(
         folder=folder,
         dimensions=dimensions,
@@ -84,7 +89,9 @@ def _read_vocabulary(path: Path, vocab_count: int) -> Mapping[str, int]:
     parts = _read_json(path)
     try:
         added = {entry["content"]: entry["id"] for entry in parts["added_tokens"]}
-        ids: dict[str, int] = {**parts["model"]["vocab"], **added}
+        ids = merged_ids(parts["model"]["vocab"], added, str(path))
+    except TokenizerError as error:
+        raise EngineError(str(error)) from error
     except (KeyError, TypeError) as error:
         raise EngineError(f"{path}: no tokenizer of a model: it lacks added_tokens or model.vocab") from error
     if missing := [token for token in V4.control_tokens if token not in added]:
@@ -116,6 +123,6 @@ def _check_routes(path: Path, d: Dimensions, data: memoryview, tensors: tuple[Te
         tensor = tensors[len(GLOBALS) + index * len(LAYER) + slot]
         if tensor is None:
             continue
-        ids = memoryview(bytes(data[tensor.pieces[0].begin : tensor.pieces[0].end])).cast("q")
+        ids = data[tensor.pieces[0].begin : tensor.pieces[0].end].cast("q")
         if not 0 <= min(ids) <= max(ids) < d.experts_count:
             raise EngineError(f"{path}: {tensor.name} routes a token to an expert that does not exist")

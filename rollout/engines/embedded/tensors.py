@@ -22,6 +22,8 @@ from rollout.engines.embedded.config import CSA, KINDS, SLIDING, Dimensions
 from rollout.errors import EngineError
 
 HEADER_BYTES_MAX = 16 << 20
+RANK_MAX = 8
+"""Dimensions of any tensor, also of those that are not run: what is multiplied here must be little."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 GLOBALS: Mapping[str, str] = {
     EMBEDDING: "embed.weight",
@@ -166,12 +168,15 @@ def _our_name(name: str) -> str:
 
 def _entry(path: Path, name: str, entry: object, start: int, size: int) -> _Stored:
     match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if all(
-            type(n) is int and 0 <= n <= size for n in shape
-        ):
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if len(
+            shape
+        ) <= RANK_MAX and all(type(n) is int and 0 <= n <= size for n in shape):
             piece = Piece(start + begin, start + end, dtype)
         case _:
-            raise EngineError(f"{path}: damaged: its header has no dtype, shape and offsets of tensor {name:.100}")
+            raise EngineError(
+                f"{path}: damaged: its header has no dtype, shape and offsets of tensor {name:.100}, or a shape of "
+                f"more than {RANK_MAX} dimensions"
+            )
     if not start <= piece.begin <= piece.end <= size:
         raise EngineError(f"{path}: damaged: tensor {name:.100} lies outside the file; it may have been cut short")
     if dtype in _ITEM_BYTES and piece.end - piece.begin != prod(shape) * _ITEM_BYTES[dtype]:

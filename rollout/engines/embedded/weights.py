@@ -32,7 +32,7 @@ def read_weights(path: Path, expected: Stamp | None = None) -> tuple[bytearray, 
             data = bytearray(stamp[2])
             is_whole = file.readinto(data) == len(data) and stamp == (expected or stamp) == _stamp_of(file)
     except (OSError, MemoryError) as error:
-        raise EngineError(f"{path}: cannot be read: {error or 'out of memory'}") from error
+        raise EngineError(f"{path}: cannot be read: {str(error) or 'out of memory'}") from error
     if not is_whole:
         raise EngineError(f"{path}: was written to while it was loaded; write it under another name, then rename it")
     return data, stamp
@@ -49,7 +49,11 @@ def loaded(path: Path, tensors: Sequence[Tensor | None], stamp: Stamp) -> Iterat
     data, _ = read_weights(path, stamp)
     base = ctypes.addressof(ctypes.c_char.from_buffer(data))
     copies: list[ctypes.Array[ctypes.c_char]] = []
-    yield [None if tensor is None else _address(path, data, base, tensor, copies) for tensor in tensors]
+    try:
+        addresses = [None if tensor is None else _address(path, data, base, tensor, copies) for tensor in tensors]
+    except MemoryError as error:
+        raise EngineError(f"{path}: cannot be read: out of memory") from error
+    yield addresses
 
 
 def _address(path: Path, data: bytearray, base: int, tensor: Tensor, copies: list[ctypes.Array[ctypes.c_char]]) -> int:

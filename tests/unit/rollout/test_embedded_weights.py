@@ -125,6 +125,10 @@ LIES: dict[str, tuple[Callable[[dict], object], str]] = {
     "entries that are none": (lambda header: header.update({NORM: 3}), f"no dtype, shape and offsets of tensor {NORM}"),
     "a shape that is none": (lambda header: header[NORM].update(shape="big"), "no dtype, shape and offsets"),
     "a negative shape": (lambda header: header[NORM].update(shape=[-256]), "no dtype, shape and offsets"),
+    "a shape of more sizes than anybody multiplies": (
+        lambda header: header[NORM].update(shape=[20_000_000] * 1000),
+        f"no dtype, shape and offsets of tensor {NORM}, or a shape of more than 8 dimensions$",
+    ),
     "no offsets": (lambda header: header[NORM].update(data_offsets=None), "no dtype, shape and offsets"),
     "offsets beyond the file": (
         lambda header: header[NORM].update(data_offsets=[1 << 40, (1 << 40) + 512]),
@@ -153,6 +157,20 @@ def test_a_header_that_lies_is_found_out(folder: Path, lie: str) -> None:
     change_header(folder, change)
     with pytest.raises(EngineError, match=rf"^{folder}/model.safetensors: damaged: .*{why}"):
         load_checkpoint(folder)
+
+
+def nothing_left(*_: object, **__: object) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("what", ["weights.bytearray", "weights._bf16", "checkpoint.locate", "checkpoint.merged_ids"])
+def test_who_finds_no_memory_for_the_weights_says_that(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    rewrite(folder, lambda tensors: widened(tensors, NORM))
+    monkeypatch.setattr(f"rollout.engines.embedded.{what}", nothing_left, raising=False)
+    with pytest.raises(EngineError, match=rf"^{folder}.*: cannot be read: out of memory$"):
+        Model(load_checkpoint(folder))
 
 
 @pytest.mark.parametrize("data", [b"\xff" * 8, struct.pack("<Q", 4) + b"{{{{", struct.pack("<Q", 2) + b"{}"])
@@ -273,6 +291,10 @@ def test_control_tokens_that_the_vocabulary_lacks_are_named_before_anything_is_s
         load_tokenizer(folder)
 
 
+def named(tokenizer: dict, token: str) -> dict:
+    return next(entry for entry in tokenizer["added_tokens"] if entry["content"] == token)
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -283,6 +305,14 @@ def test_control_tokens_that_the_vocabulary_lacks_are_named_before_anything_is_s
             "'odd' has the id 4096, beyond vocab_size 4096",
         ),
         (lambda tokenizer: tokenizer["model"]["vocab"].update(odd="x"), "'odd' has the id 'x'"),
+        (
+            lambda tokenizer: tokenizer["model"]["vocab"].update(odd=4034),
+            "tokens 'odd' and '<｜User｜>' share the id 4034",
+        ),
+        (
+            lambda tokenizer: named(tokenizer, "<｜Assistant｜>").update(id=4034),
+            "tokens '<｜User｜>' and '<｜Assistant｜>' share the id 4034",
+        ),
     ],
 )
 def test_a_tokenizer_of_another_model_is_refused(folder: Path, change: Callable[[dict], object], why: str) -> None:

@@ -120,6 +120,25 @@ def test_a_file_that_is_no_byte_level_tokenizer_is_named(content: bytes, tmp_pat
         Tokenizer.from_file(path)
 
 
+@pytest.mark.parametrize(
+    ("added", "complaint"),
+    [
+        ({"<one>": 300, "<other>": 300}, "tokens '<one>' and '<other>' share the id 300"),
+        ({"<one>": 97}, "tokens 'a' and '<one>' share the id 97"),
+    ],
+)
+def test_tokens_that_could_be_taken_for_each_other_are_refused_by_name(
+    added: dict[str, int], complaint: str, tmp_path: Path
+) -> None:
+    vocabulary = {chr(i): i for i in range(33, 127)}
+    entries = [{"content": token, "id": i} for token, i in added.items()]
+    path = tmp_path / "tokenizer.json"
+    model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+    path.write_text(json.dumps({"added_tokens": entries, "model": model}))
+    with pytest.raises(TokenizerError, match=f"^{path}: {complaint}$"):
+        Tokenizer.from_file(path)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"absent\.json"):
         Tokenizer.from_file(tmp_path / "absent.json")
