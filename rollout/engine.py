@@ -159,7 +159,7 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What is recorded with every token: who drew it, with which weights (sha256) and which build.
+    """What is recorded with every token: who drew it, with which weights (docs/formats/trajectory.md) and which build.
 
     `policy_version` is the trainer's number for the weights.  `routing` None: it tells no routes; `hidden_dim` 0: no
     hidden states.

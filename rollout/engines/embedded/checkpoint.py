@@ -31,8 +31,9 @@ DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoint"
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """A checked folder.  `tensors` follows the table of `v4.h`; None where a layer has no such tensor.
 
-    `fork_token_id` ends the constant prefix of a prompt (system and tools), `header_token_id` begins the header of each
-    reply.  `vocabulary_digest` (sha256) says what the ids mean.
+    `weights_digest` (sha256) is of all that decides what is drawn: the weights' file, and every number of the config
+    but the length of a context.  `fork_token_id` ends the constant prefix of a prompt (system and tools),
+    `header_token_id` begins the header of each reply.  `vocabulary_digest` (sha256) says what the ids mean.
     """
 
     folder: Path
@@ -64,12 +65,19 @@ def load_checkpoint(folder: Path | None = None) -> Checkpoint:
         folder=folder,
         dimensions=dimensions,
         tensors=tensors,
-        weights_digest=digest,
+        weights_digest=_digest(digest, dimensions),
         weights_stamp=stamp,
         fork_token_id=ids[V4.user],
         header_token_id=ids[V4.assistant],
         vocabulary_digest=hashlib.sha256(json.dumps(sorted(ids.items())).encode()).hexdigest(),
     )
+
+
+def _digest(of_file: str, dimensions: Dimensions) -> str:
+    """Not of how a config spells its numbers, which are exact on every host (`rope.py`)."""
+    numbers = msgspec.structs.asdict(dimensions)
+    del numbers["context_tokens_max"]
+    return hashlib.sha256(json.dumps([of_file, numbers], sort_keys=True).encode()).hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """Which weights a vLLM draws with, as far as that can be known from outside.
 
 The server tells a label of its weights, and nothing of their contents that holds for every backend (its own checksums
-leave out what a CPU packs).  So a digest is made here: over the files of the checkpoint where this host sees them, else
-over the name that the server has for it.  It is put into the label with the trainer's number and the folder,
-`7@<sha256> /srv/7`: there the next service finds all three.
+leave out what a CPU packs).  So a digest is made here: over the tensors and the config of the checkpoint where this
+host sees them, else over the name that the server has for it.  It is put into the label with the trainer's number and
+the folder, `7@<sha256> /srv/7`: there the next service finds all three.
+
+A server that loads other tensors keeps the config that it was started with, so a checkpoint whose config says otherwise
+is refused.
 
 See: docs/adr/0027-engines-over-http.md.
 """
@@ -11,8 +14,10 @@ See: docs/adr/0027-engines-over-http.md.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import struct
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +33,22 @@ CHANGING = "changing "
 """What a label begins with while the weights that it names are exchanged for others."""
 HEADER_BYTES_MAX = 256 << 20
 FILES_MAX = 4096
+WITHOUT_EFFECT = frozenset(
+    {
+        *(
+            "_name_or_path",
+            "architectures",
+            "auto_map",
+            "transformers_version",
+            "dtype",
+            "torch_dtype",
+            "use_cache",
+            "initializer_range",
+        ),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "hidden_dropout", "resid_pdrop"),
+    }
+)
+"""Fields of a config that trainers write as they like, and that decide no token of a server that runs."""
 _READERS = 4
 _LABEL = re.compile(r"(\d{1,18})(?:@([0-9a-f]{64})(?: (/[^\x00-\x1f\x7f]{0,4096}))?)?")
 
@@ -51,10 +72,11 @@ class _Tensor(msgspec.Struct, frozen=True):
 
 
 class Weights(NamedTuple):
-    """The files of a checkpoint: sha256 over their names and sums, and dtype and shape of each tensor."""
+    """A checkpoint: sha256 over its config and the names and sums of its files; dtype and shape of each tensor."""
 
     digest: str
     tensors: dict[str, tuple[str, tuple[int, ...]]]
+    config: dict[str, Any]
 
 
 def parse_label(text: str) -> Label:
@@ -70,37 +92,47 @@ def digest_of_name(root: str, policy_version: int) -> str:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The model's config.json, its text model's where there are several.  EngineError."""
-    path = folder / "config.json"
-    try:
-        config = decode_json(path.read_bytes(), f"{folder}: no checkpoint: config.json", dict[str, Any])
-    except OSError as error:
-        raise EngineError(f"{folder}: no checkpoint: {error}") from error
+    config = _whole_config(folder)
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
 
 
+def _whole_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = decode_json(path.read_bytes(), f"{folder}: no checkpoint: config.json", dict[str, Any])
+    except OSError as error:
+        raise EngineError(f"{folder}: no checkpoint: {error}") from error
+    return config
+
+
 def read_weights(folder: Path) -> Weights:
-    """What is in the .safetensors of a folder; reads all of it, once for as long as no file changes.  EngineError."""
+    """What is in a folder; reads all of its .safetensors, once for as long as no file changes.  EngineError."""
     try:
         files = sorted(folder.glob("*.safetensors"))
         if not files or len(files) > FILES_MAX:
             raise EngineError(f"{folder}: no checkpoint: it holds {len(files)} .safetensors files")
-        read_config(folder)
+        config = _whole_config(folder)
         stats = [path.stat() for path in files]
-        return _read(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in zip(files, stats, strict=True)))
+        sums, tensors = _read(
+            tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in zip(files, stats, strict=True))
+        )
+        said = json.dumps(config, sort_keys=True)
+        return Weights(hashlib.sha256(f"{sums}\n{said}".encode()).hexdigest(), tensors, config)
     except OSError as error:
         raise EngineError(f"{folder}: no checkpoint: {error}") from error
 
 
 @lru_cache(maxsize=8)
-def _read(files: tuple[tuple[Path, int, int], ...]) -> Weights:
+def _read(files: tuple[tuple[Path, int, int], ...]) -> tuple[str, dict[str, tuple[str, tuple[int, ...]]]]:
+    """A line for each file, and what is in all."""
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for path, size, _ in files:
         tensors |= _tensors(path, size)
     with ThreadPoolExecutor(_READERS) as readers:
         sums = list(readers.map(_sum, (path for path, _, _ in files)))
     named = zip((path.name for path, _, _ in files), sums, strict=True)
-    return Weights(hashlib.sha256("\n".join(f"{each} {name}" for name, each in named).encode()).hexdigest(), tensors)
+    return "\n".join(f"{each} {name}" for name, each in named), tensors
 
 
 def _sum(path: Path) -> str:
@@ -127,9 +159,27 @@ def _tensors(path: Path, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def check_fits(folder: Path, new: Weights, old: Weights) -> None:
-    """EngineError unless the new tensors are those of the old weights: a server that fails to load has neither."""
+    """EngineError unless the new tensors are those of the old weights, and the config says nothing else.
+
+    A server that fails to load has neither weights, and one that loads goes on with the old config.
+    """
     if differing := sorted(name for name, _ in set(new.tensors.items()) ^ set(old.tensors.items())):
         raise EngineError(
             f"{folder}: not a checkpoint of this model: {len(differing)} tensors are missing, extra, or of another "
             f"shape, {differing[0]} among them"
         )
+    if said := sorted(_said_otherwise(new.config, old.config)):
+        raise EngineError(
+            f"{folder}: not a checkpoint of this model: its config.json says otherwise of {', '.join(said[:3]):.200}, "
+            "and vLLM reads it only when it starts"
+        )
+
+
+def _said_otherwise(new: dict[str, Any], old: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The fields of both that have another value; what only one has may be another spelling, or a default."""
+    for name in new.keys() & old.keys() - WITHOUT_EFFECT:
+        one, other = new[name], old[name]
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from _said_otherwise(one, other, f"{prefix}{name}.")
+        elif None not in (one, other) and one != other:
+            yield f"{prefix}{name}"

@@ -31,6 +31,40 @@ def test_the_shipped_checkpoint_loads_with_its_facts() -> None:
     assert (checkpoint.fork_token_id, checkpoint.header_token_id) == (4034, 4035)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"swiglu_limit": 1.0},
+        {"routed_scaling_factor": 2.5},
+        {"rms_norm_eps": 1e-5},
+        {"hc_sinkhorn_iters": 5},
+        {"index_topk": 256},
+        {"sliding_window": 256},
+        {"scoring_func": "sigmoid"},
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 20000.0},
+    ],
+    ids=str,
+)
+def test_the_same_tensors_under_another_config_are_other_weights(folder: Path, changes: dict) -> None:
+    change_config(folder, **changes)
+    assert load_checkpoint(folder).weights_digest != load_checkpoint().weights_digest
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_position_embeddings": 1024},
+        {"transformers_version": "6", "use_cache": False},
+        {"rope_parameters": None, "hidden_act": "swish"},
+        {"compress_rates": None, "compress_rate_csa": 4, "compress_rate_hca": 128},
+    ],
+    ids=str,
+)
+def test_a_config_that_draws_the_same_is_no_other_weights(folder: Path, changes: dict) -> None:
+    change_config(folder, **changes)
+    assert load_checkpoint(folder).weights_digest == load_checkpoint().weights_digest
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()

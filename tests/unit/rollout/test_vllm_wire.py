@@ -300,6 +300,29 @@ def test_a_checkpoint_is_known_by_its_files_and_told_from_what_is_none(tmp_path:
             read_weights(folder)
 
 
+def test_the_same_tensors_under_another_config_are_other_weights(tmp_path: Path) -> None:
+    folders = [write_checkpoint(tmp_path / str(number), 1) for number in range(2)]
+    said = {"vocab_size": 8, "rope": {"theta": 1e4, "scale": None}, "dtype": "bfloat16", "eps": 1e-6}
+
+    def compared(**changes: object) -> bool:
+        """Whether the second checkpoint is the first one; EngineError if it cannot be loaded in its place."""
+        for folder, config in zip(folders, (said, said | changes), strict=True):
+            (folder / "config.json").write_text(json.dumps(config))
+        old, new = map(read_weights, folders)
+        check_fits(folders[1], new, old)
+        return old.digest == new.digest
+
+    assert compared()
+    assert compared(rope={"scale": None, "theta": 1e4}), "in another order"
+    assert not compared(dtype="float32")
+    assert not compared(rope={"theta": 1e4, "scale": 2.0, "kind": "yarn"}, head_dim=8), "maybe defaults"
+    for changes, named in (({"eps": 1e-5}, "eps"), ({"rope": {"theta": 2e4}}, r"rope\.theta"), ({"rope": 3}, "rope")):
+        with pytest.raises(
+            EngineError, match=rf"/1: not a checkpoint of this model: .* says otherwise of {named}, and"
+        ):
+            compared(**changes)
+
+
 def test_the_text_models_part_of_a_config_counts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"vocab_size": 1, "text_config": {"vocab_size": 9}}')
     assert read_config(tmp_path)["vocab_size"] == 9
