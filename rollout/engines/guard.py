@@ -14,6 +14,7 @@ from contextlib import aclosing, closing
 from operator import lt
 
 from rollout.engine import Engine, EngineInfo, Routes, Sampled, SampleRequest, TopLogprobs
+from rollout.engines.waits import Wait
 from rollout.errors import EngineError
 from wal.errors import RecordInvalidError
 from wal.token_routes import RoutesRecorded, encode_routes
@@ -132,7 +133,7 @@ def _routes_problem(routes: Routes, info: EngineInfo, end: int) -> str:
 
 
 class _Patience:
-    """Waits for chunks, of which each is cut short once it has lasted too long; a pause of the engine does not count.
+    """Waits for chunks, of which each is given up once it has lasted too long; a pause of the engine does not count.
 
     One timer for all of them, which looks at the newest wait when it ends: this runs for every chunk.
     """
@@ -141,29 +142,19 @@ class _Patience:
         self._engine = engine
         self._silence_s_max = silence_s_max
         self._loop = asyncio.get_running_loop()
-        self._task: asyncio.Task[object] | None = None
-        """Who waits."""
+        self._wait = Wait()
         self._since = 0.0
-        self._is_over = False
         self._timer = self._loop.call_later(silence_s_max, self._look)
 
     async def next(self, chunks: AsyncGenerator[Sampled, None]) -> Sampled:
         """The next chunk.  EngineError if there is none."""
-        self._task = task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - a coroutine runs in one
-        cancelling = task.cancelling()
         self._since = self._loop.time()
-        try:
-            return await anext(chunks)
-        except StopAsyncIteration:
-            raise EngineError(f"engine {self._engine.info.name}: the stream ended before the answer did") from None
-        except asyncio.CancelledError:
-            if self._is_over and task.uncancel() <= cancelling:
-                name = self._engine.info.name
-                raise EngineError(f"engine {name}: silent for {self._silence_s_max:g} s") from None
-            raise
-        finally:
-            self._task = None
+        chunk = await self._wait.next(chunks)
+        if chunk is None:
+            silent = f"silent for {self._silence_s_max:g} s"
+            problem = silent if self._wait.is_broken else "the stream ended before the answer did"
+            raise EngineError(f"engine {self._engine.info.name}: {problem}")
+        return chunk
 
     def close(self) -> None:
         """Nobody waits any more."""
@@ -171,10 +162,9 @@ class _Patience:
 
     def _look(self) -> None:
         now = self._loop.time()
-        if self._task is None or self._engine.is_paused:
+        if not self._wait.is_on or self._engine.is_paused:
             self._since = now
-        if self._task is not None and self._since + self._silence_s_max <= now:
-            self._is_over = True
-            self._task.cancel()
+        if self._wait.is_on and self._since + self._silence_s_max <= now:
+            self._wait.break_off()
         else:
             self._timer = self._loop.call_at(self._since + self._silence_s_max, self._look)
