@@ -6,21 +6,35 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
 
 from rollout.engine import Engine, EngineInfo
-from rollout.errors import EngineError
+from rollout.errors import EngineError, ForeignWeightsError, PreemptedError
 
 AGAIN_S_MIN = 1.0
 _log = logging.getLogger(__name__)
 
 
+class PoolEngine(Engine, Protocol):
+    """An Engine that others than its pool may give weights."""
+
+    async def vouch(self) -> None:
+        """ForeignWeightsError if it says, soon, that it has others than `info` names, which it may have drawn with."""
+        ...
+
+
 class PoolMember:
     """An engine; `fault` is why it is left out, None while it is not."""
 
-    def __init__(self, name: str, engine: Engine) -> None:
+    def __init__(self, name: str, engine: PoolEngine) -> None:
         self.name, self.engine = name, engine
         self.fault: str | None = "it was not opened yet"
         self.mending: asyncio.Task[None] | None = None
+        self.is_in_doubt = False
+        """It failed, and is being asked whose weights it has: until that is known nothing that it drew goes on."""
 
     async def reopen(self) -> None:
         """End all that it draws, and begin anew.  EngineError."""
@@ -30,6 +44,7 @@ class PoolMember:
     async def stop_mending(self) -> None:
         """Nobody opens or closes it any more."""
         task, self.mending = self.mending, None
+        self.is_in_doubt = False
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -46,6 +61,21 @@ class PoolRun:
         """Why it is not to go on elsewhere."""
 
 
+class PoolRuns(set[PoolRun]):
+    """Those that there are."""
+
+    def preempt(self, session: str | None) -> None:
+        """End a session's, or all."""
+        for run in self:
+            if session in (None, run.session):
+                run.end = run.end or PreemptedError("the request was preempted")
+
+    def disown(self, member: PoolMember, error: ForeignWeightsError) -> None:
+        """End all that have tokens of an engine whose weights are nobody knows whose."""
+        for run in self:
+            run.end = error if run.member is member else run.end
+
+
 async def open_all(members: Sequence[PoolMember], start_s_max: float) -> list[BaseException | None]:
     """Open each; what went wrong with it.  While nobody answers anywhere all are asked again, for so long at most."""
     until, told = time.monotonic() + start_s_max, ""
@@ -59,6 +89,16 @@ async def open_all(members: Sequence[PoolMember], start_s_max: float) -> list[Ba
             _log.warning("no engine is there yet, asked again for %.0f s: %s", left_s, why)
             told = why
         await asyncio.sleep(AGAIN_S_MIN)
+
+
+def joined(members: Sequence[PoolMember]) -> tuple[EngineInfo, Path | None]:
+    """What engines have in common, with the newest of their weights, and where those are.  EngineError: they differ."""
+    newest = max(members, key=lambda each: each.engine.info.policy_version)
+    for each in members:
+        if problem := difference(each.engine.info, newest.engine.info):
+            raise EngineError(f"{each.name} and {newest.name} cannot be one pool: {problem}")
+    shortest = min(each.engine.info.context_tokens_max for each in members)
+    return msgspec.structs.replace(newest.engine.info, context_tokens_max=shortest), newest.engine.checkpoint
 
 
 def difference(info: EngineInfo, other: EngineInfo, *, is_whole: bool = False) -> str:

@@ -1,8 +1,9 @@
 """Several engines as one: a session stays where its prefix is, and goes on elsewhere when its engine fails.
 
-An engine that breaks the port or goes silent is left out: it is closed (what runs there goes on elsewhere, from the
-prompt and what was drawn), opened again after a while, brought to the weights that the others have, and only then taken
-back.  So one that missed an update, or came back with other weights, draws nothing.
+An engine that breaks the port or goes silent is left out: it is asked whether its weights are still the pool's, closed
+(what runs there goes on elsewhere, from the prompt and what was drawn), opened again after a while, brought to the
+weights that the others have, and only then taken back.  So one that missed an update, or came back with other weights,
+draws nothing.
 
 Invariants:
 1. Who draws has the weights of `info`, or, during an update, those before it.
@@ -35,7 +36,7 @@ from rollout.engine import (
 )
 from rollout.engines.guard import guarded
 from rollout.engines.homes import Homes
-from rollout.engines.members import AGAIN_S_MIN, PoolMember, PoolRun, difference, open_all
+from rollout.engines.members import AGAIN_S_MIN, PoolEngine, PoolMember, PoolRun, PoolRuns, difference, joined, open_all
 from rollout.errors import EngineError, ForeignWeightsError, PreemptedError, RolloutError
 
 FAILURES_MAX = 3
@@ -47,7 +48,7 @@ _log = logging.getLogger(__name__)
 class EnginePool:
     """An Engine over one or more, by name; see the port for what its methods promise."""
 
-    def __init__(self, engines: Mapping[str, Engine], silence_s_max: float, start_s_max: float = 0.0) -> None:
+    def __init__(self, engines: Mapping[str, PoolEngine], silence_s_max: float, start_s_max: float = 0.0) -> None:
         """Who says nothing for so long, and is not paused, has failed; `open` waits so long for a first to be there."""
         self._members = {name: PoolMember(name, engine) for name, engine in engines.items()}
         self._silence_s_max, self._start_s_max = silence_s_max, start_s_max
@@ -59,7 +60,7 @@ class EnginePool:
         self._updates = asyncio.Lock()
         self._homes = Homes()
         self._pinned: set[str] = set()
-        self._runs: set[PoolRun] = set()
+        self._runs = PoolRuns()
         self._changed = asyncio.Event()
 
     @property
@@ -102,14 +103,7 @@ class EnginePool:
                     raise error
             if not found:
                 raise min((error for error in opened if isinstance(error, EngineError)), key=lambda one: one.is_absent)
-            newest = max(found, key=lambda each: each.engine.info.policy_version)
-            info = newest.engine.info
-            self.checkpoint = newest.engine.checkpoint
-            shortest = min(each.engine.info.context_tokens_max for each in found)
-            self._info = msgspec.structs.replace(info, context_tokens_max=shortest)
-            for each in found:
-                if problem := difference(each.engine.info, info):
-                    raise EngineError(f"{each.name} and {newest.name} cannot be one pool: {problem}")
+            self._info, self.checkpoint = joined(found)
         except BaseException:
             await asyncio.gather(*(each.engine.close() for each in members))
             raise
@@ -118,7 +112,7 @@ class EnginePool:
             each.fault = None
             if isinstance(error, EngineError):
                 self._leave_out(each, error)
-            elif each.engine.info.policy_version < info.policy_version:
+            elif each.engine.info.policy_version < self._info.policy_version:
                 self._leave_out(each, EngineError("its weights are older than the others'"))
 
     async def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
@@ -131,7 +125,7 @@ class EnginePool:
         failures_count = 0
         try:
             while True:
-                await self._until(lambda: bool(self._living) or run.end is not None)
+                await self._until(lambda: self._may_begin(run) or run.end is not None)
                 self._check(run)
                 run.member = None
                 member, is_moved = self._home(request)
@@ -142,6 +136,8 @@ class EnginePool:
                 try:
                     async with aclosing(guarded(member.engine, rest, self._silence_s_max)) as chunks:
                         async for chunk in chunks:
+                            if member.fault is not None:
+                                raise EngineError(f"{member.name} is left out: {member.fault}")
                             if chunk.cached_tokens_count and is_rest:
                                 chunk = msgspec.structs.replace(chunk, cached_tokens_count=0)  # noqa: PLW2901
                             run.member = member
@@ -180,15 +176,10 @@ class EnginePool:
 
     async def preempt(self, session: str) -> None:
         """See Engine."""
-        self._interrupt(session)
+        self._runs.preempt(session)
+        self._changed.set()
         if (home := self._homes.of(session)) is not None:
             await self._members[home].engine.preempt(session)
-
-    def _interrupt(self, session: str | None) -> None:
-        for run in self._runs:
-            if session in (None, run.session):
-                run.end = run.end or PreemptedError("the request was preempted")
-        self._changed.set()
 
     async def release(self, session: str) -> None:
         """See Engine."""
@@ -197,20 +188,26 @@ class EnginePool:
             await self._members[home].engine.release(session)
 
     async def pause(self, mode: PauseMode) -> None:
-        """See Engine; one that cannot be paused is left out, and one that comes back is paused first."""
+        """See Engine; one that cannot be paused is left out, and one that comes back is paused first.
+
+        What has not begun at an engine waits here, so an engine in "wait" has nothing but what it is to finish.
+        """
         self._check()
         before, self._paused = self._paused, mode
         if mode == "abort":
-            self._interrupt(None)
+            self._runs.preempt(None)
+            self._changed.set()
         try:
             await self._for_all(lambda engine: engine.pause(mode))
         except BaseException:
             self._paused = before
+            self._changed.set()
             raise
 
     async def resume(self) -> None:
         """See Engine."""
         self._paused = None
+        self._changed.set()
         await self._for_all(lambda engine: engine.resume())
 
     async def _for_all(self, call: Callable[[Engine], Any]) -> None:
@@ -338,17 +335,23 @@ class EnginePool:
     def _leave_out(self, member: PoolMember, error: RolloutError) -> bool:
         """Until it is mended; False if it is out already: then it was closed for what another met."""
         if isinstance(error, ForeignWeightsError):
-            for run in self._runs:
-                run.end = error if run.member is member else run.end
+            self._runs.disown(member, error)
         if not self._is_open or member.fault is not None:
             return False
         _log.warning("engine %s is left out: %s", member.name, error)
-        member.fault = str(error)
+        member.fault, member.is_in_doubt = str(error), True
         member.mending = asyncio.create_task(self._mend(member))
         return True
 
     async def _mend(self, member: PoolMember) -> None:
         again_s = AGAIN_S_MIN
+        try:
+            await member.engine.vouch()
+        except ForeignWeightsError as error:
+            self._runs.disown(member, error)
+        finally:
+            member.is_in_doubt = False
+            self._changed.set()
         async with self._updates:  # one that loads is let do so
             await member.engine.close()
         while True:
@@ -379,6 +382,10 @@ class EnginePool:
             await (member.engine.pause(mode) if mode else member.engine.resume())
         member.fault = member.mending = None  # nothing may be awaited before
         self._changed.set()
+
+    def _may_begin(self, run: PoolRun) -> bool:
+        is_in_doubt = run.member is not None and run.member.is_in_doubt
+        return bool(self._living) and self._paused is None and not is_in_doubt
 
     def _check(self, run: PoolRun | None = None) -> None:
         if not self._is_open:

@@ -39,14 +39,10 @@ from rollout.engines.vllm import wire
 from rollout.engines.vllm.change import Change
 from rollout.engines.vllm.connection import CALL_S_MAX, Connection
 from rollout.engines.vllm.facts import Facts, read_facts, read_label, unusable
-from rollout.engines.vllm.stream import Run, check_label, finish_of, joined, read_chunks
+from rollout.engines.vllm.stream import Run, check_label, finish_of, joined, question, read_chunks, vouch
 from rollout.engines.vllm.weights import check_fits, read_weights
 from rollout.errors import EngineError, PreemptedError, RequestError, RolloutError
 
-LINE_BYTES_MAX = 16 << 20
-"""Of an event without routes: a few tokens, each with the ids that a cut kept."""
-ROUTED_TOKENS_MAX = 256
-"""Tokens of an answer whose routes come at once: the server tells them with a request's last token only."""
 SCORE_S_MAX = 600.0
 CUT_S_MAX = CALL_S_MAX
 """How long a request may have been sent without being answered, before new weights are given up for it."""
@@ -91,8 +87,8 @@ class VllmEngine:
 
     @property
     def is_paused(self) -> bool:
-        """See Engine; also while weights change."""
-        return self._paused is not None or self._is_updating
+        """See Engine; also while weights change; not while a pause waits for answers, whose silence is a failure."""
+        return self._is_updating or (self._paused is not None and not self._is_finishing)
 
     @property
     def failure(self) -> str:
@@ -136,6 +132,7 @@ class VllmEngine:
         check_request(request, self.info)
         self._known.check(request)
         run = Run(request.session)
+        run.is_running = self._paused is None
         self._runs.add(run)
         room = min(request.tokens_count_max, self.info.context_tokens_max - len(request.token_ids))
         drawn: list[int] = []
@@ -148,7 +145,7 @@ class VllmEngine:
                 kv = self._enter(request)
                 told_count = len(rest.token_ids) - 1 if drawn else 0
                 async with aclosing(self._request(run, rest, room - len(drawn), told_count)) as chunks:
-                    async for chunk in chunks:
+                    while (chunk := await run.wait.next(chunks)) is not None:
                         await self._until(lambda: self._paused != "keep" or run.is_preempted)
                         self._check()
                         drawn += chunk.token_ids
@@ -158,6 +155,8 @@ class VllmEngine:
                         kv = ""
                         if finish:
                             return
+                if run.wait.is_broken:  # by its end the server would have said who drew
+                    await self.vouch()
         finally:
             self._runs.discard(run)
             self._changed.set()
@@ -181,15 +180,8 @@ class VllmEngine:
         facts = self._known
         parts: list[Sampled] = []
         is_checked = False
-        line_bytes_max = LINE_BYTES_MAX
-        if request.returns_routes and facts.info.routing is not None:
-            count = min(count, ROUTED_TOKENS_MAX)
-            line_bytes_max += (len(request.token_ids) + count) * facts.info.routing.row_bytes * 4 * 3
-        request_id = uuid.uuid4().hex
-        body = wire.body_of(request, request_id, count, facts.info.weights_digest, has_priorities=facts.has_priorities)
-        if told_count and request.returns_routes:
-            body["sampling_params"]["routed_experts_prompt_start"] = told_count
-        run.begin(request_id)
+        body, line_bytes_max = question(request, count, told_count, facts)
+        run.begin(body["request_id"])
         try:
             async with self._connection.stream(wire.GENERATE, body, line_bytes_max) as payloads:
                 if run.is_preempted or run.is_cut:
@@ -219,6 +211,10 @@ class VllmEngine:
             if not (self._is_updating or (run is not None and run.is_cut)):  # else we do, after this was drawn
                 raise
 
+    async def vouch(self) -> None:
+        """See PoolEngine."""
+        await vouch(self._connection, self.info)
+
     async def score(
         self, token_ids: Sequence[int], *, top_logprobs_count: int = 0, returns_hidden: bool = False
     ) -> Scored:
@@ -238,7 +234,7 @@ class VllmEngine:
                 wire.GENERATE,
                 wire.score_body(token_ids, uuid.uuid4().hex, info.weights_digest, top_logprobs_count),
                 call_s_max=SCORE_S_MAX,
-                bytes_max=LINE_BYTES_MAX + len(token_ids) * (top_logprobs_count + 1) * _PROMPT_ROW_BYTES,
+                bytes_max=wire.LINE_BYTES_MAX + len(token_ids) * (top_logprobs_count + 1) * _PROMPT_ROW_BYTES,
             )
             await self._check_label(info)
             return wire.scored_of(told, token_ids, top_logprobs_count, info)

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import uuid
 from collections.abc import AsyncGenerator
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from rollout.engine import EngineInfo, Sampled, SampleRequest
 from rollout.engines.vllm import wire
 from rollout.engines.vllm.connection import Connection
-from rollout.engines.vllm.facts import Facts
+from rollout.engines.vllm.facts import Facts, read_label
 from rollout.engines.vllm.weights import parse_label
+from rollout.engines.waits import Wait
 from rollout.errors import EngineError, ForeignWeightsError, RolloutError
 
+ROUTED_TOKENS_MAX = 256
+"""Tokens of an answer whose routes come at once: the server tells them with a request's last token only."""
+VOUCH_S_MAX = 1.0
 ABORT_EVERY_S = 0.5
+ABORTED_S_MAX = 5.0
+"""How long a server may take to end a request that was preempted, before its connection is broken for it."""
 
 
 class Run:
@@ -33,11 +40,14 @@ class Run:
         self.has_begun = False
         """The server has answered it: it knows it for sure."""
         self.is_running = False
-        """Some request was begun for it: a pause that waits lets the answer finish."""
+        """It came before the pause, or some request was begun for it: a pause that waits lets the answer finish."""
         self.is_preempted = False
         self.is_cut = False
         """The open request is to end; the answer goes on."""
+        self.wait = Wait()
+        """For the chunks of the open request."""
         self._aborting: asyncio.Task[None] | None = None
+        self._ending: asyncio.TimerHandle | None = None
 
     def begin(self, request_id: str) -> None:
         """A request is sent."""
@@ -47,13 +57,21 @@ class Run:
         """Have the server end the open request, of which it may not know yet."""
         if self.request_id and self._aborting is None:
             self._aborting = asyncio.create_task(_keep_aborting(connection, wire.ID_PREFIX + self.request_id))
+            self._ending = asyncio.get_running_loop().call_later(ABORTED_S_MAX, self._look)
+
+    def _look(self) -> None:
+        """Leave a request that does not end; not one that is cut for new weights, which must have ended before them."""
+        self._ending = asyncio.get_running_loop().call_later(ABORTED_S_MAX, self._look)
+        if self.is_preempted:
+            self.wait.break_off()
 
     def end(self) -> None:
         """The request is no longer open."""
         self.request_id = ""
-        if self._aborting is not None:
+        if self._aborting is not None and self._ending is not None:
             self._aborting.cancel()
-            self._aborting = None
+            self._ending.cancel()
+            self._aborting = self._ending = None
 
 
 async def _keep_aborting(connection: Connection, name: str) -> None:
@@ -61,6 +79,22 @@ async def _keep_aborting(connection: Connection, name: str) -> None:
         with contextlib.suppress(RolloutError):  # a server that is gone ends the stream
             await connection.post(wire.ABORT, {"request_ids": [name]})
         await asyncio.sleep(ABORT_EVERY_S)
+
+
+def question(request: SampleRequest, count: int, told_count: int, facts: Facts) -> tuple[dict[str, Any], int]:
+    """The body that asks for `count` tokens, and how long a line of the answer may be.
+
+    With routes it asks for a part of them, and for no routes of the first `told_count` tokens.
+    """
+    line_bytes_max = wire.LINE_BYTES_MAX
+    if request.returns_routes and facts.info.routing is not None:
+        count = min(count, ROUTED_TOKENS_MAX)
+        line_bytes_max += (len(request.token_ids) + count) * facts.info.routing.row_bytes * 4 * 3
+    digest = facts.info.weights_digest
+    body = wire.body_of(request, uuid.uuid4().hex, count, digest, has_priorities=facts.has_priorities)
+    if told_count and request.returns_routes:
+        body["sampling_params"]["routed_experts_prompt_start"] = told_count
+    return body, line_bytes_max
 
 
 async def read_chunks(
@@ -119,6 +153,22 @@ def check_label(text: str, info: EngineInfo) -> None:
             f"its weights were changed to {text[:200]!r} behind this service, which knows version "
             f"{info.policy_version}: change them by UpdatePolicy"
         )
+
+
+async def vouch(connection: Connection, info: EngineInfo) -> None:
+    """ForeignWeightsError if the server has newer weights, for which nobody cut what it drew; it may say nothing.
+
+    UpdatePolicy, by whichever worker, cuts all requests first, and labels with a digest.  An older label is that of a
+    server that was started again, and broke all streams.
+    """
+    try:
+        async with asyncio.timeout(VOUCH_S_MAX):
+            text = await read_label(connection)
+    except (RolloutError, TimeoutError):
+        return
+    label = parse_label(text)
+    if label.policy_version > info.policy_version and not label.weights_digest:
+        check_label(text, info)
 
 
 def finish_of(chunk: Sampled, stop_ids: frozenset[int], left_count: int) -> Literal["stop", "length"] | None:

@@ -26,6 +26,8 @@ ID_PREFIX = "generate-tokens-"
 """What the server puts before a request's id, which is its name for /abort_requests."""
 NO_LOGPROB = -9999.0
 """What the server writes for NaN, minus infinity, and a logprob that it does not have."""
+LINE_BYTES_MAX = 16 << 20
+"""Of an event without routes: a few tokens, each with the ids that a cut kept."""
 WORDS_MAX = 400
 TEMPERATURE_MIN = 0.01
 """Below it the server silently takes this."""

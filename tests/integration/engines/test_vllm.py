@@ -12,7 +12,8 @@ from rollout.conformance.pauses import Taker
 from rollout.engine import EngineInfo, Routes, Sampled, SampleRequest, Sampling
 from rollout.engines.guard import guarded
 from rollout.engines.vllm import engine as engine_module
-from rollout.engines.vllm.engine import ROUTED_TOKENS_MAX, VllmEngine
+from rollout.engines.vllm.engine import VllmEngine
+from rollout.engines.vllm.stream import ROUTED_TOKENS_MAX
 from rollout.engines.vllm.testing import VOCAB_COUNT, WireDouble, WireFault, route_of, write_checkpoint
 from rollout.engines.vllm.wire import seed_of
 from rollout.errors import EngineError, PreemptedError, RequestError
