@@ -36,6 +36,18 @@ class PoolMember:
         self.is_in_doubt = False
         """It failed, and is being asked whose weights it has: until that is known nothing that it drew goes on."""
 
+    async def foreign_weights(self) -> ForeignWeightsError | None:
+        """What `vouch` raised; None too if it cannot be asked, for whatever reason.  Then it is in doubt no longer."""
+        try:
+            await self.engine.vouch()
+        except ForeignWeightsError as error:
+            return error
+        except Exception:
+            _log.warning("engine %s: it cannot be asked for its weights", self.name, exc_info=True)
+        finally:
+            self.is_in_doubt = False
+        return None
+
     async def reopen(self) -> None:
         """End all that it draws, and begin anew.  EngineError."""
         await self.engine.close()

@@ -345,13 +345,9 @@ class EnginePool:
 
     async def _mend(self, member: PoolMember) -> None:
         again_s = AGAIN_S_MIN
-        try:
-            await member.engine.vouch()
-        except ForeignWeightsError as error:
-            self._runs.disown(member, error)
-        finally:
-            member.is_in_doubt = False
-            self._changed.set()
+        if (foreign := await member.foreign_weights()) is not None:
+            self._runs.disown(member, foreign)
+        self._changed.set()
         async with self._updates:  # one that loads is let do so
             await member.engine.close()
         while True:

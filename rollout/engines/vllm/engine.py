@@ -213,7 +213,8 @@ class VllmEngine:
 
     async def vouch(self) -> None:
         """See PoolEngine."""
-        await vouch(self._connection, self.info)
+        if self._facts is not None:  # else it drew nothing
+            await vouch(self._connection, self.info)
 
     async def score(
         self, token_ids: Sequence[int], *, top_logprobs_count: int = 0, returns_hidden: bool = False

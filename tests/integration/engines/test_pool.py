@@ -114,6 +114,20 @@ async def test_a_pool_that_is_made_anew_finds_the_weights_and_brings_the_others_
     assert await pool.update(tmp_path / "new", 3) == info
 
 
+async def test_a_server_that_is_not_there_yet_draws_once_it_is(
+    make_server: MakeServer, make_pool: MakePool, healthy: Healthy, ask: Ask
+) -> None:
+    servers = [await make_server(), await make_server()]
+    await servers[1].stop()
+    pool = await make_pool(*servers)
+    assert list(pool.faults) == [servers[1].url]
+    await servers[1].start()
+    await healthy(pool)
+    await servers[0].stop()
+    assert len((await collect(pool, ask(20))).token_ids) == 20
+    assert drew(servers[1]) == 1
+
+
 async def test_what_one_service_updates_another_on_the_same_server_draws_with_once_it_is_told(
     make_server: MakeServer, make_pool: MakePool, ask: Ask, tmp_path: Path
 ) -> None:
