@@ -61,15 +61,18 @@ def make_listen(url: str, token: str, certificate: Certificate | None, variable:
     address = parse_address(url)
     if address.kind == "unix":
         return Listen(address)
-    if len(token.encode()) < TOKEN_BYTES_MIN:
-        raise InvalidArgumentError(
-            f"{url} needs a token of at least {TOKEN_BYTES_MIN} bytes: give --token-file, or set {variable}"
-        )
-    if not (token.isascii() and token.isprintable()) or token != token.strip():
-        raise InvalidArgumentError("the token is not printable ASCII without spaces at its ends")
+    check_token(token, f"{url} needs a token of at least {TOKEN_BYTES_MIN} bytes: give --token-file, or set {variable}")
     if address.kind == "tls" and certificate is None:
         raise InvalidArgumentError(f"{url} needs --tls-cert and --tls-key")
     return Listen(address, token, certificate if address.kind == "tls" else None)
+
+
+def check_token(token: str, too_short: str) -> None:
+    """InvalidArgumentError, which says `too_short`, or that a header cannot carry the token."""
+    if len(token.encode()) < TOKEN_BYTES_MIN:
+        raise InvalidArgumentError(too_short)
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise InvalidArgumentError("the token is not printable ASCII without white space")
 
 
 def read_certificate(chain: Path | None, key: Path | None) -> Certificate | None:
@@ -89,7 +92,7 @@ def read_certificate(chain: Path | None, key: Path | None) -> Certificate | None
 
 
 def read_token(path: Path | None, variable: str = EDGE_KEY) -> str:
-    """What is in the file, or in the variable without one.  InvalidArgumentError if it cannot be read, or is empty."""
+    """What is in the file, or in the variable without one.  InvalidArgumentError if the file holds no token."""
     if path is None:
         return os.environ.get(variable, "")
     try:
@@ -98,6 +101,7 @@ def read_token(path: Path | None, variable: str = EDGE_KEY) -> str:
         raise InvalidArgumentError(f"cannot read the token: {error}") from error
     if not token:
         raise InvalidArgumentError(f"cannot read the token: {path} is empty")
+    check_token(token, f"cannot use the token: {path} holds {len(token.encode())} bytes, at least {TOKEN_BYTES_MIN}")
     return token
 
 

@@ -12,7 +12,7 @@ from dsec.sandbox import Substrate
 from rollout.config import RolloutConfig
 from rollout.engine import Engine
 from rollout.engines.embedded.batching import Limits
-from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
+from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT, read_vocabulary
 from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.environment.edge import RunEdge, substrate_config
 from rollout.errors import JournalError, RequestError
@@ -46,8 +46,9 @@ def make_service(directory: Path, config: RolloutConfig, edge_url: str = "") -> 
 
 
 def make_engine(config: RolloutConfig, cache: Path | None = None) -> Engine:
-    """The servers that the config names, as one; without any the embedded engine.  RequestError: no such URL can be.
+    """The servers that the config names, as one; without any the embedded engine.
 
+    RequestError: no such URL can be, or the embedded engine's tokens mean something else to the config's tokenizer.
     States of the embedded engine's contexts lie where the config says, or else in `cache`, if anywhere.
     """
     if config.engines:
@@ -60,9 +61,21 @@ def make_engine(config: RolloutConfig, cache: Path | None = None) -> Engine:
         engines = {url: VllmEngine(url, key=key) for url in config.engines}
         silence_s = config.engine_silence_s / 2  # before who waits for the pool loses patience
         return EnginePool(engines, silence_s, config.engine_start_s)
+    if config.tokenizer is not None:
+        _check_ids(config.tokenizer)
     limits = Limits(cache_bytes_max=config.engine_cache_bytes_max, threads_count=config.engine_threads_count)
     folder = config.engine_cache or cache
     return EmbeddedEngine(limits=limits, cache=folder if limits.cache_bytes_max else None)
+
+
+def _check_ids(folder: Path) -> None:
+    """RequestError unless the tokenizer there has the ids that the embedded checkpoint was taught."""
+    given, taught = (read_vocabulary(each / "tokenizer.json") for each in (folder, DEFAULT_CHECKPOINT))
+    if given != taught:
+        raise RequestError(
+            f"{folder / 'tokenizer.json'} is another model's: its ids are not those of the embedded checkpoint, which "
+            "draws without --engine.  Give --engine with the URL of its model, or leave out --tokenizer (DSEC_TOKENIZER)"
+        )
 
 
 def make_substrate(directory: Path, config: RolloutConfig, edge_url: str, number: int = 0) -> Substrate:

@@ -88,8 +88,10 @@ def instruction(task: str, *, thinking: bool, url: str | None = None, dialect: D
     if task not in dialect.tasks:
         raise MessageError(f"task: {reprlib.repr(task)} is none of {', '.join(dialect.tasks)} (dialect {dialect.name})")
     mark = dialect.task_marks.get(task)
-    if (mark is None) != (url is None):
-        raise MessageError(f"url: task {task!r} {'needs one' if url is None else 'takes none'}")
+    if mark is None and url is not None:
+        raise MessageError(f"url: task {task!r} takes none")
+    if mark is not None and not (url and url.strip()):
+        raise MessageError(f"url: task {task!r} needs one{'' if url is None else ', not an empty one'}")
     marked = () if mark is None or url is None else (Control(mark), Text(url, SpanKind.USER))
     place: Literal["question", "answer"] = "answer" if task in dialect.tasks_after_answer else "question"
     return Instruction(task, place, (*marked, *task_pieces(task, dialect, thinking=thinking)))

@@ -106,13 +106,14 @@ def serve(
     bounds = RolloutConfig(**given_knobs(concurrency=concurrency, engines=engines, tokenizer=tokenizer))
     directory = root or out or Path("runs/server")
     index = Index(url or sqlite_url(directory))
+    tokenizer_given = load_tokenizer(bounds.tokenizer)
     engine = make_engine(bounds, directory / STATES)
 
     def make(address: str) -> Worker:
         def substrate(directory: Path, number: int) -> Substrate:
             return make_substrate(directory, bounds, edge_url, number)
 
-        parts = Parts(engine, load_tokenizer(bounds.tokenizer), bounds, substrate, has_served_edge=bool(edge_url))
+        parts = Parts(engine, tokenizer_given, bounds, substrate, has_served_edge=bool(edge_url))
         name = worker_id or (f"{socket.gethostname()}-{re.split('[:/]', address)[-1]}" if root else _ALONE_ID)
         return Worker(directory, index, parts, config, name, is_alone=root is None)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def load_checkpoint(folder: Path | None = None) -> Checkpoint:
     dimensions, is_tied = read_dimensions(config, _read_json(config), length_max)
     try:
         tensors, digest, stamp = _read_weights(folder, dimensions, is_tied=is_tied)
-        ids = _read_vocabulary(folder / "tokenizer.json", dimensions.vocab_count)
+        ids = read_vocabulary(folder / "tokenizer.json", dimensions.vocab_count)
     except MemoryError as error:
         raise EngineError(f"{folder}: cannot be read: out of memory") from error
     return Checkpoint(
@@ -92,8 +93,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_vocabulary(path: Path, vocab_count: int) -> Mapping[str, int]:
-    """Every token's id.  The control tokens that prompts are made of must be among the added ones."""
+def read_vocabulary(path: Path, vocab_count: float = math.inf) -> Mapping[str, int]:
+    """Every token's id.  EngineError: one is beyond, or a control token that prompts are made of is no added one."""
     parts = _read_json(path)
     try:
         added = {entry["content"]: entry["id"] for entry in parts["added_tokens"]}

@@ -58,6 +58,7 @@ async def test_quick_instructions_are_asked_about_any_rollout_and_read(serving: 
             "instructions[0]: a url of 3000000 characters leaves no room in 2048 tokens",
         ),
         ({"instructions": ["read_url"]}, 400, "instructions[0]: url: task 'read_url' needs one"),
+        ({"instructions": [{"task": "read_url", "url": ""}]}, 400, "url: task 'read_url' needs one, not an empty one"),
         ({"instructions": [{"task": "query", "url": "https://a.example"}]}, 400, "url: task 'query' takes none"),
         ({"instructions": [{"task": "query", "adress": "x"}]}, 400, "adress: Extra inputs are not permitted"),
         ({"instructions": [7]}, 400, "instructions.0"),

@@ -154,9 +154,18 @@ def test_files_that_hold_no_certificate_and_its_key_are_named(certificate: tuple
         read_certificate(chain, tmp_path / "none.pem")
 
 
-def test_a_token_file_that_is_empty_opens_no_port(tmp_path: Path) -> None:
-    (tmp_path / "token").write_text("\n")
-    with pytest.raises(InvalidArgumentError, match="token is empty"):
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ("\n", "token is empty"),
+        ("short\n", "token holds 5 bytes, at least 16"),
+        ("sixteen bytes and a space", "printable ASCII without white space"),
+        ("sixteen\nbytes\nand\nlines", "printable ASCII without white space"),
+    ],
+)
+def test_a_token_file_that_holds_no_token_opens_no_port(tmp_path: Path, held: str, said: str) -> None:
+    (tmp_path / "token").write_text(held)
+    with pytest.raises(InvalidArgumentError, match=said):
         read_token(tmp_path / "token")
 
 

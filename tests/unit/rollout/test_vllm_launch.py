@@ -106,6 +106,16 @@ def test_what_cannot_be_is_refused_in_a_line(arguments: tuple[str, ...], said: s
     assert len(result.output.splitlines()) == (2 if "--run" in arguments else 1)
 
 
+@pytest.mark.parametrize(("held", "said"), [("short", "holds 5 bytes, at least 16"), ("k " * 9, "without white space")])
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_key_that_serve_would_not_take_is_none_for_an_engine(tmp_path: Path, held: str, said: str, host: str) -> None:
+    key = tmp_path / "key"
+    key.write_text(held)
+    result = ask("v4-flash", "--host", host, "--api-key-file", str(key))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
+
+
 def test_who_lets_others_connect_is_warned_that_the_key_does_not_guard_everything(tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("0123456789abcdef")

@@ -78,6 +78,9 @@ def test_an_address_comes_behind_its_own_token(tokenizer: Tokenizer) -> None:
     [
         ("dance", None, "task: 'dance' is none of action, query"),
         ("read_url", None, "url: task 'read_url' needs one"),
+        ("read_url", "", "url: task 'read_url' needs one, not an empty one"),
+        ("read_url", " \n", "url: task 'read_url' needs one, not an empty one"),
+        ("query", "", "url: task 'query' takes none"),
         ("query", "https://example.org", "url: task 'query' takes none"),
     ],
 )
