@@ -3,9 +3,9 @@
     python examples/three_modes.py [TASK] [DIRECTORY] [--group-size 4] [--seed 7]
 
 The modes differ in their prompts and in their budgets (`rollout/modes.py`).  Run it again with the same directory, and
-the logs answer at once.  The embedded checkpoint was taught High alone.  Without thinking it loses its way where a task
-has more than one step; Max's effort text, which it never saw, changes nothing: it thinks a dozen tokens a turn in
-either mode, and never comes near a budget.
+the logs answer at once; another task, size or seed needs another directory.  The embedded checkpoint was taught High
+alone.  Without thinking it loses its way where a task has more than one step; Max's effort text, which it never saw,
+changes nothing: it thinks a dozen tokens a turn in either mode, and never comes near a budget.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rollout.batch import run_in_process
+from rollout.errors import ConflictError
 from rollout.modes import limits_of
 from rollout.record import TrajectoryRecord
 from rollout.request import Limits, Thinking
@@ -57,7 +58,11 @@ async def main(options: argparse.Namespace) -> None:
         limits = limits_of(mode, turns_count_max=8)
         asked = {"group_size": options.group_size, "temperature": 1.0, "seed": options.seed}
         rolled_out = run_in_process(options.directory / mode, [options.task], thinking=mode, limits=limits, **asked)
-        if not (records := [record async for record in rolled_out]):
+        try:
+            records = [record async for record in rolled_out]
+        except ConflictError:
+            sys.exit(f"{options.directory} holds the logs of another task, size or seed: name another DIRECTORY")
+        if not records:
             sys.exit(f"{name}: the service failed every rollout; dsec show {options.directory / mode} says how")
         table.add_row(*row(name, limits, records))
     Console(width=110).print(table)

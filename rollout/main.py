@@ -74,7 +74,7 @@ def _check_ids(folder: Path) -> None:
     if given != taught:
         raise RequestError(
             f"{folder / 'tokenizer.json'} is another model's: its ids are not those of the embedded checkpoint, which "
-            "draws without --engine.  Give --engine with the URL of its model, or leave out --tokenizer (DSEC_TOKENIZER)"
+            "draws without --engine.  Give --engine with the URL of its model, or no --tokenizer (DSEC_TOKENIZER)"
         )
 
 

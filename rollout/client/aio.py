@@ -219,7 +219,7 @@ class AsyncRolloutClient:
         return tuple((await self._connection.call("Resume", request)).rollout_ids)
 
     async def pause_engine(self, mode: PauseMode = "keep") -> None:
-        """Draw no more tokens; returns once that is so."""
+        """Draw no more tokens; returns once that is so.  `score_tokens` and `quick` wait until `resume_engine`."""
         request = pb.PauseEngineRequest()
         fill(request, {"mode": mode})
         await self._connection.call("PauseEngine", request)
@@ -245,7 +245,8 @@ class AsyncRolloutClient:
         """Logprobs of given tokens under the newest weights, and what the head was given for each if asked for."""
         request = pb.ScoreTokensRequest()
         fill_fields(request, token_ids=token_ids, top_logprobs_count=top_logprobs_count, returns_hidden=returns_hidden)
-        return struct_of(merge(await self._connection.call("ScoreTokens", request)), Scored)  # type: ignore[no-any-return]
+        reply = merge(await self._connection.call("ScoreTokens", request, draws=True))
+        return struct_of(reply, Scored)  # type: ignore[no-any-return]
 
     async def quick(
         self,
@@ -265,7 +266,7 @@ class AsyncRolloutClient:
         for task in tasks:
             name, url = task if isinstance(task, tuple) else (task, None)
             fill_fields(request.instructions.add(), task=name, url=url)
-        reply = await self._connection.call("QuickInstruction", request, retries_engine=True)
+        reply = await self._connection.call("QuickInstruction", request, retries_engine=True, draws=True)
         return tuple(struct_of(answer, QuickAnswer) for answer in reply.answers)
 
 

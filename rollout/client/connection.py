@@ -116,19 +116,26 @@ class Connection:
         self._channel, self._metadata = open_channel(ROLLOUTS, self._address, token, _OPTIONS)
         self._stub: Any = RolloutServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
-    async def call(self, name: str, request: Any, *, retries_engine: bool = False) -> Any:
-        """A unary call, or all messages of a stream, asked again if it was lost (or if the engine failed it)."""
-        retry = Retry(self.patience_s)
+    async def call(self, name: str, request: Any, *, retries_engine: bool = False, draws: bool = False) -> Any:
+        """A unary call, or all messages of a stream, asked again if it was lost (or if the engine failed it).
+
+        What a paused engine `draws` may never be answered: it stands no longer than patience lasts, or `ALIVE_S`.
+        """
+        retry, bound_s = Retry(self.patience_s), max(self.patience_s, ALIVE_S)
         while True:
             retry.begin()
             try:
-                called = getattr(self._stub, name)(request, metadata=self._metadata)
+                timeout = bound_s if draws else None
+                called = getattr(self._stub, name)(request, metadata=self._metadata, timeout=timeout)
                 is_stream = isinstance(called, grpc.aio.UnaryStreamCall)
                 answer = [message async for message in called] if is_stream else await called
                 self._is_away = False
                 return answer
             except grpc.aio.AioRpcError as error:
                 ours = self._may_retry(error)
+                if draws and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    why = "a paused engine gives none before ResumeEngine"
+                    raise UnreachableError(f"{name}: no answer for {bound_s:g} s; {why}") from None
                 if isinstance(ours, EngineError) and not retries_engine:
                     raise ours from None
                 await self._tell(error)

@@ -52,6 +52,9 @@ def test_the_three_modes_are_shown_with_what_they_thought_and_solved(dsec: Any, 
     none, high, most = ({"prompt": int(row[2]), "thought": int(row[3])} for row in rows)
     assert none["thought"] == 0 < min(high["thought"], most["thought"])
     assert none["prompt"] == high["prompt"] < most["prompt"]
+    other = dsec(EXAMPLES / "three_modes.py", "sort-1-000", tmp_path / "modes", command=sys.executable)
+    said = f"{tmp_path / 'modes'} holds the logs of another task, size or seed: name another DIRECTORY\n"
+    assert (other.code, other.err) == (1, said)
     assert "usage: three_modes.py" in dsec.done(EXAMPLES / "three_modes.py", "--help", command=sys.executable).out
 
 

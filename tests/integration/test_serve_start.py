@@ -52,7 +52,7 @@ def test_a_tokenizer_whose_ids_the_embedded_model_was_not_taught_is_refused(
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     ran = dsec(command, "--out", tmp_path / "out", "--tokenizer", folder)
     assert (ran.code, ran.out) == (2, ""), ran.err
-    assert f"{folder / 'tokenizer.json'} is another model's: its ids are not those of the embedded checkpoint" in ran.err
+    assert f"{folder / 'tokenizer.json'} is another model's: its ids are not those of the embedded" in ran.err
     assert "--engine" in ran.err
 
 

@@ -74,6 +74,17 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
 transformers reads none of `num_key_value_heads`, `n_shared_experts`, `norm_topk_prob` and `attention_bias`: it always
 does what is asked for by the value that is accepted.
 """
+DERIVED: Mapping[str, str] = {
+    "csa_rate": f"compress_rates.{CSA}",
+    "hca_rate": f"compress_rates.{HCA}",
+    "scoring": "scoring_func",
+    "attention_kinds": "layer_types",
+    "hash_routed": "mlp_layer_types",
+    "context_tokens_max": "max_position_embeddings (or model_max_length)",
+    **dict.fromkeys(("rope_dim_main", "rope_scale_main", "frequencies_main"), "rope_parameters.main"),
+    **dict.fromkeys(("rope_dim_compress", "rope_scale_compress", "frequencies_compress"), "rope_parameters.compress"),
+}
+"""Names in `Dimensions` of what is not in the tables above: the fields that it comes from."""
 SHAPED = frozenset(
     {
         *("layer_types", "mlp_layer_types", "compress_rates", "compress_ratios", "num_hash_layers"),
@@ -171,6 +182,19 @@ def read_dimensions(path: Path, config: Mapping[str, Any], length_max: float | N
     )
     _check_together(fields, dimensions)
     return dimensions, fields.one_of("tie_word_embeddings", (False, True), default=False)
+
+
+def differences(new: Dimensions, old: Dimensions) -> list[str]:
+    """What makes another model of `new`: fields as config.json calls them, with both values where they are plain."""
+    called = {entry[0]: name for name, entry in COUNTS.items()} | {entry[0]: name for name, entry in NUMBERS.items()}
+    called.update(DERIVED)
+    told: dict[str, str] = {}
+    for name, was in msgspec.structs.asdict(old).items():
+        value = getattr(new, name)
+        if value != was:
+            is_plain = name == "context_tokens_max" or name not in DERIVED or name.endswith("_rate")
+            told.setdefault(called[name], f" {value!r}, not {was!r}" if is_plain else " differs")
+    return [name + how for name, how in told.items()]
 
 
 def _check_together(fields: Fields, d: Dimensions) -> None:

@@ -31,6 +31,7 @@ from rollout.engine import (
 from rollout.engines.embedded.batching import Limits
 from rollout.engines.embedded.binding import BATCH_TOKENS_MAX, THREADS_MAX, Model
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, load_checkpoint
+from rollout.engines.embedded.config import differences
 from rollout.engines.embedded.disk_tier import DiskTier
 from rollout.engines.embedded.jobs import Job, Outcome, Scoring
 from rollout.engines.embedded.library import build_digest
@@ -260,8 +261,7 @@ class EmbeddedEngine:
         """A model whose tokens and states mean the same as those of the model that draws."""
         checkpoint = load_checkpoint(folder)
         dimensions, vocabulary_digest = self._shape
-        new, old = msgspec.structs.asdict(checkpoint.dimensions), msgspec.structs.asdict(dimensions)
-        other = [f"{name} {new[name]!r:.80}, not {old[name]!r:.80}" for name in old if new[name] != old[name]]
+        other = differences(checkpoint.dimensions, dimensions)
         if checkpoint.vocabulary_digest != vocabulary_digest:
             other.append("the ids of tokenizer.json")
         if other:

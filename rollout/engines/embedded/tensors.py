@@ -86,7 +86,7 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 class Tensor(msgspec.Struct, frozen=True):
-    """A tensor of v4.h's table: its pieces, one after the other."""
+    """A tensor of v4.h's table, called as the file does if it is one there: its pieces, one after the other."""
 
     name: str
     pieces: tuple[Piece, ...]
@@ -192,18 +192,30 @@ def _take(path: Path, stored: dict[str, _Stored], d: Dimensions, name: str, shap
         templates = LAYER[f"mlp.experts.{leaf}"].split()
         parts = [f"{prefix}.{template.format(i)}" for i in range(d.experts_count) for template in templates]
         part_shape = (shape[1] // len(templates), shape[2])
-    return Tensor(name, tuple(_take_part(path, stored, part, part_shape) for part in parts))
+        if stored.keys().isdisjoint(parts):
+            raise _missing(path, name)
+    called = stored[name].name if name in stored else name
+    return Tensor(called, tuple(_take_part(path, stored, part, part_shape) for part in parts))
 
 
 def _take_part(path: Path, stored: dict[str, _Stored], name: str, shape: tuple[int, ...]) -> Piece:
     entry = stored.pop(name, None)
     if entry is None:
-        raise EngineError(f"{path}: tensor {name} is missing")
+        raise _missing(path, name)
     accepted = ("I64",) if name.endswith("tid2eid") else ("BF16", "F32")
     if entry.piece.dtype not in accepted or entry.shape != shape:
         found = f"{entry.piece.dtype:.20} {list(entry.shape)!s:.100}"
         raise EngineError(f"{path}: tensor {entry.name} is {found}, not {accepted[0]} {list(shape)}")
     return entry.piece
+
+
+def _missing(path: Path, name: str) -> EngineError:
+    """Nobody knows what a file would have called the tensor that it lacks: both names are told."""
+    match = _LAYER_NAME.fullmatch(name)
+    theirs = LAYER.get(match[2]) if match else GLOBALS.get(name)
+    layer = f"layers.{match[1]}." if match else ""
+    also = "" if theirs is None else f" (DeepSeek's name: {layer}{theirs.split()[0].format(0)})"
+    return EngineError(f"{path}: tensor {name} is missing{also}")
 
 
 def _wanted(d: Dimensions) -> Iterator[tuple[str, tuple[int, ...]] | None]:

@@ -193,7 +193,8 @@ class RolloutServiceServicer:
     def PauseEngine(self, request, context):
         """Draw no more tokens, until ResumeEngine; tools and tests run on.  Idempotent; a later call changes the mode.
 
-        Use it around a weight change that the trainer makes by itself.  Returns once no token is drawn.
+        Use it around a weight change that the trainer makes by itself.  Returns once no token is drawn.  ScoreTokens and
+        QuickInstruction wait, too, however long: who pauses must not ask for them before ResumeEngine.  UpdatePolicy works.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -247,8 +248,9 @@ class RolloutServiceServicer:
     def ScoreTokens(self, request, context):
         """Logprobs of given tokens under the newest weights (a teacher or reference pass); a large answer in several messages.
 
-        Computes only: nothing is logged, and asking again gives the same for the same weights.  INVALID_ARGUMENT: ids
-        outside the vocabulary, or more than a context holds.
+        Computes only: nothing is logged, and asking again gives the same for the same weights.  While the engine is paused it
+        waits: give a deadline.  INVALID_ARGUMENT: ids outside the vocabulary, or more than a context holds.  The vocabulary
+        is the model's: it may have ids from the tokenizer's last on, which stand for nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -259,8 +261,8 @@ class RolloutServiceServicer:
 
         The rollout may be running, waiting, preempted or finished; it does not notice.  Each answer is a rollout of its own in
         the log, of the job `request_id`: the same request again gives the same answers, another one ALREADY_EXISTS.  Without
-        an id the questions end with their caller, and the log lets go of them.  They go before every rollout.  Answers come
-        in the order asked.  NOT_FOUND: no such rollout.  FAILED_PRECONDITION: the instruction cannot stand behind this
+        an id the questions end with their caller, and the log lets go of them.  They go before every rollout; while the
+        engine is paused they wait, as ScoreTokens does.  Answers come in the order asked.  NOT_FOUND: no such rollout.  FAILED_PRECONDITION: the instruction cannot stand behind this
         context, or no answer has room there.  INVALID_ARGUMENT: an unknown instruction.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

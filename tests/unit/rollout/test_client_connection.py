@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from dsec.errors import InvalidArgumentError, UnreachableError
-from rollout.client import AsyncRolloutClient
+from rollout.client import AsyncRolloutClient, connection
 from rollout.errors import RolloutError
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceServicer, add_RolloutServiceServicer_to_server
@@ -32,6 +32,15 @@ class Going(RolloutServiceServicer):
     async def Cancel(self, _request: Any, context: Any) -> Any:
         await self._end(context)
         return pb.CancelResponse(cancelled_count=3)
+
+    async def ScoreTokens(self, _request: Any, _context: Any) -> AsyncIterator[Any]:
+        self.calls_count += 1
+        await asyncio.Event().wait()
+        yield pb.ScoreTokensResponse()
+
+    async def QuickInstruction(self, _request: Any, _context: Any) -> Any:
+        self.calls_count += 1
+        await asyncio.Event().wait()
 
     async def Attach(self, _request: Any, context: Any) -> AsyncIterator[Any]:
         await self._end(context)
@@ -61,6 +70,25 @@ async def test_what_a_server_that_goes_cuts_short_is_asked_again(status: str) ->
 async def test_a_call_that_is_always_cut_short_is_unreachable_in_the_end() -> None:
     with pytest.raises(UnreachableError, match="as gRPC says it"):
         await asked(Going(*[grpc.StatusCode.CANCELLED] * 2), patience_s=0)
+
+
+async def test_what_a_paused_engine_never_answers_is_given_up_and_not_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connection, "ALIVE_S", 0.2)
+    server, service = grpc.aio.server(), Going()
+    add_RolloutServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with asyncio.timeout(60), AsyncRolloutClient(f"127.0.0.1:{port}", patience_s=0.1) as client:
+        for name, call in (
+            ("ScoreTokens", client.score_tokens([0, 5])),
+            ("QuickInstruction", client.quick("job/t.0", ["title"])),
+        ):
+            with pytest.raises(UnreachableError, match=rf"^{name}: no answer for 0.2 s; a paused engine gives none"):
+                await call
+    assert service.calls_count == 2
+    await server.stop(None)
 
 
 async def test_a_server_that_is_away_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:

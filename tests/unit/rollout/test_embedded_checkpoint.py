@@ -6,9 +6,11 @@ import shutil
 import struct
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT, load_checkpoint
+from rollout.engines.embedded.config import Dimensions, differences
 from rollout.engines.embedded.engine import EmbeddedEngine
 from rollout.engines.embedded.library import LIBRARY, load_library
 from rollout.errors import EngineError
@@ -193,3 +195,29 @@ def test_a_processor_that_lacks_the_instructions_of_the_build_is_told_before_any
             load_library(LIBRARY, old)
     else:
         assert load_library(LIBRARY, old)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"routed_scaling_factor": 3.0}, ["routed_scaling_factor 3.0, not 1.5"]),
+        ({"sliding_window": 128}, ["sliding_window 128, not 512"]),
+        ({"scoring_func": "sigmoid"}, ["scoring_func differs"]),
+        ({"max_position_embeddings": 1024}, ["max_position_embeddings (or model_max_length) 1024, not 2048"]),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_theta": 20000.0},
+            ["rope_parameters.main differs"],
+        ),
+    ],
+    ids=str,
+)
+def test_models_differ_in_fields_as_the_config_calls_them(folder: Path, changes: dict, said: list[str]) -> None:
+    change_config(folder, **changes)
+    assert differences(load_checkpoint(folder).dimensions, load_checkpoint().dimensions) == said
+
+
+def test_whatever_two_models_differ_in_has_a_name(folder: Path) -> None:
+    shipped = load_checkpoint().dimensions
+    for name in Dimensions.__struct_fields__:
+        (said,) = differences(msgspec.structs.replace(shipped, **{name: None}), shipped)
+        assert said

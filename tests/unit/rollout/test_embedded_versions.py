@@ -205,7 +205,7 @@ async def test_a_checkpoint_of_another_shape_or_with_a_nan_is_refused(folder: Pa
         file.seek(begin)
         file.write(b"\xc0\x7f")
     for checkpoint, why in (
-        (shorter, r"another model \(context_tokens_max 1024, not 2048\)"),
+        (shorter, r"another model \(max_position_embeddings \(or model_max_length\) 1024, not 2048\)"),
         (odd, "model.norm.weight holds NaN or infinity"),
     ):
         with pytest.raises(EngineError, match=why):

@@ -260,6 +260,30 @@ def test_layers_of_mtp_full_precision_of_bf16_values_and_other_names_change_noth
     assert logits_of(folder) == logits_of()
 
 
+@pytest.mark.parametrize(
+    ("gone", "theirs"),
+    [
+        ("model.layers.0.mlp.experts.down_proj", "layers.0.ffn.experts.0.w2.weight"),
+        (SINKS, "layers.2.attn.attn_sink"),
+        (NORM, "norm.weight"),
+    ],
+)
+def test_a_tensor_that_is_missing_is_named_as_either_kind_of_file_would(folder: Path, gone: str, theirs: str) -> None:
+    rewrite(folder, lambda tensors: tensors.pop(gone))
+    with pytest.raises(EngineError, match=rf"tensor {gone} is missing \(DeepSeek's name: {theirs}\)$"):
+        load_checkpoint(folder)
+
+
+def test_a_tensor_with_a_nan_is_named_as_the_file_does(folder: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        with_words(NORM, 0x7FC0)(tensors)
+        tensors["norm.weight"] = tensors.pop(NORM)
+
+    rewrite(folder, change)
+    with pytest.raises(EngineError, match=r"tensor norm.weight holds NaN"):
+        Model(load_checkpoint(folder))
+
+
 def test_a_state_of_another_config_is_refused(folder: Path) -> None:
     """With the same weights: what its keys were rotated by is not in them."""
     change_json(folder / "config.json", lambda config: config["rope_parameters"]["main"].update(rope_theta=2e4))
