@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +27,9 @@ class WorkerConfig(BaseSettings):
 
 
 SANDBOXES_COUNT = 64
+_ALIKE = 0.88
+_OTHERS = ("DSEC_EDGE_", "DSEC_IMAGES_", "DSEC_DOCKER_", "DSEC_NETWORK_")
+"""What the Edge reads, of which some are spelled nearly as ours."""
 EMBEDDED = "embedded"
 """What the engine in this process is called where a URL may stand."""
 
@@ -162,6 +167,18 @@ class RolloutConfig(BaseSettings):
             agent=parse_ceiling(self.agent_network),
             verifier=parse_ceiling(self.verifier_network),
         )
+
+
+def misspelt(variables: Iterable[str]) -> dict[str, str]:
+    """Environment variables that nobody reads, by how a knob is spelled that was probably meant."""
+    kinds: tuple[type[BaseSettings], ...] = (RolloutConfig, WorkerConfig)
+    knobs = {f"{kind.model_config['env_prefix']}{name.upper()}" for kind in kinds for name in kind.model_fields}
+    found = {}
+    for variable in sorted({variable.upper() for variable in variables} - knobs):
+        near = get_close_matches(variable, knobs, n=1, cutoff=_ALIKE)
+        if near and variable.startswith("DSEC_") and not variable.startswith(_OTHERS):
+            found[variable] = near[0]
+    return found
 
 
 def _decoded(given: Any, rule: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import wal
 from dsec.address import parse_address
 from dsec.edge.clock import HostClock
 from dsec.sandbox import Substrate
-from rollout.config import RolloutConfig
+from rollout.config import RolloutConfig, misspelt
 from rollout.engine import Engine
 from rollout.engines.embedded.batching import Limits
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT, read_vocabulary
@@ -19,6 +21,7 @@ from rollout.errors import JournalError, RequestError
 from rollout.service import RolloutService
 from toolcall_dsl import V4, Tokenizer
 
+_log = logging.getLogger(__name__)
 EDGE = "edge"
 STATES = "states"
 
@@ -49,8 +52,11 @@ def make_engine(config: RolloutConfig, cache: Path | None = None) -> Engine:
     """The servers that the config names, as one; without any the embedded engine.
 
     RequestError: no such URL can be, or the embedded engine's tokens mean something else to the config's tokenizer.
-    States of the embedded engine's contexts lie where the config says, or else in `cache`, if anywhere.
+    States of the embedded engine's contexts lie where the config says, or else in `cache`, if anywhere.  Variables of
+    the environment that are nearly knobs are told of here, where every service begins.
     """
+    for variable, knob in misspelt(os.environ).items():
+        _log.warning("nobody reads the environment variable %s: was %s meant?", variable, knob)
     if config.engines:
         from rollout.engines.pool import EnginePool
         from rollout.engines.vllm.engine import VllmEngine  # loads an HTTP client, which the embedded engine needs not

@@ -34,6 +34,8 @@ STATUS: dict[str, int] = {
     "UNREACHABLE": 503,
 }
 """Of our error codes; any other is a 500."""
+ROUTES: dict[int, str] = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
+"""Of a path that is none, and of a method that it does not take; what else is refused there is REFUSED."""
 _log = logging.getLogger(__name__)
 
 
@@ -56,7 +58,8 @@ def add_errors(app: FastAPI) -> None:
     async def refused(_: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
             raise error
-        return _error_response(error_body(str(error.detail), "REFUSED", error.status_code), error.status_code)
+        status = error.status_code
+        return _error_response(error_body(str(error.detail), ROUTES.get(status, "REFUSED"), status), status)
 
     async def broken(_: Request, error: Exception) -> Response:
         _log.error("a request failed", exc_info=error)

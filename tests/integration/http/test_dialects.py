@@ -192,6 +192,16 @@ async def test_what_cannot_be_honoured_is_refused_by_name_before_anything_is_sam
         assert service.ledger.rollouts == {}
 
 
+async def test_a_path_that_is_none_and_a_method_that_it_does_not_take_have_codes_of_their_own(serving: Any) -> None:
+    async with serving(model()) as (client, _):
+        for method, path, status, code in (
+            ("POST", "/v1/nothing", 404, "NOT_FOUND"),
+            ("GET", "/v1/completions", 405, "METHOD_NOT_ALLOWED"),
+        ):
+            response = await client.request(method, path)
+            assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+
+
 async def test_who_may_call_and_how_much_they_may_send(serving: Any) -> None:
     async with serving(model()) as (client, _):
         page = await client.post("/v1/chat/completions", json=CHAT, headers={"origin": "http://evil.example"})

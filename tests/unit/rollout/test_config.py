@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from rollout.commands.run import _bounds, given_knobs
-from rollout.config import RolloutConfig
+from rollout.config import RolloutConfig, misspelt
 from rollout.engines.pool import EnginePool
 from rollout.errors import RequestError
 from rollout.main import STATES, make_engine
@@ -73,3 +74,28 @@ def test_the_bounds_of_a_run_are_the_environments_where_it_says_something(monkey
     assert told(20, 4) == (20, 20, 0)
     monkeypatch.setenv("DSEC_SANDBOXES_COUNT_MAX", "99")
     assert told(None, 4) == (7, 99, 0)
+
+
+@pytest.mark.parametrize(
+    ("variable", "knob"),
+    [
+        ("DSEC_ENGINE_THREAD_COUNT", "DSEC_ENGINE_THREADS_COUNT"),
+        ("DSEC_TOKENISER", "DSEC_TOKENIZER"),
+        ("DSEC_CHECKPOINT_ROOT", "DSEC_CHECKPOINTS_ROOT"),
+        ("DSEC_WORKER_GRACE", "DSEC_WORKER_GRACE_S"),
+    ],
+)
+def test_a_variable_that_is_nearly_a_knob_is_told_of_where_a_service_begins(
+    variable: str, knob: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(variable, "1")
+    make_engine(RolloutConfig())
+    assert caplog.messages == [f"nobody reads the environment variable {variable}: was {knob} meant?"]
+
+
+def test_no_variable_that_the_documents_name_passes_for_a_misspelt_one() -> None:
+    root = Path(__file__).resolve().parents[3]
+    pages = [root / "README.md", *(root / "docs").rglob("*.md")]
+    named = {name for page in pages for name in re.findall(r"DSEC_[A-Z_]*[A-Z]\b", page.read_text())}
+    assert len(named) > 50
+    assert misspelt(named) == {}

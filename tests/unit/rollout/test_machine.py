@@ -151,6 +151,13 @@ def test_the_turn_limit_ends_the_agent_after_its_last_call_ran(tokenizer: Tokeni
     assert (state.phase, state.reason) == (Phase.JUDGE, FinishReason.TURN_LIMIT)
 
 
+def test_a_prompt_that_fills_the_context_goes_to_its_judge_with_nothing_drawn(tokenizer: Tokenizer) -> None:
+    full = Limits(context_tokens_count_max=prepared(tokenizer).tokens_count)
+    state = prepared(tokenizer, limits=full)
+    assert (state.phase, state.reason) == (Phase.JUDGE, FinishReason.LENGTH_CONTEXT)
+    assert state.turns == ()
+
+
 def test_a_context_that_cannot_hold_the_results_ends_the_agent(tokenizer: Tokenizer) -> None:
     start = prepared(tokenizer)
     room = Limits(context_tokens_count_max=start.tokens_count + len(reply_ids(LS, tokenizer)) + 4)
