@@ -12,13 +12,13 @@ import torch
 from transformers import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
 
+from rollout.engines.config_fields import WITHOUT_EFFECT
 from rollout.engines.embedded.config import (
     COUNTS,
     FIXED,
     KINDS,
     NUMBERS,
     SHAPED,
-    WITHOUT_EFFECT,
     Dimensions,
     read_dimensions,
 )
@@ -81,7 +81,7 @@ def default(name: str) -> object:
 
 
 def test_every_field_is_carried_out_or_fixed_or_without_effect() -> None:
-    """Fails when a later transformers has another: find out what it does to the logits, and say so in config.py."""
+    """Fails when a later transformers has another: find out what it does to the logits, and say so."""
     fields = {field.name for field in dataclasses.fields(DeepseekV4Config)}
     assert fields - {*COUNTS, *NUMBERS, *FIXED, *SHAPED, *WITHOUT_EFFECT} == set()
     tables: list[set[str]] = [set(COUNTS), set(NUMBERS), set(FIXED), set(SHAPED), set(WITHOUT_EFFECT)]

@@ -5,7 +5,7 @@ out, or must have the one value that is, or changes no result; a field that is n
 that changes results and is ignored makes another model of the checkpoint.  The C side trusts what it is given, so
 every bound is checked here, and names file, field, value and bound.
 
-See: checkpoint/README.md, "Configs"; `v4.h`.
+See: checkpoint/README.md, "Configs"; `v4.h`; `../config_fields.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from rollout.engines.config_fields import WITHOUT_EFFECT
 from rollout.engines.embedded.fields import Fields
 from rollout.engines.embedded.rope import PAIRS_MAX, Rope, read_rope
 from rollout.errors import EngineError
@@ -94,18 +95,6 @@ SHAPED = frozenset(
     }
 )
 """Fields that are carried out by code of their own."""
-WITHOUT_EFFECT = frozenset(
-    {
-        *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "name_or_path"),
-        *("output_hidden_states", "output_attentions", "return_dict", "use_cache", "chunk_size_feed_forward"),
-        *("is_encoder_decoder", "id2label", "label2id", "num_labels", "problem_type"),
-        *("bos_token_id", "eos_token_id", "pad_token_id"),
-        *("initializer_range", "attention_dropout", "router_jitter_noise", "router_aux_loss_coef"),
-        *("output_router_logits", "num_nextn_predict_layers"),
-    }
-)
-"""Fields that change no logit: of training, of other tasks, of who loads the file; the control tokens' ids come from
-the tokenizer, and of MTP see docs/adr/0025."""
 
 
 class Dimensions(msgspec.Struct, frozen=True, kw_only=True):

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from rollout.engines.config_fields import WITHOUT_EFFECT
 from rollout.engines.vllm.wire import decode_json
 from rollout.errors import EngineError
 
@@ -33,22 +34,10 @@ CHANGING = "changing "
 """What a label begins with while the weights that it names are exchanged for others."""
 HEADER_BYTES_MAX = 256 << 20
 FILES_MAX = 4096
-WITHOUT_EFFECT = frozenset(
-    {
-        *(
-            "_name_or_path",
-            "architectures",
-            "auto_map",
-            "transformers_version",
-            "dtype",
-            "torch_dtype",
-            "use_cache",
-            "initializer_range",
-        ),
-        *("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "hidden_dropout", "resid_pdrop"),
-    }
+READ_AT_START = frozenset(
+    {"architectures", "auto_map", "dtype", "torch_dtype", "is_encoder_decoder", "num_nextn_predict_layers"}
 )
-"""Fields of a config that trainers write as they like, and that decide no token of a server that runs."""
+"""What a vLLM builds a model by, of the fields that decide nothing any more once it runs."""
 _READERS = 4
 _LABEL = re.compile(r"(\d{1,18})(?:@([0-9a-f]{64})(?: (/[^\x00-\x1f\x7f]{0,4096}))?)?")
 
@@ -72,7 +61,7 @@ class _Tensor(msgspec.Struct, frozen=True):
 
 
 class Weights(NamedTuple):
-    """A checkpoint: sha256 over its config and the names and sums of its files; dtype and shape of each tensor."""
+    """A checkpoint: sha256 over what its files and config decide; dtype and shape of each tensor."""
 
     digest: str
     tensors: dict[str, tuple[str, tuple[int, ...]]]
@@ -117,10 +106,20 @@ def read_weights(folder: Path) -> Weights:
         sums, tensors = _read(
             tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in zip(files, stats, strict=True))
         )
-        said = json.dumps(config, sort_keys=True)
+        said = json.dumps(_deciding(config), sort_keys=True)
         return Weights(hashlib.sha256(f"{sums}\n{said}".encode()).hexdigest(), tensors, config)
     except OSError as error:
         raise EngineError(f"{folder}: no checkpoint: {error}") from error
+
+
+def _deciding(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config a server that starts draws by."""
+    left_out = WITHOUT_EFFECT - READ_AT_START
+    return {
+        name: _deciding(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in left_out
+    }
 
 
 @lru_cache(maxsize=8)
@@ -159,7 +158,7 @@ def _tensors(path: Path, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def check_fits(folder: Path, new: Weights, old: Weights) -> None:
-    """EngineError unless the new tensors are those of the old weights, and the config says nothing else.
+    """EngineError unless the tensors are called and shaped as the old ones, and no field that counts says otherwise.
 
     A server that fails to load has neither weights, and one that loads goes on with the old config.
     """
@@ -176,7 +175,7 @@ def check_fits(folder: Path, new: Weights, old: Weights) -> None:
 
 
 def _said_otherwise(new: dict[str, Any], old: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """The fields of both that have another value; what only one has may be another spelling, or a default."""
+    """The fields of both that have another value; null, and what only one has, may be a default, or spelt otherwise."""
     for name in new.keys() & old.keys() - WITHOUT_EFFECT:
         one, other = new[name], old[name]
         if isinstance(one, dict) and isinstance(other, dict):
