@@ -79,8 +79,10 @@ class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class 
             return await continuation(handler_call_details)
 
         async def answer(data: bytes, context: Context) -> bytes:
-            if method.name == "List" and (reply := await self._list(method, data, context)) is not None:
-                return reply
+            if method.name == "List":
+                page = await self._located(self._list(method, data, context), context)
+                if page is not None:
+                    return page
             parts = await self._located(self._split(method, data, context), context)
             answers = [await self._ask(place, method, part, context) for place, part in parts]
             if method.name == _OF_THE_ROOT:
@@ -139,12 +141,9 @@ class Router(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no class 
             return None  # that is no token of ours, and a service will say so
         name = name or names[0]
         asked.message.page_token = token
-
-        async def find() -> list[tuple[Place, bytes]]:
-            return [(await worker.find(name), asked.message.SerializeToString())]
-
-        ((place, part),) = await self._located(find(), context)
-        reply: Any = GetMessageClass(method.output_type).FromString(await self._ask(place, method, part, context))
+        part = asked.message.SerializeToString()
+        page = await self._ask(await worker.find(name), method, part, context)
+        reply: Any = GetMessageClass(method.output_type).FromString(page)
         later = [each for each in names if each > name]
         if reply.next_page_token:
             reply.next_page_token = f"{name}|{reply.next_page_token}"
