@@ -21,7 +21,7 @@ from rollout.engines.vllm.launch import (
     make_launch,
     tiny_preset,
 )
-from rollout.engines.vllm.tiny import write_tiny_model
+from rollout.engines.vllm.tiny import CONTEXT_TOKENS_MAX, write_tiny_model
 from rollout.errors import RequestError
 
 TINY = "tiny"
@@ -39,9 +39,23 @@ def engine() -> None:
     """Engines that are no part of the service's process: what starts them."""
 
 
-@engine.command(short_help="Print or run the command that serves a model with vLLM.", epilog=_EXAMPLE)
+class _PassingOn(click.Command):
+    """A command of which only what stands after `--` is another program's: `more`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As every command's, up to the `--`."""
+        own_count = args.index("--") if "--" in args else len(args)
+        rest = super().parse_args(ctx, args[:own_count])
+        ctx.params["more"] = tuple(args[own_count + 1 :])
+        return rest
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """With what may be passed on."""
+        return [*super().collect_usage_pieces(ctx), "[-- FLAG ...]"]
+
+
+@engine.command(cls=_PassingOn, short_help="Print or run the command that serves a model with vLLM.", epilog=_EXAMPLE)
 @click.argument("model")
-@click.argument("more", nargs=-1, type=click.UNPROCESSED)
 @click.option("--run", "runs", is_flag=True, help="Become that process, rather than print the command.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object: environment, arguments, service, api_key_file."
@@ -82,7 +96,7 @@ def engine() -> None:
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("runs/vllm-tiny"),
     show_default=True,
-    help="Where the model `tiny` is written.",
+    help="Where the model `tiny` is written; a folder of another model is refused.",
 )
 def serve_vllm(
     model: str,
@@ -107,11 +121,16 @@ def serve_vllm(
 
     MODEL is v4-flash or v4-pro (weights from Hugging Face, or from a directory: -- --model=DIR), tiny (random weights
     in the service's vocabulary, written here; it needs no GPU), or a directory with a model of yours.  Arguments after
-    -- are passed on to vLLM, and win.
+    -- are passed on to vLLM, and win; the `dsec serve` that is printed knows nothing of them: with another port, host
+    or model there, change it likewise.
 
     Who reaches the port can pause this engine and change its weights: vLLM asks for its key under /v1 and /inference
     only.  Let it listen where nobody but the service can connect.
     """
+    if as_json and runs:
+        raise RequestError("--json prints what --run would become: give one of them")
+    if model == TINY and (context_tokens or 0) > CONTEXT_TOKENS_MAX:
+        raise RequestError(f"--context-tokens {context_tokens}: a context of {TINY} holds {CONTEXT_TOKENS_MAX} tokens")
     device = device or ("cpu" if model == TINY else "cuda")
     for given, option in ((offload, "--offload"), (gpus, "--gpus"), (masks, "--masks")):
         if given and device == "cpu":

@@ -8,16 +8,22 @@ See: docs/serving.md, "Engines"; safetensors' format description.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
+from rollout.errors import RequestError
 
+Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
+"""By name: type as the format calls it, shape, and little-endian contents."""
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _HIDDEN, _HEADS, _KV_HEADS, _HEAD_DIM, _INNER, _LAYERS = 64, 4, 2, 32, 128, 2
 CONTEXT_TOKENS_MAX = 2048
 CONFIG: dict[str, Any] = {
@@ -60,29 +66,50 @@ def write_tiny_model(
     """Write config, tokenizer and weights to `folder`, which is made if need be; returns it.
 
     With `experts_count` each layer has that many, and two of them for a token: the model to see routes with.  `scale`
-    is how many times wider it is, for who wants it to take its time.
+    is how many times wider it is, for who wants it to take its time.  RequestError if another model lies there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     vocab_count: int = json.loads((DEFAULT_CHECKPOINT / "config.json").read_text())["vocab_size"]
     routed = {**_EXPERTS, "num_experts": experts_count} if experts_count else {}
     config = CONFIG | routed | {name: CONFIG[name] * scale for name in _WIDTHS}
     config |= {"vocab_size": vocab_count, "num_hidden_layers": layers_count}
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(DEFAULT_CHECKPOINT / name, folder / name)
     chance = np.random.default_rng(seed)
-    tensors = {}
+    tensors: Tensors = {}
     for name, shape in _shapes(config, experts_count).items():
         gain = _HEAD_GAIN if name.startswith("lm_head") else 1.0
         spread = gain if "embed" in name else gain / shape[-1] ** 0.5
         values = np.ones(shape) if len(shape) == 1 else chance.standard_normal(shape) * spread
         tensors[name] = ("F32", shape, values.astype("<f4").tobytes())
-    write_safetensors(folder / "model.safetensors", tensors)
+    _put(folder, json.dumps(config, indent=1), tensors)
     return folder
 
 
-def write_safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
-    """By name: type as the format calls it, shape, and little-endian contents."""
+def _put(folder: Path, config: str, tensors: Tensors) -> None:
+    """Write a model, each file whole or not at all, and in the place of none but its like.  RequestError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for found in (*folder.glob(_CONFIG), *folder.glob("*.safetensors")):
+            if found.name != _WEIGHTS and not (found.name == _CONFIG and found.read_bytes() == config.encode()):
+                raise _other_model(found)
+        with tempfile.TemporaryDirectory(prefix=".tiny-", dir=folder) as scratch:
+            new = Path(scratch)
+            write_safetensors(new / _WEIGHTS, tensors)
+            if (folder / _WEIGHTS).exists() and not filecmp.cmp(new / _WEIGHTS, folder / _WEIGHTS, shallow=False):
+                raise _other_model(folder / _WEIGHTS)
+            (new / _CONFIG).write_text(config)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copyfile(DEFAULT_CHECKPOINT / name, new / name)
+            for path in new.iterdir():
+                path.replace(folder / path.name)
+    except OSError as error:
+        raise RequestError(f"cannot write a model to {folder}: {error.strerror or error}") from error
+
+
+def _other_model(found: Path) -> RequestError:
+    return RequestError(f"{found} is of another model, which would be overwritten: give another folder, or remove it")
+
+
+def write_safetensors(path: Path, tensors: Tensors) -> None:
+    """A file of these tensors."""
     header: dict[str, dict[str, object]] = {}
     end = 0
     for name, (dtype, shape, data) in tensors.items():

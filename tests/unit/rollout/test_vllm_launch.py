@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -97,13 +98,23 @@ def test_each_version_of_the_weights_keeps_its_kv_in_a_folder_of_its_own() -> No
         (("v4-flash", "--offload", "/nvme/kv", "--weight-version", "../1"), "name of a directory"),
         (("v4-flash", "--run", "--python", "/no/such/python"), "No such file"),
         (("v4-flash", "--api-key-file", "/no/such/key"), "cannot read the token"),
+        (("v4-flash", "--json", "--run"), "--json prints what --run would become"),
+        (("tiny", "--context-tokens", "2049"), "--context-tokens 2049: a context of tiny holds 2048 tokens"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(arguments: tuple[str, ...], said: str) -> None:
     result = ask(*arguments)
     assert result.exit_code == 2
     assert said in result.output
-    assert len(result.output.splitlines()) == (2 if "--run" in arguments else 1)
+    assert len(result.output.splitlines()) == (2 if "--python" in arguments else 1)
+
+
+def test_what_is_for_vllm_stands_after_two_dashes() -> None:
+    stray = ask("v4-flash", "extra")
+    assert (stray.exit_code, "unexpected extra argument (extra)" in stray.output) == (2, True)
+    assert "MODEL [-- FLAG ...]" in stray.output
+    passed = json.loads(ask("v4-flash", "--json", "--", "extra", "--json", "--", "--port").output)
+    assert passed["arguments"][-4:] == ["extra", "--json", "--", "--port"]
 
 
 @pytest.mark.parametrize(("held", "said"), [("short", "holds 5 bytes, at least 16"), ("k " * 9, "without white space")])
@@ -129,6 +140,42 @@ def test_a_seed_gives_the_same_tiny_model_in_the_vocabulary_of_the_service(tmp_p
     weights = [(folder / "model.safetensors").read_bytes() for folder in (one, same, other)]
     assert weights[0] == weights[1] != weights[2]
     assert (one / "tokenizer.json").read_bytes() == (DEFAULT_CHECKPOINT / "tokenizer.json").read_bytes()
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kept", [("config.json", "model.safetensors"), ("config.json",), ("model.safetensors",)])
+def test_no_other_model_is_overwritten(tmp_path: Path, kept: tuple[str, ...]) -> None:
+    for name in kept:
+        shutil.copyfile(DEFAULT_CHECKPOINT / name, tmp_path / name)
+    before = bytes_of(tmp_path)
+    refused = ask("tiny", "--tiny-dir", str(tmp_path))
+    assert refused.exit_code == 2
+    assert f"{tmp_path}/{kept[0]} is of another model, which would be overwritten" in refused.output
+    assert bytes_of(tmp_path) == before
+
+
+def test_weights_in_parts_are_no_tiny_model(tmp_path: Path) -> None:
+    part = tmp_path / "model-00001-of-00002.safetensors"
+    part.write_bytes(b"")
+    assert f"{part} is of another model" in ask("tiny", "--tiny-dir", str(tmp_path)).output
+    assert bytes_of(tmp_path) == {part.name: b""}
+
+
+def test_a_tiny_model_that_lies_there_is_used_or_made_whole(tmp_path: Path) -> None:
+    whole = bytes_of(write_tiny_model(tmp_path / "tiny"))
+    for missing in (None, "model.safetensors", "config.json", "tokenizer.json"):
+        if missing is not None:
+            (tmp_path / "tiny" / missing).unlink()
+        assert ask("tiny", "--tiny-dir", str(tmp_path / "tiny")).exit_code == 0
+        assert bytes_of(tmp_path / "tiny") == whole
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_in_a_line() -> None:
+    refused = ask("tiny", "--tiny-dir", "/proc/no-folder")
+    assert (refused.exit_code, refused.output.startswith("dsec: cannot write a model to /proc/")) == (2, True)
 
 
 def test_the_tiny_model_can_be_wider_and_deeper(tmp_path: Path) -> None:
