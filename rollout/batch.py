@@ -31,6 +31,7 @@ from rollout.main import holds_edge, make_service
 from rollout.record import TrajectoryRecord, trajectory_record
 from rollout.request import Job, Limits, Thinking
 from rollout.service import RolloutService
+from rollout.stopping import done_before, stop_signal
 
 REQUEST_ID = "run"
 SUMMARY, TRAJECTORIES = "summary.json", "trajectories.arrow"
@@ -56,9 +57,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The figures, whether there was anything to do, and the signal that stopped the run early, if one did."""
+    """The figures, whether there was anything to do, and the signal that stopped the run early, if one did.
 
-    summary: Summary
+    There are none of a run that was stopped before it began.
+    """
+
+    summary: Summary | None
     has_worked: bool
     stopped_by: signal.Signals | None
 
@@ -89,7 +93,8 @@ def edge_of(directory: Path) -> str:
 async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None]) -> Outcome:
     """Run or resume to the end; `draw(service, seconds)` is called a few times a second.
 
-    SIGINT and SIGTERM stop the run where it is, with everything that was logged kept.
+    SIGINT and SIGTERM stop the run where it is, also while it waits for its engine, with everything that was logged
+    kept.
     Raises the typed errors of the rooms below (TaskError, RequestError, HostUnfitError, WalError ...).
     """
     is_begun = holds_run(batch.directory)
@@ -97,14 +102,16 @@ async def run_batch(batch: Batch, draw: Callable[[RolloutService, float], None])
         raise RequestError(f"{batch.directory} holds a run already: add --resume to finish it, or choose another --out")
     began = time.monotonic()
     asked = None if is_begun else _ask(batch)
-    stopped = _stop_signal()  # from here on nothing lives that an end in order would not destroy
+    stopped = stop_signal()  # from here on nothing lives that an end in order would not destroy
     async with make_service(batch.directory, batch.config, batch.edge_url) as service:
         if (logged := service.ledger.jobs.get(REQUEST_ID)) is not None:
             batch.check_logged(logged)
         elif service.ledger.jobs:
             raise RequestError(f"{batch.directory} holds the jobs of a server: resume them with dsec serve")
-        if logged is None or not service.ledger.is_ended(REQUEST_ID) or holds_edge(batch.directory):
-            await service.start()
+        has_ended = logged is not None and service.ledger.is_ended(REQUEST_ID) and not holds_edge(batch.directory)
+        is_up = has_ended or await done_before(stopped, service.start())
+        if logged is None and not is_up:
+            return Outcome(None, False, stopped.result())
         if logged is None:  # only now: what a host or an Edge refuses was never begun
             await service.submit(*(asked or _ask(batch)))
         has_worked = service.running_count > 0
@@ -190,17 +197,3 @@ def write_results(directory: Path, service: RolloutService, summary: Summary) ->
         raise ResultsError(
             f"cannot write results to {directory}: {error.strerror or error}; the log is whole, run again with --resume"
         ) from error
-
-
-def _stop_signal() -> asyncio.Future[signal.Signals]:
-    """Done with SIGINT or SIGTERM, whichever comes first."""
-    loop = asyncio.get_running_loop()
-    came: asyncio.Future[signal.Signals] = loop.create_future()
-
-    def stop(number: signal.Signals) -> None:
-        if not came.done():
-            came.set_result(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, number)
-    return came

@@ -318,7 +318,8 @@ class Ledger:
         if event.tokenizer_digest != self.tokenizer.digest:
             raise JournalError(
                 f"{event.rollout_id} was written with tokenizer {event.tokenizer_digest[:12]}, "
-                f"this installation has {self.tokenizer.digest[:12]}: use the checkpoint that wrote the log"
+                f"and this is {self.tokenizer.digest[:12]}: name the folder of that model's tokenizer.json "
+                "(--tokenizer DIR, or DSEC_TOKENIZER)"
             )
         if event.judged_rollout_id:
             job = judge_job(self._state(event.judged_rollout_id).job, event.judged_rollout_id)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rollout.commands.run import log_of
+from rollout.commands.run import log_of, tokenizer_option
 from rollout.export import exporter
 from rollout.ledger import Ledger
 from rollout.main import load_tokenizer
@@ -19,12 +19,13 @@ from rollout.main import load_tokenizer
 )
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Where the shards go.  [default: DIR/shards]")
-def export(directory: Path, out: Path | None) -> None:
+@tokenizer_option
+def export(directory: Path, out: Path | None, tokenizer: Path | None) -> None:
     """Write the rollouts of a run that have ended to shards (docs/formats/shards.md); what is there stays as it is.
 
     It may be called again at any time, also while the run goes on: it adds what has ended since.
     """
     log = log_of(directory)
     target = out or log.parent / exporter.SHARDS
-    count = exporter.export(log, Ledger.read(log, load_tokenizer()), target)
+    count = exporter.export(log, Ledger.read(log, load_tokenizer(tokenizer)), target)
     click.echo(f"{count} rollouts written to {target}")

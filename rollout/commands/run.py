@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import msgspec
@@ -25,7 +25,7 @@ import wal.__main__ as wal_cli
 from dsec import trajectory
 from dsec.terminal import counted
 from rollout import journal, steps
-from rollout.batch import REQUEST_ID, Batch, Outcome, edge_of, run_batch
+from rollout.batch import REQUEST_ID, Batch, Outcome, edge_of, holds_run, run_batch
 from rollout.bench.tasks import Task
 from rollout.commands.screen import LiveTable, make_console, print_summary, render_overview, render_trajectory
 from rollout.commands.summary import SOLVED_REWARD
@@ -68,7 +68,12 @@ ENGINE_HELP = (
     "Draw with a vLLM server, http://HOST:PORT, its key in DSEC_ENGINE_KEY; several are one engine (docs/serving.md).  "
     "[default: DSEC_ENGINES, or embedded, the one in this process]"
 )
-TOKENIZER_HELP = "Folder with the tokenizer.json of the model.  [default: DSEC_TOKENIZER, or the embedded one's]"
+tokenizer_option = click.option(
+    "--tokenizer",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder with the tokenizer.json of the model.  [default: DSEC_TOKENIZER, or the embedded one's]",
+)
 
 SHOW_EXAMPLE = """\b
 Examples:
@@ -96,7 +101,7 @@ Examples:
 @click.option("--concurrency", type=click.IntRange(1, 1024), help="Rollouts at once.  [default: 16]")
 @click.option("--edge", "edge_url", metavar="URL", help=EDGE_HELP + " A resume without it takes the run's own.")
 @click.option("--engine", "engines", metavar="URL", multiple=True, help=ENGINE_HELP)
-@click.option("--tokenizer", metavar="DIR", type=click.Path(path_type=Path), help=TOKENIZER_HELP)
+@tokenizer_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling; the same seed, the same tokens.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy; else 0.001 to 10.")
 @click.option(
@@ -142,7 +147,7 @@ def run(
 
     if edge_url is None:
         edge_url = edge_of(directory) if resume else ""
-    if resume and not (directory / "wal").is_dir():
+    if resume and not holds_run(directory):
         what = f"the tasks of {tasks_dir}" if tasks_dir else "all bundled tasks"
         click.echo(f"dsec: {directory} holds no run yet: it begins now, with {what}", err=True)
 
@@ -166,26 +171,34 @@ def run(
         config=_bounds(given_knobs(concurrency=concurrency, engines=engines, tokenizer=tokenizer), group_size),
         edge_url=edge_url,
     )
-    again = _again(directory, engines)
+    again = " ".join([_program(), shlex.join(["run", "--resume", "--out", str(directory), *_same(engines, tokenizer)])])
     try:
         outcome = _run_live(batch, as_json=as_json)
     except (wal.StorageError, wal.PoisonedError) as error:
-        error.add_note(again)
+        error.add_note(f"finish with: {again}")
         raise
-    if as_json:
-        click.echo(msgspec.json.encode(outcome.summary))
-    else:
-        print_summary(make_console(), outcome.summary, directory, _program(), has_worked=outcome.has_worked)
-    if outcome.stopped_by is not None:
-        click.echo(f"stopped by {outcome.stopped_by.name}; {again}", err=True)
-        sys.exit(128 + outcome.stopped_by)
-    sys.exit(1 if outcome.summary.infra_failures else 0)
+    look = " ".join([_program(), shlex.join(["show", str(directory), *_same((), tokenizer)])])
+    _end(outcome, directory, look, again, as_json=as_json)
 
 
-def _again(directory: Path, engines: Sequence[str]) -> str:
-    """What finishes a run that stopped."""
-    same_engine = [part for url in engines for part in ("--engine", url)]
-    return f"finish with: {_program()} {shlex.join(['run', '--resume', '--out', str(directory), *same_engine])}"
+def _end(outcome: Outcome, directory: Path, look: str, again: str, *, as_json: bool) -> NoReturn:
+    """Print how a run ended, and exit; `look` is the command that shows its rollouts, `again` finishes it."""
+    summary, stopped_by = outcome.summary, outcome.stopped_by
+    if summary is not None and as_json:
+        click.echo(msgspec.json.encode(summary))
+    elif summary is not None:
+        print_summary(make_console(), summary, directory, _program(), look, again, has_worked=outcome.has_worked)
+    if stopped_by is not None:
+        way_on = f"; finish with: {again}" if summary is not None else " before it began: nothing has run"
+        click.echo(f"stopped by {stopped_by.name}{way_on}", err=True)
+        sys.exit(128 + stopped_by)
+    sys.exit(1 if summary is not None and summary.infra_failures else 0)
+
+
+def _same(engines: Sequence[str], tokenizer: Path | None) -> list[str]:
+    """The options by which another command means the model of this one."""
+    named = ["--tokenizer", str(tokenizer)] if tokenizer is not None else []
+    return [*(part for url in engines for part in ("--engine", url)), *named]
 
 
 def _sampling(temperature: float, seed: int) -> Sampling:
@@ -249,9 +262,10 @@ def check_same(ctx: click.Context, directory: Path, job: Job) -> None:
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("rollout", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each rollout.")
-def show(directory: Path, rollout: str | None, as_json: bool) -> None:
+@tokenizer_option
+def show(directory: Path, rollout: str | None, as_json: bool, tokenizer: Path | None) -> None:
     """Print trajectories of a run: all in a table, or ROLLOUT (an id or a task name) turn by turn."""
-    ledger = Ledger.read(log_of(directory), load_tokenizer())
+    ledger = Ledger.read(log_of(directory), load_tokenizer(tokenizer))
     chosen = sorted(ledger.rollouts) if rollout is None else [_resolve(ledger, rollout)]
     records = [trajectory_record(ledger, rollout_id) for rollout_id in chosen]
     if as_json:
@@ -263,7 +277,8 @@ def show(directory: Path, rollout: str | None, as_json: bool) -> None:
         begun_count = sum(ledger.asks_for(rollout_id) for rollout_id in ledger.rollouts)
         solved_count = sum((record.reward.value or 0) >= SOLVED_REWARD for record in records)
         click.echo(f"{counted(asked_count, 'rollout')}: {solved_count} solved, {asked_count - begun_count} not begun")
-        click.echo(f"one of them, turn by turn: {_program()} show {shlex.quote(str(directory))} ROLLOUT")
+        again = shlex.join(["show", str(directory), "ROLLOUT", *_same((), tokenizer)])
+        click.echo(f"one of them, turn by turn: {_program()} {again}")
     else:
         make_console().print(render_trajectory(records[0], ledger.tasks[records[0].task_digest].instruction))
 

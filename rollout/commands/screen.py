@@ -110,9 +110,12 @@ def summarise_quickly(ledger: Ledger) -> dict[str, int]:
 
 
 def print_summary(
-    console: Console, summary: Summary, directory: Path, program: str, *, has_worked: bool = True
+    console: Console, summary: Summary, directory: Path, program: str, look: str, again: str, *, has_worked: bool = True
 ) -> None:
-    """The end of a run: figures, what was not solved, where results lie, what to try next."""
+    """The end of a run: figures, what was not solved, where results lie, what to try next.
+
+    `look` is the command that shows its trajectories, `again` the one that finishes it.
+    """
     share = f" ({summary.solved / summary.finished:.1%})" if 0 < summary.finished == summary.rollouts else ""
     waited = summary.sampling_s + summary.tools_s + summary.log_s
     table = Table.grid(padding=(0, 2))
@@ -151,16 +154,15 @@ def print_summary(
     console.print(Panel(table, title="dsec run", title_align="left", expand=False))
     console.print(_tasks_table(summary.per_task))
     example = shlex.quote(next((row.task for row in summary.per_task if row.tokens), summary.per_task[0].task))
-    place = shlex.quote(str(directory))
     when = "after a kill -9 at any moment: finish the run, nothing sampled or run twice"
     if summary.infra_failures:
         when = "once the cause is mended: finish what failed (a corrected task is another run: give it another --out)"
     console.print(
         Text.assemble(
             ("try next\n", "bold"),
-            f"  {program} show {place} {example}\n",
+            f"  {look} {example}\n",
             ("    look at a trajectory\n", "dim"),
-            f"  {program} run --resume --out {place}\n",
+            f"  {again}\n",
             (f"    {when}\n", "dim"),
             f"  {program} run path/to/your/task --out runs/yours\n",
             ("    run a task of your own (a folder in Harbor's format)", "dim"),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -17,17 +17,19 @@ import msgspec
 from dsec.listen import Listen, read_certificate, read_token
 from dsec.sandbox import Substrate
 from dsec.terminal import counted, render_columns
-from rollout.commands.run import EDGE_HELP, ENGINE_HELP, TOKENIZER_HELP, given_knobs
+from rollout.commands.run import EDGE_HELP, ENGINE_HELP, given_knobs, tokenizer_option
 from rollout.config import RolloutConfig, WorkerConfig
 from rollout.engine import Engine
 from rollout.errors import RequestError
 from rollout.main import STATES, load_tokenizer, make_engine, make_substrate
 from rollout.rpc.grpc_server import REQUEST_BYTES_MAX, Server, handlers_of, start_server
 from rollout.rpc.listening import KEY, address_of, listen_at, told
+from rollout.stopping import done_before, stop_signal
 from rollout.workers.forward import Router
 from rollout.workers.index import Index, Snapshot, sqlite_url
 from rollout.workers.partitions import Parts, copy_log, find_logs
 from rollout.workers.worker import Worker
+from toolcall_dsl import Tokenizer
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NOT_IN_ORDER = 3
@@ -68,7 +70,7 @@ _index_option = click.option("--index", "url", metavar="URL", envvar="DSEC_INDEX
 @click.option("--grace-s", type=float, help="How long a stop may take.  [default: 30]")
 @click.option("--edge", "edge_url", metavar="URL", default="", help=EDGE_HELP)
 @click.option("--engine", "engines", metavar="URL", multiple=True, help=ENGINE_HELP)
-@click.option("--tokenizer", metavar="DIR", type=click.Path(path_type=Path), help=TOKENIZER_HELP)
+@tokenizer_option
 def serve(
     out: Path | None,
     root: Path | None,
@@ -143,9 +145,7 @@ def _doors(listen: str, http: str, advertise: str, token: str, cert: Path | None
 
 
 async def _serve(directory: Path, doors: Doors, make: Callable[[str], Worker], engine: Engine, is_alone: bool) -> bool:
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stopped = stop_signal()
     router = Router(handlers_of, REQUEST_BYTES_MAX, doors.token)
     listening = None
     if doors.http is not None:  # a third of the start of a server, and few ask for it
@@ -156,7 +156,7 @@ async def _serve(directory: Path, doors: Doors, make: Callable[[str], Worker], e
     where = server.address
     try:
         worker = make(doors.advertise or where)
-        if not await _open(worker, doors.advertise or where, stop):
+        if not await done_before(stopped, worker.open(doors.advertise or where)):
             click.echo("dsec: stopped before it served", err=True)
             return True
     except BaseException:
@@ -172,8 +172,9 @@ async def _serve(directory: Path, doors: Doors, make: Callable[[str], Worker], e
     telling = asyncio.create_task(_tell(server, engine))
     what = f"log {directory}/wal" if is_alone else f"worker {worker.worker_id} of {directory}"
     click.echo(f"dsec: serving {where}, {what}, {counted(worker.running_count, 'rollout')} taken up")
-    stopped, broken = asyncio.create_task(stop.wait()), asyncio.create_task(worker.failed())
-    await asyncio.wait([stopped, broken], return_when=asyncio.FIRST_COMPLETED)
+    broken = asyncio.create_task(worker.failed())
+    ends: list[asyncio.Future[Any]] = [stopped, broken]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     telling.cancel()
     if http is not None:
         await http.stop()
@@ -184,7 +185,6 @@ async def _serve(directory: Path, doors: Doors, make: Callable[[str], Worker], e
     is_in_order = await worker.close()
     click.echo(f"dsec: stopped, {unfinished} unfinished", err=True)
     await router.close()
-    stopped.cancel()
     if broken.done():
         broken.result()
     broken.cancel()
@@ -196,21 +196,6 @@ async def _tell(server: Server, engine: Engine) -> None:
     while True:
         await server.tell(is_ready=not engine.failure)
         await asyncio.sleep(_TELL_S)
-
-
-async def _open(worker: Worker, address: str, stop: asyncio.Event) -> bool:
-    """False if a stop came before the worker was open: it waits for logs that others have, or that wait for weights."""
-    opening, stopped = asyncio.create_task(worker.open(address)), asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait([opening, stopped], return_when=asyncio.FIRST_COMPLETED)
-        if opening.done():
-            await opening
-            return True
-        return False
-    finally:
-        opening.cancel()
-        stopped.cancel()
-        await asyncio.gather(opening, stopped, return_exceptions=True)
 
 
 @click.command(short_help="Who shares a root, and who owns what.", epilog="\b\nExample:\n  dsec workers /srv/rollouts")
@@ -251,19 +236,19 @@ def index() -> None:
 @index.command(short_help="Make the index again from the logs.", epilog=_REBUILD_EXAMPLE)
 @click.argument("root", type=click.Path(path_type=Path))
 @_index_option
-def rebuild(root: Path, url: str) -> None:
+@tokenizer_option
+def rebuild(root: Path, url: str, tokenizer: Path | None) -> None:
     """Copy what the logs of ROOT say into the index.
 
     Beside running workers it mends what is there; with none, it forgets first what no log says.
     """
     if not root.is_dir():
         raise RequestError(f"there is no directory {root}")
-    logs, rollouts = asyncio.run(_rebuild(root, Index(url or sqlite_url(root))))
+    logs, rollouts = asyncio.run(_rebuild(root, Index(url or sqlite_url(root)), load_tokenizer(tokenizer)))
     click.echo(f"dsec: {logs} logs, {rollouts} rollouts")
 
 
-async def _rebuild(root: Path, index: Index) -> tuple[int, int]:
-    tokenizer = load_tokenizer()
+async def _rebuild(root: Path, index: Index, tokenizer: Tokenizer) -> tuple[int, int]:
     logs = list(find_logs(root))
     await index.open()
     try:

@@ -1,9 +1,10 @@
-"""`dsec serve` before it serves: what does not suit is refused at once, and a signal ends a start that waits."""
+"""`dsec serve` and `dsec run` before they begin: what does not suit is refused, a signal ends a start that waits."""
 
 import json
 import shutil
 import signal
 import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,59 @@ def test_an_engine_whose_contexts_are_too_short_is_refused_before_anything_is_se
     assert "DSEC_CONTEXT_TOKENS_COUNT_MAX is 5000, and a context of the engine embedded holds 2048 tokens" in err
 
 
-def test_a_signal_ends_a_start_that_waits_for_its_engine(dsec: Any, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        engine = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        process = dsec.start("serve", "--out", tmp_path / "served", "--listen", HERE, "--engine", engine)
-        silent.settimeout(60)
-        connection, _ = silent.accept()
-        with connection:
-            process.send_signal(signal.SIGTERM)
-            out, err = process.communicate(timeout=120)
-    assert (process.returncode, out, err) == (0, "", "dsec: stopped before it served\n")
+@pytest.fixture
+def silent() -> Iterator[socket.socket]:
+    """Where an engine might be, which takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        yield server
+
+
+def stopped(process: Any, silent: socket.socket, number: signal.Signals) -> tuple[int, str, str]:
+    """How it ends by a signal that comes once it asks for its engine."""
+    connection, _ = silent.accept()
+    with connection:
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def engine_at(silent: socket.socket) -> tuple[str, str]:
+    return "--engine", f"http://127.0.0.1:{silent.getsockname()[1]}"
+
+
+def test_a_signal_ends_a_start_that_waits_for_its_engine(dsec: Any, tmp_path: Path, silent: socket.socket) -> None:
+    process = dsec.start("serve", "--out", tmp_path / "served", "--listen", HERE, *engine_at(silent))
+    assert stopped(process, silent, signal.SIGTERM) == (0, "", "dsec: stopped before it served\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_waits_for_its_engine_is_ended_by_a_signal_and_can_be_begun_again(
+    dsec: Any, make_task: Callable[..., Path], tmp_path: Path, silent: socket.socket, number: signal.Signals
+) -> None:
+    asked = ("run", make_task(tmp_path / "task"), "--agent", "oracle", "--out", tmp_path / "run", "--json")
+    ended = stopped(dsec.start(*asked, *engine_at(silent)), silent, number)
+    assert ended == (128 + number, "", f"stopped by {number.name} before it began: nothing has run\n")
+    assert not (tmp_path / "run/summary.json").exists()
+    assert dsec.done(*asked).json()["solved"] == 1
+
+
+def test_a_resume_that_waits_for_its_engine_is_ended_by_a_signal_and_says_how_to_go_on(
+    dsec: Any, make_task: Callable[..., Path], tmp_path: Path, silent: socket.socket
+) -> None:
+    run = tmp_path / "run"
+    slow = make_task(tmp_path / "task")
+    (slow / "solution/solve.sh").write_text("sleep 5; echo yes > /app/done.txt\n")
+    process = dsec.start("run", slow, "--agent", "oracle", "--out", run)
+    while b"sandbox_prepared" not in b"".join(path.read_bytes() for path in run.glob("wal/*.wal")):
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGINT)
+    assert "finish with: " in process.communicate(timeout=120)[1]
+    engine = engine_at(silent)
+    code, out, err = stopped(dsec.start("run", "--resume", "--out", run, "--json", *engine), silent, signal.SIGINT)
+    assert (code, json.loads(out)["finished"]) == (130, 0)
+    assert err.endswith(f"dsec run --resume --out {run} {' '.join(engine)}\n")
+    assert dsec.done("run", "--resume", "--out", run, "--json").json()["solved"] == 1
 
 
 @pytest.mark.parametrize("command", ["serve", "run"])
