@@ -21,8 +21,8 @@ _log = logging.getLogger(__name__)
 class PoolEngine(Engine, Protocol):
     """An Engine that others than its pool may give weights."""
 
-    async def vouch(self) -> None:
-        """ForeignWeightsError if it says, soon, that it has others than `info` names, which it may have drawn with."""
+    async def vouch(self, within_s: float) -> None:
+        """ForeignWeightsError if it says so soon that it has others than `info` names, which it may have drawn with."""
         ...
 
 
@@ -36,13 +36,13 @@ class PoolMember:
         self.is_in_doubt = False
         """It failed, and is being asked whose weights it has: until that is known nothing that it drew goes on."""
 
-    async def foreign_weights(self) -> ForeignWeightsError | None:
+    async def foreign_weights(self, within_s: float) -> ForeignWeightsError | None:
         """What `vouch` raised; None too if it cannot be asked, for whatever reason.  Then it is in doubt no longer."""
         try:
-            await self.engine.vouch()
+            await self.engine.vouch(within_s)
         except ForeignWeightsError as error:
             return error
-        except Exception:
+        except Exception:  # whatever it is: who is not mended because of it stays out for good
             _log.warning("engine %s: it cannot be asked for its weights", self.name, exc_info=True)
         finally:
             self.is_in_doubt = False
@@ -81,6 +81,11 @@ class PoolRuns(set[PoolRun]):
         for run in self:
             if session in (None, run.session):
                 run.end = run.end or PreemptedError("the request was preempted")
+
+    async def settle(self, member: PoolMember, within_s: float) -> None:
+        """Have what an engine drew go on, or end, as it says whose weights it has."""
+        if (foreign := await member.foreign_weights(within_s)) is not None:
+            self.disown(member, foreign)
 
     def disown(self, member: PoolMember, error: ForeignWeightsError) -> None:
         """End all that have tokens of an engine whose weights are nobody knows whose."""

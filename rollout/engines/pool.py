@@ -2,8 +2,7 @@
 
 An engine that breaks the port or goes silent is left out: it is asked whether its weights are still the pool's, closed
 (what runs there goes on elsewhere, from the prompt and what was drawn), opened again after a while, brought to the
-weights that the others have, and only then taken back.  So one that missed an update, or came back with other weights,
-draws nothing.
+others' weights, and only then taken back.  So one that missed an update, or came back with others, draws nothing.
 
 Invariants:
 1. Who draws has the weights of `info`, or, during an update, those before it.
@@ -125,7 +124,7 @@ class EnginePool:
         failures_count = 0
         try:
             while True:
-                await self._until(lambda: self._may_begin(run) or run.end is not None)
+                await self._until(lambda: self._may_go_on(run))
                 self._check(run)
                 run.member = None
                 member, is_moved = self._home(request)
@@ -190,7 +189,8 @@ class EnginePool:
     async def pause(self, mode: PauseMode) -> None:
         """See Engine; one that cannot be paused is left out, and one that comes back is paused first.
 
-        What has not begun at an engine waits here, so an engine in "wait" has nothing but what it is to finish.
+        What has not begun at an engine waits here, with it the rest of an answer whose engine fails meanwhile: an
+        engine in "wait" has nothing but what it is to finish.
         """
         self._check()
         before, self._paused = self._paused, mode
@@ -265,6 +265,7 @@ class EnginePool:
         for each in sorted(self._members.values(), key=lambda each: each.fault is not None):
             try:
                 if each.fault is not None:  # all are out: by somebody else, they may have these weights already
+                    await self._settle(each)
                     await each.stop_mending()
                     await each.reopen()
                 changed = self._common(await each.engine.update(checkpoint, policy_version, say))
@@ -345,9 +346,7 @@ class EnginePool:
 
     async def _mend(self, member: PoolMember) -> None:
         again_s = AGAIN_S_MIN
-        if (foreign := await member.foreign_weights()) is not None:
-            self._runs.disown(member, foreign)
-        self._changed.set()
+        await self._settle(member)
         async with self._updates:  # one that loads is let do so
             await member.engine.close()
         while True:
@@ -370,6 +369,11 @@ class EnginePool:
                 _log.warning("engine %s is back", member.name)
                 return
 
+    async def _settle(self, member: PoolMember) -> None:
+        if member.is_in_doubt:
+            await self._runs.settle(member, self._silence_s_max / 4)  # its callers are patient, too
+            self._changed.set()
+
     async def _take_back(self, member: PoolMember) -> None:
         """Let it draw again, paused if the pool is, whatever that becomes meanwhile.  EngineError."""
         mode: PauseMode | None = None
@@ -379,9 +383,10 @@ class EnginePool:
         member.fault = member.mending = None  # nothing may be awaited before
         self._changed.set()
 
-    def _may_begin(self, run: PoolRun) -> bool:
+    def _may_go_on(self, run: PoolRun) -> bool:
+        """At some engine, or to its end."""
         is_in_doubt = run.member is not None and run.member.is_in_doubt
-        return bool(self._living) and self._paused is None and not is_in_doubt
+        return not is_in_doubt and (run.end is not None or (bool(self._living) and self._paused is None))
 
     def _check(self, run: PoolRun | None = None) -> None:
         if not self._is_open:

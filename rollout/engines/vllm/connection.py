@@ -80,14 +80,14 @@ class Connection:
         if session is not None:
             await asyncio.shield(session.close())  # to its end: nobody could close it again
 
-    async def get(self, path: str) -> Any:
+    async def get(self, path: str, *, call_s_max: float = CALL_S_MAX) -> Any:
         """The JSON of an answer.  EngineError, RequestError."""
-        return await self._call("GET", path, b"", CALL_S_MAX, BODY_BYTES_MAX)
+        return await self._call("GET", path, b"", call_s_max, BODY_BYTES_MAX)
 
     async def post(
-        self, path: str, body: Any = None, *, call_s_max: float | None = CALL_S_MAX, bytes_max: int = BODY_BYTES_MAX
+        self, path: str, body: Any = None, *, call_s_max: float = CALL_S_MAX, bytes_max: int = BODY_BYTES_MAX
     ) -> Any:
-        """As `get`; None waits for as long as it takes."""
+        """As `get`."""
         return await self._call("POST", path, _encoder.encode(body if body is not None else {}), call_s_max, bytes_max)
 
     @asynccontextmanager
@@ -116,7 +116,7 @@ class Connection:
             for payload in lines.feed(data):
                 yield payload
 
-    async def _call(self, method: str, path: str, data: bytes, call_s_max: float | None, bytes_max: int) -> Any:
+    async def _call(self, method: str, path: str, data: bytes, call_s_max: float, bytes_max: int) -> Any:
         session = self._open_session()
         timeout = aiohttp.ClientTimeout(total=call_s_max, sock_connect=CONNECT_S_MAX)
         try:

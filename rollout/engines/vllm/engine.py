@@ -39,6 +39,7 @@ from rollout.engines.vllm import wire
 from rollout.engines.vllm.change import Change
 from rollout.engines.vllm.connection import CALL_S_MAX, Connection
 from rollout.engines.vllm.facts import Facts, read_facts, read_label, unusable
+from rollout.engines.vllm.pauses import pause_server
 from rollout.engines.vllm.stream import Run, check_label, finish_of, joined, question, read_chunks, vouch
 from rollout.engines.vllm.weights import check_fits, read_weights
 from rollout.errors import EngineError, PreemptedError, RequestError, RolloutError
@@ -211,10 +212,10 @@ class VllmEngine:
             if not (self._is_updating or (run is not None and run.is_cut)):  # else we do, after this was drawn
                 raise
 
-    async def vouch(self) -> None:
+    async def vouch(self, within_s: float = CALL_S_MAX) -> None:
         """See PoolEngine."""
         if self._facts is not None:  # else it drew nothing
-            await vouch(self._connection, self.info)
+            await vouch(self._connection, self.info, within_s)
 
     async def score(
         self, token_ids: Sequence[int], *, top_logprobs_count: int = 0, returns_hidden: bool = False
@@ -281,10 +282,8 @@ class VllmEngine:
             raise
 
     async def _pause(self, mode: PauseMode) -> None:
-        """At the server; without the flag it would forget its prefix cache."""
         self._holds_server = True
-        call_s_max = None if mode == "wait" else CALL_S_MAX
-        await self._connection.post(f"/pause?mode={mode}&clear_cache=false", call_s_max=call_s_max)
+        await pause_server(self._connection, mode)
 
     async def resume(self) -> None:
         """See Engine."""

@@ -62,7 +62,7 @@ class Run:
     def _look(self) -> None:
         """Leave a request that does not end; not one that is cut for new weights, which must have ended before them."""
         self._ending = asyncio.get_running_loop().call_later(ABORTED_S_MAX, self._look)
-        if self.is_preempted:
+        if self.is_preempted and not self.is_cut:
             self.wait.break_off()
 
     def end(self) -> None:
@@ -155,14 +155,14 @@ def check_label(text: str, info: EngineInfo) -> None:
         )
 
 
-async def vouch(connection: Connection, info: EngineInfo) -> None:
+async def vouch(connection: Connection, info: EngineInfo, within_s: float) -> None:
     """ForeignWeightsError if the server has newer weights, for which nobody cut what it drew; it may say nothing.
 
     UpdatePolicy, by whichever worker, cuts all requests first, and labels with a digest.  An older label is that of a
     server that was started again, and broke all streams.
     """
     try:
-        async with asyncio.timeout(VOUCH_S_MAX):
+        async with asyncio.timeout(min(within_s, VOUCH_S_MAX)):
             text = await read_label(connection)
     except (RolloutError, TimeoutError):
         return

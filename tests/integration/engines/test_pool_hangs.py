@@ -72,7 +72,7 @@ async def test_what_a_server_drew_before_it_failed_goes_on_nowhere_if_its_weight
     make_server: MakeServer, make_pool: MakePool, ask: Ask, fault: WireFault
 ) -> None:
     servers = [await make_server(), await make_server()]
-    pool = await make_pool(*servers, silence_s_max=0.5)
+    pool = await make_pool(*servers, silence_s_max=2.0 if fault == "hang" else 30.0)
     servers[0].fault_at = 60
     takers = [await begun(Taker(pool, ask(900, session=f"s{number}"))) for number in range(3)]
     assert servers[1].requests_count == 0
