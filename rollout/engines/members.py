@@ -36,18 +36,6 @@ class PoolMember:
         self.is_in_doubt = False
         """It failed, and is being asked whose weights it has: until that is known nothing that it drew goes on."""
 
-    async def foreign_weights(self, within_s: float) -> ForeignWeightsError | None:
-        """What `vouch` raised; None too if it cannot be asked, for whatever reason.  Then it is in doubt no longer."""
-        try:
-            await self.engine.vouch(within_s)
-        except ForeignWeightsError as error:
-            return error
-        except Exception:  # whatever it is: who is not mended because of it stays out for good
-            _log.warning("engine %s: it cannot be asked for its weights", self.name, exc_info=True)
-        finally:
-            self.is_in_doubt = False
-        return None
-
     async def reopen(self) -> None:
         """End all that it draws, and begin anew.  EngineError."""
         await self.engine.close()
@@ -83,9 +71,15 @@ class PoolRuns(set[PoolRun]):
                 run.end = run.end or PreemptedError("the request was preempted")
 
     async def settle(self, member: PoolMember, within_s: float) -> None:
-        """Have what an engine drew go on, or end, as it says whose weights it has."""
-        if (foreign := await member.foreign_weights(within_s)) is not None:
-            self.disown(member, foreign)
+        """Have what an engine drew go on, or end, as it says whose weights it has; whatever else it says is raised."""
+        if not member.is_in_doubt:
+            return
+        try:
+            await member.engine.vouch(within_s)
+        except ForeignWeightsError as error:
+            self.disown(member, error)
+        finally:
+            member.is_in_doubt = False
 
     def disown(self, member: PoolMember, error: ForeignWeightsError) -> None:
         """End all that have tokens of an engine whose weights are nobody knows whose."""

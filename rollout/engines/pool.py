@@ -231,11 +231,10 @@ class EnginePool:
         """
         async with self._updates:
             self._check()
-            is_new = policy_version != self.info.policy_version  # else its engine says whether it is the last again
-            if is_new:
+            if policy_version != self.info.policy_version:  # else its engine says whether it is the last again
                 check_version(self.info, policy_version)
-            if is_new and self._pinned:
-                raise EngineError(f"{len(self._pinned)} sessions pin the weights of this pool: release them first")
+                if self._pinned:
+                    raise EngineError(f"{len(self._pinned)} sessions pin the weights of this pool: release them first")
             await self._update_first(checkpoint, policy_version, announce)
             living = (self._members[name] for name in self._living)
             behind = [each for each in living if each.engine.info.policy_version != policy_version]
@@ -359,20 +358,21 @@ class EnginePool:
                     if problem := difference(member.engine.info, self.info, is_whole=True):
                         raise EngineError(problem)
                     await self._take_back(member)
+                _log.warning("engine %s is back", member.name)
+                return
             except Exception as error:  # whatever it is: who is not asked again stays out for good
                 is_known = isinstance(error, RolloutError)
                 fault = str(error) if is_known else f"{type(error).__name__}: {error}"
                 if member.fault != fault:
                     _log.warning("engine %s stays out: %s", member.name, fault, exc_info=None if is_known else error)
                 member.fault = fault
-            else:
-                _log.warning("engine %s is back", member.name)
-                return
 
     async def _settle(self, member: PoolMember) -> None:
-        if member.is_in_doubt:
-            await self._runs.settle(member, self._silence_s_max / 4)  # its callers are patient, too
-            self._changed.set()
+        try:
+            await self._runs.settle(member, self._silence_s_max / 4)  # others wait for this, and not for long
+        except Exception:  # whatever it is: who is not mended because of it stays out for good
+            _log.warning("engine %s: it cannot be asked for its weights", member.name, exc_info=True)
+        self._changed.set()
 
     async def _take_back(self, member: PoolMember) -> None:
         """Let it draw again, paused if the pool is, whatever that becomes meanwhile.  EngineError."""
