@@ -184,7 +184,7 @@ def test_the_kinds_of_supervised_data_are_the_spans_of_the_parser(
 
 
 @given(
-    talk=conversations, question=prose, url=prose, thinking=st.booleans(), dialect=dialects, answer=prose,
+    talk=conversations, question=prose, url=prose.filter(str.strip), thinking=st.booleans(), dialect=dialects, answer=prose,
     task=st.sampled_from([*V4.tasks]),
 )  # fmt: skip
 def test_an_instruction_behind_the_shared_prefix_is_the_task_encoded(
