@@ -184,8 +184,8 @@ def test_the_kinds_of_supervised_data_are_the_spans_of_the_parser(
 
 
 @given(
-    talk=conversations, question=prose, url=prose.filter(str.strip), thinking=st.booleans(), dialect=dialects, answer=prose,
-    task=st.sampled_from([*V4.tasks]),
+    talk=conversations, question=prose, url=prose.filter(str.strip), thinking=st.booleans(), dialect=dialects,
+    answer=prose, task=st.sampled_from([*V4.tasks]),
 )  # fmt: skip
 def test_an_instruction_behind_the_shared_prefix_is_the_task_encoded(
     talk: list[dict[str, Any]], question: str, url: str, thinking: bool, dialect: Dialect, answer: str, task: str
