@@ -71,8 +71,8 @@ def check_token(token: str, too_short: str) -> None:
     """InvalidArgumentError, which says `too_short`, or that a header cannot carry the token."""
     if len(token.encode()) < TOKEN_BYTES_MIN:
         raise InvalidArgumentError(too_short)
-    if not (token.isascii() and token.isprintable()) or " " in token:
-        raise InvalidArgumentError("the token is not printable ASCII without white space")
+    if not (token.isascii() and token.isprintable()) or token != token.strip():
+        raise InvalidArgumentError("the token is not printable ASCII without spaces at its ends")
 
 
 def read_certificate(chain: Path | None, key: Path | None) -> Certificate | None:

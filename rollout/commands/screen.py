@@ -166,7 +166,8 @@ def print_summary(
             (f"    {when}\n", "dim"),
             f"  {program} run path/to/your/task --out runs/yours\n",
             ("    run a task of your own (a folder in Harbor's format)", "dim"),
-        )
+        ),
+        soft_wrap=True,  # what may be pasted is one line
     )
 
 

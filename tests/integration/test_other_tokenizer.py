@@ -17,7 +17,7 @@ WAY_OUT = "name the folder of that model's tokenizer.json (--tokenizer DIR, or D
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """The embedded vocabulary in another file."""
-    folder = tmp_path / "a model"
+    folder = tmp_path / f"a model {'of a long name ' * 6}"
     folder.mkdir()
     definition = json.loads((DEFAULT_CHECKPOINT / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(definition, indent=3))

@@ -159,8 +159,7 @@ def test_files_that_hold_no_certificate_and_its_key_are_named(certificate: tuple
     [
         ("\n", "token is empty"),
         ("short\n", "token holds 5 bytes, at least 16"),
-        ("sixteen bytes and a space", "printable ASCII without white space"),
-        ("sixteen\nbytes\nand\nlines", "printable ASCII without white space"),
+        ("sixteen\nbytes\nand\nlines", "printable ASCII without spaces at its ends"),
     ],
 )
 def test_a_token_file_that_holds_no_token_opens_no_port(tmp_path: Path, held: str, said: str) -> None:

@@ -117,7 +117,7 @@ def test_what_is_for_vllm_stands_after_two_dashes() -> None:
     assert passed["arguments"][-4:] == ["extra", "--json", "--", "--port"]
 
 
-@pytest.mark.parametrize(("held", "said"), [("short", "holds 5 bytes, at least 16"), ("k " * 9, "without white space")])
+@pytest.mark.parametrize(("held", "said"), [("short", "holds 5 bytes, at least 16"), ("k\n" * 9, "printable ASCII")])
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_a_key_that_serve_would_not_take_is_none_for_an_engine(tmp_path: Path, held: str, said: str, host: str) -> None:
     key = tmp_path / "key"
