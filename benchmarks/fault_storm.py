@@ -152,6 +152,7 @@ class Storm:
         self.dice = random.Random(seed)  # noqa: S311 - moments, not secrets
         self.kills: list[tuple[str, float]] = []
         self.problems: list[str] = []
+        self.is_over = False
         self.postgres, self.has_postgres = Postgres(), True
         edge_url, index = f"unix:{root}/edge.sock", self.postgres.create("storm")
         self.edge = Process(
@@ -182,7 +183,7 @@ class Storm:
         served = [asyncio.create_task(each.follow()) for each in (*self.workers, self.edge)]
         told = asyncio.gather(*(client.follow() for client in self.clients))
         await asyncio.wait([told, *served], return_when=asyncio.FIRST_COMPLETED)
-        falling.cancel()
+        self.is_over = True
         await asyncio.gather(told, falling, *(each for each in served if each.done()))
         await self.mend()
         for each in served:
@@ -193,18 +194,17 @@ class Storm:
     async def fall(self) -> None:
         """Kills, each kind as often as the others; what is away already is left alone."""
         deck: list[str] = []
-        async with asyncio.TaskGroup() as away:
-            try:
-                while len(self.kills) < self.kills_count_max:
-                    await asyncio.sleep(self.dice.uniform(*BETWEEN_S))
-                    deck = deck or self.dice.sample(KINDS, len(KINDS))
-                    if (strike := self.strike(kind := deck.pop(0))) is None:
-                        deck.append(kind)
-                    else:
-                        self.kills.append((kind, time.time()))
-                        away.create_task(strike)
-            except asyncio.CancelledError:
-                pass  # what is away comes back first
+        async with asyncio.TaskGroup() as away:  # what is away comes back first
+            while len(self.kills) < self.kills_count_max:
+                await asyncio.sleep(self.dice.uniform(*BETWEEN_S))
+                if self.is_over:
+                    break
+                deck = deck or self.dice.sample(KINDS, len(KINDS))
+                if (strike := self.strike(kind := deck.pop(0))) is None:
+                    deck.append(kind)
+                else:
+                    self.kills.append((kind, time.time()))
+                    away.create_task(strike)
 
     def strike(self, kind: str) -> Any:
         """What a kill of that kind does; None if there is nobody to kill."""
