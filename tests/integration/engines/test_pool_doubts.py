@@ -84,7 +84,7 @@ async def test_a_server_that_says_nothing_at_all_is_not_asked_for_longer_than_it
     make_server: MakeServer, make_pool: MakePool, ask: Ask
 ) -> None:
     servers = [await make_server(kind=MuteDouble), await make_server()]
-    pool = await make_pool(*servers, silence_s_max=0.5)
+    pool = await make_pool(*servers, silence_s_max=2.0)
     whole = await collect(pool, ask(60))
     servers[0].fault, servers[0].mute = "hang", ("/",)
     assert await asyncio.wait_for(collect(pool, ask(60)), 20) == whole
