@@ -21,7 +21,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 import msgspec
 
-from dsec.conformance.suite import SANDBOX_CHECKS, Outcome, check_sandbox
+from dsec.conformance.check import Outcome
+from dsec.conformance.suite import SANDBOX_CHECKS, check_sandbox
 from dsec.edge.capture import OutputBuffer
 from dsec.edge.commands import check_spec, completed, encode_command
 from dsec.edge.exec_log import slice_of

@@ -1,7 +1,9 @@
-"""Doubles for tests of everything above the engine: a model that says what a script tells it.
+"""A double for tests of everything above the engine: a model that says what a script tells it.  And what checks one.
 
-The double draws its tokens one by one like a real engine and obeys both invariants of
+The double draws its tokens one by one like a real engine and obeys the invariants of
 `rollout.engine`, so that resuming it in mid-turn continues the same reply.
+
+See: rollout/conformance/, what `check_engine` runs.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from typing import Literal
 import msgspec
 
 from rollout import context
+from rollout.conformance.check import Subject
+from rollout.conformance.suite import check_engine
 from rollout.engine import (
     Announce,
     EngineInfo,
@@ -39,6 +43,20 @@ from rollout.errors import EngineError, PreemptedError
 from rollout.events import RolloutOpened
 from rollout.request import AgentKind, Group, Job, Limits
 from toolcall_dsl import V4, Segment, Tokenizer, encode
+
+__all__ = [
+    "ENGINE",
+    "Reply",
+    "ScriptedEngine",
+    "Subject",
+    "answer_ids",
+    "check_engine",
+    "hidden_row",
+    "job_of_one",
+    "opened",
+    "reply_ids",
+    "routes_row",
+]
 
 ENGINE = EngineInfo(
     name="scripted",

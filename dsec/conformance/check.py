@@ -26,7 +26,7 @@ Kind = Literal["port", "linux"]
 
 
 class NotConformingError(AssertionError):
-    """A substrate does not behave as every substrate must."""
+    """A substrate, or an engine, does not behave as each of them must."""
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -36,6 +36,22 @@ class Check(msgspec.Struct, frozen=True):
     kind: Kind
     needs: frozenset[Feature]
     run: Callable[[Substrate], Awaitable[None]]
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What came of one check; `problem` is empty if it passed."""
+
+    name: str
+    problem: str = ""
+
+
+async def outcome_of(name: str, run: Awaitable[None], expected: type[Exception]) -> Outcome:
+    """Of the check of that name; what does not conform and errors of the kind `expected` are its problem."""
+    try:
+        await run
+    except (NotConformingError, expected) as error:
+        return Outcome(name, f"{type(error).__name__}: {error}")
+    return Outcome(name)
 
 
 def check(*needs: Feature, kind: Kind = "linux") -> Callable[[Callable[[Substrate], Awaitable[None]]], Check]:

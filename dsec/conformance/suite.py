@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
 
-import msgspec
-
 from dsec.conformance import (
     archives,
     execution,
@@ -23,7 +21,7 @@ from dsec.conformance import (
     terminals,
     users,
 )
-from dsec.conformance.check import Check, NotConformingError
+from dsec.conformance.check import Check, Outcome, outcome_of
 from dsec.errors import DsecError
 from dsec.sandbox import Substrate
 from dsec.types import Feature
@@ -44,13 +42,6 @@ SANDBOX_CHECKS: tuple[Check, ...] = (
 )
 
 
-class Outcome(msgspec.Struct, frozen=True):
-    """What came of one check; `problem` is empty if it passed."""
-
-    name: str
-    problem: str = ""
-
-
 def checks_for(lacks: AbstractSet[Feature] = frozenset()) -> tuple[Check, ...]:
     """The checks that a substrate must pass which says that it lacks these features."""
     return tuple(check for check in SANDBOX_CHECKS if not check.needs & lacks)
@@ -58,12 +49,4 @@ def checks_for(lacks: AbstractSet[Feature] = frozenset()) -> tuple[Check, ...]:
 
 async def check_sandbox(substrate: Substrate, lacks: AbstractSet[Feature] = frozenset()) -> list[Outcome]:
     """Run every check for a substrate without these features against it, open, one after the other."""
-    outcomes = []
-    for check in checks_for(lacks):
-        try:
-            await check.run(substrate)
-        except (NotConformingError, DsecError) as error:
-            outcomes.append(Outcome(check.name, f"{type(error).__name__}: {error}"))
-        else:
-            outcomes.append(Outcome(check.name))
-    return outcomes
+    return [await outcome_of(check.name, check.run(substrate), DsecError) for check in checks_for(lacks)]

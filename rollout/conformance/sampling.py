@@ -307,6 +307,7 @@ CHECKS: tuple[Check, ...] = (
     closing_the_engine_ends_what_runs_and_refuses_what_comes,
     an_engine_opens_again_after_it_was_closed,
     a_score_is_what_sampling_reports,
+    the_hidden_states_of_a_score_are_those_of_sampling_or_refused,
     scores_and_samples_do_not_notice_each_other,
     a_score_that_can_never_be_is_refused_by_the_name_of_its_field,
     the_likeliest_tokens_come_with_each_token_if_asked_for,

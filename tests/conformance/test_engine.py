@@ -1,18 +1,21 @@
 """What every engine behind `rollout/engine.py` must do; one list of behaviours, run against each engine."""
 
 import hashlib
+import importlib
 import json
+import pkgutil
 import random
 import shutil
 import struct
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from rollout import context
+from rollout import conformance, context
 from rollout.conformance.check import Check, Subject, Trait
-from rollout.conformance.suite import checks_for
-from rollout.engine import Engine
+from rollout.conformance.suite import ENGINE_CHECKS, checks_for
+from rollout.engine import Engine, EngineInfo
 from rollout.engines.embedded.batching import Limits
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
 from rollout.engines.embedded.engine import EmbeddedEngine
@@ -20,7 +23,7 @@ from rollout.engines.pool import EnginePool
 from rollout.engines.vllm.engine import VllmEngine
 from rollout.engines.vllm.testing import VOCAB_COUNT, WireDouble, write_checkpoint
 from rollout.main import load_tokenizer
-from rollout.testing import Reply, ScriptedEngine
+from rollout.testing import Reply, ScriptedEngine, check_engine
 
 GOLDEN = Path(__file__).parents[1] / "golden/embedded_prompts.json"
 PROMPTS = [tuple(prompt["token_ids"]) for prompt in json.loads(GOLDEN.read_text())]
@@ -143,3 +146,27 @@ CASES = [
 @pytest.mark.parametrize(("name", "check"), CASES)
 async def test_an_engine_conforms(folder: Path, name: str, check: Check) -> None:
     await check.run(subjects(folder)[name])
+
+
+def test_every_check_of_engines_is_in_the_list_once() -> None:
+    names = [f"rollout.conformance.{found.name}" for found in pkgutil.iter_modules(conformance.__path__)]
+    modules = [importlib.import_module(name) for name in names]
+    written = {value.name for module in modules for value in vars(module).values() if isinstance(value, Check)}
+    assert len(ENGINE_CHECKS) == len(written)
+    assert {check.name for check in ENGINE_CHECKS} == written
+
+
+class NamelessEngine(ScriptedEngine):
+    @property
+    def info(self) -> EngineInfo:
+        return msgspec.structs.replace(super().info, name="")
+
+
+async def test_who_writes_an_engine_is_told_which_checks_it_fails(folder: Path) -> None:
+    subject = scripted(folder)
+    flawed = msgspec.structs.replace(subject, make=lambda: NamelessEngine(TOKENIZER, lambda *_: Reply(content=STORY)))
+    outcomes = await check_engine(flawed)
+    assert [outcome.name for outcome in outcomes] == [check.name for check in checks_for(subject)]
+    problems = {outcome.name: outcome.problem for outcome in outcomes if outcome.problem}
+    assert "a_cancelled_consumer_leaves_the_engine_usable" not in problems
+    assert problems["info_names_the_weights_and_the_build"].startswith("NotConformingError: EngineInfo(name=''")
