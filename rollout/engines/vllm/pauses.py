@@ -8,6 +8,8 @@ from rollout.errors import EngineError
 
 DRAIN_S_MAX = 10.0
 """Until a server that is to finish what it draws is asked whether it is still there."""
+ASKED_S_MAX = 10.0
+"""For its answer to that."""
 
 
 async def pause_server(connection: Connection, mode: PauseMode) -> None:
@@ -22,6 +24,6 @@ async def pause_server(connection: Connection, mode: PauseMode) -> None:
         except EngineError as error:
             if mode != "wait" or not error.is_absent:
                 raise
-            await connection.get("/is_paused", call_s_max=call_s_max)
+            await connection.get("/is_paused", call_s_max=ASKED_S_MAX)
         else:
             return

@@ -95,6 +95,7 @@ async def test_a_pause_that_waits_gives_up_an_idle_server_that_says_nothing(
     make_server: MakeServer, make_pool: MakePool, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pauses, "DRAIN_S_MAX", 0.3)
+    monkeypatch.setattr(pauses, "ASKED_S_MAX", 0.3)
     servers = [await make_server(kind=MuteDouble), await make_server()]
     pool = await make_pool(*servers)
     servers[0].mute = ("/pause", "/is_paused", "/resume")
@@ -109,7 +110,7 @@ async def test_a_pause_that_waits_does_so_for_the_answers_of_others_while_the_se
     make_server: MakeServer, make_pool: MakePool, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pauses, "DRAIN_S_MAX", 0.05)
-    monkeypatch.setattr("rollout.engines.vllm.pauses.CALL_S_MAX", 60.0)
+    monkeypatch.setattr(pauses, "ASKED_S_MAX", 60.0)
     server = await make_server()
     one, other = await make_pool(server), await make_pool(server)
     taker = Taker(other, ask(900))

@@ -95,6 +95,7 @@ class Server:
     async def rest(self) -> None:
         """Until all that comes behind the last answer is done too."""
         await self.until(lambda: not self.service.ledger.jobs)
+        await self.until(lambda: not self.worker.news.rows_count)  # what the index was never told cannot be in it
         while await self.index.requests_of(".") or await self.index.rollouts():
             pass
         self.service.retention.look_after()
