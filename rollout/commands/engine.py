@@ -84,7 +84,9 @@ class _PassingOn(click.Command):
     show_default=True,
     help="Name of the weights: their KV has this directory below --offload, and no other weights may use it.",
 )
-@click.option("--routes", is_flag=True, help="Tell which experts each token went through, to jobs that ask.")
+@click.option(
+    "--routes", is_flag=True, help="Tell which experts each token went through, to jobs that ask.  CUDA only."
+)
 @click.option("--masks", is_flag=True, help="Tell what top-k and top-p kept, to jobs that ask.  CUDA only.")
 @click.option(
     "--api-key-file",
@@ -132,7 +134,7 @@ def serve_vllm(
     if model == TINY and (context_tokens or 0) > CONTEXT_TOKENS_MAX:
         raise RequestError(f"--context-tokens {context_tokens}: a context of {TINY} holds {CONTEXT_TOKENS_MAX} tokens")
     device = device or ("cpu" if model == TINY else "cuda")
-    for given, option in ((offload, "--offload"), (gpus, "--gpus"), (masks, "--masks")):
+    for given, option in ((offload, "--offload"), (gpus, "--gpus"), (routes, "--routes"), (masks, "--masks")):
         if given and device == "cpu":
             raise RequestError(f"{option} needs a GPU, and --device is cpu")
     if memory_gib and device == "cuda" and offload is None:

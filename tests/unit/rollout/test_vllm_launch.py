@@ -93,6 +93,7 @@ def test_each_version_of_the_weights_keeps_its_kv_in_a_folder_of_its_own() -> No
         (("v4-flash", "--host", "0.0.0.0"), "needs --api-key-file"),
         (("v4-flash", "--offload", "/nvme/kv", "--device", "cpu"), "--offload needs a GPU"),
         (("v4-flash", "--masks", "--device", "cpu"), "--masks needs a GPU"),
+        (("tiny", "--routes"), "--routes needs a GPU"),
         (("v4-flash", "--gpus", "2", "--device", "cpu"), "--gpus needs a GPU"),
         (("v4-flash", "--memory-gib", "3"), "--memory-gib bounds what --offload passes through"),
         (("v4-flash", "--offload", "/nvme/kv", "--weight-version", "../1"), "name of a directory"),
