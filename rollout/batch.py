@@ -28,6 +28,7 @@ from rollout.errors import RequestError, ResultsError
 from rollout.events import JobSubmitted, JobWorked, RolloutFinished
 from rollout.jobs import load_bundled, make_job
 from rollout.main import holds_edge, make_service
+from rollout.modes import limits_of
 from rollout.record import TrajectoryRecord, trajectory_record
 from rollout.request import Job, Limits, Thinking
 from rollout.service import RolloutService
@@ -146,6 +147,7 @@ async def run_in_process(
 ) -> AsyncGenerator[TrajectoryRecord, None]:
     """Roll out tasks (names of bundled ones, or folders) in this process; yields each rollout that has ended.
 
+    Without `limits` a rollout has the budgets of its mode (`rollout.modes`).
     The log lies in `directory`; asking for the same again there goes on where it stood, and what had
     ended comes at once.  A rollout that the service failed is not yielded: the ledger names it.
     Raises the typed errors of the rooms below, RequestError if the directory holds another request.
@@ -153,7 +155,7 @@ async def run_in_process(
     loaded = [load_task(task) if isinstance(task, Path) else load_bundled([task])[0] for task in tasks]
     check_packages(loaded)
     sampling = Sampling(temperature=temperature, seed=seed)
-    asked = Job(request_id=REQUEST_ID, sampling=sampling, thinking=thinking, limits=limits or Limits())
+    asked = Job(request_id=REQUEST_ID, sampling=sampling, thinking=thinking, limits=limits or limits_of(thinking))
     job = make_job(asked, loaded, group_size=group_size)
     async with make_service(directory, config or RolloutConfig(), edge_url) as service:
         if service.ledger.jobs:

@@ -35,8 +35,9 @@ from rollout.errors import JournalError, RequestError
 from rollout.jobs import check_sampling, load_any, make_job
 from rollout.ledger import Ledger
 from rollout.main import load_tokenizer
+from rollout.modes import limits_of
 from rollout.record import trajectory_record
-from rollout.request import AgentKind, Job, Limits, Thinking
+from rollout.request import AgentKind, Job, Thinking
 from rollout.service import RolloutService
 
 _LOGGED_OPTIONS: dict[str, Callable[[Job], object]] = {
@@ -109,7 +110,7 @@ Examples:
     type=click.Choice(["none", "high", "max"]),
     default="high",
     show_default=True,
-    help="How much the model thinks.",
+    help="How much the model thinks, and what a turn may spend on it: docs/training.md, Modes.",
 )
 @click.option(
     "--turns-max", type=click.IntRange(min=1), default=16, show_default=True, help="Model turns of one rollout."
@@ -157,7 +158,7 @@ def run(
             agent=agent,
             thinking=thinking,
             sampling=sampling,
-            limits=Limits(turns_count_max=turns_max),
+            limits=limits_of(thinking, turns_count_max=turns_max),
             edge_url=edge_url,
         )
         return make_job(asked, tasks, group_size=group_size)

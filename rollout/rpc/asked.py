@@ -14,6 +14,7 @@ from rollout.bench.tasks import Task, check_packages, task_from_files
 from rollout.engine import Sampling
 from rollout.errors import RequestError
 from rollout.jobs import load_bundled, make_conversation, make_job
+from rollout.modes import limits_of
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.request import Conversation, Job, Returned, Reward, TestsReward
 from rollout.rpc.messages import plain
@@ -54,6 +55,8 @@ def job_of(request: pb.SubmitRequest) -> tuple[Job, list[Task | Conversation]]:
         given["project"] = request.project
     returns = tuple(name for field, name in _RETURNED.items() if field in request.return_mask)
     job = msgspec.structs.replace(msgspec.convert(given, Job), reward=reward_of(request.reward), returns=returns)
+    if not request.HasField("limits") and not any(each.HasField("tokens") for each in request.conversations):
+        job = msgspec.structs.replace(job, limits=limits_of(job.thinking))  # whose header is the mode's
     check_mask(request.return_mask, job)
     return make_job(job, prompts, group_size=request.group_size or 1, group_prefix=f"{request.request_id}/"), prompts
 

@@ -17,7 +17,11 @@ import pyarrow as pa
 import pytest
 
 import wal
+from rollout import journal
+from rollout.events import JobSubmitted
 from rollout.main import load_tokenizer
+from rollout.modes import limits_of
+from rollout.request import Thinking
 
 KEYS = ["tasks", "rollouts", "solved", "tokens", "per_task", "wall_s"]
 NONE = ["tokens_regenerated", "commands_replayed", "commands_run_twice", "infra_failures"]
@@ -130,7 +134,7 @@ def test_members_of_a_group_differ(dsec: Any, finished: Path) -> None:
     ("thinking", "opens_with"), [("none", "<｜Assistant｜></think>"), ("max", "<｜Assistant｜><think>")]
 )
 def test_every_thinking_mode_runs_on_the_official_prompt(
-    dsec: Any, tasks: Path, tmp_path: Path, thinking: str, opens_with: str
+    dsec: Any, tasks: Path, tmp_path: Path, thinking: Thinking, opens_with: str
 ) -> None:
     options = ("--thinking", thinking, "--turns-max", 2)
     dsec.done("run", tasks / "copy-5-000", "--out", tmp_path / "run", *options)
@@ -142,6 +146,8 @@ def test_every_thinking_mode_runs_on_the_official_prompt(
     assert prompt.endswith(f"<｜User｜>{instruction}{opens_with}")
     assert prompt.startswith(f"<｜begin▁of▁sentence｜>{HIGHEST}") == (thinking == "max")
     assert record["thinking"] == thinking
+    jobs = [event.job for _, event in journal.replay(tmp_path / "run/wal") if isinstance(event, JobSubmitted)]
+    assert [(job.thinking, job.limits) for job in jobs] == [(thinking, limits_of(thinking, turns_count_max=2))]
     assert any(turn["reasoning"] for turn in record["turns"]) == (thinking != "none")
 
 

@@ -19,6 +19,7 @@ from rollout.client import RolloutClient
 from rollout.engine import Sampling
 from rollout.errors import ConflictError, NotFoundError, RequestError, RolloutError, TaskError
 from rollout.jobs import make_conversation
+from rollout.modes import limits_of
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.pb.v1.rollout_pb2_grpc import RolloutServiceStub
 from rollout.request import (
@@ -62,12 +63,8 @@ async def test_everything_that_a_job_may_ask_for_arrives(setting: Any) -> None:
         assert setting.service.ledger.jobs[f"job-{type(reward).__name__}"].reward == reward
     await setting.job("plain")
     plain = setting.service.ledger.jobs["plain"]
-    assert (plain.limits, plain.sampling, plain.reward, plain.project) == (
-        Limits(),
-        Sampling(),
-        TestsReward(),
-        "default",
-    )
+    said = (plain.limits, plain.sampling, plain.reward, plain.project)
+    assert said == (limits_of("high"), Sampling(), TestsReward(), "default")
 
 
 @pytest.mark.parametrize(
