@@ -27,7 +27,7 @@ U64_MASK = (1 << 64) - 1
 
 
 class NoRoomError(EngineError):
-    """Memory is too short for what would be told; nothing has been computed."""
+    """Memory is too short for weights, or for what would be told of tokens; nothing else has changed."""
 
 
 class State:
@@ -174,7 +174,7 @@ class _Reports:
 
 
 class Model:
-    """A loaded checkpoint.  One thread at a time may step, decode, score or sample.
+    """A loaded checkpoint.  One thread at a time may step, decode, score or sample.  NoRoomError while it is loaded.
 
     `threads_count` threads, the caller among them, then share the work; how many (1 to THREADS_MAX) changes no bit.
     """
@@ -218,7 +218,7 @@ class Model:
             table = (ctypes.c_void_p * len(addresses))(*addresses)
             self.pointer = self.library.v4_create(ctypes.byref(config), table, threads_count)
             if not self.pointer:
-                raise EngineError(f"{path}: out of memory while loading")
+                raise NoRoomError(f"{path}: out of memory while loading")
 
     def close(self) -> None:
         """Free the weights; states must be closed before."""

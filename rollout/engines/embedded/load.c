@@ -180,6 +180,7 @@ static int create_lane(v4_model *model, int index) {
     *lane = *model;
     lane->scratch = scratch;
     lane->pool = NULL;
+    lane->arena = (v4_arena){0};
     lane->threads_count = 1;
     return 0;
 }
@@ -207,7 +208,7 @@ v4_model *v4_create(const v4_config *config, const void *const *tensors, int32_t
     if (!bad) memcpy(model->embedding, tensors[V4_T_EMBED], embedding_bytes);
     bad = bad || v4_scratch_create(model, &model->scratch, config->batch_tokens_max, threads_count);
     bad = bad || !(model->pool = v4_pool_create(threads_count));
-    place_state(model);
+    if (!bad) place_state(model); /* of layers that are whole: the others have no rates yet */
     for (int i = 0; i < threads_count && threads_count > 1 && !bad; i++) bad = create_lane(model, i);
     if (bad) {
         v4_destroy(model);
@@ -220,6 +221,6 @@ void v4_destroy(v4_model *model) {
     if (!model) return;
     v4_pool_destroy(model->pool);
     for (int i = 0; i < V4_THREADS_MAX; i++) free(model->lanes[i]);
-    for (size_t i = 0; i < model->blocks_count; i++) free(model->blocks[i]);
+    v4_arena_free(&model->arena);
     free(model);
 }

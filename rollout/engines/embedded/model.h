@@ -87,7 +87,13 @@ typedef struct {
     v4_bench benches[V4_THREADS_MAX];
 } v4_scratch;
 
-enum { V4_BLOCKS_MAX = 4096 };
+/* Memory of a model (arena.c). */
+typedef struct {
+    void **blocks;
+    size_t blocks_count;
+    char *next;                      /* what is left of the block that is being shared out */
+    size_t left;
+} v4_arena;
 
 struct v4_model {
     v4_config config;
@@ -105,8 +111,7 @@ struct v4_model {
     int32_t heads_width;             /* floats of a token's heads, with empty ones up to a multiple of eight */
     int32_t indexed;                 /* contexts can hold more CSA entries than index_topk */
     int32_t window_tokens, window_slots; /* slots: room for the keys of a batch beside those that its first token sees */
-    void *blocks[V4_BLOCKS_MAX];
-    size_t blocks_count, block_used, block_bytes;
+    v4_arena arena;
 };
 
 struct v4_state {
@@ -117,6 +122,7 @@ struct v4_state {
 
 /* arena.c: memory that lives as long as the model; NULL when short. 64-byte aligned, zeroed. */
 void *v4_take(v4_model *model, size_t bytes);
+void v4_arena_free(v4_arena *arena);
 
 /* threads.c: pieces 0 to count - 1 of a job, by whichever threads are free; back when all are done. */
 v4_pool *v4_pool_create(int threads_count);

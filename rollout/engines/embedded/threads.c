@@ -41,7 +41,9 @@ static atomic_int forks;             /* how many lie between the first process o
 
 static void count_fork(void) { atomic_fetch_add(&forks, 1); }
 
-static void watch_forks(void) { (void)pthread_atfork(NULL, NULL, count_fork); }
+static int are_forks_watched;
+
+static void watch_forks(void) { are_forks_watched = !pthread_atfork(NULL, NULL, count_fork); }
 
 static int has_helpers(const v4_pool *pool) { return pool && pool->helpers_count && pool->forks == atomic_load(&forks); }
 
@@ -126,7 +128,7 @@ v4_pool *v4_pool_create(int threads_count) {
     sigset_t all, before;
     sigfillset(&all); /* signals are for the threads of whoever loaded us */
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (pool->helpers_count < threads_count - 1 &&
+    while (are_forks_watched && pool->helpers_count < threads_count - 1 &&
            !pthread_create(&pool->helpers[pool->helpers_count], NULL, help, pool))
         pool->helpers_count++; /* fewer than asked for are slower, and nothing else */
     pthread_sigmask(SIG_SETMASK, &before, NULL);

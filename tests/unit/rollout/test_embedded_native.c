@@ -1,12 +1,17 @@
 /* A tiny random model through every path of the engine; prints a digest of all bits it computed.
- * Argument: the number of threads.
+ * Arguments: the number of threads, and at will what the host has too little of.
  *
  * The window wraps, entries of both kinds appear, the indexer has to choose, sampling cuts. Built
  * with sanitizers and with other instructions, the digest must stay the same.
+ *
+ * "helpers N": only N helpers can be started, "unwatched": nor can forks be watched; the digest stays the same, too.
+ * "short": each allocation of loading fails in turn. "deep": many small blocks. Both print nothing.
  */
 #define _DEFAULT_SOURCE
+#include <errno.h>
 #include <float.h>
 #include <math.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -42,22 +47,68 @@ static void expect(int holds, const char *what) {
     exit(1);
 }
 
-static v4_model *random_model(int threads_count) {
-    static const void *tensors[V4_T_COUNT + LAYERS * V4_L_COUNT];
-    uint16_t *words = malloc(WORDS * sizeof *words);
-    int64_t *routes = malloc(VOCAB * 2 * sizeof *routes);
+/* How many allocations, helpers and watches of forks there is room for; -1: for all. The linker calls these functions
+ * (--wrap) where the engine, and we, call those of the C library. */
+static int allocations_left = -1, helpers_left = -1, watches_left = -1, stays_short;
+
+void *__real_malloc(size_t bytes);
+void *__real_calloc(size_t count, size_t bytes);
+void *__real_realloc(void *memory, size_t bytes);
+void *__real_aligned_alloc(size_t alignment, size_t bytes);
+int __real_pthread_create(pthread_t *thread, const pthread_attr_t *how, void *(*run)(void *), void *argument);
+int __real_pthread_atfork(void (*before)(void), void (*parent)(void), void (*child)(void));
+
+static int has_room(int *left) { return *left < 0 || (*left > 0 && (*left)--); }
+
+static int has_memory(void) {
+    if (has_room(&allocations_left)) return 1;
+    if (!stays_short) allocations_left = -1;
+    return 0;
+}
+
+void *__wrap_malloc(size_t bytes) { return has_memory() ? __real_malloc(bytes) : NULL; }
+
+void *__wrap_calloc(size_t count, size_t bytes) { return has_memory() ? __real_calloc(count, bytes) : NULL; }
+
+void *__wrap_realloc(void *memory, size_t bytes) { return has_memory() ? __real_realloc(memory, bytes) : NULL; }
+
+void *__wrap_aligned_alloc(size_t alignment, size_t bytes) {
+    return has_memory() ? __real_aligned_alloc(alignment, bytes) : NULL;
+}
+
+int __wrap_pthread_create(pthread_t *thread, const pthread_attr_t *how, void *(*run)(void *), void *argument) {
+    return has_room(&helpers_left) ? __real_pthread_create(thread, how, run, argument) : EAGAIN;
+}
+
+int __wrap_pthread_atfork(void (*before)(void), void (*parent)(void), void (*child)(void)) {
+    return has_room(&watches_left) ? __real_pthread_atfork(before, parent, child) : ENOMEM;
+}
+
+/* +- 1/16 to 1/2 */
+static uint16_t *random_words(int count) {
+    uint16_t *words = malloc((size_t)count * sizeof *words);
     uint32_t noise = 7;
-    for (int i = 0; i < WORDS; i++) {
+    for (int i = 0; i < count; i++) {
         noise = noise * 1664525u + 1013904223u;
-        words[i] = (uint16_t)((noise >> 31) << 15 | (0x3d80 + ((noise >> 16) & 0x17f))); /* +- 1/16 to 1/2 */
+        words[i] = (uint16_t)((noise >> 31) << 15 | (0x3d80 + ((noise >> 16) & 0x17f)));
     }
+    return words;
+}
+
+/* NULL if loading needs more than so many allocations; -1: it may have all. */
+static v4_model *random_model(int threads_count, int allocations_max) {
+    static const void *tensors[V4_T_COUNT + LAYERS * V4_L_COUNT];
+    uint16_t *words = random_words(WORDS);
+    int64_t *routes = malloc(VOCAB * 2 * sizeof *routes);
     for (int i = 0; i < VOCAB * 2; i++) routes[i] = i % 2 ? 7 - i % 3 : i % 4;
     for (int i = 0; i < V4_T_COUNT + LAYERS * V4_L_COUNT; i++) {
         int slot = i - V4_T_COUNT;
         tensors[i] = slot >= 0 && slot % V4_L_COUNT == V4_L_ROUTER_TABLE ? (void *)routes : (void *)(words + i * 131);
     }
+    allocations_left = allocations_max;
     v4_model *model = v4_create(&config, tensors, threads_count);
-    expect(model != NULL, "a model is created");
+    expect(allocations_left == (model ? allocations_max < 0 ? -1 : 0 : stays_short - 1), "what fails is not passed over");
+    allocations_left = -1;
     free(words);
     free(routes);
     return model;
@@ -172,8 +223,9 @@ static void score_in_a_child(v4_model *model, v4_state **states, const uint32_t 
 
 static void run(int threads_count) {
     static float logits[TOKENS][VOCAB];
-    v4_model *model = random_model(threads_count);
+    v4_model *model = random_model(threads_count, -1);
     v4_state *states[STREAMS];
+    expect(model != NULL, "a model is created");
     uint32_t ids[TOKENS];
     for (int s = 0; s < STREAMS; s++) expect((states[s] = v4_state_create(model)) != NULL, "a state is created");
     for (int i = 0; i < TOKENS; i++) ids[i] = (uint32_t)(i * i + 3 * i) % VOCAB;
@@ -196,8 +248,57 @@ static void run(int threads_count) {
     v4_destroy(model);
 }
 
+/* Memory ends with the first allocation, with the second, ...: for that one alone, or for all that follow. */
+static void load_in_too_little(int threads_count) {
+    int failures = 0;
+    v4_model *model;
+    while (!(model = random_model(threads_count, failures))) failures++;
+    expect(failures > LAYERS * V4_L_COUNT, "each tensor is allocated by itself");
+    allocations_left = 0;
+    expect(!v4_state_create(model), "a state without memory is none");
+    allocations_left = -1;
+    v4_state *state = v4_state_create(model);
+    expect(state != NULL, "with memory there is one");
+    v4_state_destroy(state);
+    v4_destroy(model);
+}
+
+static void load_short(int threads_count) {
+    for (int first = 0; first < LAYERS; first++)
+        for (stays_short = 0; stays_short < 2; stays_short++) {
+            for (int l = 0; l < LAYERS; l++) config.attention_kinds[l] = (first + l) % LAYERS;
+            config.hash_routed[0] = first != V4_CSA;
+            load_in_too_little(threads_count);
+        }
+}
+
+/* As many layers and experts as DeepSeek-V4-Flash has. */
+static void load_deep(int threads_count) {
+    enum { DEEP = 43, WIDE = 256, DIM = 16 };
+    static const void *tensors[V4_T_COUNT + DEEP * V4_L_COUNT];
+    uint16_t *words = random_words(WIDE * 2 * DIM * DIM);
+    for (int i = 0; i < V4_T_COUNT + DEEP * V4_L_COUNT; i++) tensors[i] = words;
+    config.layers_count = DEEP, config.experts_count = WIDE, config.hidden_dim = config.expert_dim = DIM;
+    for (int l = 0; l < DEEP; l++) config.attention_kinds[l] = l % LAYERS, config.hash_routed[l] = 0;
+    v4_model *model = v4_create(&config, tensors, threads_count);
+    expect(model != NULL, "a model of many blocks is created");
+    v4_state *state = v4_state_create(model);
+    uint32_t ids[BATCH + 1] = {0};
+    float logprobs[BATCH];
+    v4_score(model, state, ids, BATCH, logprobs, NULL);
+    for (int i = 0; i < BATCH; i++) expect(isfinite(logprobs[i]) && logprobs[i] < 0, "and computes");
+    v4_state_destroy(state);
+    v4_destroy(model);
+    free(words);
+}
+
 int main(int count, char **arguments) {
     int threads_count = count > 1 ? atoi(arguments[1]) : 1;
+    const char *lacking = count > 2 ? arguments[2] : "";
+    if (!strcmp(lacking, "short")) return load_short(threads_count), 0;
+    if (!strcmp(lacking, "deep")) return load_deep(threads_count), 0;
+    if (!strcmp(lacking, "helpers")) helpers_left = atoi(arguments[3]);
+    if (!strcmp(lacking, "unwatched")) watches_left = 0;
     run(threads_count);
     config.streams_count = 3, config.heads_count = 6, config.experts_count = 11, config.scoring = V4_SIGMOID;
     run(threads_count); /* nothing a multiple of a vector */
