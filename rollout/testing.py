@@ -297,7 +297,7 @@ class ScriptedEngine:
             await announce(new)
         for session in self._sessions.values():
             session.is_held = session.on_update == "pin" and session.info is not None
-        self._info = new
+        self._info, self.checkpoint = new, checkpoint
         return new
 
     async def save(self, session: str, path: Path) -> int:

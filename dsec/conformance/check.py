@@ -9,8 +9,10 @@ See: dsec/testing.py, which runs them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -19,6 +21,8 @@ from dsec.errors import DsecError
 from dsec.sandbox import Sandbox, Substrate
 from dsec.types import Command, ExecResult, Feature, SandboxSpec
 
+LEAVING_S_MAX = 10.0
+"""How long a check that has run out of time may take to close what it opened."""
 ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
 
 
@@ -35,7 +39,7 @@ class Check(msgspec.Struct, frozen=True):
     name: str
     kind: Kind
     needs: frozenset[Feature]
-    run: Callable[[Substrate], Awaitable[None]]
+    run: Callable[[Substrate], Coroutine[Any, Any, None]]
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -45,16 +49,29 @@ class Outcome(msgspec.Struct, frozen=True):
     problem: str = ""
 
 
-async def outcome_of(name: str, run: Awaitable[None], expected: type[Exception]) -> Outcome:
-    """Of the check of that name; what does not conform and errors of the kind `expected` are its problem."""
+async def outcome_of(name: str, run: Coroutine[Any, Any, None], patience_s: float) -> Outcome:
+    """Of the check of that name: whatever it raises is its problem, and so is that it has not ended after `patience_s`.
+
+    What does not end by then is cancelled, and left alone if it does not even obey that: the next check is to run.
+    """
+    task = asyncio.create_task(run)
+    problem = ""
     try:
-        await run
-    except (NotConformingError, expected) as error:
-        return Outcome(name, f"{type(error).__name__}: {error}")
-    return Outcome(name)
+        await asyncio.wait([task], timeout=patience_s)
+        if not task.done():
+            where = task.get_stack()[-1]
+            line = f"{Path(where.f_code.co_filename).name}, line {where.f_lineno}"
+            problem = f"TimeoutError: it still waits after {patience_s:g} s ({line})"
+    finally:
+        task.cancel()
+    await asyncio.wait([task], timeout=min(patience_s, LEAVING_S_MAX))
+    error = asyncio.CancelledError() if task.cancelled() else task.exception() if task.done() else None
+    if not problem and error is not None:
+        problem = f"{type(error).__name__}: {error}"
+    return Outcome(name, problem)
 
 
-def check(*needs: Feature, kind: Kind = "linux") -> Callable[[Callable[[Substrate], Awaitable[None]]], Check]:
+def check(*needs: Feature, kind: Kind = "linux") -> Callable[[Callable[[Substrate], Coroutine[Any, Any, None]]], Check]:
     """Turn a coroutine function into a check of the same name."""
     return lambda function: Check(function.__name__, kind, frozenset(needs), function)
 

@@ -8,7 +8,8 @@ See: rollout/conformance/suite.py, the list.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +20,15 @@ from dsec.conformance.check import NotConformingError, require
 from rollout.engine import Engine, Sampled, SampleRequest, Sampling
 from rollout.errors import RolloutError
 
-Trait = Literal["draws", "keeps", "exact", "versions", "masks"]
+Trait = Literal["draws", "keeps", "exact", "versions", "masks", "fills", "shapes"]
 """It draws by chance as `Sampling` says; it keeps states between requests; it gives the same bits whatever was batched,
-kept or computed again, by chance too; it holds several weights at once; it tells what a cut kept."""
+kept or computed again, by chance too; it holds several weights at once; it tells what a cut kept; its context is so
+short that a check may fill it; it tells weights of another shape from its own."""
 WARM = Sampling(temperature=1.5, top_p=0.95, seed=4)
 CLOSE = 1e-3
 """How far logprobs of the same tokens may lie apart where an engine is not exact."""
+LULL_S_MIN, LULL_STEPS, LULL_TIMES = 0.05, 10, 2
+"""Silence must last so long, in so many steps, and so many times as long as the engine took for a chunk before."""
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,7 +38,8 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     for it, n = 1, 2, ...  `prompts` are at least four contexts after which it has 20 tokens and more to say,
     `stop_id` not among them; after `vague` no token is likely (where it draws).  `folder` is scratch space.
     Answers that a check interrupts have `long_count` tokens: enough that it comes in time.  What need not be exact is
-    compared for the likeliest tokens alone: nobody else draws them again.
+    compared for the likeliest tokens alone: nobody else draws them again.  `misfit` makes a folder with weights of
+    another shape, where it has shapes.  A check that has not ended after `patience_s` has failed.
     """
 
     make: Callable[[], Engine]
@@ -44,7 +49,9 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     stop_id: int
     vague: tuple[int, ...] = ()
     long_count: int = 60
-    traits: frozenset[Trait] = frozenset({"draws", "keeps", "exact", "versions", "masks"})
+    traits: frozenset[Trait] = frozenset({"draws", "keeps", "exact", "versions", "masks", "fills", "shapes"})
+    misfit: Callable[[], Path] | None = None
+    patience_s: float = 120.0
 
     def ask(
         self, token_ids: tuple[int, ...], count: int, stop_ids: frozenset[int] = frozenset(), **more: Any
@@ -81,10 +88,10 @@ class Check(msgspec.Struct, frozen=True):
 
     name: str
     needs: frozenset[Trait]
-    run: Callable[[Subject], Awaitable[None]]
+    run: Callable[[Subject], Coroutine[Any, Any, None]]
 
 
-def check(*needs: Trait) -> Callable[[Callable[[Subject], Awaitable[None]]], Check]:
+def check(*needs: Trait) -> Callable[[Callable[[Subject], Coroutine[Any, Any, None]]], Check]:
     """Turn a coroutine function into a check of the same name."""
     return lambda function: Check(function.__name__, frozenset(needs), function)
 
@@ -98,6 +105,51 @@ async def opened(subject: Subject) -> AsyncIterator[Engine]:
         yield engine
     finally:
         await engine.close()
+
+
+class Taker:
+    """A consumer that takes all that it gets."""
+
+    def __init__(self, engine: Engine, request: SampleRequest) -> None:
+        self.chunks: list[Sampled] = []
+        self.lull_s = 0.0
+        """The longest that it has waited for a chunk."""
+        self._is_told = asyncio.Event()
+        self.task = asyncio.create_task(self._take(engine, request))
+        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def _take(self, engine: Engine, request: SampleRequest) -> None:
+        clock = asyncio.get_running_loop().time
+        since = clock()
+        try:
+            async for chunk in engine.sample(request):
+                self.chunks.append(chunk)
+                self.lull_s, since = max(self.lull_s, clock() - since), clock()
+                self._is_told.set()
+        finally:
+            self._is_told.set()
+
+    async def begun(self) -> None:
+        """Wait for its first chunk; what ends it before is raised."""
+        await self._is_told.wait()
+        if not self.chunks:
+            await self.task
+            raise NotConformingError("a stream without a chunk")
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """What it has got."""
+        return tuple(i for chunk in self.chunks for i in chunk.token_ids)
+
+
+async def settled(*takers: Taker) -> None:
+    """Let happen what is not to happen, in an engine that took so long for the chunks of these.
+
+    Real time passes, in steps: an engine in this process and one behind a network have both had a turn in each.
+    """
+    lull_s = max([LULL_S_MIN, *(LULL_TIMES * taker.lull_s for taker in takers)])
+    for _ in range(LULL_STEPS):
+        await asyncio.sleep(lull_s / LULL_STEPS)
 
 
 def joined(chunks: list[Sampled]) -> Sampled:

@@ -5,72 +5,56 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 from dsec.conformance.check import require
-from rollout.conformance.check import Check, Subject, after, check, chunks_of, collect, joined, opened
-from rollout.engine import Engine, Sampled, SampleRequest
+from rollout.conformance.check import (
+    Check,
+    Subject,
+    Taker,
+    after,
+    check,
+    chunks_of,
+    collect,
+    joined,
+    opened,
+    settled,
+)
+from rollout.engine import PauseMode
 from rollout.errors import PreemptedError
-
-
-class Taker:
-    """A consumer that takes all that it gets."""
-
-    def __init__(self, engine: Engine, request: SampleRequest) -> None:
-        self.chunks: list[Sampled] = []
-        self.has_begun = asyncio.Event()
-        self.task = asyncio.create_task(self._take(engine, request))
-
-    async def _take(self, engine: Engine, request: SampleRequest) -> None:
-        async for chunk in engine.sample(request):
-            self.chunks.append(chunk)
-            self.has_begun.set()
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """What it has got."""
-        return tuple(i for chunk in self.chunks for i in chunk.token_ids)
-
-
-async def settled(engine: Engine) -> None:
-    """Let everything happen that is going to happen in a paused engine."""
-    for _ in range(3):
-        await engine.save("nobody", Path("nothing"))
-        await asyncio.sleep(0)
 
 
 @check()
 async def a_paused_engine_stands_still_between_two_tokens_and_goes_on(subject: Subject) -> None:
     async with opened(subject) as engine:
-        whole = await collect(engine, subject.ask(subject.prompts[0], subject.long_count, session="alone"))
+        alone = Taker(engine, subject.ask(subject.prompts[0], subject.long_count, session="alone"))
+        await alone.task
         running = Taker(engine, subject.ask(subject.prompts[0], subject.long_count))
-        await running.has_begun.wait()
+        await running.begun()
         await engine.pause("keep")
         await engine.pause("keep")
         require(engine.is_paused)
-        await settled(engine)
+        await settled(alone)  # what was drawn before is handed over
         seen = running.token_ids
         late = Taker(engine, subject.ask(subject.prompts[1], 4, session="late"))
-        await settled(engine)
+        await settled(alone)
         require(running.token_ids == seen and not running.task.done() and not late.chunks, (seen, running.chunks))
         await engine.resume()
         await engine.resume()
         require(not engine.is_paused)
         await asyncio.gather(running.task, late.task)
-        require(subject.same(joined(running.chunks), whole) and len(late.token_ids) == 4)
+        require(subject.same(joined(running.chunks), joined(alone.chunks)) and len(late.token_ids) == 4)
 
 
 @check()
 async def a_pause_that_waits_lets_running_requests_finish_and_starts_no_other(subject: Subject) -> None:
     async with opened(subject) as engine:
         running = Taker(engine, subject.ask(subject.prompts[0], subject.long_count))
-        await running.has_begun.wait()
+        await running.begun()
         await engine.pause("wait")
-        await settled(engine)
-        require(len(joined(running.chunks).token_ids) == subject.long_count)
         late = Taker(engine, subject.ask(subject.prompts[1], 4, session="late"))
-        await settled(engine)
-        require(not late.chunks)
+        await settled(running)
+        require(running.task.done() and len(joined(running.chunks).token_ids) == subject.long_count, running.chunks)
+        require(not late.chunks and not late.task.done(), late.chunks)
         await engine.resume()
         await late.task
         require(len(late.token_ids) == 4)
@@ -79,17 +63,19 @@ async def a_pause_that_waits_lets_running_requests_finish_and_starts_no_other(su
 @check()
 async def a_pause_that_aborts_hands_over_what_was_drawn_and_then_says_so(subject: Subject) -> None:
     async with opened(subject) as engine:
-        whole = await collect(engine, subject.ask(subject.prompts[0], subject.long_count, session="alone"))
+        alone = Taker(engine, subject.ask(subject.prompts[0], subject.long_count, session="alone"))
+        await alone.task
+        whole = joined(alone.chunks)
         running = [
             Taker(engine, subject.ask(subject.prompts[0], subject.long_count, session=f"s{i}")) for i in range(3)
         ]
-        await running[0].has_begun.wait()
+        await running[0].begun()
         await engine.pause("abort")
         ended = await asyncio.gather(*(taker.task for taker in running), return_exceptions=True)
         require(all(isinstance(error, PreemptedError) and error.retryable for error in ended), ended)
         late = Taker(engine, subject.ask(subject.prompts[1], 4, session="late"))
-        await settled(engine)
-        require(not late.chunks)
+        await settled(alone)
+        require(not late.chunks and not late.task.done(), late.chunks)
         await engine.resume()
         await late.task
         for number, taker in enumerate(running):
@@ -103,12 +89,55 @@ async def a_pause_that_aborts_hands_over_what_was_drawn_and_then_says_so(subject
 
 
 @check()
+async def a_later_pause_changes_the_mode_of_an_earlier_one(subject: Subject) -> None:
+    """A pause that waits for too long can be made one that aborts; one that keeps can be made one that waits."""
+    changes: tuple[tuple[PauseMode, PauseMode], ...] = (("keep", "wait"), ("keep", "abort"), ("wait", "abort"))
+    for before, after_it in changes:
+        async with opened(subject) as engine:
+            running = Taker(engine, subject.ask(subject.prompts[0], subject.long_count))
+            await running.begun()
+            first = asyncio.create_task(engine.pause(before))
+            await (first if before == "keep" else asyncio.sleep(0))
+            late = Taker(engine, subject.ask(subject.prompts[1], 4, session="late"))
+            await engine.pause(after_it)
+            await first
+            (ended,) = await asyncio.gather(running.task, return_exceptions=True)
+            require(isinstance(ended, PreemptedError) == (after_it == "abort"), (before, after_it, ended))
+            require(after_it == "abort" or len(joined(running.chunks).token_ids) == subject.long_count, running.chunks)
+            (queued,) = await asyncio.gather(late.task, return_exceptions=True) if late.task.done() else (None,)
+            require(queued is None or isinstance(queued, PreemptedError), (before, after_it, queued))
+            await settled(running)
+            require(engine.is_paused and not late.chunks, (before, after_it, late.chunks))
+            await engine.resume()
+            require((await collect(engine, subject.ask(subject.prompts[1], 4))).finish == "length")
+
+
+@check()
+async def a_score_outlasts_a_pause_or_is_preempted_by_one_that_aborts(subject: Subject) -> None:
+    modes: tuple[PauseMode, ...] = ("keep", "wait", "abort")
+    async with opened(subject) as engine:
+        alone = await engine.score(subject.prompts[0])
+        for mode in modes:
+            before = asyncio.create_task(engine.score(subject.prompts[0]))
+            await asyncio.sleep(0)
+            await engine.pause(mode)
+            meanwhile = asyncio.create_task(engine.score(subject.prompts[0]))
+            await settled()
+            await engine.resume()
+            for told in await asyncio.gather(before, meanwhile, return_exceptions=True):
+                if isinstance(told, BaseException):
+                    require(mode == "abort" and isinstance(told, PreemptedError), (mode, told))
+                else:
+                    require(subject.close(told.logprobs, alone.logprobs), (mode, told))
+
+
+@check()
 async def a_preempted_session_ends_alone(subject: Subject) -> None:
     async with opened(subject) as engine:
         whole = await collect(engine, subject.ask(subject.prompts[0], subject.long_count, session="alone"))
         ended = Taker(engine, subject.ask(subject.prompts[0], subject.long_count))
         other = Taker(engine, subject.ask(subject.prompts[0], subject.long_count, session="other"))
-        await ended.has_begun.wait()
+        await ended.begun()
         await engine.preempt("s")
         await engine.preempt("never seen")
         (error, none) = await asyncio.gather(ended.task, other.task, return_exceptions=True)
@@ -124,7 +153,7 @@ async def a_preempted_session_is_saved_up_to_its_last_token_and_goes_on_elsewher
     async with opened(subject) as engine:
         whole = await collect(engine, subject.ask(subject.prompts[0], subject.long_count, session="alone"))
         running = Taker(engine, subject.ask(subject.prompts[0], subject.long_count))
-        await running.has_begun.wait()
+        await running.begun()
         await engine.preempt("s")
         await asyncio.wait([running.task])
         require(isinstance(running.task.exception(), PreemptedError))
@@ -142,7 +171,7 @@ async def a_preempted_session_is_saved_up_to_its_last_token_and_goes_on_elsewher
 async def a_preemption_happens_even_if_nobody_waits_for_it(subject: Subject) -> None:
     async with opened(subject) as engine:
         running = Taker(engine, subject.ask(subject.prompts[0], subject.long_count))
-        await running.has_begun.wait()
+        await running.begun()
         asking = asyncio.ensure_future(engine.preempt("s"))
         await asyncio.sleep(0)
         asking.cancel()
@@ -154,15 +183,15 @@ async def a_preemption_happens_even_if_nobody_waits_for_it(subject: Subject) -> 
 async def a_paused_request_can_be_preempted(subject: Subject) -> None:
     async with opened(subject) as engine:
         running = Taker(engine, subject.ask(subject.prompts[0], subject.long_count))
-        await running.has_begun.wait()
+        await running.begun()
         await engine.pause("keep")
         queued = Taker(engine, subject.ask(subject.prompts[1], subject.long_count, session="queued"))
-        await settled(engine)
+        await settled(running)
         await engine.preempt("s")
         await engine.preempt("queued")
         ended = await asyncio.gather(running.task, queued.task, return_exceptions=True)
         require(all(isinstance(error, PreemptedError) for error in ended), ended)
-        require(not queued.chunks)
+        require(not queued.chunks, queued.chunks)
 
 
 @check()
@@ -170,7 +199,8 @@ async def an_engine_closes_while_it_is_paused_and_opens_to_run(subject: Subject)
     async with opened(subject) as engine:
         await engine.pause("keep")
         running = Taker(engine, subject.ask(subject.prompts[0], subject.long_count))
-        await settled(engine)
+        await settled()
+        require(not running.chunks and not running.task.done(), running.chunks)
         await engine.close()
         await asyncio.wait([running.task])
         require(running.task.exception() is not None)
@@ -183,6 +213,8 @@ CHECKS: tuple[Check, ...] = (
     a_paused_engine_stands_still_between_two_tokens_and_goes_on,
     a_pause_that_waits_lets_running_requests_finish_and_starts_no_other,
     a_pause_that_aborts_hands_over_what_was_drawn_and_then_says_so,
+    a_later_pause_changes_the_mode_of_an_earlier_one,
+    a_score_outlasts_a_pause_or_is_preempted_by_one_that_aborts,
     a_preempted_session_ends_alone,
     a_preempted_session_is_saved_up_to_its_last_token_and_goes_on_elsewhere,
     a_preemption_happens_even_if_nobody_waits_for_it,

@@ -9,8 +9,20 @@ from contextlib import aclosing
 from typing import Any
 
 from dsec.conformance.check import require
-from rollout.conformance.check import WARM, Check, Subject, after, check, chunks_of, collect, opened, refusal_of
-from rollout.engine import Sampled, Sampling, TopLogprobs
+from rollout.conformance.check import (
+    WARM,
+    Check,
+    Subject,
+    Taker,
+    after,
+    check,
+    chunks_of,
+    collect,
+    opened,
+    refusal_of,
+    settled,
+)
+from rollout.engine import EngineInfo, Sampled, Sampling, TopLogprobs
 from rollout.errors import EngineError, RequestError
 
 PLAIN = Sampling(temperature=1.0, seed=9)
@@ -23,6 +35,18 @@ async def info_names_the_weights_and_the_build(subject: Subject) -> None:
         require(info.name and info.build and len(info.weights_digest) == 64, info)
         require(info.vocab_count > max(map(max, subject.prompts)) and info.context_tokens_max >= 512, info)
         require(info.policy_version == 0 and not engine.is_paused, info)
+
+
+@check()
+async def an_engine_says_why_nothing_can_be_drawn_and_nothing_while_it_can(subject: Subject) -> None:
+    async with opened(subject) as engine:
+        require(engine.failure == "", engine.failure)
+        await engine.pause("keep")
+        require(engine.failure == "", engine.failure)
+        await engine.close()
+        require(engine.failure != "", "no words of a closed engine")
+        await engine.open()
+        require(engine.failure == "", engine.failure)
 
 
 @check()
@@ -91,7 +115,7 @@ async def samples_of_one_prompt_differ_by_their_stream_and_from_the_greedy_one(s
 
 
 @check()
-async def closing_the_iterator_early_stops_the_request_and_no_other(subject: Subject) -> None:
+async def closing_the_iterator_early_disturbs_no_other_request(subject: Subject) -> None:
     async with opened(subject) as engine:
         expected = await collect(engine, subject.ask(subject.prompts[0], 20, session="a"))
         other = asyncio.create_task(collect(engine, subject.ask(subject.prompts[0], 20, session="a")))
@@ -101,32 +125,59 @@ async def closing_the_iterator_early_stops_the_request_and_no_other(subject: Sub
         require(subject.same(await other, expected))
 
 
+@check("keeps")
+async def a_stream_that_is_closed_early_draws_no_more(subject: Subject) -> None:
+    path, asked = subject.folder / "state", subject.ask(subject.prompts[1], 1000, session="closed")
+    async with opened(subject) as engine:
+        other = Taker(engine, subject.ask(subject.prompts[1], 20, session="other"))
+        await other.task
+        async with aclosing(engine.sample(asked)) as chunks:
+            await anext(chunks)
+        await settled(other)
+        covered = await engine.save("closed", path)
+        await settled(other)
+        again = await engine.save("closed", path)
+        require(covered == again, f"its state grew from {covered} to {again} tokens")
+
+
 @check()
 async def a_cancelled_consumer_leaves_the_engine_usable(subject: Subject) -> None:
     async with opened(subject) as engine:
-        task = asyncio.create_task(collect(engine, subject.ask(subject.prompts[1], 1000)))
-        await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.wait([task])
-        require(task.cancelled())
-        require((await collect(engine, subject.ask(subject.prompts[0], 3))).finish == "length")
+        for has_begun in (False, True):
+            taker = Taker(engine, subject.ask(subject.prompts[1], 1000))
+            await (taker.begun() if has_begun else asyncio.sleep(0))
+            taker.task.cancel()
+            await asyncio.wait([taker.task])
+            require(taker.task.cancelled(), "a cancelled consumer is told something else")
+            require((await collect(engine, subject.ask(subject.prompts[0], 3))).finish == "length")
 
 
-@check("draws")
+@check("draws", "fills")
 async def a_context_that_fills_up_ends_with_length(subject: Subject) -> None:
     async with opened(subject) as engine:
-        prompt = (subject.prompts[0] * 10)[: engine.info.context_tokens_max - 4]
+        room = engine.info.context_tokens_max - 4
+        prompt = (subject.prompts[0] * (1 + room // len(subject.prompts[0])))[-room:]
         output = await collect(engine, subject.ask(prompt, 50))
         require((len(output.token_ids), output.finish) == (4, "length"), output)
 
 
 @check()
 async def a_request_that_can_never_run_is_refused_by_the_name_of_its_field(subject: Subject) -> None:
-    changes: tuple[tuple[dict[str, Any], str], ...] = (
+    async with opened(subject) as engine:
+        for change, named in _never(engine.info):
+            arguments: dict[str, Any] = {"token_ids": subject.prompts[0], "count": 3} | change
+            error = await refusal_of(collect(engine, subject.ask(**arguments)))
+            require(isinstance(error, RequestError) and named in str(error), (str(change)[:200], error))
+
+
+def _never(info: EngineInfo) -> tuple[tuple[dict[str, Any], str], ...]:
+    """What makes a request one that such an engine can never carry out, and the field that it must name."""
+    return (
         ({"token_ids": ()}, "token_ids"),
         ({"token_ids": (0, -1)}, "token_ids"),
-        ({"token_ids": (0, 10**9)}, "token_ids"),
-        ({"token_ids": (5,) * (2 << 20)}, "token_ids"),
+        ({"token_ids": (0, info.vocab_count)}, "token_ids"),
+        ({"token_ids": (5,) * info.context_tokens_max}, "token_ids"),
+        ({"token_ids": (5,) * (info.context_tokens_max + 1)}, "token_ids"),
         ({"count": 0}, "tokens_count_max"),
         ({"sampling": Sampling(temperature=-0.1)}, "temperature"),
         ({"sampling": Sampling(temperature=float("nan"))}, "temperature"),
@@ -135,29 +186,23 @@ async def a_request_that_can_never_run_is_refused_by_the_name_of_its_field(subje
         ({"sampling": Sampling(temperature=1.0, top_p=1.1)}, "top_p"),
         ({"sampling": Sampling(temperature=1.0, top_k=-1)}, "top_k"),
         ({"sampling": Sampling(temperature=1.0, top_k=(1 << 32) + 1)}, "top_k"),
-        ({"stop_ids": frozenset({10**9})}, "stop_ids"),
+        ({"stop_ids": frozenset({info.vocab_count})}, "stop_ids"),
         ({"stop_ids": frozenset(range(17))}, "stop_ids"),
         ({"top_logprobs_count": -1}, "top_logprobs_count"),
         ({"top_logprobs_count": 33}, "top_logprobs_count"),
     )
-    async with opened(subject) as engine:
-        for change, named in changes:
-            arguments: dict[str, Any] = {"token_ids": subject.prompts[0], "count": 3} | change
-            error = await refusal_of(collect(engine, subject.ask(**arguments)))
-            require(isinstance(error, RequestError) and named in str(error), (change, error))
 
 
 @check()
 async def closing_the_engine_ends_what_runs_and_refuses_what_comes(subject: Subject) -> None:
     async with opened(subject) as engine:
-        running = [
-            asyncio.create_task(collect(engine, subject.ask(prompt, 1500, session=str(i))))
-            for i, prompt in enumerate(subject.prompts)
-        ]
+        running = [Taker(engine, subject.ask(prompt, 1500, session=str(i))) for i, prompt in enumerate(subject.prompts)]
+        await running[0].begun()
+        late = Taker(engine, subject.ask(subject.prompts[0], 1500, session="late"))
         await asyncio.sleep(0)
         await engine.close()
-        for task in running:
-            require(isinstance(await refusal_of(task), EngineError))
+        for taker in (*running, late):
+            require(isinstance(await refusal_of(taker.task), EngineError))
         require(isinstance(await refusal_of(collect(engine, subject.ask(subject.prompts[0], 1))), EngineError))
         await engine.close()
 
@@ -215,7 +260,8 @@ async def scores_and_samples_do_not_notice_each_other(subject: Subject) -> None:
 @check()
 async def a_score_that_can_never_be_is_refused_by_the_name_of_its_field(subject: Subject) -> None:
     async with opened(subject) as engine:
-        for token_ids, count in (((), 0), ((0, 10**9), 0), ((5,) * (2 << 20), 0), ((0, 5), 33)):
+        too_long = (5,) * (engine.info.context_tokens_max + 1)
+        for token_ids, count in (((), 0), ((0, engine.info.vocab_count), 0), (too_long, 0), ((0, 5), 33)):
             error = await refusal_of(engine.score(token_ids, top_logprobs_count=count))
             named = "top_logprobs_count" if count else "token_ids"
             require(isinstance(error, RequestError) and named in str(error), error)
@@ -234,12 +280,19 @@ async def the_likeliest_tokens_come_with_each_token_if_asked_for(subject: Subjec
         require(len(rows) == 12)
         for token_id, logprob, row in zip(output.token_ids, output.logprobs, rows, strict=True):
             require(1 <= len(row.token_ids) == len(row.logprobs) <= 3, row)
-            require(list(row.logprobs) == sorted(row.logprobs, reverse=True), row)
+            require(_is_in_order(row), row)
             require(dict(zip(row.token_ids, row.logprobs, strict=True)).get(token_id, logprob) == logprob, row)
             require(logprob <= row.logprobs[0], row)
         scored = await engine.score(prompt + output.token_ids, top_logprobs_count=3)
+        require(all(map(_is_in_order, scored.top_logprobs)), scored)
         told = [top.logprobs for top in scored.top_logprobs[len(prompt) - 1 :]]
         require(all(map(subject.close, told, (row.logprobs for row in rows))) and len(told) == 12, scored)
+
+
+def _is_in_order(row: TopLogprobs) -> bool:
+    """The likeliest first, equal ones by id."""
+    ranks = [(-logprob, token_id) for token_id, logprob in zip(row.token_ids, row.logprobs, strict=True)]
+    return ranks == sorted(ranks)
 
 
 @check("draws", "masks")
@@ -295,12 +348,14 @@ def _routes_of(chunks: list[Sampled], row_bytes: int) -> dict[int, bytes]:
 
 CHECKS: tuple[Check, ...] = (
     info_names_the_weights_and_the_build,
+    an_engine_says_why_nothing_can_be_drawn_and_nothing_while_it_can,
     an_output_ends_with_a_stop_id_or_at_its_length,
     a_request_gives_the_same_again_whatever_was_kept,
     requests_do_not_notice_each_other,
     continuing_after_any_prefix_of_the_output_yields_the_rest,
     samples_of_one_prompt_differ_by_their_stream_and_from_the_greedy_one,
-    closing_the_iterator_early_stops_the_request_and_no_other,
+    closing_the_iterator_early_disturbs_no_other_request,
+    a_stream_that_is_closed_early_draws_no_more,
     a_cancelled_consumer_leaves_the_engine_usable,
     a_context_that_fills_up_ends_with_length,
     a_request_that_can_never_run_is_refused_by_the_name_of_its_field,

@@ -1,5 +1,13 @@
 """The whole list of behaviours of engines, and the runner that tells which of them one lacks.
 
+What the port promises, and nothing here can ask of every engine, since it cannot be seen from outside how many
+requests one draws at once, or what an engine does that keeps nothing:
+
+- of requests that wait those of a higher `priority` go first;
+- a stream that is closed early draws no more (asked of those that keep states).
+
+Whoever writes an engine tests these two with its own means.
+
 See: rollout/conformance/check.py for what a check is.
 """
 
@@ -8,7 +16,6 @@ from __future__ import annotations
 from dsec.conformance.check import Outcome, outcome_of
 from rollout.conformance import pauses, sampling, states, weights
 from rollout.conformance.check import Check, Subject
-from rollout.errors import RolloutError
 
 ENGINE_CHECKS: tuple[Check, ...] = (*sampling.CHECKS, *states.CHECKS, *weights.CHECKS, *pauses.CHECKS)
 
@@ -19,5 +26,8 @@ def checks_for(subject: Subject) -> tuple[Check, ...]:
 
 
 async def check_engine(subject: Subject) -> list[Outcome]:
-    """Run every check for an engine with these traits, each against new ones that it makes, one after the other."""
-    return [await outcome_of(check.name, check.run(subject), RolloutError) for check in checks_for(subject)]
+    """Run every check for an engine with these traits, each against new ones that it makes, one after the other.
+
+    Each has an outcome, whatever the engine raises; one that has not ended after `patience_s` has failed.
+    """
+    return [await outcome_of(check.name, check.run(subject), subject.patience_s) for check in checks_for(subject)]

@@ -8,7 +8,7 @@ import asyncio
 import shutil
 from contextlib import aclosing
 
-from dsec.conformance.check import require
+from dsec.conformance.check import NotConformingError, require
 from rollout.conformance.check import (
     Check,
     Subject,
@@ -50,6 +50,17 @@ async def new_weights_have_their_version_and_their_digest(subject: Subject) -> N
         chunks = await chunks_of(engine, subject.ask(subject.prompts[0], 8))
         require({chunk.policy_version for chunk in chunks} == {3}, chunks)
         require((await engine.score(subject.prompts[0])).policy_version == 3)
+
+
+@check()
+async def the_checkpoint_is_the_folder_of_the_weights_that_draw(subject: Subject) -> None:
+    async with opened(subject) as engine:
+        require(engine.checkpoint is None or engine.checkpoint.is_dir(), engine.checkpoint)
+        for number in (1, 2):
+            await engine.update(subject.checkpoint(number), number)
+            require(engine.checkpoint == subject.checkpoint(number), engine.checkpoint)
+        await refusal_of(engine.update(subject.folder / "nowhere", 3))
+        require(engine.checkpoint == subject.checkpoint(2), engine.checkpoint)
 
 
 @check()
@@ -97,6 +108,26 @@ async def what_is_pinned_goes_on_with_the_old_weights_until_it_is_released(subje
         require({chunk.policy_version for chunk in again} == {1}, again)
 
 
+@check()
+async def a_pin_holds_until_the_next_request_of_its_session(subject: Subject) -> None:
+    async with opened(subject) as engine:
+        context = subject.prompts[0]
+
+        async def draw(on_update: OnUpdate, expected: int) -> None:
+            nonlocal context
+            chunks = await chunks_of(engine, subject.ask(context, 4, on_update=on_update))
+            require({chunk.policy_version for chunk in chunks} == {expected}, (on_update, expected, chunks))
+            context += joined(chunks).token_ids
+
+        await draw("pin", 0)
+        if "versions" in subject.traits:
+            await engine.update(subject.checkpoint(1), 1)
+            await draw("pin", 0)
+        await draw("keep", engine.info.policy_version)
+        await engine.update(subject.checkpoint(2), 2)
+        await draw("cut", 2)
+
+
 @check("keeps", "versions")
 async def between_two_requests_of_a_session_weights_change_in_the_same_ways(subject: Subject) -> None:
     said: tuple[tuple[OnUpdate, int, str], ...] = (("keep", 1, "kept"), ("cut", 1, "rebuilt"), ("pin", 0, ""))
@@ -139,6 +170,19 @@ async def a_checkpoint_that_cannot_be_used_changes_nothing(subject: Subject) -> 
             error = await refusal_of(engine.update(checkpoint, 1))
             require(isinstance(error, EngineError) and str(checkpoint) in str(error), error)
         require(engine.info == info and subject.same(await collect(engine, subject.ask(subject.prompts[0], 8)), before))
+
+
+@check("shapes")
+async def weights_of_another_shape_are_refused_and_change_nothing(subject: Subject) -> None:
+    if subject.misfit is None:
+        raise NotConformingError('Subject.misfit makes no such weights: give it, or leave the trait "shapes" out')
+    async with opened(subject) as engine:
+        before, info = await collect(engine, subject.ask(subject.prompts[0], 8)), engine.info
+        checkpoint = subject.misfit()
+        error = await refusal_of(engine.update(checkpoint, 1))
+        require(isinstance(error, EngineError) and str(checkpoint) in str(error), error)
+        require(engine.info == info and subject.same(await collect(engine, subject.ask(subject.prompts[0], 8)), before))
+        require((await engine.update(subject.checkpoint(1), 1)).policy_version == 1)
 
 
 @check()
@@ -204,12 +248,15 @@ async def sessions_pin_only_as_many_versions_as_there_is_room_for(subject: Subje
 
 CHECKS: tuple[Check, ...] = (
     new_weights_have_their_version_and_their_digest,
+    the_checkpoint_is_the_folder_of_the_weights_that_draw,
     a_request_goes_on_over_its_kv_or_over_a_new_one_and_says_which,
     what_is_cut_goes_on_as_if_the_new_weights_had_read_everything,
     what_is_pinned_goes_on_with_the_old_weights_until_it_is_released,
+    a_pin_holds_until_the_next_request_of_its_session,
     between_two_requests_of_a_session_weights_change_in_the_same_ways,
     a_state_of_other_weights_serves_its_own_session_and_no_other,
     a_checkpoint_that_cannot_be_used_changes_nothing,
+    weights_of_another_shape_are_refused_and_change_nothing,
     new_weights_are_announced_before_they_draw_and_what_that_raises_stops_them,
     versions_grow_and_the_last_update_may_be_repeated,
     the_same_weights_under_another_number_break_nothing,

@@ -30,7 +30,7 @@ PROMPTS = [tuple(prompt["token_ids"]) for prompt in json.loads(GOLDEN.read_text(
 TOKENIZER = load_tokenizer()
 STORY = " ".join(f"line {number} of the file says so" for number in range(12))
 EOS_ID = 1
-ALL: frozenset[Trait] = frozenset({"draws", "keeps", "exact", "versions", "masks"})
+ALL: frozenset[Trait] = frozenset({"draws", "keeps", "exact", "versions", "masks", "fills", "shapes"})
 LIMITS = {
     "embedded": Limits(),
     "embedded, one at a time and nothing kept": Limits(
@@ -59,6 +59,17 @@ def other_weights(folder: Path, number: int) -> Path:
     return target
 
 
+def shorter(folder: Path) -> Path:
+    """The shipped checkpoint with half the context."""
+    target = folder / "shorter"
+    if not target.exists():
+        shutil.copytree(DEFAULT_CHECKPOINT, target)
+        path = target / "tokenizer_config.json"
+        said = json.loads(path.read_text())
+        path.write_text(json.dumps({**said, "model_max_length": said["model_max_length"] // 2}))
+    return target
+
+
 def other_script(folder: Path, number: int) -> Path:
     target = folder / f"script-{number}"
     target.mkdir(exist_ok=True)
@@ -76,19 +87,23 @@ def embedded(folder: Path, limits: Limits) -> Subject:
         stop_id=EOS_ID,
         vague=(0, 17, 900),
         traits=ALL if limits.state_bytes_max else ALL - {"keeps"},
+        misfit=lambda: shorter(folder),
     )
+
+
+def story(_session: str, _turn: int) -> Reply:
+    return Reply(reasoning=STORY, content=STORY)
 
 
 def scripted(folder: Path) -> Subject:
     texts = ("Remove the file a.txt.", "Write b.txt.", "Count the lines of c.", "Sort d.txt.")
-    reply = Reply(reasoning=STORY, content=STORY)
     return Subject(
-        make=lambda: ScriptedEngine(TOKENIZER, lambda _session, _turn: reply, chunk_tokens_count=3),
+        make=lambda: ScriptedEngine(TOKENIZER, story, chunk_tokens_count=3),
         checkpoint=lambda number: other_script(folder, number),
         folder=folder,
         prompts=tuple(tuple(i for s in context.prompt(text, TOKENIZER, "high") for i in s.token_ids) for text in texts),
         stop_id=EOS_ID,
-        traits=ALL - {"draws"},
+        traits=ALL - {"draws", "fills", "shapes"},
     )
 
 
@@ -110,6 +125,7 @@ def vllm(folder: Path, *, is_pool: bool) -> Subject:
         stop_id=EOS_ID,
         vague=(0, 17, 300),
         traits=ALL - {"keeps", "versions"},
+        misfit=lambda: write_checkpoint(folder / "smaller", 0, VOCAB_COUNT // 2),
     )
 
 

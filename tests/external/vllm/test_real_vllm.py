@@ -203,7 +203,8 @@ def subject(folder: Path, url: str = "http://127.0.0.1:1", model: Path = Path())
         stop_id=1,
         vague=PROMPT,
         long_count=1800,
-        traits=frozenset({"draws"}),
+        traits=frozenset({"draws", "fills", "shapes"}),
+        misfit=lambda: write_tiny_model(folder / "deeper", layers_count=3),
     )
 
 

@@ -1,12 +1,14 @@
 """A check that is written is a check that runs."""
 
+import asyncio
 import importlib
 import pkgutil
 
 from dsec import conformance
 from dsec.conformance.check import Check
 from dsec.conformance.suite import checks_for
-from dsec.testing import SANDBOX_CHECKS
+from dsec.testing import SANDBOX_CHECKS, FakeSandbox, FakeSubstrate, check_sandbox
+from dsec.types import SandboxId, SandboxSpec
 
 
 def test_every_check_of_the_suite_is_in_its_list_once() -> None:
@@ -24,3 +26,30 @@ def test_what_a_substrate_lacks_leaves_out_the_checks_that_need_it_and_no_other(
     assert left_out == {check for check in SANDBOX_CHECKS if check.needs & {"snapshot", "disk_quota"}}
     assert left_out
     assert checks_for() == SANDBOX_CHECKS
+
+
+class BrokenSubstrate(FakeSubstrate):
+    async def create(self, spec: SandboxSpec, sandbox_id: SandboxId | None = None) -> FakeSandbox:
+        raise IndexError("list index out of range")
+
+
+class SilentSubstrate(FakeSubstrate):
+    async def create(self, spec: SandboxSpec, sandbox_id: SandboxId | None = None) -> FakeSandbox:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+async def test_a_substrate_that_raises_what_it_likes_has_an_outcome_of_every_check() -> None:
+    substrate = BrokenSubstrate()
+    await substrate.open()
+    outcomes = {outcome.name: outcome.problem for outcome in await check_sandbox(substrate)}
+    assert list(outcomes) == [check.name for check in SANDBOX_CHECKS]
+    assert outcomes["a_command_that_kills_others_starts_alone"] == "IndexError: list index out of range"
+
+
+async def test_a_substrate_that_hangs_has_an_outcome_of_every_check() -> None:
+    substrate = SilentSubstrate()
+    await substrate.open()
+    outcomes = {outcome.name: outcome.problem for outcome in await check_sandbox(substrate, patience_s=0.01)}
+    assert list(outcomes) == [check.name for check in SANDBOX_CHECKS]
+    assert outcomes["a_command_that_kills_others_starts_alone"].startswith("TimeoutError: it still waits after 0.01 s")
