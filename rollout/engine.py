@@ -217,7 +217,10 @@ class Engine(Protocol):
     async def score(
         self, token_ids: Sequence[int], *, top_logprobs_count: int = 0, returns_hidden: bool = False
     ) -> Scored:
-        """Logprobs of given tokens with the newest weights.  RequestError, EngineError."""
+        """Logprobs of given tokens with the newest weights; waits while the engine is paused.
+
+        RequestError, EngineError; PreemptedError after `pause("abort")`.
+        """
         ...
 
     async def preempt(self, session: str) -> None:

@@ -14,21 +14,24 @@ from contextlib import aclosing, closing
 from operator import lt
 
 from rollout.engine import Engine, EngineInfo, Routes, Sampled, SampleRequest, TopLogprobs
-from rollout.engines.waits import Wait
+from rollout.engines.waits import T, Wait
 from rollout.errors import EngineError
 from wal.errors import RecordInvalidError
 from wal.token_routes import RoutesRecorded, encode_routes
 
 _F32_MAX = (2 - 2**-23) * 2.0**127
+_LOOKS_COUNT = 16
+"""How often who waits looks whether the engine is paused, before he loses patience."""
 
 
 async def guarded(engine: Engine, request: SampleRequest, silence_s_max: float) -> AsyncGenerator[Sampled, None]:
     """`engine.sample(request)` up to the chunk that finishes it; EngineError as soon as it breaks the port."""
     info, count = engine.info, 0
-    with closing(_Patience(engine, silence_s_max)) as patience:
+    with closing(Patience(engine, silence_s_max)) as patience:
         async with aclosing(engine.sample(request)) as chunks:
             while True:
-                chunk = await patience.next(chunks)
+                if (chunk := await patience.next(chunks)) is None:
+                    raise EngineError(f"engine {info.name}: the stream ended before the answer did")
                 if problem := _problem(chunk, request, engine.info, count):
                     raise EngineError(f"engine {info.name}, {count} tokens into its answer: {problem}")
                 yield chunk
@@ -132,28 +135,29 @@ def _routes_problem(routes: Routes, info: EngineInfo, end: int) -> str:
     return ""
 
 
-class _Patience:
-    """Waits for chunks, of which each is given up once it has lasted too long; a pause of the engine does not count.
+class Patience:
+    """Waits for what an engine says, and gives up what lasts too long; a pause of the engine does not count.
 
-    One timer for all of them, which looks at the newest wait when it ends: this runs for every chunk.
+    One timer for all of them, which looks at the newest wait now and then: this runs for every chunk.  A pause between
+    two looks is not seen, and counts.
     """
 
-    def __init__(self, engine: Engine, silence_s_max: float) -> None:
+    def __init__(self, engine: Engine, silence_s_max: float, wait: Wait | None = None) -> None:
+        """`wait` is one that others may break off, too."""
         self._engine = engine
         self._silence_s_max = silence_s_max
         self._loop = asyncio.get_running_loop()
-        self._wait = Wait()
+        self._wait = wait or Wait()
+        self._is_over = False
         self._since = 0.0
-        self._timer = self._loop.call_later(silence_s_max, self._look)
+        self._timer = self._loop.call_later(silence_s_max / _LOOKS_COUNT, self._look)
 
-    async def next(self, chunks: AsyncGenerator[Sampled, None]) -> Sampled:
-        """The next chunk.  EngineError if there is none."""
+    async def next(self, chunks: AsyncGenerator[T, None]) -> T | None:
+        """The next one; None if there is none, or others broke the wait off.  EngineError: it lasted too long."""
         self._since = self._loop.time()
         chunk = await self._wait.next(chunks)
-        if chunk is None:
-            silent = f"silent for {self._silence_s_max:g} s"
-            problem = silent if self._wait.is_broken else "the stream ended before the answer did"
-            raise EngineError(f"engine {self._engine.info.name}: {problem}")
+        if chunk is None and self._is_over:
+            raise EngineError(f"engine {self._engine.info.name}: silent for {self._silence_s_max:g} s")
         return chunk
 
     def close(self) -> None:
@@ -165,6 +169,8 @@ class _Patience:
         if not self._wait.is_on or self._engine.is_paused:
             self._since = now
         if self._wait.is_on and self._since + self._silence_s_max <= now:
+            self._is_over = True
             self._wait.break_off()
         else:
-            self._timer = self._loop.call_at(self._since + self._silence_s_max, self._look)
+            end = self._since + self._silence_s_max
+            self._timer = self._loop.call_at(min(end, now + self._silence_s_max / _LOOKS_COUNT), self._look)

@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
 from rollout.engine import Engine, EngineInfo
-from rollout.errors import EngineError, ForeignWeightsError, PreemptedError
+from rollout.errors import EngineError, ForeignWeightsError, PreemptedError, RolloutError
 
 AGAIN_S_MIN = 1.0
 _log = logging.getLogger(__name__)
 
 
 class PoolEngine(Engine, Protocol):
-    """An Engine that others than its pool may give weights."""
+    """An Engine that others than its pool may give weights, and a pause."""
 
     async def vouch(self, within_s: float) -> None:
         """ForeignWeightsError if it says so soon that it has others than `info` names, which it may have drawn with."""
+        ...
+
+    async def close(self, *, keeps_pause: bool = False) -> None:
+        """See Engine; a pause that is kept lasts meanwhile, and `open` finds it."""
         ...
 
 
@@ -36,9 +40,9 @@ class PoolMember:
         self.is_in_doubt = False
         """It failed, and is being asked whose weights it has: until that is known nothing that it drew goes on."""
 
-    async def reopen(self) -> None:
+    async def reopen(self, *, keeps_pause: bool) -> None:
         """End all that it draws, and begin anew.  EngineError."""
-        await self.engine.close()
+        await self.engine.close(keeps_pause=keeps_pause)
         await self.engine.open()
 
     async def stop_mending(self) -> None:
@@ -50,10 +54,35 @@ class PoolMember:
             await asyncio.gather(task, return_exceptions=True)
 
 
-class PoolRun:
-    """A request, wherever it is drawn."""
+class PoolMembers(dict[str, PoolMember]):
+    """All of a pool, by name."""
 
-    def __init__(self, session: str) -> None:
+    @property
+    def living(self) -> list[PoolMember]:
+        """Those that draw."""
+        return [each for each in self.values() if each.fault is None]
+
+    @property
+    def names(self) -> list[str]:
+        """Of those."""
+        return [each.name for each in self.living]
+
+    @property
+    def faults(self) -> dict[str, str]:
+        """Those that are left out, and why."""
+        return {name: each.fault for name, each in self.items() if each.fault is not None}
+
+    @property
+    def failure(self) -> str:
+        """Why none of them draws; nothing while one does."""
+        faults = {} if self.living else self.faults
+        return "; ".join(f"{name}: {why.removeprefix(f'{name}: ')}" for name, why in faults.items())
+
+
+class PoolRun:
+    """A request, wherever it is drawn; of no session if it is a score."""
+
+    def __init__(self, session: str | None) -> None:
         self.session = session
         self.member: PoolMember | None = None
         """Who draws it, and has handed tokens over."""
@@ -87,12 +116,27 @@ class PoolRuns(set[PoolRun]):
             run.end = error if run.member is member else run.end
 
 
-async def open_all(members: Sequence[PoolMember], start_s_max: float) -> list[BaseException | None]:
+async def failures_of(
+    members: Sequence[PoolMember], call: Callable[[PoolMember], Awaitable[object]]
+) -> list[tuple[PoolMember, RolloutError]]:
+    """Who cannot do it, and why, of those that try at once; what nobody foresaw is raised."""
+    results = await asyncio.gather(*map(call, members), return_exceptions=True)
+    for error in results:
+        if isinstance(error, BaseException) and not isinstance(error, RolloutError):
+            raise error
+    return [(each, error) for each, error in zip(members, results, strict=True) if isinstance(error, RolloutError)]
+
+
+async def open_all(members: Sequence[PoolMember], start_s_max: float) -> list[EngineError | None]:
     """Open each; what went wrong with it.  While nobody answers anywhere all are asked again, for so long at most."""
     until, told = time.monotonic() + start_s_max, ""
     while True:
-        opened = await asyncio.gather(*(each.engine.open() for each in members), return_exceptions=True)
-        absent = [str(error) for error in opened if isinstance(error, EngineError) and error.is_absent]
+        opened: list[EngineError | None] = []
+        for error in await asyncio.gather(*(each.engine.open() for each in members), return_exceptions=True):
+            if error is not None and not isinstance(error, EngineError):
+                raise error
+            opened.append(error)
+        absent = [str(error) for error in opened if error is not None and error.is_absent]
         left_s = until - time.monotonic()
         if len(absent) < len(members) or left_s <= 0:
             return opened

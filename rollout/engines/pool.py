@@ -18,7 +18,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -35,7 +35,18 @@ from rollout.engine import (
 )
 from rollout.engines.guard import guarded
 from rollout.engines.homes import Homes
-from rollout.engines.members import AGAIN_S_MIN, PoolEngine, PoolMember, PoolRun, PoolRuns, difference, joined, open_all
+from rollout.engines.members import (
+    AGAIN_S_MIN,
+    PoolEngine,
+    PoolMember,
+    PoolMembers,
+    PoolRun,
+    PoolRuns,
+    difference,
+    failures_of,
+    joined,
+    open_all,
+)
 from rollout.errors import EngineError, ForeignWeightsError, PreemptedError, RolloutError
 
 FAILURES_MAX = 3
@@ -49,7 +60,7 @@ class EnginePool:
 
     def __init__(self, engines: Mapping[str, PoolEngine], silence_s_max: float, start_s_max: float = 0.0) -> None:
         """Who says nothing for so long, and is not paused, has failed; `open` waits so long for a first to be there."""
-        self._members = {name: PoolMember(name, engine) for name, engine in engines.items()}
+        self._members = PoolMembers({name: PoolMember(name, engine) for name, engine in engines.items()})
         self._silence_s_max, self._start_s_max = silence_s_max, start_s_max
         self._info: EngineInfo | None = None
         self._is_open = False
@@ -72,22 +83,17 @@ class EnginePool:
     @property
     def is_paused(self) -> bool:
         """See Engine."""
-        return self._paused is not None or any(self._members[name].engine.is_paused for name in self._living)
+        return self._paused is not None or any(each.engine.is_paused for each in self._members.living)
 
     @property
     def failure(self) -> str:
         """See Engine; nothing while one of them draws."""
-        faults = {} if self._living else self.faults
-        return "; ".join(f"{name}: {why.removeprefix(f'{name}: ')}" for name, why in faults.items())
+        return self._members.failure
 
     @property
     def faults(self) -> dict[str, str]:
         """The engines that are left out, and why."""
-        return {name: each.fault for name, each in self._members.items() if each.fault is not None}
-
-    @property
-    def _living(self) -> list[str]:
-        return [name for name, each in self._members.items() if each.fault is None]
+        return self._members.faults
 
     async def open(self) -> None:
         """Open all; some may follow later.  EngineError: none opens, or two of them can never be one."""
@@ -97,11 +103,8 @@ class EnginePool:
         try:
             opened = await open_all(members, self._start_s_max)
             found = [each for each, error in zip(members, opened, strict=True) if error is None]
-            for error in opened:
-                if error is not None and not isinstance(error, EngineError):
-                    raise error
             if not found:
-                raise min((error for error in opened if isinstance(error, EngineError)), key=lambda one: one.is_absent)
+                raise min((error for error in opened if error is not None), key=lambda one: one.is_absent)
             self._info, self.checkpoint = joined(found)
         except BaseException:
             await asyncio.gather(*(each.engine.close() for each in members))
@@ -109,7 +112,7 @@ class EnginePool:
         self._is_open = True
         for each, error in zip(members, opened, strict=True):
             each.fault = None
-            if isinstance(error, EngineError):
+            if error is not None:
                 self._leave_out(each, error)
             elif each.engine.info.policy_version < self._info.policy_version:
                 self._leave_out(each, EngineError("its weights are older than the others'"))
@@ -159,19 +162,26 @@ class EnginePool:
         self, token_ids: Sequence[int], *, top_logprobs_count: int = 0, returns_hidden: bool = False
     ) -> Scored:
         """See Engine."""
+        run = PoolRun(None)
+        self._runs.add(run)
         failures_count = 0
-        while True:
-            await self._until(lambda: bool(self._living))
-            self._check()
-            member = self._members[self._homes.least_loaded(self._living)]
-            try:
-                return await member.engine.score(
-                    token_ids, top_logprobs_count=top_logprobs_count, returns_hidden=returns_hidden
-                )
-            except EngineError as error:
-                failures_count += self._leave_out(member, error)
-                if failures_count >= FAILURES_MAX:
+        try:
+            while True:
+                await self._until(lambda: self._may_go_on(run))
+                self._check(run)
+                member = self._members[self._homes.least_loaded(self._members.names)]
+                try:
+                    return await member.engine.score(
+                        token_ids, top_logprobs_count=top_logprobs_count, returns_hidden=returns_hidden
+                    )
+                except PreemptedError:
                     raise
+                except EngineError as error:
+                    failures_count += self._leave_out(member, error)
+                    if failures_count >= FAILURES_MAX:
+                        raise
+        finally:
+            self._runs.discard(run)
 
     async def preempt(self, session: str) -> None:
         """See Engine."""
@@ -212,17 +222,11 @@ class EnginePool:
 
     async def _for_all(self, call: Callable[[Engine], Any]) -> None:
         """Leave out whoever cannot do it.  EngineError if nobody is left."""
-        members = [self._members[name] for name in self._living]
-        results = await asyncio.gather(*(call(each.engine) for each in members), return_exceptions=True)
-        failed: dict[str, RolloutError] = {}
-        for each, error in zip(members, results, strict=True):
-            if isinstance(error, RolloutError):
-                failed[each.name] = error
-                self._leave_out(each, error)
-            elif error is not None:
-                raise error
-        if failed and not self._living:
-            raise EngineError("; ".join(f"{name}: {error}" for name, error in failed.items()))
+        failed = await failures_of(self._members.living, lambda each: call(each.engine))
+        for each, error in failed:
+            self._leave_out(each, error)
+        if failed and not self._members.living:
+            raise EngineError("; ".join(f"{each.name}: {error}" for each, error in failed))
 
     async def update(self, checkpoint: Path, policy_version: int, announce: Announce | None = None) -> EngineInfo:
         """See Engine: one engine first, then, what that loaded being certain, all others at once.
@@ -236,14 +240,9 @@ class EnginePool:
                 if self._pinned:
                     raise EngineError(f"{len(self._pinned)} sessions pin the weights of this pool: release them first")
             await self._update_first(checkpoint, policy_version, announce)
-            living = (self._members[name] for name in self._living)
-            behind = [each for each in living if each.engine.info.policy_version != policy_version]
-            updates = (self._bring_up(each) for each in behind)
-            for each, error in zip(behind, await asyncio.gather(*updates, return_exceptions=True), strict=True):
-                if isinstance(error, RolloutError):
-                    self._leave_out(each, error)
-                elif error is not None:
-                    raise error
+            behind = [each for each in self._members.living if each.engine.info.policy_version != policy_version]
+            for each, error in await failures_of(behind, self._bring_up):
+                self._leave_out(each, error)
             return self.info
 
     async def _update_first(self, checkpoint: Path, policy_version: int, announce: Announce | None) -> None:
@@ -266,7 +265,7 @@ class EnginePool:
                 if each.fault is not None:  # all are out: by somebody else, they may have these weights already
                     await self._settle(each)
                     await each.stop_mending()
-                    await each.reopen()
+                    await each.reopen(keeps_pause=self._paused is not None)
                 changed = self._common(await each.engine.update(checkpoint, policy_version, say))
                 if changed != self.info and not said:  # it had them when it was opened; here nobody knows them yet
                     await say(changed)
@@ -299,13 +298,13 @@ class EnginePool:
     async def save(self, session: str, path: Path) -> int:
         """See Engine."""
         home = self._homes.of(session)
-        return await self._members[home].engine.save(session, path) if home in self._living else 0
+        return await self._members[home].engine.save(session, path) if home in self._members.names else 0
 
     async def restore(self, session: str, path: Path) -> int:
         """See Engine; on the least loaded engine."""
-        if not self._living:
+        if not self._members.living:
             return 0
-        home = self._homes.least_loaded(self._living)
+        home = self._homes.least_loaded(self._members.names)
         count = await self._members[home].engine.restore(session, path)
         if count:
             self._homes.settle(session, home)
@@ -329,7 +328,7 @@ class EnginePool:
         session = request.session
         (self._pinned.add if request.on_update == "pin" else self._pinned.discard)(session)
         before = self._homes.of(session)
-        home = self._homes.choose(session, request.token_ids, self._living)
+        home = self._homes.choose(session, request.token_ids, self._members.names)
         return self._members[home], before not in (None, home)
 
     def _leave_out(self, member: PoolMember, error: RolloutError) -> bool:
@@ -347,12 +346,12 @@ class EnginePool:
         again_s = AGAIN_S_MIN
         await self._settle(member)
         async with self._updates:  # one that loads is let do so
-            await member.engine.close()
+            await member.engine.close(keeps_pause=self._paused is not None)
         while True:
             await asyncio.sleep(again_s)
             again_s = min(2 * again_s, AGAIN_S_MAX)
             try:
-                await member.reopen()
+                await member.reopen(keeps_pause=self._paused is not None)
                 async with self._updates:
                     await self._bring_up(member)
                     if problem := difference(member.engine.info, self.info, is_whole=True):
@@ -376,7 +375,7 @@ class EnginePool:
 
     async def _take_back(self, member: PoolMember) -> None:
         """Let it draw again, paused if the pool is, whatever that becomes meanwhile.  EngineError."""
-        mode: PauseMode | None = None
+        mode: PauseMode | Literal["unknown"] | None = "unknown"
         while mode != self._paused:
             mode = self._paused
             await (member.engine.pause(mode) if mode else member.engine.resume())
@@ -386,7 +385,7 @@ class EnginePool:
     def _may_go_on(self, run: PoolRun) -> bool:
         """At some engine, or to its end."""
         is_in_doubt = run.member is not None and run.member.is_in_doubt
-        return not is_in_doubt and (run.end is not None or (bool(self._living) and self._paused is None))
+        return not is_in_doubt and (run.end is not None or (bool(self._members.living) and self._paused is None))
 
     def _check(self, run: PoolRun | None = None) -> None:
         if not self._is_open:

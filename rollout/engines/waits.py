@@ -1,15 +1,16 @@
-"""A wait for chunks that somebody else may break off."""
+"""A wait that somebody else may break off."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import TypeVar
 
-from rollout.engine import Sampled
+T = TypeVar("T")
 
 
 class Wait:
-    """Waits for one chunk after the other, of one generator, which ends where the wait is broken off."""
+    """Waits for what a generator brings, one after the other; it ends where the wait is broken off."""
 
     def __init__(self) -> None:
         self._task: asyncio.Task[object] | None = None
@@ -21,8 +22,8 @@ class Wait:
         """Somebody waits now."""
         return self._task is not None
 
-    async def next(self, chunks: AsyncGenerator[Sampled, None]) -> Sampled | None:
-        """The next chunk; None if there is none, or the wait was broken off."""
+    async def next(self, chunks: AsyncGenerator[T, None]) -> T | None:
+        """The next one; None if there is none, or the wait was broken off."""
         self._task = task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in one
         cancelling = task.cancelling()

@@ -1,8 +1,9 @@
 """HTTP to one vLLM: JSON calls, and streams of lines.
 
-Everything has a bound: connecting, a call, a body, a line; a stream may be silent for as long as its reader likes, who
-has a patience of his own (`engines/guard.py`).  What goes wrong is an EngineError, and what the server says is wrong
-with a request a RequestError.  Leaving a stream closes its connection, which ends the request there.
+Everything has a bound: connecting, a call, a body, a line; a stream, or a score, may be silent for as long as its
+reader likes, who has a patience of his own (`engines/guard.py`).  What goes wrong is an EngineError, and what the
+server says is wrong with a request a RequestError.  Leaving a stream closes its connection, which ends the request
+there.
 """
 
 from __future__ import annotations
@@ -85,9 +86,9 @@ class Connection:
         return await self._call("GET", path, b"", call_s_max, BODY_BYTES_MAX)
 
     async def post(
-        self, path: str, body: Any = None, *, call_s_max: float = CALL_S_MAX, bytes_max: int = BODY_BYTES_MAX
+        self, path: str, body: Any = None, *, call_s_max: float | None = CALL_S_MAX, bytes_max: int = BODY_BYTES_MAX
     ) -> Any:
-        """As `get`."""
+        """As `get`; without `call_s_max` it is the caller who loses his patience."""
         return await self._call("POST", path, _encoder.encode(body if body is not None else {}), call_s_max, bytes_max)
 
     @asynccontextmanager
@@ -116,7 +117,7 @@ class Connection:
             for payload in lines.feed(data):
                 yield payload
 
-    async def _call(self, method: str, path: str, data: bytes, call_s_max: float, bytes_max: int) -> Any:
+    async def _call(self, method: str, path: str, data: bytes, call_s_max: float | None, bytes_max: int) -> Any:
         session = self._open_session()
         timeout = aiohttp.ClientTimeout(total=call_s_max, sock_connect=CONNECT_S_MAX)
         try:

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from pathlib import Path
 
 import msgspec
@@ -26,7 +25,6 @@ import msgspec
 from rollout.engine import (
     Announce,
     EngineInfo,
-    KvBreak,
     PauseMode,
     Sampled,
     SampleRequest,
@@ -35,19 +33,31 @@ from rollout.engine import (
     check_score,
     check_version,
 )
+from rollout.engines.guard import Patience
 from rollout.engines.vllm import wire
 from rollout.engines.vllm.change import Change
 from rollout.engines.vllm.connection import CALL_S_MAX, Connection
 from rollout.engines.vllm.facts import Facts, read_facts, read_label, unusable
-from rollout.engines.vllm.pauses import pause_server
-from rollout.engines.vllm.stream import Run, check_label, finish_of, joined, question, read_chunks, vouch
+from rollout.engines.vllm.pauses import Pause
+from rollout.engines.vllm.sessions import Sessions
+from rollout.engines.vllm.stream import (
+    Run,
+    check_label,
+    check_ours,
+    finish_of,
+    joined,
+    question,
+    read_chunks,
+    score_question,
+    vouch,
+)
 from rollout.engines.vllm.weights import check_fits, read_weights
 from rollout.errors import EngineError, PreemptedError, RequestError, RolloutError
 
 SCORE_S_MAX = 600.0
+"""How long a server may take for a score; a pause does not count."""
 CUT_S_MAX = CALL_S_MAX
 """How long a request may have been sent without being answered, before new weights are given up for it."""
-_PROMPT_ROW_BYTES = 128
 
 
 class VllmEngine:
@@ -59,16 +69,11 @@ class VllmEngine:
         self._facts: Facts | None = None
         self._failure: RolloutError | None = None
         """Why an open engine cannot draw any more."""
-        self._paused: PauseMode | None = None
-        self._holds_server = False
-        """The server may be paused, by us."""
+        self._pause = Pause(self._connection)
         self._updates = asyncio.Lock()
         self._is_updating = False
         self._runs: set[Run] = set()
-        self._scores_count = 0
-        self._drew_with: dict[str, str] = {}
-        """Session -> the digest of the weights that drew for it last, until it is released."""
-        self._pinned: set[str] = set()
+        self._sessions = Sessions()
         self._changed = asyncio.Event()
 
     @property
@@ -89,7 +94,7 @@ class VllmEngine:
     @property
     def is_paused(self) -> bool:
         """See Engine; also while weights change; not while a pause waits for answers, whose silence is a failure."""
-        return self._is_updating or (self._paused is not None and not self._is_finishing)
+        return self._is_updating or (self._pause.mode is not None and not self._is_finishing)
 
     @property
     def failure(self) -> str:
@@ -105,14 +110,16 @@ class VllmEngine:
     async def open(self) -> None:
         """Ask the server for its facts, and have it draw one token.  EngineError.
 
-        A pause that somebody left ends when this engine is opened first, and from then on none but its own.
+        A pause that somebody left ends when this engine is opened first, and from then on none but its own.  One that
+        `close` kept lasts, and nothing is drawn.
         """
         if self._connection.is_open:
             raise EngineError(f"{self.url}: the engine is already open")
         await self._connection.open()
         try:
-            await self._end_pause()
-            self._facts = await read_facts(self._connection)
+            await read_label(self._connection)  # the pause of one whose weights change is not ours to end
+            await self._pause.find(is_first=self._facts is None)
+            self._facts = await read_facts(self._connection, self._facts if self._pause.mode else None)
         except BaseException as error:
             await self._connection.close()
             if isinstance(error, RolloutError):
@@ -120,20 +127,13 @@ class VllmEngine:
             raise
         self._failure = None
 
-    async def _end_pause(self) -> None:
-        await read_label(self._connection)  # not of one whose weights change
-        if self._facts is None or self._holds_server:
-            await self._resume()
-        elif await self._connection.get("/is_paused") != {"is_paused": False}:
-            raise EngineError("somebody else paused it, and must resume it")
-
     async def sample(self, request: SampleRequest) -> AsyncGenerator[Sampled, None]:
         """See Engine."""
         self._check()
         check_request(request, self.info)
         self._known.check(request)
         run = Run(request.session)
-        run.is_running = self._paused is None
+        run.is_running = self._pause.mode is None
         self._runs.add(run)
         room = min(request.tokens_count_max, self.info.context_tokens_max - len(request.token_ids))
         drawn: list[int] = []
@@ -143,11 +143,11 @@ class VllmEngine:
                 self._check(run)
                 run.is_running, run.is_cut = True, False
                 rest = msgspec.structs.replace(request, token_ids=request.token_ids + tuple(drawn))
-                kv = self._enter(request)
+                kv = self._sessions.enter(request, self.info.weights_digest)
                 told_count = len(rest.token_ids) - 1 if drawn else 0
                 async with aclosing(self._request(run, rest, room - len(drawn), told_count)) as chunks:
                     while (chunk := await run.wait.next(chunks)) is not None:
-                        await self._until(lambda: self._paused != "keep" or run.is_preempted)
+                        await self._until(lambda: self._pause.mode != "keep" or run.is_preempted)
                         self._check()
                         drawn += chunk.token_ids
                         finish = finish_of(chunk, request.stop_ids, room - len(drawn))
@@ -161,14 +161,6 @@ class VllmEngine:
         finally:
             self._runs.discard(run)
             self._changed.set()
-
-    def _enter(self, request: SampleRequest) -> KvBreak:
-        """Note who draws for a session; "rebuilt" if that was somebody else before: another salt, another KV."""
-        session, digest = request.session, self.info.weights_digest
-        before = self._drew_with.get(session, digest)
-        self._drew_with[session] = digest
-        (self._pinned.add if request.on_update == "pin" else self._pinned.discard)(session)
-        return "" if before == digest else "rebuilt"
 
     async def _request(
         self, run: Run, request: SampleRequest, count: int, told_count: int
@@ -225,27 +217,45 @@ class VllmEngine:
         check_score(token_ids, self.info, top_logprobs_count, returns_hidden=returns_hidden)
         if len(token_ids) == self.info.context_tokens_max:
             raise RequestError(f"token_ids: vLLM scores at most {len(token_ids) - 1} tokens of this context")
-        await self._until(self._may_draw)
-        self._check()
-        info = self.info
-        if len(token_ids) == 1:
-            return Scored(logprobs=(), policy_version=info.policy_version)
-        self._scores_count += 1
+        run = Run(None)
+        self._runs.add(run)
         try:
-            told = await self._connection.post(
-                wire.GENERATE,
-                wire.score_body(token_ids, uuid.uuid4().hex, info.weights_digest, top_logprobs_count),
-                call_s_max=SCORE_S_MAX,
-                bytes_max=wire.LINE_BYTES_MAX + len(token_ids) * (top_logprobs_count + 1) * _PROMPT_ROW_BYTES,
-            )
-            await self._check_label(info)
-            return wire.scored_of(told, token_ids, top_logprobs_count, info)
+            with closing(Patience(self, SCORE_S_MAX, run.wait)) as patience:
+                while True:
+                    await self._until(lambda: self._may_draw() or run.is_preempted)
+                    self._check(run)
+                    if len(token_ids) == 1:
+                        return Scored(logprobs=(), policy_version=self.info.policy_version)
+                    run.is_cut = False
+                    async with aclosing(self._score(run, token_ids, top_logprobs_count)) as answers:
+                        scored = await patience.next(answers)
+                    if scored is not None:
+                        await self._until(lambda: self._pause.mode != "keep" or run.is_preempted)
+                        self._check()
+                        return scored
+        finally:
+            self._runs.discard(run)
+            self._changed.set()
+
+    async def _score(self, run: Run, token_ids: Sequence[int], tops_count: int) -> AsyncGenerator[Scored, None]:
+        """What one HTTP request says; nothing if it was aborted for us."""
+        info = self.info
+        body, bytes_max = score_question(token_ids, tops_count, info)
+        run.begin(body["request_id"])
+        try:
+            told = await self._connection.post(wire.GENERATE, body, call_s_max=None, bytes_max=bytes_max)
+            if wire.is_aborted(told):
+                check_ours(run)
+                return
+            await self._check_label(info, run)
+            scored = wire.scored_of(told, token_ids, tops_count, info)
         except (EngineError, RequestError) as error:
             self._check()
             raise type(error)(f"{self.url}: {error}") from error
         finally:
-            self._scores_count -= 1
+            run.end()
             self._changed.set()
+        yield scored
 
     async def preempt(self, session: str) -> None:
         """See Engine."""
@@ -259,42 +269,33 @@ class VllmEngine:
 
     async def release(self, session: str) -> None:
         """See Engine."""
-        self._drew_with.pop(session, None)
-        self._pinned.discard(session)
+        self._sessions.release(session)
 
     async def pause(self, mode: PauseMode) -> None:
         """See Engine; it holds for all who use the server."""
         self._check()
-        before, self._paused = self._paused, mode
+        before, self._pause.mode = self._pause.mode, mode
         self._changed.set()
         if mode == "abort":
             self._interrupt(self._runs)
         if mode == "wait":
             if before == "keep" and not self._is_updating:
-                await self._resume()
+                await self._pause.end()
             await self._until(lambda: not self._is_finishing)
         try:
-            if self._paused == mode:
-                await self._pause(mode)
+            if self._pause.mode == mode:
+                await self._pause.begin(mode)
         except BaseException:
-            self._paused = before
+            self._pause.mode = before
             self._changed.set()
             raise
 
-    async def _pause(self, mode: PauseMode) -> None:
-        self._holds_server = True
-        await pause_server(self._connection, mode)
-
     async def resume(self) -> None:
         """See Engine."""
-        if self._paused is not None and not self._is_updating:
-            await self._resume()
-        self._paused = None
+        if self._pause.mode is not None and not self._is_updating:
+            await self._pause.end()
+        self._pause.mode = None
         self._changed.set()
-
-    async def _resume(self, call_s_max: float = CALL_S_MAX) -> None:
-        await self._connection.post("/resume", call_s_max=call_s_max)
-        self._holds_server = False
 
     async def update(self, checkpoint: Path, policy_version: int, announce: Announce | None = None) -> EngineInfo:
         """See Engine: nothing is drawn while the server loads.
@@ -309,10 +310,8 @@ class VllmEngine:
             if (policy_version, new.digest) == (info.policy_version, info.weights_digest):
                 return info
             check_version(info, policy_version)
-            if self._pinned:
-                raise EngineError(
-                    f"{len(self._pinned)} sessions pin the weights, and vLLM holds one version: release them first"
-                )
+            if count := self._sessions.pinned_count:
+                raise EngineError(f"{count} sessions pin the weights, and vLLM holds one version: release them first")
             old = await asyncio.to_thread(self._known.weights)
             if old is not None:
                 check_fits(checkpoint, new, old)
@@ -321,9 +320,10 @@ class VllmEngine:
             try:
                 await self._change(Change(self._connection, self._known, changed, checkpoint), announce)
             finally:
-                if self._holds_server and (self._paused is None or self._is_finishing) and self._failure is None:
+                may_draw = self._pause.mode is None or self._is_finishing
+                if may_draw and self._pause.holds_server and self._failure is None:
                     with contextlib.suppress(RolloutError):
-                        await self._resume()
+                        await self._pause.end()
                 self._is_updating = False
                 self._changed.set()
         return self.info
@@ -340,11 +340,10 @@ class VllmEngine:
 
     async def _cut(self) -> None:
         """End every request at the server; those that it did not know yet have ended when this returns."""
-        await self._until(lambda: not self._scores_count)
         for run in self._runs:
             run.is_cut = True
             run.abort(self._connection)
-        await self._pause("abort")
+        await self._pause.begin("abort")
         try:
             async with asyncio.timeout(CUT_S_MAX):
                 await self._until(lambda: all(run.has_begun or not run.request_id for run in self._runs))
@@ -360,25 +359,22 @@ class VllmEngine:
         """0, as `save`."""
         return 0
 
-    async def close(self) -> None:
-        """See Engine: streams break, which ends their requests at the server; a pause of ours ends, too."""
-        if self._paused is not None:
-            with contextlib.suppress(RolloutError):
-                await self._resume(CALL_S_MAX / 10)
-        self._paused = None
-        self._drew_with.clear()
-        self._pinned.clear()
+    async def close(self, *, keeps_pause: bool = False) -> None:
+        """See PoolEngine: streams break, which ends their requests at the server; a pause of ours ends, too."""
+        if not keeps_pause:
+            await self._pause.leave()
+        self._sessions.clear()
         await self._connection.close()
         self._changed.set()
 
     def _may_draw(self, run: Run | None = None) -> bool:
-        finishes = self._paused == "wait" and run is not None and run.is_running
-        return (self._paused is None or finishes) and not self._is_updating
+        finishes = self._pause.mode == "wait" and run is not None and run.is_running
+        return (self._pause.mode is None or finishes) and not self._is_updating
 
     @property
     def _is_finishing(self) -> bool:
         """A pause waits for answers that were begun."""
-        return self._paused == "wait" and any(run.is_running for run in self._runs)
+        return self._pause.mode == "wait" and any(run.is_running for run in self._runs)
 
     def _check(self, run: Run | None = None) -> None:
         if self._failure is not None:

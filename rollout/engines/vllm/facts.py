@@ -107,8 +107,11 @@ def unusable(url: str, error: RolloutError) -> EngineError:
     return unusable
 
 
-async def read_facts(connection: Connection) -> Facts:
-    """Ask the server everything.  EngineError: it is not there, or not as it must be."""
+async def read_facts(connection: Connection, before: Facts | None = None) -> Facts:
+    """Ask the server everything; `before`: what was known of one that is paused, and draws nothing now.
+
+    EngineError: it is not there, or not as it must be.
+    """
     try:
         version = str((await connection.get("/version"))["version"])
         model = _read(_Models, await connection.get("/v1/models")).data[0]
@@ -136,10 +139,12 @@ async def read_facts(connection: Connection) -> Facts:
         context_tokens_max=model.max_model_len,
         policy_version=label.policy_version,
     )
-    tells_routes = config.aux_output_config.enable_return_routed_experts
-    probed = await _probe(connection, info)
+    routing = before.info.routing if before is not None else None
+    if before is None:
+        probed = await _probe(connection, info)
+        routing = _routing(probed, described) if config.aux_output_config.enable_return_routed_experts else None
     return Facts(
-        info=msgspec.structs.replace(info, routing=_routing(probed, described) if tells_routes else None),
+        info=msgspec.structs.replace(info, routing=routing),
         folder=folder,
         has_priorities=config.scheduler_config.policy == "priority",
         logprobs_max=config.model_config.max_logprobs,

@@ -1,4 +1,4 @@
-"""One HTTP request to vLLM, from its first event to its end.
+"""One HTTP request to vLLM, from what it asks to its end.
 
 The last chunk is held back until what stands behind it has been read: how much of the prompt was cached.  What the
 server says with it, which weights drew and what experts the tokens went through, is checked before it is handed over.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -28,13 +28,15 @@ VOUCH_S_MAX = 1.0
 ABORT_EVERY_S = 0.5
 ABORTED_S_MAX = 5.0
 """How long a server may take to end a request that was preempted, before its connection is broken for it."""
+_PROMPT_ROW_BYTES = 128
 
 
 class Run:
-    """An answer that is being drawn, by one HTTP request after the other."""
+    """An answer that is being drawn, or a score, by one HTTP request after the other."""
 
-    def __init__(self, session: str) -> None:
+    def __init__(self, session: str | None) -> None:
         self.session = session
+        """None of what is scored."""
         self.request_id = ""
         """Of the request that is open at the server; "" if none is."""
         self.has_begun = False
@@ -97,6 +99,12 @@ def question(request: SampleRequest, count: int, told_count: int, facts: Facts) 
     return body, line_bytes_max
 
 
+def score_question(token_ids: Sequence[int], tops_count: int, info: EngineInfo) -> tuple[dict[str, Any], int]:
+    """The body that asks for a score, and how long the answer may be."""
+    bytes_max = wire.LINE_BYTES_MAX + len(token_ids) * (tops_count + 1) * _PROMPT_ROW_BYTES
+    return wire.score_body(token_ids, uuid.uuid4().hex, info.weights_digest, tops_count), bytes_max
+
+
 async def read_chunks(
     payloads: AsyncGenerator[bytes, None], run: Run, request: SampleRequest, told_count: int, facts: Facts
 ) -> AsyncGenerator[Sampled, None]:
@@ -141,7 +149,13 @@ def _check_end(run: Run, choice: wire.Choice, info: EngineInfo) -> None:
         check_label(each.version, info)
     if choice.finish_reason not in {"stop", "length", "abort"}:
         raise EngineError(f"a request ended by {choice.finish_reason!r}"[:200])
-    if choice.finish_reason == "abort" and not (run.is_preempted or run.is_cut):
+    if choice.finish_reason == "abort":
+        check_ours(run)
+
+
+def check_ours(run: Run) -> None:
+    """EngineError if a request was aborted at the server, and not for us."""
+    if not (run.is_preempted or run.is_cut):
         raise EngineError("somebody else aborted the request at the server")
 
 

@@ -96,6 +96,8 @@ class WireDouble:
         """What was asked: path with query, and body."""
         self.shut = ""
         """What the paths begin with that it does not have."""
+        self.holds_scores = False
+        """Those that begin stand until they are aborted."""
         self.is_loading, self.may_load = asyncio.Event(), asyncio.Event()
         self.may_load.set()
         self._runner: web.AppRunner | None = None
@@ -224,13 +226,12 @@ class WireDouble:
             return web.json_response({"error": {"message": "EngineCore \x1b[31mdied", "code": 500}}, status=500)
         if max(body["token_ids"]) >= self._vocab_count:
             return web.json_response({"error": {"message": "out of vocabulary", "code": 400}}, status=400)
-        if not body.get("stream"):
-            await self._until(lambda: self.paused is None)
-            return web.json_response(self._whole(body, params))
         name = f"generate-tokens-{body['request_id']}"
         running = self._running[name] = _Request(body)
         response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
         try:
+            if not body.get("stream"):
+                return web.json_response(await self._whole(running, params))
             await response.prepare(request)
             await self._stream(response, name, running)
         except (ConnectionError, asyncio.CancelledError):
@@ -241,9 +242,16 @@ class WireDouble:
             self._changed.set()
         return response
 
-    def _whole(self, body: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+    async def _whole(self, running: _Request, params: dict[str, Any]) -> dict[str, Any]:
         """The answer in one piece, of one token: what scores and probes ask for."""
-        ids, count = body["token_ids"], params.get("prompt_logprobs")
+        ids, count = running.body["token_ids"], params.get("prompt_logprobs")
+        if count is not None and self.fault == "hang":
+            await asyncio.Event().wait()
+        holds = self.holds_scores and count is not None
+        await self._until(lambda: (self.paused is None and not holds) or running.aborted.is_set())
+        if running.aborted.is_set():
+            ended = {"index": 0, "token_ids": [], "finish_reason": "abort", "weight_versions": []}
+            return {"choices": [ended], "prompt_logprobs": None if count is None else [None]}
         choice, _ = self._choice(list(ids), params, [], len(ids))
         choice |= {"finish_reason": "length", "routed_experts": self._routes(ids, 0)}
         answer: dict[str, Any] = {"choices": [choice], "prompt_logprobs": None}

@@ -177,6 +177,14 @@ def score_body(token_ids: Sequence[int], request_id: str, salt: str, tops_count:
     }
 
 
+def is_aborted(told: Any) -> bool:
+    """An answer in one piece was ended before it was one."""
+    choices = told.get("choices") if isinstance(told, dict) else None
+    return isinstance(choices, list) and any(
+        isinstance(choice, dict) and choice.get("finish_reason") == "abort" for choice in choices
+    )
+
+
 def scored_of(told: Any, token_ids: Sequence[int], tops_count: int, info: EngineInfo) -> Scored:
     """The logprobs of a prompt's tokens.  EngineError."""
     rows = told.get("prompt_logprobs") if isinstance(told, dict) else None

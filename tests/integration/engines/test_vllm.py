@@ -361,7 +361,7 @@ async def test_a_server_whose_routes_are_shut_is_refused_with_what_opens_them(
     make_server: MakeServer, opened: Opened
 ) -> None:
     server = await make_server()
-    for server.shut in ("/resume", "/server_info", "/weight_info", "/inference"):
+    for server.shut in ("/is_paused", "/server_info", "/weight_info", "/inference"):
         with pytest.raises(EngineError, match=r"404: Not Found; .*serve-vllm.* VLLM_SERVER_DEV_MODE=1"):
             await opened(server)
 
