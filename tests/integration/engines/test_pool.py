@@ -64,7 +64,7 @@ async def test_an_engine_that_is_killed_comes_back_by_itself_with_the_weights_of
     await pool.update(write_checkpoint(tmp_path / "new", 5), 3)
     whole = await collect(pool, ask(300))
     takers = [Taker(pool, ask(300, session=f"s{number}")) for number in range(12)]
-    await asyncio.gather(*(taker.has_begun.wait() for taker in takers))
+    await asyncio.gather(*(taker.begun() for taker in takers))
     assert [server for server in servers if drew(server) <= 1] == []
     await servers[1].stop()
     await asyncio.gather(*(taker.task for taker in takers))
@@ -82,7 +82,7 @@ async def test_an_update_that_one_engine_misses_leaves_it_out_until_it_has_it(
     servers = [await make_server(), await make_server()]
     pool = await make_pool(*servers)
     taker = Taker(pool, ask(400))
-    await taker.has_begun.wait()
+    await taker.begun()
     await servers[1].stop()
     info = await pool.update(write_checkpoint(tmp_path / "new", 5), 3)
     assert pool.info == info
@@ -134,7 +134,7 @@ async def test_what_one_service_updates_another_on_the_same_server_draws_with_on
     server = await make_server()
     one, other = await make_pool(server), await make_pool(server)
     taker = Taker(other, ask(300))
-    await taker.has_begun.wait()
+    await taker.begun()
     info = await one.update(write_checkpoint(tmp_path / "new", 5), 3)
     async with asyncio.timeout(20):
         while "policy_version 3, not 0" not in "".join(other.faults.values()):  # noqa: ASYNC110 - mended by the clock
@@ -190,7 +190,7 @@ async def test_a_pool_waits_for_its_only_engine_and_can_be_preempted_and_closed_
     pool = await make_pool(server)
     whole = await collect(pool, ask(200))
     takers = [Taker(pool, ask(200, session=f"s{number}")) for number in range(3)]
-    await asyncio.gather(*(taker.has_begun.wait() for taker in takers))
+    await asyncio.gather(*(taker.begun() for taker in takers))
     await server.stop()
     async with asyncio.timeout(20):
         while not pool.faults:  # noqa: ASYNC110 - the socket breaks when it does
@@ -203,7 +203,7 @@ async def test_a_pool_waits_for_its_only_engine_and_can_be_preempted_and_closed_
     assert joined(takers[1].chunks).token_ids == whole.token_ids
     await takers[2].task
     late = Taker(pool, ask(900))
-    await late.has_begun.wait()
+    await late.begun()
     await server.stop()
     await pool.close()
     with pytest.raises(EngineError, match="closed"):

@@ -42,7 +42,7 @@ async def doubted(make_server: MakeServer, make_pool: MakePool, ask: Ask, count:
     home = servers[0]
     home.fault_at = 60
     taker = Taker(pool, ask(900))
-    await asyncio.wait_for(taker.has_begun.wait(), 20)
+    await asyncio.wait_for(taker.begun(), 20)
     assert isinstance(home, MuteDouble)
     home.label, home.fault, home.mute = "77", "cut", ("/weight_info",)
     async with asyncio.timeout(20):
@@ -114,7 +114,7 @@ async def test_a_pause_that_waits_does_so_for_the_answers_of_others_while_the_se
     server = await make_server()
     one, other = await make_pool(server), await make_pool(server)
     taker = Taker(other, ask(900))
-    await asyncio.wait_for(taker.has_begun.wait(), 20)
+    await asyncio.wait_for(taker.begun(), 20)
     await asyncio.wait_for(one.pause("wait"), 60)
     assert (server.requests_count, one.faults) == (0, {})
     assert sum(path.startswith("/pause") for path, _ in server.calls) > 1, "it took longer than one question"

@@ -171,7 +171,7 @@ async def test_no_answer_is_longer_than_the_shortest_of_the_contexts(
     whole = await collect(pool, ask(900))
     assert (len(whole.token_ids), whole.finish) == (40, "length")
     taker = Taker(pool, ask(900))
-    await taker.has_begun.wait()
+    await taker.begun()
     await servers[0].stop()
     await taker.task
     assert taker.token_ids == whole.token_ids
@@ -204,7 +204,7 @@ async def test_an_answer_that_ends_with_weights_that_nobody_told_of_goes_on_nowh
     pool = await make_pool(*servers)
     whole = await collect(pool, ask(60))
     taker = Taker(pool, ask(60))
-    await taker.has_begun.wait()
+    await taker.begun()
     servers[0].label = "77"
     with pytest.raises(ForeignWeightsError, match="changed to '77' behind this service"):
         await taker.task
@@ -218,7 +218,7 @@ async def test_who_was_drawn_with_weights_that_an_update_finds_changed_goes_on_n
     servers = [await make_server(), await make_server()]
     pool = await make_pool(*servers)
     taker = Taker(pool, ask(900))
-    await taker.has_begun.wait()
+    await taker.begun()
     servers[0].label = "77"
     assert (await pool.update(write_checkpoint(tmp_path / "new", 5), 3)).policy_version == 3
     with pytest.raises(ForeignWeightsError, match="77"):
@@ -232,7 +232,7 @@ async def test_who_was_drawn_with_weights_that_another_finds_changed_goes_on_now
     pool = await make_pool(*servers)
     whole = await collect(pool, ask(60))
     takers = [Taker(pool, ask(900, session=f"s{number}")) for number in range(3)]
-    await asyncio.gather(*(taker.has_begun.wait() for taker in takers))
+    await asyncio.gather(*(taker.begun() for taker in takers))
     servers[0].label = "77"
     assert await collect(pool, ask(60, session="late")) == whole
     for taker in takers:

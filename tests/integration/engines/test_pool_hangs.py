@@ -26,7 +26,7 @@ DIGEST = "a" * 64
 async def begun(taker: Taker) -> Taker:
     """A consumer, once it has something."""
     async with asyncio.timeout(20):
-        await taker.has_begun.wait()
+        await taker.begun()
     return taker
 
 

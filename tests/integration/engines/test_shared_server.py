@@ -27,7 +27,7 @@ async def test_who_opens_a_server_while_its_weights_change_is_sent_away_and_ends
     server = await make_server()
     one, other = await opened(server), await opened(server)
     taker = Taker(other, ask(900))
-    await taker.has_begun.wait()
+    await taker.begun()
     server.may_load.clear()
     changing = asyncio.create_task(one.update(write_checkpoint(tmp_path / "new", 5), 3))
     await server.is_loading.wait()
@@ -134,7 +134,7 @@ async def test_a_pool_waits_until_others_have_loaded_and_goes_on_with_what_it_is
     await one.open()
     await other.open()
     taker = Taker(other, ask(300))
-    await taker.has_begun.wait()
+    await taker.begun()
     server.may_load.clear()
     changing = asyncio.create_task(one.update(write_checkpoint(tmp_path / "new", 5), 3))
     async with asyncio.timeout(60):

@@ -82,7 +82,7 @@ async def test_a_server_that_is_killed_breaks_its_streams_and_the_rest_comes_fro
     engine = await opened(server)
     whole = await collect(engine, ask(60))
     running = Taker(engine, ask(60))
-    await running.has_begun.wait()
+    await running.begun()
     await server.stop()
     with pytest.raises(EngineError, match=server.url):
         await running.task
@@ -182,7 +182,7 @@ async def test_a_server_that_lost_its_weights_draws_nothing_until_it_is_opened_a
     engine = await opened(server)
     whole = await collect(engine, ask(200))
     taker = Taker(engine, ask(200))
-    await taker.has_begun.wait()
+    await taker.begun()
 
     async def lose(info: EngineInfo) -> None:
         (server.folder / "model.safetensors").rename(tmp_path / "away")
@@ -324,14 +324,14 @@ async def test_what_stood_still_or_was_cut_finishes_in_a_pause_that_waits(
     server = await make_server()
     engine = await opened(server)
     running = Taker(engine, ask(60))
-    await running.has_begun.wait()
+    await running.begun()
     await engine.pause("keep")
     async with asyncio.timeout(60):
         await engine.pause("wait")
     assert (len(running.token_ids), server.paused) == (60, "wait")
     await engine.resume()
     running = Taker(engine, ask(200))
-    await running.has_begun.wait()
+    await running.begun()
     server.may_load.clear()
     update = asyncio.create_task(engine.update(write_checkpoint(tmp_path / "new", 5), 3))
     await server.is_loading.wait()
