@@ -1,4 +1,4 @@
-"""Which engine of a pool a session lives on: the one that has its prefix, unless that has too much to do already.
+"""Which engine of a pool, or rank of a vLLM server, a session lives on: the one that has its prefix, if it has room.
 
 A session stays where it is.  A new one goes to the engine that knows the longest beginning of its context (members of a
 group begin alike, a Quick Instruction begins as its rollout does), else to the one with the fewest sessions.

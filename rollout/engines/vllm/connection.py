@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -92,12 +92,14 @@ class Connection:
         return await self._call("POST", path, _encoder.encode(body if body is not None else {}), call_s_max, bytes_max)
 
     @asynccontextmanager
-    async def stream(self, path: str, body: Any, line_bytes_max: int) -> AsyncIterator[AsyncGenerator[bytes, None]]:
+    async def stream(
+        self, path: str, body: Any, line_bytes_max: int, headers: Mapping[str, str] = _JSON
+    ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
         """The payloads of the events that answer a body.  EngineError, RequestError, also from the iterator."""
         session = self._open_session()
         try:
             response = await session.post(
-                self.url + path, data=_encoder.encode(body), headers=_JSON, allow_redirects=False
+                self.url + path, data=_encoder.encode(body), headers={**_JSON, **headers}, allow_redirects=False
             )
         except _FAILURES as error:
             raise _failed(error) from error

@@ -176,7 +176,8 @@ class VllmEngine:
         body, line_bytes_max = question(request, count, told_count, facts)
         run.begin(body["request_id"])
         try:
-            async with self._connection.stream(wire.GENERATE, body, line_bytes_max) as payloads:
+            headers = self._sessions.headers(request, facts.ranks_count)
+            async with self._connection.stream(wire.GENERATE, body, line_bytes_max, headers) as payloads:
                 if run.is_preempted or run.is_cut:
                     run.abort(self._connection)
                 async for chunk in read_chunks(payloads, run, request, told_count, facts):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -29,6 +29,7 @@ from rollout.errors import EngineError, RequestError, RolloutError
 
 UNSEEN_VOCAB_COUNT = 1 << 24
 """Of a model whose config.json is not seen here; no tokenizer has the ids that pad a head."""
+RANKS_MAX = 4096
 _NAME_MAX = 120
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 
@@ -50,8 +51,24 @@ class _Aux(msgspec.Struct, frozen=True):
     enable_return_routed_experts: bool = False
 
 
+class Parallel(msgspec.Struct, frozen=True):
+    """How a server is spread; with a balancer before it, it has only the ranks that are on its host."""
+
+    data_parallel_size: Annotated[int, msgspec.Meta(ge=1, le=RANKS_MAX)] = 1
+    data_parallel_size_local: Annotated[int, msgspec.Meta(ge=0, le=RANKS_MAX)] = 1
+    data_parallel_external_lb: bool = False
+    data_parallel_hybrid_lb: bool = False
+
+    @property
+    def ranks_count(self) -> int:
+        """Those that a request may be sent to."""
+        is_part = self.data_parallel_external_lb or self.data_parallel_hybrid_lb
+        return max(self.data_parallel_size_local, 1) if is_part else self.data_parallel_size
+
+
 class _Config(msgspec.Struct, frozen=True):
     model_config: _ModelConfig
+    parallel_config: Parallel = Parallel()
     scheduler_config: _Scheduler = _Scheduler()
     aux_output_config: _Aux = _Aux()
 
@@ -71,13 +88,17 @@ class _Models(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """`folder` is where the checkpoint that draws was loaded from, None where this host does not see it."""
+    """`folder` is where the checkpoint that draws was loaded from, None where this host does not see it.
+
+    Each of the `ranks_count` data-parallel ranks has a prefix cache of its own.
+    """
 
     info: EngineInfo
     folder: Path | None
     has_priorities: bool
     logprobs_max: int
     tells_masks: bool
+    ranks_count: int
 
     def weights(self) -> Weights | None:
         """What is in the folder, if that is still what draws."""
@@ -149,6 +170,7 @@ async def read_facts(connection: Connection, before: Facts | None = None) -> Fac
         has_priorities=config.scheduler_config.policy == "priority",
         logprobs_max=config.model_config.max_logprobs,
         tells_masks=config.model_config.return_sampling_mask,
+        ranks_count=config.parallel_config.ranks_count,
     )
 
 

@@ -20,8 +20,9 @@ from typing import Any, Literal
 from aiohttp import web
 
 from rollout.engines.vllm.testing_model import NO_LOGPROB, draw, logprobs_of, processed
+from rollout.engines.vllm.testing_ranks import Ranks
 
-VOCAB_COUNT, CONTEXT_TOKENS_MAX, BLOCK_TOKENS = 512, 1024, 32
+VOCAB_COUNT, CONTEXT_TOKENS_MAX = 512, 1024
 LAYERS, EXPERTS_COUNT, TOP_K = 3, 8, 2
 TOKEN_S = 0.002
 """How long a token takes: whoever interrupts an answer is to find some of it left."""
@@ -76,19 +77,27 @@ async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
 class _Request:
     """One that runs."""
 
-    def __init__(self, body: dict[str, Any]) -> None:
-        self.body = body
+    def __init__(self, body: dict[str, Any], rank: int) -> None:
+        self.body, self.rank = body, rank
         self.aborted = asyncio.Event()
 
 
 class WireDouble:
     """A server on a free port of this host, from `start` to `stop`; started again it has the same port."""
 
-    def __init__(self, folder: Path, *, tells_routes: bool = False, key: str = "", shows_folder: bool = True) -> None:
-        """`folder`: a checkpoint; without `shows_folder` its name is one that no host has."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tells_routes: bool = False,
+        key: str = "",
+        shows_folder: bool = True,
+        ranks_count: int = 1,
+    ) -> None:
+        """`folder`: a checkpoint, of a name that no host has without `shows_folder`; `ranks_count` is of a start."""
         self.folder, self._key, self._tells_routes = folder, key, tells_routes
         self._root = str(folder) if shows_folder else "somebody/model"
-        self.port = 0
+        self.port, self.ranks_count = 0, ranks_count
         self.fault: WireFault | None = None
         self.fault_at = 2
         """Events of a stream before the fault."""
@@ -109,7 +118,7 @@ class WireDouble:
         self.label = "default"
         self.paused: str | None = None
         self._running: dict[str, _Request] = {}
-        self._cached: set[bytes] = set()
+        self.ranks = Ranks(self.ranks_count)
         self._changed = asyncio.Event()
 
     @property
@@ -194,9 +203,9 @@ class WireDouble:
         model = {"model": self._root, "max_model_len": CONTEXT_TOKENS_MAX, "dtype": "torch.float32"}
         model |= {"logprobs_mode": "processed_logprobs", "max_logprobs": 33, "return_sampling_mask": True}
         aux = {"enable_return_routed_experts": self._tells_routes}
-        return {
-            "vllm_config": {"model_config": model, "scheduler_config": {"policy": "priority"}, "aux_output_config": aux}
-        }
+        spread = {"data_parallel_size": self.ranks_count, "data_parallel_size_local": self.ranks_count}
+        config = {"model_config": model, "parallel_config": spread, "aux_output_config": aux}
+        return {"vllm_config": config | {"scheduler_config": {"policy": "priority"}}}
 
     async def _reload(self, folder: Path) -> web.Response:
         self.is_loading.set()
@@ -217,7 +226,7 @@ class WireDouble:
         if mode == "wait":
             await self._until(lambda: self.paused != "wait" or not self._running)
         if clears != "false" and mode != "keep":
-            self._cached.clear()
+            self.ranks.forget()
         return web.json_response({"status": "paused"})
 
     async def _generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
@@ -226,9 +235,19 @@ class WireDouble:
             return web.json_response({"error": {"message": "EngineCore \x1b[31mdied", "code": 500}}, status=500)
         if max(body["token_ids"]) >= self._vocab_count:
             return web.json_response({"error": {"message": "out of vocabulary", "code": 400}}, status=400)
-        name = f"generate-tokens-{body['request_id']}"
-        running = self._running[name] = _Request(body)
         response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
+        ranks = self.ranks
+        try:
+            rank = ranks.place(request.headers.get("X-data-parallel-rank"))
+        except ValueError as error:
+            told = {"error": {"message": str(error), "code": 400}}
+            if not body.get("stream"):
+                return web.json_response(told, status=400)
+            await response.prepare(request)
+            await _send(response, told)
+            return response
+        name = f"generate-tokens-{body['request_id']}"
+        running = self._running[name] = _Request(body, rank)
         try:
             if not body.get("stream"):
                 return web.json_response(await self._whole(running, params))
@@ -239,6 +258,7 @@ class WireDouble:
                 await response.write_eof()
         finally:
             del self._running[name]
+            ranks.leave(rank)
             self._changed.set()
         return response
 
@@ -270,7 +290,7 @@ class WireDouble:
         prompt_count, events_count = len(ids), 0
         room = min(params["max_tokens"], CONTEXT_TOKENS_MAX - prompt_count)
         await self._until(lambda: self.paused is None or running.aborted.is_set())
-        cached_count = self._cached_count(body.get("cache_salt", ""), ids)
+        cached_count = self.ranks.cached_count(running.rank, body.get("cache_salt", ""), ids)
         spans: list[dict[str, Any]] = []
         reason: str | None = None
         while reason is None:
@@ -293,7 +313,7 @@ class WireDouble:
                 return
             await _send(response, {"request_id": name, "usage": None, "choices": [choice]})
             events_count += 1
-        self._cached.update(self._blocks(body.get("cache_salt", ""), ids))
+        self.ranks.keep(running.rank, body.get("cache_salt", ""), ids)
         usage: dict[str, Any] = {"prompt_tokens": prompt_count, "completion_tokens": len(ids) - prompt_count}
         usage["prompt_tokens_details"] = {"cached_tokens": cached_count}
         await _send(response, {"request_id": name, "usage": usage, "choices": []})
@@ -372,13 +392,6 @@ class WireDouble:
             case _:
                 return True
         return False
-
-    def _blocks(self, salt: str, ids: Sequence[int]) -> list[bytes]:
-        ends = range(BLOCK_TOKENS, len(ids) + 1, BLOCK_TOKENS)
-        return [hashlib.sha256(salt.encode() + array("I", ids[:end]).tobytes()).digest() for end in ends]
-
-    def _cached_count(self, salt: str, ids: Sequence[int]) -> int:
-        return BLOCK_TOKENS * sum(block in self._cached for block in self._blocks(salt, ids[:-1]))
 
     async def _until(self, holds: Any) -> None:
         while not holds():

@@ -22,6 +22,8 @@ from rollout.engine import EngineInfo, Routes, Routing, Sampled, SampleRequest, 
 from rollout.errors import EngineError, RequestError, RolloutError
 
 GENERATE, ABORT = "/inference/v1/generate", "/inference/v1/abort_requests"
+RANK_HEADER = "X-data-parallel-rank"
+"""Which of a server's data-parallel ranks draws; without it vLLM takes the least loaded."""
 ID_PREFIX = "generate-tokens-"
 """What the server puts before a request's id, which is its name for /abort_requests."""
 NO_LOGPROB = -9999.0
@@ -38,6 +40,8 @@ _NPY = re.compile(
 )
 """The head of a .npy as it is written: numpy reads it as Python, which is not for text of a peer."""
 _NOT_THE_CALLERS = {401, 403, 404, 408, 429}
+_NO_RANK = "data_parallel_rank "
+"""Begins what a server says to a rank that it has not: it was started again with fewer."""
 _STARTING = {502, 503, 504}
 """Of a server, or of a proxy before it, that is not up yet."""
 
@@ -224,7 +228,7 @@ def error_of(body: bytes, status: int) -> RolloutError:
     elif isinstance(told, str):
         text = words(told.encode())
     said = f"vLLM answered {code or 'an error'}: {text}"
-    if 400 <= code < 500 and code not in _NOT_THE_CALLERS:
+    if 400 <= code < 500 and code not in _NOT_THE_CALLERS and not text.startswith(_NO_RANK):
         return RequestError(said)
     failure = EngineError(said)
     failure.is_absent = status in _STARTING

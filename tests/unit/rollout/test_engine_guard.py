@@ -4,14 +4,14 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import get_args
+from typing import Any, get_args
 
 import msgspec
 import pytest
 
 from rollout import context
 from rollout.engine import Routes, Sampled, SampleRequest, Sampling, TopLogprobs
-from rollout.engines.guard import guarded
+from rollout.engines.guard import Patience, guarded
 from rollout.engines.testing import EngineFault, MisbehavingEngine
 from rollout.errors import EngineError
 from rollout.main import load_tokenizer
@@ -163,4 +163,52 @@ async def test_a_cancelled_consumer_is_cancelled_and_not_told_of_silence() -> No
     await asyncio.sleep(0)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+class Clock:
+    """A loop's time, which passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._due: tuple[float, Callable[[], None]] = (0.0, self.cancel)
+
+    def time(self) -> float:
+        return self.now
+
+    def call_at(self, at: float, look: Callable[[], None]) -> "Clock":
+        self._due = (at, look)
+        return self
+
+    def cancel(self) -> None:
+        """There is one timer at a time, and the next one takes its place."""
+
+    def pass_to(self, now: float) -> None:
+        while self._due[0] <= now:
+            (self.now, look), self._due = self._due, (math.inf, self.cancel)
+            look()
+        self.now = now
+
+
+async def test_a_pause_that_lasts_almost_as_long_as_patience_does_not_use_it_up() -> None:
+    async def nothing() -> AsyncGenerator[Sampled, None]:
+        await asyncio.Event().wait()
+        yield Sampled(token_ids=(), logprobs=())
+
+    engine, clock = await engine_with(None), Clock()
+    patience: Any = Patience(engine, 100.0)
+    patience.close()
+    patience._loop = clock
+    clock.call_at(0.0, patience._look)
+    waiting = asyncio.create_task(patience.next(nothing()))
+    await asyncio.sleep(0)
+    clock.pass_to(1.0)
+    await engine.pause("keep")
+    clock.pass_to(98.0)
+    await engine.resume()
+    clock.pass_to(190.0)
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    clock.pass_to(198.0)
+    with pytest.raises(EngineError, match="silent for 100 s"):
         await waiting

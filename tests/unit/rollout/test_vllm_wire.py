@@ -14,7 +14,7 @@ import pytest
 
 from rollout.engine import EngineInfo, Routing, SampleRequest, Sampling
 from rollout.engines.vllm import wire
-from rollout.engines.vllm.facts import _routing
+from rollout.engines.vllm.facts import Parallel, _routing
 from rollout.engines.vllm.testing import LAYERS, TOP_K, route_of, write_checkpoint
 from rollout.engines.vllm.weights import Label, check_fits, parse_label, read_config, read_weights
 from rollout.errors import EngineError, RequestError
@@ -326,3 +326,15 @@ def test_the_same_tensors_under_another_config_are_other_weights(tmp_path: Path)
 def test_the_text_models_part_of_a_config_counts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"vocab_size": 1, "text_config": {"vocab_size": 9}}')
     assert read_config(tmp_path)["vocab_size"] == 9
+
+
+def test_a_rank_that_a_server_does_not_have_any_more_is_the_servers_fault() -> None:
+    body = b'{"error": {"message": "data_parallel_rank 3 is out of range [0, 2).", "code": 400}}'
+    assert isinstance(wire.error_of(body, 0), EngineError)
+    assert isinstance(wire.error_of(b'{"error": {"message": "too many tokens", "code": 400}}', 0), RequestError)
+
+
+def test_behind_another_balancer_only_the_ranks_of_the_server_itself_are_counted() -> None:
+    spread = {"data_parallel_size": 8, "data_parallel_size_local": 2}
+    assert [Parallel(**spread, **each).ranks_count for each in ({}, {"data_parallel_hybrid_lb": True})] == [8, 2]
+    assert Parallel(**spread | {"data_parallel_size_local": 0}, data_parallel_external_lb=True).ranks_count == 1
