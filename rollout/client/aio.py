@@ -30,6 +30,7 @@ from rollout.client.asking import (
 from rollout.client.connection import Connection, Retry
 from rollout.client.values import Group, Trajectory, Update, trajectory_of, update_of
 from rollout.engine import EngineInfo, PauseMode, Sampling, Scored
+from rollout.errors import RequestError
 from rollout.pb.v1 import rollout_pb2 as pb
 from rollout.record import QuickAnswer
 from rollout.rpc.listing import RolloutSummary, Standing
@@ -263,6 +264,8 @@ class AsyncRolloutClient:
         """
         request = pb.QuickInstructionRequest(request_id=request_id, rollout_id=rollout_id)
         fill(request, {"answer_tokens_count_max": answer_tokens_count_max, "sampling": sampling})
+        if isinstance(tasks, str):
+            raise RequestError("tasks: give a list of them, also of one")
         for task in tasks:
             name, url = task if isinstance(task, tuple) else (task, None)
             fill_fields(request.instructions.add(), task=name, url=url)

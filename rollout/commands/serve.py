@@ -9,11 +9,12 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
+from dsec.errors import UnreachableError
 from dsec.listen import Listen, read_certificate, read_token
 from dsec.sandbox import Substrate
 from dsec.terminal import counted, render_columns
@@ -24,6 +25,7 @@ from rollout.errors import RequestError
 from rollout.main import STATES, load_tokenizer, make_engine, make_substrate
 from rollout.rpc.grpc_server import REQUEST_BYTES_MAX, Server, handlers_of, start_server
 from rollout.rpc.listening import KEY, address_of, listen_at, told
+from rollout.service import RolloutService
 from rollout.stopping import done_before, stop_signal
 from rollout.workers.forward import Router
 from rollout.workers.index import Index, Snapshot, sqlite_url
@@ -31,6 +33,8 @@ from rollout.workers.partitions import Parts, copy_log, find_logs
 from rollout.workers.worker import Worker
 from toolcall_dsl import Tokenizer
 
+if TYPE_CHECKING:
+    from rollout.dialects.http_server import HttpServer
 _WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NOT_IN_ORDER = 3
 _TELL_S = 1.0
@@ -147,25 +151,23 @@ def _doors(listen: str, http: str, advertise: str, token: str, cert: Path | None
 async def _serve(directory: Path, doors: Doors, make: Callable[[str], Worker], engine: Engine, is_alone: bool) -> bool:
     stopped = stop_signal()
     router = Router(handlers_of, REQUEST_BYTES_MAX, doors.token)
-    listening = None
-    if doors.http is not None:  # a third of the start of a server, and few ask for it
-        from rollout.dialects.http_server import listen, start_http_server
-
-        listening = listen(doors.http)
     server = await start_server(None, doors.listen, [router])
-    where = server.address
-    try:
-        worker = make(doors.advertise or where)
-        if not await done_before(stopped, worker.open(doors.advertise or where)):
-            click.echo("dsec: stopped before it served", err=True)
-            return True
-    except BaseException:
-        await server.stop()
-        raise
-    router.worker = worker
     http = None
-    if listening is not None and doors.http is not None:
-        http = start_http_server(worker.locate, listening, doors.token, doors.http_certificate)
+    try:
+        await server.tell(is_ready=False)
+        http = _start_http(doors, router, engine)
+        worker = make(doors.advertise or server.address)
+        is_open = await done_before(stopped, worker.open(doors.advertise or server.address))
+    except BaseException:
+        await _hang_up(server, http)
+        raise
+    if not is_open:
+        await _hang_up(server, http)
+        click.echo("dsec: stopped before it served", err=True)
+        return True
+    router.worker = worker
+    where = server.address
+    if http is not None and doors.http is not None:
         scheme = "https" if doors.http_certificate else "http"
         where += f" and {scheme}://{doors.http.url_with(http.port).partition(':')[2]}"
     await server.serve()
@@ -189,6 +191,28 @@ async def _serve(directory: Path, doors: Doors, make: Callable[[str], Worker], e
         broken.result()
     broken.cancel()
     return is_in_order
+
+
+def _start_http(doors: Doors, router: Router, engine: Engine) -> HttpServer | None:
+    """The HTTP port, if one is asked for; until the router has its worker it says that this one is starting."""
+    if doors.http is None:
+        return None
+    from rollout.dialects.http_server import listen, start_http_server  # a third of the start, and few ask for it
+
+    async def locate(request_id: str, *, creates: bool, beside: str = "") -> RolloutService | str:
+        if router.worker is None:
+            waits = f" (no engine draws yet: {engine.failure})" if engine.failure else ""
+            raise UnreachableError(f"this worker is starting: ask again{waits}")
+        return await router.worker.locate(request_id, creates=creates, beside=beside)
+
+    return start_http_server(locate, listen(doors.http), doors.token, doors.http_certificate)
+
+
+async def _hang_up(server: Server, http: HttpServer | None) -> None:
+    """After a start that came to nothing."""
+    if http is not None:
+        await http.stop()
+    await server.stop()
 
 
 async def _tell(server: Server, engine: Engine) -> None:

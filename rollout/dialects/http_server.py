@@ -23,7 +23,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dsec.errors import DsecError
+from dsec.errors import DsecError, UnreachableError
 from dsec.listen import Listen
 from rollout import generation
 from rollout.dialects import chat, completions, quick, vllm
@@ -158,7 +158,10 @@ def _add_engine(app: FastAPI, find: Find) -> None:
 
     @app.get("/health")
     async def health(request: Request) -> Response:
-        failure = (await _find(find, None)).engine.failure
+        try:
+            failure = (await _find(find, None)).engine.failure
+        except UnreachableError as error:  # it starts, or has no log now
+            failure = str(error)
         if failure:
             raise EngineError(f"nothing can be drawn: {failure if request.scope['may_call'] else 'the log says why'}")
         return Response()

@@ -10,9 +10,10 @@ import hashlib
 import re
 import secrets
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, FailFast
+from pydantic import BaseModel, ConfigDict, FailFast, Strict, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from rollout.engine import Sampling
 from rollout.errors import RequestError
@@ -50,8 +51,18 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "kv_transfer_params": (None,),
 }
 """Field -> the values that ask for nothing."""
-TokenIds = Annotated[list[int], FailFast()]
+TokenIds = Annotated[list[Annotated[int, Strict()]], FailFast()]
 """Said wrongly a million times, it is complained of once."""
+EFFORTS: dict[str, Thinking] = {
+    "none": "none",
+    "minimal": "high",
+    "low": "high",
+    "medium": "high",
+    "high": "high",
+    "xhigh": "max",
+    "max": "max",
+}
+"""OpenAI's `reasoning_effort`, and DeepSeek's `max`."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 Tops = tuple[tuple[int, float], ...]
 """Ids and logprobs."""
@@ -69,6 +80,15 @@ class Options(BaseModel):
     """A request's body: declared fields are checked, others kept in `model_extra`."""
 
     model_config = ConfigDict(extra="allow")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _counts_no_booleans(cls, value: object, info: ValidationInfo) -> object:
+        """In Python true is 1."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise PydanticCustomError("boolean", "true and false mean nothing here")
+        return value
 
     def refuse(self) -> None:
         """RequestError for a field that asks for what is not done here."""
@@ -108,13 +128,13 @@ def request_name(asked: str | None, prefix: str) -> tuple[str, bool]:
 
 
 def thinking_of(effort: str | None, template: dict[str, Any] | None) -> Thinking:
-    """OpenAI's `reasoning_effort`, or vLLM's `chat_template_kwargs` {thinking, enable_thinking}."""
+    """OpenAI's `reasoning_effort`, or vLLM's `chat_template_kwargs` {thinking, enable_thinking}.  RequestError."""
     wanted = (template or {}).get("thinking", (template or {}).get("enable_thinking"))
-    if effort in ("max", "xhigh"):
-        return "max"
-    if effort == "none" or (effort is None and wanted is False):
-        return "none"
-    return "high"
+    if effort is None:
+        return "none" if wanted is False else "high"
+    if effort not in EFFORTS:
+        raise RequestError(f"reasoning_effort: {effort[:80]!r} is none of {', '.join(EFFORTS)}")
+    return EFFORTS[effort]
 
 
 def finish_of(state: State, *, has_calls: bool = False) -> Finish:

@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
+import httpx2
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from rollout.config import RolloutConfig
 from rollout.engines.embedded.checkpoint import DEFAULT_CHECKPOINT
@@ -47,6 +50,38 @@ def stopped(process: Any, silent: socket.socket, number: signal.Signals) -> tupl
 
 def engine_at(silent: socket.socket) -> tuple[str, str]:
     return "--engine", f"http://127.0.0.1:{silent.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("token", ["", "correct-horse-battery"])
+def test_a_start_that_waits_for_its_engine_lives_and_says_so_at_both_ports(
+    dsec: Any, tmp_path: Path, silent: socket.socket, token: str
+) -> None:
+    (wanted, url), headers = engine_at(silent), {"authorization": f"Bearer {token}"} if token else {}
+    with socket.socket() as kept:  # the port, from all others
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(("127.0.0.1", 0))
+        http, unix = f"127.0.0.1:{kept.getsockname()[1]}", f"unix:{tmp_path / 'served.sock'}"
+        ports = ("--listen", unix, "--http", http, wanted, url)
+        process = dsec.start("serve", "--out", tmp_path / "served", *ports, env={"DSEC_ROLLOUT_KEY": token})
+        connection, _ = silent.accept()
+        with connection, httpx2.Client(base_url=f"http://{http}", timeout=60) as client:
+            assert client.get("/live").status_code == 200
+            reason = f"this worker is starting: ask again (no engine draws yet: {url}: it was not opened yet)"
+            for route in ("/health", "/v1/models", "/is_paused"):
+                asked = client.get(route, headers=headers)
+                assert (asked.status_code, asked.headers["retry-after"]) == (503, "1"), asked.text
+                assert asked.json()["error"]["message"].endswith(reason)
+            chat = client.post("/v1/completions", headers=headers, json={"prompt": "x", "request_id": "mine"})
+            assert (chat.status_code, chat.json()["error"]["code"]) == (503, "UNREACHABLE")
+            assert (url in client.get("/health").text) == (not token)
+            with grpc.insecure_channel(unix) as channel:
+                check, answer = health_pb2_grpc.HealthStub(channel).Check, health_pb2.HealthCheckResponse
+                asked_of = {"": answer.SERVING, "rollout.pb.v1.RolloutService": answer.NOT_SERVING}
+                for name, status in asked_of.items():
+                    assert check(health_pb2.HealthCheckRequest(service=name), timeout=60).status == status
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=120)
+    assert (process.returncode, out, err) == (0, "", "dsec: stopped before it served\n")
 
 
 def test_a_signal_ends_a_start_that_waits_for_its_engine(dsec: Any, tmp_path: Path, silent: socket.socket) -> None:

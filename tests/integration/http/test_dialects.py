@@ -156,6 +156,9 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": "\ud800"}]}, 400, "half a character"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 200_000}]}, 400, "200"),
     ("/v1/chat/completions", {**CHAT, "temperature": -1}, 400, "temperature is -1"),
+    ("/v1/chat/completions", {**CHAT, "reasoning_effort": "foo"}, 400, "'foo' is none of none, minimal, low, medium,"),
+    ("/v1/chat/completions", {**CHAT, "max_tokens": True}, 400, "max_tokens: true and false mean nothing here"),
+    ("/v1/chat/completions", {**CHAT, "temperature": False}, 400, "temperature: true and false mean nothing here"),
     ("/v1/chat/completions", {**CHAT, "n": 5000}, 400, "group_size is 5000"),
     ("/v1/chat/completions", {**CHAT, "request_id": "a/b"}, 400, "request_id"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "image_url"),
@@ -167,6 +170,9 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("/v1/nothing", {}, 404, "Not Found"),
     ("/v1/completions", {"prompt": "x", "echo": True}, 400, "echo"),
     ("/v1/completions", {"prompt": "x " * 5000}, 400, "leave no room"),
+    ("/v1/completions", {"prompt": [0, True]}, 400, "prompt: give a text, token ids"),
+    ("/inference/v1/generate", {"token_ids": [0, 5, True], "sampling_params": {}}, 400, "token_ids.2: Input should"),
+    ("/inference/v1/generate", {"token_ids": [0], "sampling_params": {"n": True}}, 400, "sampling_params.n: true and"),
     ("/inference/v1/generate", {"token_ids": [0]}, 400, "sampling_params"),
     ("/inference/v1/generate", {"token_ids": [0], "sampling_params": {"min_tokens": 3}}, 400, "min_tokens"),
     ("/inference/v1/abort_requests", {"request_ids": ["x"] * 1025}, 400, "at most 1024 items"),
@@ -190,6 +196,20 @@ async def test_what_cannot_be_honoured_is_refused_by_name_before_anything_is_sam
             )
             assert response.status_code == 400
         assert service.ledger.rollouts == {}
+
+
+async def test_an_effort_is_none_high_or_max(serving: Any) -> None:
+    efforts = {
+        "none": "none",
+        **dict.fromkeys(("minimal", "low", "medium", "high"), "high"),
+        "xhigh": "max",
+        "max": "max",
+    }
+    async with serving(model()) as (client, service):
+        for effort in efforts:
+            body = {**CHAT, "reasoning_effort": effort, "request_id": effort, "max_tokens": 1}
+            assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+        assert {name: job.thinking for name, job in service.ledger.jobs.items()} == efforts
 
 
 async def test_a_path_that_is_none_and_a_method_that_it_does_not_take_have_codes_of_their_own(serving: Any) -> None:

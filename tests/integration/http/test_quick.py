@@ -45,6 +45,27 @@ async def test_quick_instructions_are_asked_about_any_rollout_and_read(serving: 
 
 
 @pytest.mark.parametrize(
+    ("path", "body", "members"),
+    [
+        ("/v1/chat/completions", CHAT, ["chat.0", "chat.1"]),
+        ("/v1/completions", {"prompt": ["Hi.", "Ho."]}, ["prompt0.0", "prompt0.1", "prompt1.0", "prompt1.1"]),
+        ("/inference/v1/generate", {"token_ids": [5], "sampling_params": {"n": 2}}, ["prompt.0", "prompt.1"]),
+    ],
+)
+async def test_each_choice_of_a_dialect_can_be_asked_about_by_the_id_that_the_docs_say(
+    serving: Any, path: str, body: dict[str, Any], members: list[str]
+) -> None:
+    async with serving(ScriptedEngine(TOKENIZER, lambda *_: Reply(content="Hi."))) as (client, service):
+        said = (await client.post(path, json={**body, "n": 2, "request_id": "poem"})).json()
+        assert (said.get("id") or said["request_id"], len(said["choices"])) == ("poem", len(members))
+        assert list(service.ledger.rollouts) == [f"poem/{each}" for each in members]
+        for each in members if path.endswith("chat/completions") else ():
+            about = {"rollout_id": f"poem/{each}", "instructions": ["action"]}
+            answer = await client.post("/v1/quick_instructions", json=about)
+            assert (answer.status_code, answer.json()["rollout_id"]) == (200, f"poem/{each}"), answer.text
+
+
+@pytest.mark.parametrize(
     ("change", "status", "complaint"),
     [
         ({"rollout_id": "nobody/chat.0"}, 404, "no rollout 'nobody/chat.0'"),

@@ -35,6 +35,7 @@ async def test_what_is_none_of_a_calls_arguments_is_named_by_field(setting: Any)
     for said, call in {
         "rollout_ids: give a list": client.ack("job/one.0"),
         "rollout_ids: give a list of": client.preempt(rollout_ids="job/one.0"),
+        "tasks: give a list of them, also of one": client.quick("job/one.0", "action"),
         r"token_ids is \[-1\]": client.score_tokens([-1]),
         "token_ids is 'abc'": client.score_tokens("abc"),
         "policy_version is -3": client.update_policy("x", -3),
