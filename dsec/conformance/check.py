@@ -10,6 +10,7 @@ See: dsec/testing.py, which runs them.
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -77,9 +78,12 @@ def check(*needs: Feature, kind: Kind = "linux") -> Callable[[Callable[[Substrat
 
 
 def require(condition: object, message: object = "") -> None:
-    """NotConformingError unless `condition` holds (an assert that python -O keeps)."""
+    """NotConformingError unless `condition` holds, with the message or this line (an assert that python -O keeps)."""
     if not condition:
-        raise NotConformingError(str(message))
+        where = traceback.extract_stack(limit=2)[0]
+        raise NotConformingError(
+            str(message) or f"not so: {where.line} ({Path(where.filename).name}, line {where.lineno})"
+        )
 
 
 @asynccontextmanager

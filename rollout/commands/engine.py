@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import click
@@ -98,7 +99,7 @@ class _PassingOn(click.Command):
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("runs/vllm-tiny"),
     show_default=True,
-    help="Where the model `tiny` is written; a folder of another model is refused.",
+    help="Where the model `tiny` is written: a new or an empty folder, or its own.",
 )
 def serve_vllm(
     model: str,
@@ -163,6 +164,8 @@ def serve_vllm(
     if as_json:
         click.echo(msgspec.json.encode(launch))
     elif runs:
+        if not any(flag.startswith(("--host", "--port", "--uds")) for flag in more):
+            _check_free(host, port)
         click.echo(f"dsec: rollouts over it: {launch.render_service()}", err=True)
         _become(launch, key)
     else:
@@ -189,6 +192,21 @@ def _offload(folder: Path | None, weight_version: str, memory_gib: int) -> Offlo
     if not weight_version or "/" in weight_version or weight_version in {".", ".."}:
         raise RequestError(f"--weight-version {weight_version!r} must be the name of a directory below --offload")
     return Offload(folder=folder.absolute(), weight_version=weight_version, memory_gib=memory_gib)
+
+
+def _check_free(host: str, port: int) -> None:
+    """RequestError if nobody can listen there now: vLLM says so only after it has loaded, and others may answer."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM: what has ended is no hindrance
+            listener.bind(address)
+            listener.listen(1)
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise RequestError(f"vLLM cannot listen on {visible(host)}, port {port}: {why}") from error
 
 
 def _become(launch: Launch, key: str) -> None:

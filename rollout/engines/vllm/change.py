@@ -1,4 +1,4 @@
-"""New weights for a server that nobody draws with meanwhile: load, announce, label; or all as it was.
+"""New weights for a server that nobody draws with meanwhile: load, try, announce, label; or all as it was.
 
 While this lasts the label says so, from before the first request is cut: who opens the server then, or begins a
 request, in this process or another one, sees that its weights are not those that it knows.  A process that is killed
@@ -16,7 +16,8 @@ import msgspec
 
 from rollout.engine import Announce, EngineInfo
 from rollout.engines.vllm.connection import Connection
-from rollout.engines.vllm.facts import Facts, read_label
+from rollout.engines.vllm.facts import Facts, probe, read_label
+from rollout.engines.vllm.pauses import Pause
 from rollout.engines.vllm.weights import CHANGING, Label, parse_label
 from rollout.errors import EngineError, ForeignWeightsError, RolloutError
 
@@ -26,9 +27,10 @@ LOAD_S_MAX = 3600.0
 class Change:
     """One change, which is begun, and then carried out or taken back."""
 
-    def __init__(self, connection: Connection, facts: Facts, info: EngineInfo, folder: Path) -> None:
-        """From what `facts` say to what `info` says and `folder` holds."""
+    def __init__(self, connection: Connection, pause: Pause, facts: Facts, info: EngineInfo, folder: Path) -> None:
+        """From what `facts` say to what `info` says and `folder` holds; `pause` has begun before it is carried out."""
         self._connection = connection
+        self._pause = pause
         self._facts = facts
         self._info = info
         self._folder = folder
@@ -59,6 +61,7 @@ class Change:
         """What is known of the server from then on.  Raises what `announce` does; EngineError."""
         if not self._is_there:
             await self._load(self._folder)
+        await self._try_out()
         if announce is not None:
             await announce(self._info)
         await self._put(str(Label(self._info.policy_version, self._info.weights_digest, str(self._folder))))
@@ -75,6 +78,22 @@ class Change:
         except RolloutError as error:
             return EngineError(f"{self._connection.url}: it has no weights any more ({cause}; {error}): start it again")
         return None
+
+    async def _try_out(self) -> None:
+        """EngineError where the weights draw no token with a logprob; in a pause, too, which is lifted for that token.
+
+        What others ask for meanwhile nobody gets: the label says that the weights change.
+        """
+        try:
+            async with self._pause.lifted():
+                await probe(self._connection, self._info)
+        except RolloutError as error:
+            its = f"{self._connection.url}: the weights of {self._folder} are refused: {error}"
+            if not self._is_there:
+                raise EngineError(its) from error
+            raise EngineError(
+                f"{its}; it had them before, and nothing to put in their place: put others there, or start it again"
+            ) from error
 
     async def _load(self, folder: Path) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}

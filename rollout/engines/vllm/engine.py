@@ -319,7 +319,7 @@ class VllmEngine:
             changed = msgspec.structs.replace(info, policy_version=policy_version, weights_digest=new.digest)
             self._is_updating = True
             try:
-                await self._change(Change(self._connection, self._known, changed, checkpoint), announce)
+                await self._change(Change(self._connection, self._pause, self._known, changed, checkpoint), announce)
             finally:
                 may_draw = self._pause.mode is None or self._is_finishing
                 if may_draw and self._pause.holds_server and self._failure is None:

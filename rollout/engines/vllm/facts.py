@@ -24,7 +24,7 @@ from rollout.engines.vllm.weights import (
     read_config,
     read_weights,
 )
-from rollout.engines.vllm.wire import GENERATE, TEMPERATURE_MIN, body_of, read_npy, words
+from rollout.engines.vllm.wire import GENERATE, TEMPERATURE_MIN, Choice, Logprobs, body_of, read_npy, sampled_of, words
 from rollout.errors import EngineError, RequestError, RolloutError
 
 UNSEEN_VOCAB_COUNT = 1 << 24
@@ -162,7 +162,7 @@ async def read_facts(connection: Connection, before: Facts | None = None) -> Fac
     )
     routing = before.info.routing if before is not None else None
     if before is None:
-        probed = await _probe(connection, info)
+        probed = await probe(connection, info)
         routing = _routing(probed, described) if config.aux_output_config.enable_return_routed_experts else None
     return Facts(
         info=msgspec.structs.replace(info, routing=routing),
@@ -202,8 +202,11 @@ def _described(root: Path) -> dict[str, Any]:
         return {}
 
 
-async def _probe(connection: Connection, info: EngineInfo) -> dict[str, Any]:
-    """One token, to see that the route of token ids is open; the choice that it came in."""
+async def probe(connection: Connection, info: EngineInfo) -> dict[str, Any]:
+    """Draw one token, to see that the route of token ids is open and the weights are numbers; the choice it came in.
+
+    EngineError, and RequestError for what the server does not take.
+    """
     request = SampleRequest(
         session="", token_ids=(0,), sampling=Sampling(), stream_key=0, tokens_count_max=1, stop_ids=frozenset()
     )
@@ -212,8 +215,18 @@ async def _probe(connection: Connection, info: EngineInfo) -> dict[str, Any]:
     try:
         told = await connection.post(GENERATE, body)
         choice: dict[str, Any] = told["choices"][0]
-    except (KeyError, TypeError, IndexError) as error:
+        drawn = Choice(
+            token_ids=msgspec.convert(choice["token_ids"], tuple[int, ...]),
+            logprobs=msgspec.convert(choice["logprobs"], Logprobs),
+        )
+    except (KeyError, TypeError, IndexError, msgspec.ValidationError) as error:
         raise EngineError(f"not the answer of a vLLM to {GENERATE}") from error
+    try:
+        count = len(sampled_of(drawn, 0, info.policy_version).token_ids)
+    except EngineError as error:
+        raise EngineError(f"one token was drawn to try its weights: {error}") from error
+    if count != 1:
+        raise EngineError(f"one token was to be drawn to try its weights, and {count} came")
     return choice
 
 

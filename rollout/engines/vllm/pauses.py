@@ -5,7 +5,9 @@ A server does not know who paused it.  So who did keeps that in mind, and ends n
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 
 from rollout.engine import PauseMode
 from rollout.engines.vllm.connection import CALL_S_MAX, Connection
@@ -42,9 +44,12 @@ class Pause:
         self.mode: PauseMode | None = None
         self.holds_server = False
         """The server may be paused, by us."""
+        self._may_begin = asyncio.Event()
+        self._may_begin.set()
 
     async def begin(self, mode: PauseMode) -> None:
         """Have the server draw no more.  EngineError."""
+        await self._may_begin.wait()
         self.holds_server = True
         await pause_server(self._connection, mode)
 
@@ -52,6 +57,23 @@ class Pause:
         """Have it draw again.  EngineError."""
         await self._connection.post("/resume", call_s_max=call_s_max)
         self.holds_server = False
+
+    @contextlib.asynccontextmanager
+    async def lifted(self) -> AsyncIterator[None]:
+        """The server draws meanwhile, and what it still draws at the end is aborted; a pause waits for that.
+
+        EngineError.
+        """
+        self._may_begin.clear()
+        try:
+            try:
+                await self.end()
+                yield
+            finally:
+                self.holds_server = True
+                await pause_server(self._connection, "abort")
+        finally:
+            self._may_begin.set()
 
     async def find(self, *, is_first: bool) -> None:
         """Agree with a server that is opened: who does so first ends any pause; later, ours lasts if it has a mode.

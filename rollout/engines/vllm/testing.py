@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from aiohttp import web
 
-from rollout.engines.vllm.testing_model import NO_LOGPROB, draw, logprobs_of, processed
+from rollout.engines.vllm.testing_model import NAN_DATA, NO_LOGPROB, draw, logprobs_of, processed
 from rollout.engines.vllm.testing_ranks import Ranks
 
 VOCAB_COUNT, CONTEXT_TOKENS_MAX = 512, 1024
@@ -47,13 +47,13 @@ WireFault = Literal[
 ]
 
 
-def write_checkpoint(folder: Path, number: int, vocab_count: int = VOCAB_COUNT) -> Path:
-    """Weights for the double; each number has its own."""
+def write_checkpoint(folder: Path, number: int | None, vocab_count: int = VOCAB_COUNT) -> Path:
+    """Weights for the double; each number has its own, and None has NaN."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"vocab_size": vocab_count, "num_hidden_layers": LAYERS, "num_experts": EXPERTS_COUNT}
     (folder / "config.json").write_text(json.dumps(config))
     header = json.dumps({"weight": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}).encode()
-    data = hashlib.sha256(bytes([number])).digest()
+    data = NAN_DATA if number is None else hashlib.sha256(bytes([number])).digest()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
     return folder
 

@@ -13,11 +13,15 @@ from functools import lru_cache
 from typing import Any
 
 NO_LOGPROB = -9999.0
+NAN_DATA = b"\xff" * 32
+"""Eight NaNs: of weights that end so no token has a logprob."""
 
 
 @lru_cache(maxsize=1 << 14)
 def logprobs_of(weights: bytes, vocab_count: int, context: bytes) -> tuple[float, ...]:
     """Of all tokens, at temperature 1."""
+    if weights.endswith(NAN_DATA):
+        return (NO_LOGPROB,) * vocab_count
     source = random.Random(hashlib.sha256(weights + context).digest())  # noqa: S311 - a model, no secret
     logits = [4 * source.random() for _ in range(vocab_count)]
     total = math.log(math.fsum(map(math.exp, logits)))
@@ -26,6 +30,8 @@ def logprobs_of(weights: bytes, vocab_count: int, context: bytes) -> tuple[float
 
 def processed(logprobs: Sequence[float], params: dict[str, Any]) -> list[float]:
     """After temperature and cuts; what a cut left no chance has `NO_LOGPROB`."""
+    if max(logprobs) <= NO_LOGPROB:
+        return list(logprobs)
     temperature = params.get("temperature", 1.0) or 1.0
     order = sorted(range(len(logprobs)), key=lambda i: (-logprobs[i], i))
     scaled = [each / temperature for each in logprobs]

@@ -24,6 +24,9 @@ from rollout.errors import RequestError
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 """By name: type as the format calls it, shape, and little-endian contents."""
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+_SCRATCH = ".tiny-"
+"""What a folder's name begins with in which a model is written; a kill may have left one."""
 _HIDDEN, _HEADS, _KV_HEADS, _HEAD_DIM, _INNER, _LAYERS = 64, 4, 2, 32, 128, 2
 CONTEXT_TOKENS_MAX = 2048
 CONFIG: dict[str, Any] = {
@@ -90,13 +93,16 @@ def _put(folder: Path, config: str, tensors: Tensors) -> None:
         for found in (*folder.glob(_CONFIG), *folder.glob("*.safetensors")):
             if found.name != _WEIGHTS and not (found.name == _CONFIG and found.read_bytes() == config.encode()):
                 raise _other_model(found)
-        with tempfile.TemporaryDirectory(prefix=".tiny-", dir=folder) as scratch:
+        for found in folder.iterdir():
+            if found.name not in {_CONFIG, _WEIGHTS, *_TOKENIZER} and not found.name.startswith(_SCRATCH):
+                raise RequestError(f"{found} is no file of this model: give a new or an empty folder")
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
             new = Path(scratch)
             write_safetensors(new / _WEIGHTS, tensors)
             if (folder / _WEIGHTS).exists() and not filecmp.cmp(new / _WEIGHTS, folder / _WEIGHTS, shallow=False):
                 raise _other_model(folder / _WEIGHTS)
             (new / _CONFIG).write_text(config)
-            for name in ("tokenizer.json", "tokenizer_config.json"):
+            for name in _TOKENIZER:
                 shutil.copyfile(DEFAULT_CHECKPOINT / name, new / name)
             for path in new.iterdir():
                 path.replace(folder / path.name)

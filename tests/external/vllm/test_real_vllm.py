@@ -26,6 +26,7 @@ from rollout.conformance.suite import checks_for
 from rollout.engine import Sampled, SampleRequest, Sampling
 from rollout.engines.vllm.engine import VllmEngine
 from rollout.engines.vllm.tiny import write_tiny_model
+from rollout.errors import EngineError
 from rollout.jobs import make_conversation
 from rollout.request import Limits
 
@@ -216,6 +217,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("check", checks_for(subject(Path())), ids=lambda check: check.name)
 async def test_a_real_vllm_conforms(server: Any, folder: Path, check: Check) -> None:
     await check.run(subject(folder, server.url, server.model))
+
+
+async def test_a_head_of_nan_is_refused_and_the_old_weights_draw_on(server: Any, folder: Path) -> None:
+    nan = write_tiny_model(folder / "nan")
+    data = (nan / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    first, end = json.loads(data[8:start])["lm_head.weight"]["data_offsets"]
+    data = data[: start + first] + b"\xff" * (end - first) + data[start + end :]
+    (nan / "model.safetensors").write_bytes(data)
+    engine = FreshEngine(server.url, server.model)
+    await engine.open()
+    before = ids_of(await chunks_of(engine, ask(PROMPT, 20)))
+    with pytest.raises(EngineError, match=f"weights of {nan} are refused: .* without a logprob, or NaN"):
+        await engine.update(nan, 3)
+    assert (engine.info.policy_version, ids_of(await chunks_of(engine, ask(PROMPT, 20)))) == (0, before)
+    await engine.close()
 
 
 async def test_the_weights_of_the_server_are_its_own_again(server: Any) -> None:

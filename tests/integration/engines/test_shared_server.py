@@ -61,8 +61,9 @@ async def test_a_request_that_waited_while_others_changed_the_weights_hands_no_t
             await asyncio.sleep(0.001)
     server.may_load.set()
     await changing
+    said = "weights are being changed|somebody else aborted|behind this service, which knows version 0"
     for task in (takers[0].task, takers[1].task, scored):
-        with pytest.raises(EngineError, match=r"changed to '3@.*' behind this service, which knows version 0"):
+        with pytest.raises(EngineError, match=said):
             await task
     assert [taker.chunks for taker in takers] == [[], []]
 

@@ -5,7 +5,7 @@ import importlib
 import pkgutil
 
 from dsec import conformance
-from dsec.conformance.check import Check
+from dsec.conformance.check import Check, outcome_of, require
 from dsec.conformance.suite import checks_for
 from dsec.testing import SANDBOX_CHECKS, FakeSandbox, FakeSubstrate, check_sandbox
 from dsec.types import SandboxId, SandboxSpec
@@ -53,3 +53,12 @@ async def test_a_substrate_that_hangs_has_an_outcome_of_every_check() -> None:
     outcomes = {outcome.name: outcome.problem for outcome in await check_sandbox(substrate, patience_s=0.01)}
     assert list(outcomes) == [check.name for check in SANDBOX_CHECKS]
     assert outcomes["a_command_that_kills_others_starts_alone"].startswith("TimeoutError: it still waits after 0.01 s")
+
+
+async def test_what_a_check_requires_without_a_message_is_told_by_its_line() -> None:
+    async def check() -> None:
+        substrate = FakeSubstrate()
+        require(substrate is None)
+
+    said = (await outcome_of("a_check", check(), 60.0)).problem
+    assert said.startswith("NotConformingError: not so: require(substrate is None) (test_conformance_list.py, line ")

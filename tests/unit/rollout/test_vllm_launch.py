@@ -3,7 +3,9 @@
 import json
 import shlex
 import shutil
+import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -97,7 +99,6 @@ def test_each_version_of_the_weights_keeps_its_kv_in_a_folder_of_its_own() -> No
         (("v4-flash", "--gpus", "2", "--device", "cpu"), "--gpus needs a GPU"),
         (("v4-flash", "--memory-gib", "3"), "--memory-gib bounds what --offload passes through"),
         (("v4-flash", "--offload", "/nvme/kv", "--weight-version", "../1"), "name of a directory"),
-        (("v4-flash", "--run", "--python", "/no/such/python"), "No such file"),
         (("v4-flash", "--api-key-file", "/no/such/key"), "cannot read the token"),
         (("v4-flash", "--json", "--run"), "--json prints what --run would become"),
         (("tiny", "--context-tokens", "2049"), "--context-tokens 2049: a context of tiny holds 2048 tokens"),
@@ -107,7 +108,7 @@ def test_what_cannot_be_is_refused_in_a_line(arguments: tuple[str, ...], said: s
     result = ask(*arguments)
     assert result.exit_code == 2
     assert said in result.output
-    assert len(result.output.splitlines()) == (2 if "--python" in arguments else 1)
+    assert len(result.output.splitlines()) == 1
 
 
 def test_what_is_for_vllm_stands_after_two_dashes() -> None:
@@ -134,6 +135,40 @@ def test_who_lets_others_connect_is_warned_that_the_key_does_not_guard_everythin
     result = ask("v4-flash", "--host", "0.0.0.0", "--api-key-file", str(key))
     assert result.exit_code == 0
     assert "can pause and change this engine, key or not" in result.stderr
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener
+
+
+def test_a_port_that_another_has_is_refused_before_anything_starts(listener: socket.socket) -> None:
+    port = str(listener.getsockname()[1])
+    refused = ask("v4-flash", "--run", "--port", port, "--python", "/no/such/python")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert refused.stderr == f"dsec: vLLM cannot listen on 127.0.0.1, port {port}: Address already in use\n"
+    elsewhere = ask("v4-flash", "--run", "--port", port, "--python", "/no/such/python", "--", "--port=1")
+    assert (elsewhere.exit_code, elsewhere.stderr.splitlines()[-1]) == (
+        2,
+        "dsec: --python /no/such/python: No such file or directory",
+    )
+
+
+def test_a_host_that_is_none_of_this_machine_is_refused_and_a_free_port_is_not(
+    listener: socket.socket, tmp_path: Path
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("0123456789abcdef")
+    away = ask("v4-flash", "--run", "--host", "192.0.2.1", "--api-key-file", str(key), "--python", "/no/such/python")
+    assert (away.exit_code, "vLLM cannot listen on 192.0.2.1, port 8000: " in away.stderr) == (2, True)
+    port = str(listener.getsockname()[1])
+    listener.close()
+    refused = ask("v4-flash", "--run", "--port", port, "--python", "/no/such/python")
+    assert (refused.exit_code, refused.stderr.splitlines()[-1]) == (
+        2,
+        "dsec: --python /no/such/python: No such file or directory",
+    )
 
 
 def test_a_seed_gives_the_same_tiny_model_in_the_vocabulary_of_the_service(tmp_path: Path) -> None:
@@ -163,6 +198,20 @@ def test_weights_in_parts_are_no_tiny_model(tmp_path: Path) -> None:
     part.write_bytes(b"")
     assert f"{part} is of another model" in ask("tiny", "--tiny-dir", str(tmp_path)).output
     assert bytes_of(tmp_path) == {part.name: b""}
+
+
+@pytest.mark.parametrize("more", [(), ("--run", "--python", "/no/such/python")])
+def test_a_folder_with_anything_else_in_it_is_not_written_to(tmp_path: Path, more: tuple[str, ...]) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    refused = ask("tiny", "--tiny-dir", str(tmp_path), *more)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert f"{tmp_path}/notes.txt is no file of this model: give a new or an empty folder" in refused.stderr
+    assert bytes_of(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_what_a_kill_left_of_a_tiny_model_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / ".tiny-half").mkdir()
+    assert ask("tiny", "--tiny-dir", str(tmp_path)).exit_code == 0
 
 
 def test_a_tiny_model_that_lies_there_is_used_or_made_whole(tmp_path: Path) -> None:
