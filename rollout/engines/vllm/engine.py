@@ -44,6 +44,7 @@ from rollout.engines.vllm.stream import (
     Run,
     check_label,
     check_ours,
+    cut,
     finish_of,
     joined,
     question,
@@ -243,6 +244,7 @@ class VllmEngine:
         info = self.info
         body, bytes_max = score_question(token_ids, tops_count, info)
         run.begin(body["request_id"])
+        run.is_running = True
         try:
             told = await self._connection.post(wire.GENERATE, body, call_s_max=None, bytes_max=bytes_max)
             if wire.is_aborted(told):
@@ -255,6 +257,7 @@ class VllmEngine:
             raise type(error)(f"{self.url}: {error}") from error
         finally:
             run.end()
+            run.is_running = False
             self._changed.set()
         yield scored
 
@@ -275,28 +278,29 @@ class VllmEngine:
     async def pause(self, mode: PauseMode) -> None:
         """See Engine; it holds for all who use the server."""
         self._check()
-        before, self._pause.mode = self._pause.mode, mode
+        before, number = self._pause.mode, self._pause.ask(mode)
         self._changed.set()
         if mode == "abort":
             self._interrupt(self._runs)
-        if mode == "wait":
-            if before == "keep" and not self._is_updating:
-                await self._pause.end()
-            await self._until(lambda: not self._is_finishing)
         try:
+            if mode == "wait":
+                if before == "keep" and not self._is_updating:
+                    await self._pause.end()
+                await self._until(lambda: not self._is_finishing)
             if self._pause.mode == mode:
                 await self._pause.begin(mode)
         except BaseException:
-            self._pause.mode = before
+            self._pause.take_back(number, before)
             self._changed.set()
             raise
 
     async def resume(self) -> None:
         """See Engine."""
-        if self._pause.mode is not None and not self._is_updating:
-            await self._pause.end()
-        self._pause.mode = None
+        is_paused = self._pause.mode is not None or self._pause.holds_server
+        self._pause.ask(None)
         self._changed.set()
+        if is_paused and not self._is_updating and self._failure is None:  # else it has no weights
+            await self._pause.end()
 
     async def update(self, checkpoint: Path, policy_version: int, announce: Announce | None = None) -> EngineInfo:
         """See Engine: nothing is drawn while the server loads.
@@ -341,15 +345,13 @@ class VllmEngine:
 
     async def _cut(self) -> None:
         """End every request at the server; those that it did not know yet have ended when this returns."""
-        for run in self._runs:
-            run.is_cut = True
-            run.abort(self._connection)
-        await self._pause.begin("abort")
-        try:
-            async with asyncio.timeout(CUT_S_MAX):
-                await self._until(lambda: all(run.has_begun or not run.request_id for run in self._runs))
-        except TimeoutError:
-            raise EngineError(f"{self.url}: it neither answers a request nor ends it") from None
+        with cut(self._runs, self._connection):
+            await self._pause.begin("abort")
+            try:
+                async with asyncio.timeout(CUT_S_MAX):
+                    await self._until(lambda: all(run.has_begun or not run.request_id for run in self._runs))
+            except TimeoutError:
+                raise EngineError(f"{self.url}: it neither answers a request nor ends it") from None
         self._check()
 
     async def save(self, session: str, path: Path) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -42,10 +42,15 @@ class Run:
         self.has_begun = False
         """The server has answered it: it knows it for sure."""
         self.is_running = False
-        """It came before the pause, or some request was begun for it: a pause that waits lets the answer finish."""
+        """It came before the pause, or some request was begun for it: a pause that waits lets the answer finish.
+
+        A score while its request is open.
+        """
         self.is_preempted = False
         self.is_cut = False
         """The open request is to end; the answer goes on."""
+        self.is_awaited = False
+        """New weights wait until the server has ended the open request, which nobody may leave before."""
         self.wait = Wait()
         """For the chunks of the open request."""
         self._aborting: asyncio.Task[None] | None = None
@@ -62,9 +67,9 @@ class Run:
             self._ending = asyncio.get_running_loop().call_later(ABORTED_S_MAX, self._look)
 
     def _look(self) -> None:
-        """Leave a request that does not end; not one that is cut for new weights, which must have ended before them."""
+        """Leave a request that does not end, unless new weights wait for its end."""
         self._ending = asyncio.get_running_loop().call_later(ABORTED_S_MAX, self._look)
-        if self.is_preempted and not self.is_cut:
+        if self.is_preempted and not self.is_awaited:
             self.wait.break_off()
 
     def end(self) -> None:
@@ -74,6 +79,19 @@ class Run:
             self._aborting.cancel()
             self._ending.cancel()
             self._aborting = self._ending = None
+
+
+@contextlib.contextmanager
+def cut(runs: set[Run], connection: Connection) -> Iterator[None]:
+    """Have the server end what is open for them, and wait for that inside; the answers go on later."""
+    for run in runs:
+        run.is_cut = run.is_awaited = True
+        run.abort(connection)
+    try:
+        yield
+    finally:
+        for run in runs:
+            run.is_awaited = False
 
 
 async def _keep_aborting(connection: Connection, name: str) -> None:

@@ -113,6 +113,20 @@ async def test_a_score_that_lasts_too_long_without_a_pause_is_a_failure_of_its_s
     assert "silent for 2 s" in pool.faults[servers[0].url]
 
 
+async def test_a_pause_that_waits_gives_up_a_score_that_never_ends(
+    make_server: MakeServer, opened: Opened, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "SCORE_S_MAX", 2.0)
+    server = await make_server()
+    engine = await opened(server)
+    server.fault = "hang"
+    scoring = await at_work(engine, server, prompt)
+    await asyncio.wait_for(engine.pause("wait"), 60)
+    with pytest.raises(EngineError, match="silent for 2 s"):
+        await scoring
+    assert (server.paused, engine.is_paused) == ("wait", True)
+
+
 async def test_a_server_that_hangs_holds_up_no_score_that_a_pause_ends(
     make_server: MakeServer, make_pool: MakePool, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
