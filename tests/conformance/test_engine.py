@@ -86,6 +86,7 @@ def embedded(folder: Path, limits: Limits) -> Subject:
         prompts=(PROMPTS[0], *prompts),
         stop_id=EOS_ID,
         vague=(0, 17, 900),
+        long_count=240,
         traits=ALL if limits.state_bytes_max else ALL - {"keeps"},
         misfit=lambda: shorter(folder),
     )

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLLOUTS, KILLS, SEED = (
-    os.environ.get(f"STORM_{name}", usual) for name, usual in (("ROLLOUTS", "24"), ("KILLS", "9"), ("SEED", "1"))
+    os.environ.get(f"STORM_{name}", usual) for name, usual in (("ROLLOUTS", "24"), ("KILLS", "12"), ("SEED", "1"))
 )
 
 

@@ -66,7 +66,8 @@ def test_a_trajectory_is_complete_and_aligned_to_its_tokens(dsec: Any, finished:
             values = logprobs[span["start"] : span["start"] + span["length"]]
             assert [value for value in values if (value is not None and value <= 0) != span["trainable"]] == []
         assert sum(value is not None for value in logprobs) == record["tokens_sampled"]
-        assert sum(turn["length"] for turn in record["turns"]) == record["tokens_sampled"]
+        forced = sum(span["length"] for span in spans if span["kind"] == "FORCED")
+        assert sum(turn["length"] for turn in record["turns"]) == record["tokens_sampled"] + forced
         for call in record["tool_calls"]:
             assert call["name"] in ("bash", "edit")
             assert isinstance(call["exit"], int)
