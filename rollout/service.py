@@ -244,8 +244,7 @@ class RolloutService:
     ) -> list[str]:
         """Stop these rollouts, those of a job, or all, until `resume`; the stops are durable. Returns whom it stopped.
 
-        What samples stops at a token boundary, what waits for a tool at once; sandboxes sleep.  A caller that goes away
-        stops them all the same.  NotFoundError.
+        Sampling stops at a token, a wait for tools at once; sandboxes sleep; a caller may go away.  NotFoundError.
         """
         return await self.awaiting.preempt(self._wanted(rollout_ids, request_id), cause)
 

@@ -139,6 +139,7 @@ class DrawsForNobody(Slow):
 
         async def draw() -> None:
             async for chunk in source:
+                await asyncio.sleep(4 * TOKEN_S)  # to its end it takes far longer than a stall of the host
                 drawn.put_nowait(chunk)
             drawn.put_nowait(None)
 

@@ -74,7 +74,7 @@ async def test_the_rest_of_an_answer_is_drawn_at_the_rank_of_its_beginning_after
     server.fault = None
     await taker.task
     assert taker.token_ids == whole.token_ids
-    crossed = Taker(pool, ask(200, session="s1", token_ids=stranger(1)))
+    crossed = Taker(pool, ask(900, session="s1", token_ids=stranger(1)))
     await crossed.begun()
     await pool.update(write_checkpoint(tmp_path / "new", 5), 3)
     await crossed.task
