@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 run: setup ## set up, then run the main job on the bundled tasks; run again to finish or to see the result
 	.venv/bin/dsec run --resume --out "$(RUN_DIR)"
 
-test: setup-dev ## set up, then run the tests (root; eight to ten minutes on two cores)
+test: setup-dev ## set up, then run the tests (root; eight to twelve minutes on two cores)
 	$(PY) -m pytest tests --ignore tests/external $(BESIDE) $(PYTEST_ARGS)
 
 test-external: setup ## third-party tools in a virtual environment of their own; needs the package index
